@@ -1,0 +1,243 @@
+"""The one description of a run: pydantic models read from YAML. Defaults are the paper's values (arXiv 2407.21739)."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from flapsam.errors import FlapsamError
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[int, Field(ge=1)]
+ClassValues = int | list[int]
+Mode = Literal["federated", "local", "centralised"]
+
+RESERVED_LABELS = ("background", "ignore")
+"""Names in ``labels`` that are no class: values joined to the background, and values left out of loss and scores."""
+
+
+class Options(BaseModel):
+    """A part of the configuration; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(Options):
+    """Which volumes, at which sites, with which labels."""
+
+    path: Path
+    layout: str = "folders"
+    labels: dict[str, ClassValues]
+    """Class name → value or values in the label files. Order gives the class index, from 1."""
+    site_labels: dict[str, dict[str, ClassValues | None]] = {}
+    """Where one site's values differ. A class set to null is not annotated there."""
+    sites: list[str] | None = None
+    """Only these sites; all by default."""
+    test_fraction: Fraction = 0.2
+    """Share of each site's subjects held back for the test where the data has no split of its own."""
+    validation_fraction: Fraction = 0.15
+    """Share of each site's training subjects held out for validation, at least one, where the split has no ``val``."""
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names, without background, in the order of their index from 1."""
+        return [name for name in self.labels if name not in RESERVED_LABELS]
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> "Data":
+        if not self.classes:
+            raise ValueError("labels: name at least one class, such as {kidney: 1}")
+        _check_distinct("labels", self.labels)
+        for site, labels in self.site_labels.items():
+            unknown = sorted(set(labels) - set(self.labels) - set(RESERVED_LABELS))
+            if unknown:
+                raise ValueError(f"site_labels.{site}: {', '.join(unknown)} is not among labels ({', '.join(self.classes)})")
+            _check_distinct(f"site_labels.{site}", self.labels | labels)
+        return self
+
+
+class Samples(Options):
+    """How a volume becomes 2-D samples in [0, 1]. The same in training and inference, and stored with the adapter."""
+
+    size: Positive | None = None
+    """Side of the network's square input in pixels; the backbone's own default if not given."""
+    axis: Literal["auto", "sagittal", "coronal", "axial"] = "auto"
+    """Slices are perpendicular to this axis; ``auto`` takes the largest spacing, and of equal ones the last."""
+    scaling: Literal["window", "volume"] = "window"
+    """Minimum and maximum are taken over a slice and its two neighbours either side, or over the volume."""
+    channels: Literal["replicate", "adjacent"] = "replicate"
+    """The slice three times, or the slices below and above it in channels 0 and 2."""
+    resize: Literal["stretch", "pad"] = "stretch"
+    """How a slice becomes a square: stretched, or padded after scaling its longer side."""
+
+
+class Backbone(Options):
+    """The Segment Anything Model underneath."""
+
+    name: str = "sam-vit-b"
+    weights: Path | None = None
+    """A checkpoint in Meta's names; random weights if not given."""
+    pixels: Literal["paper", "sam"] = "paper"
+    """Input normalisation: the paper's (mean 0, standard deviation 1) or SAM's own."""
+
+
+class Lora(Options):
+    """Low-rank adapters. The scale is 1 (alpha = rank)."""
+
+    rank: Positive = 32
+
+
+class Training(Options):
+    """One client's local fit."""
+
+    epochs: Positive = 1
+    """Local epochs a round."""
+    window: Annotated[int, Field(ge=1, le=31)] = 5
+    """Adjacent slices in one training sample; odd."""
+    batch_size: Positive = 3
+    """Windows a batch."""
+    augment: bool = True
+    learning_rate: Annotated[float, Field(gt=0)] = 8e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup_steps: Positive = 250
+    schedule_epochs: Positive = 200
+    """The learning rate would reach zero after warm-up and this many epochs."""
+    schedule_power: Annotated[float, Field(ge=0)] = 7
+    cross_entropy: Annotated[float, Field(ge=0)] = 0.2
+    """Weight of the cross-entropy term."""
+    dice: Annotated[float, Field(ge=0)] = 0.8
+    """Weight of the Dice term."""
+    foreground_weight: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of every foreground class in the cross-entropy, where background has 1."""
+    moments: Literal["keep", "reset"] = "keep"
+    """Whether Adam's moments stay at the client between rounds."""
+
+    @field_validator("window")
+    @classmethod
+    def _odd(cls, value: int) -> int:
+        if value % 2 == 0:
+            raise ValueError("must be odd, so that a window has a middle slice")
+        return value
+
+
+class Rounds(Options):
+    """The federation's rounds."""
+
+    count: Positive = 100
+    weights: Literal["slices", "cases", "uniform"] | dict[str, Annotated[float, Field(ge=0)]] = "slices"
+    """A client's weight in the mean: its share of training slices or cases, equal, or given by site."""
+    validate_every: Positive = 1
+
+
+class RunConfig(Options):
+    """A whole run, as in ``RUN.yaml``."""
+
+    seed: int = 0
+    data: Data
+    samples: Samples = Samples()
+    backbone: Backbone = Backbone()
+    strategy: str = "flap"
+    lora: Lora = Lora()
+    training: Training = Training()
+    rounds: Rounds = Rounds()
+    aggregator: str = "flexlora"
+    modes: Annotated[list[Mode], Field(min_length=1)] = ["federated"]
+    """What to train: one model by all sites together, one by each site alone, one on the pooled data."""
+    inference_batch: Positive = 16
+    """Slices a batch at validation and prediction."""
+    device: str = "cpu"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 runs the network under autocast; parameters and packets stay fp32."""
+    threads: Positive | None = None
+    """Threads a fit; results are bit-identical only for equal numbers. All cores if not given."""
+    output: Path = Path("runs/run")
+
+
+def read_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a configuration; relative paths in it are relative to its own folder.
+
+    Args:
+        path: a YAML file.
+        overrides: assignments such as ``training.batch_size=4``, whose right side is YAML.
+
+    Raises:
+        FlapsamError: the file is missing or no YAML, or a field is unknown or wrong; the message names the field.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise FlapsamError(f"{path}: cannot read the configuration ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise FlapsamError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise FlapsamError(f"{path}: a configuration is a mapping of fields; see the README for an example")
+    for override in overrides:
+        _set(tree, override)
+    try:
+        config = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise FlapsamError(f"{path}: {'; '.join(_describe(problem) for problem in error.errors())}") from error
+    base = path.parent
+    weights = config.backbone.weights
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"path": base / config.data.path}),
+            "output": base / config.output,
+            "backbone": config.backbone.model_copy(update={"weights": base / weights if weights else None}),
+        }
+    )
+
+
+def write_config(config: RunConfig) -> str:
+    """The configuration as YAML, every field spelled out and paths made absolute."""
+    resolved = config.model_dump(mode="json")
+    resolved["data"]["path"] = str(config.data.path.resolve())
+    resolved["output"] = str(config.output.resolve())
+    if config.backbone.weights:
+        resolved["backbone"]["weights"] = str(config.backbone.weights.resolve())
+    return yaml.safe_dump(resolved, sort_keys=False)
+
+
+def _set(tree: dict[str, Any], assignment: str) -> None:
+    field, equals, value = assignment.partition("=")
+    if not equals or not field:
+        raise FlapsamError(f"--set {assignment}: write it as field=value, such as --set training.batch_size=4")
+    *parents, last = field.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise FlapsamError(f"--set {assignment}: {parent} is a single value, not a group of fields")
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise FlapsamError(f"--set {assignment}: the value is not valid YAML") from error
+
+
+def _describe(problem: Any) -> str:
+    field = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("function-", "constrained")))
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key '{field}'; remove it or correct its spelling"
+    if problem["type"] == "missing":
+        return f"'{field}' is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"'{field}': {message}" if field else message
+
+
+def _check_distinct(where: str, labels: dict[str, Any]) -> None:
+    seen: dict[int, str] = {}
+    for name, values in labels.items():
+        for value in as_values(values):
+            if value in seen:
+                raise ValueError(f"{where}: value {value} stands for both {seen[value]} and {name}")
+            seen[value] = name
+
+
+def as_values(values: ClassValues | None) -> list[int]:
+    """Label values as a list; none for a class that is not annotated."""
+    if values is None:
+        return []
+    return [values] if isinstance(values, int) else list(values)

@@ -1,0 +1,75 @@
+"""Writing files so that a reader never sees half of one."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flapsam.errors import FlapsamError
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path``; when the block ends well, sync it and rename it to ``path``.
+
+    The temporary name keeps the suffixes, because image libraries choose the format by them.
+
+    Raises:
+        FlapsamError: the folder cannot be made or written to.
+    """
+    make_folder(path.parent)
+    try:
+        handle, name = tempfile.mkstemp(prefix=".part-", suffix=f"-{path.name}", dir=path.parent)
+    except OSError as error:
+        raise FlapsamError(f"{path.parent}: cannot write here ({error.strerror}); choose another output folder") from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path``, whole or not at all."""
+    with written_whole(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8 to ``path``, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def make_folder(path: Path) -> None:
+    """Make ``path`` and its parents.
+
+    Raises:
+        FlapsamError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FlapsamError(f"{path}: cannot make this folder ({error.strerror}); choose another output folder") from error
+
+
+def check_writable(folder: Path) -> None:
+    """Make ``folder`` and try a file in it, before long work begins.
+
+    Raises:
+        FlapsamError: nothing can be written there.
+    """
+    probe = folder / ".writable"
+    write_bytes(probe, b"")
+    probe.unlink()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,37 @@
+"""The network: encoder, decoder, strategies with their adapters, checkpoints."""
+
+from flapsam.sam.adapters import (
+    apply_strategy,
+    frozen_checksum,
+    load_travelling,
+    lora_config,
+    named_parameters,
+    travelling,
+    travelling_state,
+)
+from flapsam.sam.architecture import ARCHITECTURES, Architecture, architecture
+from flapsam.sam.checkpoints import LoadReport, load_meta, read_checkpoint
+from flapsam.sam.network import PIXELS, Sam, build
+from flapsam.sam.strategies import STRATEGIES, Strategy, strategy
+
+__all__ = [
+    "ARCHITECTURES",
+    "PIXELS",
+    "STRATEGIES",
+    "Architecture",
+    "LoadReport",
+    "Sam",
+    "Strategy",
+    "apply_strategy",
+    "architecture",
+    "build",
+    "frozen_checksum",
+    "load_meta",
+    "load_travelling",
+    "lora_config",
+    "named_parameters",
+    "read_checkpoint",
+    "strategy",
+    "travelling",
+    "travelling_state",
+]

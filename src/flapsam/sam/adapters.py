@@ -1,0 +1,90 @@
+"""Fitting a strategy to a network, and the tensors that travel.
+
+Names outside this module are the network's own: what PEFT inserts (``base_layer``, ``default``) is left out, so a name is the
+same whether adapters sit on a layer or not.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+
+from flapsam.errors import FlapsamError
+from flapsam.sam.network import Sam
+from flapsam.sam.strategies import Strategy
+
+ADAPTER = "default"
+
+
+def lora_config(rank: int) -> LoraConfig:
+    """Low-rank adapters on query and value, scale 1; A as PEFT starts it, B zero."""
+    return LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, bias="none", target_modules=["q_proj", "v_proj"])
+
+
+def apply_strategy(network: Sam, strategy: Strategy, *, rank: int, seed: int = 0) -> Sam:
+    """Add the strategy's adapters in place and let only its parameters train.
+
+    Args:
+        network: as ``build`` makes it.
+        strategy: what trains.
+        rank: of the adapters, if there are any.
+        seed: of the adapters' random start; the global random state is left as it was.
+    """
+    if strategy.lora:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            inject_adapter_in_model(lora_config(rank), network)
+    for name, parameter in named_parameters(network):
+        parameter.requires_grad_(strategy.selects(name))
+    return network
+
+
+def named_parameters(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """All parameters under their public names."""
+    for name, parameter in network.named_parameters():
+        yield public_name(name), parameter
+
+
+def public_name(name: str) -> str:
+    """The name without what PEFT inserts."""
+    return name.replace(".base_layer.", ".").replace(f".{ADAPTER}.", ".")
+
+
+def travelling(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train and travel, in the order of their names."""
+    return dict(sorted((name, p) for name, p in named_parameters(network) if p.requires_grad))
+
+
+def travelling_state(network: nn.Module) -> dict[str, Tensor]:
+    """A copy on the CPU of the tensors that travel."""
+    return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in travelling(network).items()}
+
+
+def load_travelling(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Set the tensors that travel.
+
+    Raises:
+        FlapsamError: names or shapes are not exactly those of the network.
+    """
+    parameters = travelling(network)
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    given = {name: tuple(t.shape) for name, t in tensors.items()}
+    if shapes != given:
+        odd = sorted(name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name))
+        raise FlapsamError(f"these tensors do not fit the network: {len(odd)} differ, the first is {odd[0]}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def frozen_checksum(network: Sam) -> str:
+    """SHA-256 over all that stays at home: an adapter is right only on top of exactly these weights."""
+    digest = hashlib.sha256()
+    stays = {name: p for name, p in named_parameters(network) if not p.requires_grad}
+    stays |= {public_name(name): buffer for name, buffer in network.named_buffers()}
+    for name, tensor in sorted(stays.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy())
+    return digest.hexdigest()

@@ -1,0 +1,97 @@
+"""SAM's mask decoder with one mask per class, and an upscaling back to the input's resolution."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.sam.configuration_sam import SamMaskDecoderConfig
+from transformers.models.sam.modeling_sam import SamLayerNorm, SamTwoWayTransformer
+
+from flapsam.sam.architecture import Architecture
+
+
+class Mlp(nn.Module):
+    """Three linear layers with ReLU between."""
+
+    def __init__(self, width_in: int, width: int, width_out: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(width_in, width), nn.Linear(width, width), nn.Linear(width, width_out)])
+
+    def forward(self, features: Tensor) -> Tensor:
+        first, second, last = self.layers
+        return last(F.relu(second(F.relu(first(features)))))
+
+
+class Output(nn.Module):
+    """The decoder's output part, which FLAP-SAM trains whole: mask tokens, upscaling and hypernetworks.
+
+    One module, so that PEFT can keep it as ``modules_to_save=["output"]``.
+    """
+
+    def __init__(self, sizes: Architecture, masks: int) -> None:
+        super().__init__()
+        width = sizes.decoder_width
+        self.mask_tokens = nn.Embedding(masks, width)
+        layers: list[nn.Module] = []
+        for step, (narrow, wide) in enumerate(zip(sizes.upscaling, (width, *sizes.upscaling), strict=False)):
+            layers.append(nn.ConvTranspose2d(wide, narrow, kernel_size=2, stride=2))
+            if step < len(sizes.upscaling) - 1:
+                layers.append(SamLayerNorm(narrow, data_format="channels_first"))
+            layers.append(nn.GELU())
+        self.upscaling = nn.Sequential(*layers)
+        self.hypernetworks = nn.ModuleList(Mlp(width, width, sizes.upscaling[-1]) for _ in range(masks))
+
+    def forward(self, mask_tokens: Tensor, grid: Tensor) -> Tensor:
+        """Logits from what the transformer made of the mask tokens and of the image.
+
+        Args:
+            mask_tokens: (batch, masks, width).
+            grid: (batch, width, tokens, tokens).
+
+        Returns:
+            Logits (batch, masks, 16·tokens, 16·tokens).
+        """
+        pixels = self.upscaling(grid)
+        filters = torch.stack([mlp(mask_tokens[:, i]) for i, mlp in enumerate(self.hypernetworks)], dim=1)
+        return torch.einsum("bmc,bchw->bmhw", filters, pixels)
+
+
+class MaskDecoder(nn.Module):
+    """Two-way transformer between tokens (IoU, then one a mask) and the image; returns all masks."""
+
+    def __init__(self, sizes: Architecture, masks: int) -> None:
+        super().__init__()
+        width = sizes.decoder_width
+        config = SamMaskDecoderConfig(
+            hidden_size=width,
+            mlp_dim=sizes.decoder_mlp,
+            num_attention_heads=sizes.decoder_heads,
+            layer_norm_eps=1e-5,  # SAM's value here; the library's default is another
+            attn_implementation="sdpa",
+        )
+        self.iou_token = nn.Embedding(1, width)
+        self.transformer = SamTwoWayTransformer(config)
+        self.iou_prediction_head = Mlp(width, sizes.iou_width, masks)
+        self.output = Output(sizes, masks)
+
+    def forward(self, embedding: Tensor, positions: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
+        """Decode an image embedding.
+
+        Args:
+            embedding: (batch, width, tokens, tokens) from the image encoder.
+            positions: (1, width, tokens, tokens), the dense position code.
+            prompt: (1, width, 1, 1), the dense prompt embedding.
+
+        Returns:
+            Logits (batch, masks, 16·tokens, 16·tokens) and predicted IoU (batch, masks).
+        """
+        batch, _, height, width = embedding.shape
+        tokens = torch.cat([self.iou_token.weight, self.output.mask_tokens.weight])
+        queries, keys = self.transformer(
+            point_embeddings=tokens.expand(batch, 1, -1, -1),
+            image_embeddings=embedding + prompt,
+            image_positional_embeddings=positions,
+            attention_similarity=None,
+        )
+        queries = queries.squeeze(1)
+        grid = keys.squeeze(1).transpose(1, 2).unflatten(2, (height, width))
+        return self.output(queries[:, 1:], grid), self.iou_prediction_head(queries[:, 0])

@@ -1,0 +1,66 @@
+"""SAM's image encoder, from transformers, with the fused query-key-value projection split in three."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.sam.configuration_sam import SamVisionConfig
+from transformers.models.sam.modeling_sam import SamVisionEncoder
+
+from flapsam.sam.architecture import Architecture
+
+
+class EncoderAttention(nn.Module):
+    """Multi-head self-attention with decomposed relative positions, over a square grid of tokens.
+
+    In SAM the three projections are one layer; apart, low-rank adapters can sit on query and value alone.
+    """
+
+    def __init__(self, width: int, heads: int, grid: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
+        self.rel_pos_h = nn.Parameter(torch.zeros(2 * grid - 1, width // heads))
+        self.rel_pos_w = nn.Parameter(torch.zeros(2 * grid - 1, width // heads))
+        place = torch.arange(grid)
+        self.offset: Tensor
+        self.register_buffer("offset", place[:, None] - place[None, :] + grid - 1, persistent=False)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, None]:
+        """Attend over (batch, height, width, channels); returns the same shape, and no attention weights."""
+        batch, height, width, channels = hidden_states.shape
+        tokens = hidden_states.reshape(batch, height * width, channels)
+        query, key, value = (
+            projection(tokens).view(batch, height * width, self.heads, -1).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        grid = query.reshape(batch, self.heads, height, width, -1)
+        along_h = torch.einsum("bnhwc,hkc->bnhwk", grid, self.rel_pos_h[self.offset])
+        along_w = torch.einsum("bnhwc,wkc->bnhwk", grid, self.rel_pos_w[self.offset])
+        bias = (along_h[..., :, None] + along_w[..., None, :]).flatten(4).flatten(2, 3)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return self.proj(mixed.transpose(1, 2).reshape(batch, height, width, channels)), None
+
+
+def image_encoder(sizes: Architecture, image_size: int) -> SamVisionEncoder:
+    """Build the encoder: (batch, 3, size, size) → (batch, decoder width, tokens, tokens)."""
+    tokens = sizes.tokens(image_size)
+    config = SamVisionConfig(
+        hidden_size=sizes.width,
+        output_channels=sizes.decoder_width,
+        num_hidden_layers=sizes.depth,
+        num_attention_heads=sizes.heads,
+        image_size=image_size,
+        patch_size=sizes.patch,
+        window_size=sizes.window,
+        global_attn_indexes=list(sizes.global_blocks),
+        num_pos_feats=sizes.decoder_width // 2,
+        attn_implementation="sdpa",
+    )
+    encoder = SamVisionEncoder(config)
+    for block, layer in enumerate(encoder.layers):
+        grid = tokens if block in sizes.global_blocks else sizes.window
+        layer.attn = EncoderAttention(sizes.width, sizes.heads, grid)
+    return encoder

@@ -1,0 +1,92 @@
+"""The whole network: images in, one logit map per class and background out, no prompts."""
+
+import torch
+from torch import Tensor, nn
+from transformers.models.sam.configuration_sam import SamConfig, SamPromptEncoderConfig, SamVisionConfig
+from transformers.models.sam.modeling_sam import SamPromptEncoder
+
+from flapsam.sam.architecture import Architecture
+from flapsam.sam.decoder import MaskDecoder
+from flapsam.sam.encoder import image_encoder
+
+PIXELS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
+    "paper": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "sam": ((123.675 / 255, 116.28 / 255, 103.53 / 255), (58.395 / 255, 57.12 / 255, 57.375 / 255)),
+}
+"""Input normalisation: mean and standard deviation of the three channels, for pixels in [0, 1]."""
+
+
+class Sam(nn.Module):
+    """Segment Anything without prompts, for ``masks`` classes with background (FLAP-SAM, arXiv 2407.21739)."""
+
+    def __init__(self, sizes: Architecture, *, image_size: int, masks: int, pixels: str = "paper") -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.image_size = image_size
+        self.vision_encoder = image_encoder(sizes, image_size)
+        self.prompt_encoder = _prompt_encoder(sizes, image_size)
+        self.mask_decoder = MaskDecoder(sizes, masks)
+        mean, deviation = PIXELS[pixels]
+        self.pixel_mean: Tensor
+        self.pixel_deviation: Tensor
+        self.register_buffer("pixel_mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("pixel_deviation", torch.tensor(deviation)[:, None, None], persistent=False)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (batch, 3, size, size) in [0, 1] → embedding (batch, decoder width, tokens, tokens)."""
+        return self.vision_encoder((images - self.pixel_mean) / self.pixel_deviation).last_hidden_state
+
+    def decode(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """Embedding → logits (batch, masks, size, size) and predicted IoU (batch, masks)."""
+        prompt = self.prompt_encoder.no_mask_embed.weight[:, :, None, None]
+        return self.mask_decoder(embedding, self._positions(), prompt)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (batch, 1 or 3, size, size) in [0, 1] → logits (batch, masks, size, size); grey is repeated."""
+        return self.decode(self.embed(images.expand(-1, 3, -1, -1)))[0]
+
+    def _positions(self) -> Tensor:
+        """The dense position code of the tokens' centres: (1, decoder width, tokens, tokens)."""
+        tokens = self.sizes.tokens(self.image_size)
+        centres = (torch.arange(tokens, device=self.pixel_mean.device) + 0.5) / tokens
+        y, x = torch.meshgrid(centres, centres, indexing="ij")
+        return self.prompt_encoder.shared_embedding(torch.stack([x, y], dim=-1)).permute(2, 0, 1)[None]
+
+
+def _prompt_encoder(sizes: Architecture, image_size: int) -> SamPromptEncoder:
+    """SAM's prompt encoder; its random position matrix is a constant, as in SAM, not a parameter as in transformers."""
+    config = SamConfig(
+        vision_config=SamVisionConfig(num_pos_feats=sizes.decoder_width // 2, hidden_size=sizes.decoder_width),
+        prompt_encoder_config=SamPromptEncoderConfig(
+            hidden_size=sizes.decoder_width, image_size=image_size, patch_size=sizes.patch
+        ),
+    )
+    encoder = SamPromptEncoder(config)
+    code = encoder.shared_embedding
+    matrix = torch.randn_like(code.positional_embedding)
+    del code.positional_embedding
+    code.register_buffer("positional_embedding", matrix)
+    return encoder
+
+
+def build(sizes: Architecture, *, image_size: int, classes: int, pixels: str = "paper", seed: int = 0) -> Sam:
+    """Build a network with random weights that depend on ``seed`` alone.
+
+    Linear layers, convolutions and norms start as PyTorch starts them (as in Meta's code); positions of the patches from a
+    normal distribution of deviation 0.02, relative positions from zero.
+
+    Args:
+        sizes: the architecture.
+        image_size: side of the square input in pixels, a multiple of the patch.
+        classes: without background.
+        pixels: a preset of ``PIXELS``.
+        seed: of the random weights; the global random state is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = Sam(sizes, image_size=image_size, masks=classes + 1, pixels=pixels)
+        for module in network.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding, nn.LayerNorm)):
+                module.reset_parameters()
+        nn.init.normal_(network.vision_encoder.pos_embed, std=0.02)
+    return network

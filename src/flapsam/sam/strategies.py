@@ -1,0 +1,54 @@
+"""What trains and travels, as data (FLAP-SAM, arXiv 2407.21739, Figure 1)."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from flapsam.errors import FlapsamError
+
+OUTPUT = "mask_decoder.output.*"
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A way of fine-tuning: whether low-rank adapters are added, and which of SAM's own parameters train."""
+
+    name: str
+    paper_name: str
+    lora: bool
+    """Adapters on every query and value projection, in the encoder and in the decoder; they train and travel."""
+    trains: tuple[str, ...]
+    """Shell-style patterns of the parameters' names."""
+
+    def selects(self, parameter: str) -> bool:
+        """Whether a parameter of this name trains and travels."""
+        return ".lora_" in parameter or any(fnmatchcase(parameter, pattern) for pattern in self.trains)
+
+
+_ALL = (
+    Strategy("full", "FullFT", lora=False, trains=("*",)),
+    Strategy(
+        "attention",
+        "AttnFT",
+        lora=False,
+        trains=("*.attn.*", "*.self_attn.*", "*.cross_attn_*", "*.final_attn_token_to_image.*", OUTPUT),
+    ),
+    Strategy("decoder", "DecFT", lora=False, trains=("mask_decoder.*",)),
+    Strategy("partial-decoder", "PDecFT", lora=False, trains=(OUTPUT,)),
+    Strategy("lora", "LoRA", lora=True, trains=()),
+    Strategy("lora-decoder", "LoRA + decoder", lora=True, trains=("mask_decoder.*",)),
+    Strategy("flap", "FLAP-SAM", lora=True, trains=(OUTPUT,)),
+)
+
+STRATEGIES: dict[str, Strategy] = {strategy.name: strategy for strategy in _ALL}
+"""Name → strategy. A new strategy is one entry above."""
+
+
+def strategy(name: str) -> Strategy:
+    """The strategy of this name.
+
+    Raises:
+        FlapsamError: there is none.
+    """
+    if name not in STRATEGIES:
+        raise FlapsamError(f"strategy '{name}' is unknown; choose one of {', '.join(STRATEGIES)}")
+    return STRATEGIES[name]

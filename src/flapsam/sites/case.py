@@ -1,0 +1,33 @@
+"""Who holds which cases."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Split = Literal["train", "val", "test"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image with its label map."""
+
+    name: str
+    site: str
+    subject: str
+    """Cases of one subject are never divided between splits."""
+    image: Path
+    label: Path
+    split: Split | None = None
+    """None until ``split.assign`` has drawn one."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One hospital: a name and its cases, ordered by name."""
+
+    name: str
+    cases: tuple[Case, ...]
+
+    def of(self, *splits: Split) -> list[Case]:
+        """The cases of these splits."""
+        return [case for case in self.cases if case.split in splits]

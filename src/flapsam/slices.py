@@ -1,0 +1,194 @@
+"""Volume → 2-D samples in [0, 1].
+
+A sample is a window of adjacent slices. The slices of a window never meet in the network; they share the scaling and the
+augmentation. Training and inference cut and scale slices with the same code, so what is learned is what is applied.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from flapsam.config import Samples
+from flapsam.errors import FlapsamError
+from flapsam.files import write_text, written_whole
+from flapsam.sites import IGNORED, Case, LabelMap
+from flapsam.volumes import Volume, canonical_slice_axis, read_image, read_label, same_geometry
+
+REACH = 2
+"""Neighbours either side that take part in scaling: the paper's windows have five slices."""
+
+
+@dataclass(frozen=True)
+class SliceStack:
+    """A volume's slices in canonical axes, the slice axis first: ``images`` has shape (slices, height, width)."""
+
+    images: NDArray
+    samples: Samples
+    bounds: tuple[float, float]
+    """Minimum and maximum of the volume."""
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def window(self, centre: int, depth: int = 1) -> Tensor:
+        """``depth`` adjacent slices around ``centre``; beyond the volume its outermost slice is repeated.
+
+        Scaled by (x − min) / (max − min + 1e-8) over the centre and its two neighbours either side, or over the volume.
+
+        Returns:
+            Shape (depth, channels, height, width), in [0, 1]; three channels for ``adjacent``, else one.
+        """
+        half = depth // 2
+        adjacent = self.samples.channels == "adjacent"
+        taken = self._take(centre, max(half + adjacent, REACH))
+        middle = len(taken) // 2
+        low, high = self.bounds if self.samples.scaling == "volume" else _bounds(taken[middle - REACH : middle + REACH + 1])
+        scaled = (torch.from_numpy(taken) - low) / (high - low + 1e-8)
+        first, last = middle - half, middle + half + 1
+        if not adjacent:
+            return scaled[first:last, None]
+        channels = [scaled[first + shift : last + shift] for shift in (-1, 0, 1)]
+        # The outermost neighbours may lie outside the slices that set the scale.
+        return torch.stack(channels, dim=1).clamp(0, 1)
+
+    def _take(self, centre: int, reach: int) -> NDArray[np.float32]:
+        indices = np.clip(np.arange(centre - reach, centre + reach + 1), 0, len(self) - 1)
+        return np.asarray(self.images[indices], dtype=np.float32)
+
+
+def stack_of(volume: Volume, samples: Samples) -> SliceStack:
+    """A volume in any orientation as a stack of slices."""
+    axis = canonical_slice_axis(volume.affine, samples.axis)
+    images = np.moveaxis(volume.to_canonical().array, axis, 0)
+    return SliceStack(images, samples, _bounds(images))
+
+
+@dataclass(frozen=True)
+class PreparedCase:
+    """A training case unpacked to disk, so that any window is read without loading the volume."""
+
+    name: str
+    slices: int
+    bounds: tuple[float, float]
+    folder: Path
+
+    def stack(self, samples: Samples) -> SliceStack:
+        """The images, mapped from disk."""
+        return SliceStack(np.load(_image_path(self.folder, self.name), mmap_mode="r"), samples, self.bounds)
+
+    def labels(self) -> NDArray[np.int8]:
+        """Class indices (slices, height, width), mapped from disk; −100 is ignored."""
+        return np.load(_label_path(self.folder, self.name), mmap_mode="r")
+
+    def window(self, centre: int, depth: int, samples: Samples) -> tuple[Tensor, Tensor]:
+        """A training sample: images (depth, channels, height, width) and labels (depth, height, width)."""
+        half = depth // 2
+        indices = np.clip(np.arange(centre - half, centre + half + 1), 0, self.slices - 1)
+        labels = torch.from_numpy(np.asarray(self.labels()[indices], dtype=np.int64))
+        return self.stack(samples).window(centre, depth), labels
+
+
+def check_geometry(image: Volume, label: Volume, case: Case) -> None:
+    """Raise FlapsamError unless image and label map have the same shape and place in space."""
+    if image.array.shape != label.array.shape:
+        raise FlapsamError(
+            f"{case.label}: its shape {label.array.shape} differs from the image's {image.array.shape}; "
+            "resample the label map to the image"
+        )
+    if not same_geometry(image.affine, label.affine, image.array.shape):
+        raise FlapsamError(
+            f"{case.label}: its affine differs from the image's, so they lie at different places; "
+            "resample the label map to the image"
+        )
+
+
+def read_pair(case: Case, label_map: LabelMap) -> tuple[Volume, Volume]:
+    """Image and class indices of a case, checked against each other.
+
+    Raises:
+        FlapsamError: either file is broken, their geometry differs, or a label value belongs to no class.
+    """
+    image, label = read_image(case.image), read_label(case.label)
+    check_geometry(image, label, case)
+    return image, Volume(label_map.apply(label.array, case.label), label.affine)
+
+
+def prepare(case: Case, label_map: LabelMap, samples: Samples, folder: Path) -> PreparedCase:
+    """Unpack a case into ``folder`` unless it is there already, unchanged.
+
+    Raises:
+        FlapsamError: as ``read_pair``.
+    """
+    key = _fingerprint(case, label_map, samples)
+    record = folder / f"{case.name}.json"
+    if record.exists():
+        known = json.loads(record.read_text())
+        if known["key"] == key:
+            return PreparedCase(case.name, known["slices"], tuple(known["bounds"]), folder)
+    image, label = read_pair(case, label_map)
+    stack, labels = stack_of(image, samples), stack_of(label, samples)
+    for path, array in ((_image_path(folder, case.name), stack.images), (_label_path(folder, case.name), labels.images)):
+        with written_whole(path) as temporary, temporary.open("wb") as file:
+            np.save(file, np.ascontiguousarray(array))
+    prepared = PreparedCase(case.name, len(stack), stack.bounds, folder)
+    write_text(record, json.dumps({"key": key, "slices": prepared.slices, "bounds": prepared.bounds}))
+    return prepared
+
+
+def to_square(images: Tensor, size: int, resize: str) -> Tensor:
+    """Resize images (n, channels, height, width) to (n, channels, size, size): cubic, clipped to [0, 1]."""
+    height, width = _inner_size(images.shape[-2:], size, resize)
+    if (height, width) != images.shape[-2:]:
+        images = F.interpolate(images, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
+    return F.pad(images, (0, size - width, 0, size - height))
+
+
+def labels_to_square(labels: Tensor, size: int, resize: str) -> Tensor:
+    """Resize class indices (n, height, width) to (n, size, size) by the nearest; padding is ignored."""
+    height, width = _inner_size(labels.shape[-2:], size, resize)
+    if (height, width) != labels.shape[-2:]:
+        labels = F.interpolate(labels[:, None].float(), (height, width), mode="nearest-exact")[:, 0].long()
+    return F.pad(labels, (0, size - width, 0, size - height), value=IGNORED)
+
+
+def from_square(probabilities: Tensor, shape: tuple[int, int], resize: str) -> Tensor:
+    """Resize probabilities (n, classes, size, size) back to slices of ``shape``: (n, classes, height, width)."""
+    height, width = _inner_size(shape, probabilities.shape[-1], resize)
+    inner = probabilities[..., :height, :width]
+    if inner.shape[-2:] == shape:
+        return inner
+    return F.interpolate(inner, shape, mode="bilinear", antialias=True)
+
+
+def _bounds(images: NDArray) -> tuple[float, float]:
+    return float(images.min()), float(images.max())
+
+
+def _inner_size(shape: tuple[int, ...], size: int, resize: str) -> tuple[int, int]:
+    """Height and width of a slice inside the square."""
+    if resize == "stretch":
+        return size, size
+    height, width = shape
+    longer = max(height, width)
+    return max(round(height * size / longer), 1), max(round(width * size / longer), 1)
+
+
+def _fingerprint(case: Case, label_map: LabelMap, samples: Samples) -> str:
+    files = [(str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size) for path in (case.image, case.label)]
+    reading = {**asdict(label_map), "annotated": sorted(label_map.annotated), "index_of": sorted(label_map.index_of.items())}
+    return hashlib.sha256(json.dumps([files, reading, samples.axis]).encode()).hexdigest()
+
+
+def _image_path(folder: Path, name: str) -> Path:
+    return folder / f"{name}.image.npy"
+
+
+def _label_path(folder: Path, name: str) -> Path:
+    return folder / f"{name}.label.npy"

@@ -1,0 +1,26 @@
+"""Images in and out: files, and the volume with its place in space."""
+
+from flapsam.volumes.nifti import (
+    case_name,
+    is_nifti,
+    read_geometry,
+    read_image,
+    read_label,
+    write_label_like,
+    write_volume,
+)
+from flapsam.volumes.volume import Volume, canonical_slice_axis, from_canonical, same_geometry
+
+__all__ = [
+    "Volume",
+    "canonical_slice_axis",
+    "case_name",
+    "from_canonical",
+    "is_nifti",
+    "read_geometry",
+    "read_image",
+    "read_label",
+    "same_geometry",
+    "write_label_like",
+    "write_volume",
+]

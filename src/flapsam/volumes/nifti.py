@@ -1,0 +1,122 @@
+"""NIfTI files in and out."""
+
+import zlib
+from pathlib import Path
+
+import nibabel
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from numpy.typing import NDArray
+
+from flapsam.errors import FlapsamError
+from flapsam.files import written_whole
+from flapsam.volumes.volume import Volume
+
+SUFFIXES = (".nii.gz", ".nii")
+
+
+def is_nifti(path: Path) -> bool:
+    """Whether the name is that of a NIfTI file; hidden files, as macOS archives contain, are not."""
+    return path.name.endswith(SUFFIXES) and not path.name.startswith(".")
+
+
+def case_name(path: Path) -> str:
+    """The file's name without its NIfTI suffix."""
+    for suffix in SUFFIXES:
+        if path.name.endswith(suffix):
+            return path.name.removesuffix(suffix)
+    return path.stem
+
+
+def read_geometry(path: Path) -> tuple[tuple[int, int, int], NDArray[np.float64]]:
+    """Shape and affine, from the header alone.
+
+    Raises:
+        FlapsamError: the file is missing, no NIfTI, not 3-D, or its affine is singular.
+    """
+    image = _open(path)
+    return image.shape, image.affine  # type: ignore[return-value]
+
+
+def read_image(path: Path) -> Volume:
+    """Read an image: integers as they are stored, everything else as float32.
+
+    Raises:
+        FlapsamError: as ``read_geometry``; or the data are truncated or hold NaN or infinity.
+    """
+    image = _open(path)
+    array = _data(image, path)
+    if array.dtype.kind not in "iu":
+        array = array.astype(np.float32)
+        broken = int(array.size - np.count_nonzero(np.isfinite(array)))
+        if broken:
+            raise FlapsamError(f"{path}: {broken} voxels are NaN or infinite; replace them or leave the case out")
+    return Volume(array, image.affine)
+
+
+def read_label(path: Path) -> Volume:
+    """Read a label map as int32, whatever the file stores it as.
+
+    Raises:
+        FlapsamError: as ``read_geometry``; or the data are truncated or no whole numbers.
+    """
+    image = _open(path)
+    stored = _data(image, path)
+    array = stored if stored.dtype.kind in "iu" else np.rint(stored)
+    if array is not stored and not np.array_equal(array, stored):
+        raise FlapsamError(f"{path}: a label map holds whole numbers, this one does not; is it an image?")
+    return Volume(array.astype(np.int32), image.affine)
+
+
+def write_label_like(labels: NDArray, original: Path, path: Path) -> None:
+    """Write a label map with the header geometry of ``original``: the same affine, codes and units, bit for bit.
+
+    Args:
+        labels: whole numbers below 256, in the axes of ``original``.
+        original: the NIfTI image that was segmented.
+        path: where to; written whole or not at all.
+    """
+    source = _open(original)
+    header = source.header.copy()
+    header.set_data_dtype(np.uint8)
+    header.set_slope_inter(1, 0)
+    header["cal_min"] = header["cal_max"] = 0
+    header["descrip"] = b"flapsam label map"
+    # No affine given: the header's own qform and sform are kept as they are.
+    image = nibabel.Nifti1Image(labels.astype(np.uint8), None, header)
+    with written_whole(path) as temporary:
+        nibabel.save(image, temporary)
+
+
+def write_volume(volume: Volume, path: Path) -> None:
+    """Write a new NIfTI file in mm from a volume, whole or not at all."""
+    image = nibabel.Nifti1Image(volume.array, volume.affine)
+    image.header.set_xyzt_units("mm")
+    with written_whole(path) as temporary:
+        nibabel.save(image, temporary)
+
+
+def _open(path: Path) -> nibabel.Nifti1Image:
+    try:
+        image = nibabel.load(path)
+    except FileNotFoundError as error:
+        raise FlapsamError(f"{path}: no such file") from error
+    except (ImageFileError, EOFError, zlib.error, OSError, ValueError) as error:
+        raise FlapsamError(f"{path}: not a readable NIfTI file; is it truncated?") from error
+    if not isinstance(image, nibabel.Nifti1Image):
+        raise FlapsamError(f"{path}: not a NIfTI file; convert it to .nii.gz")
+    if len(image.shape) != 3:
+        raise FlapsamError(f"{path}: a 3-D volume is needed, this file has {len(image.shape)} dimensions {image.shape}")
+    if 0 in image.shape:
+        raise FlapsamError(f"{path}: the volume is empty, its shape is {image.shape}")
+    affine = image.affine
+    if affine is None or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise FlapsamError(f"{path}: the affine is singular, so voxels have no place in space; repair the header")
+    return image
+
+
+def _data(image: nibabel.Nifti1Image, path: Path) -> NDArray:
+    try:
+        return np.asanyarray(image.dataobj)
+    except (EOFError, zlib.error, OSError, ValueError) as error:
+        raise FlapsamError(f"{path}: the voxels cannot be read; the file is truncated or damaged") from error
