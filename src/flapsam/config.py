@@ -65,12 +65,21 @@ class Samples(Options):
     """Side of the network's square input in pixels; the backbone's own default if not given."""
     axis: Literal["auto", "sagittal", "coronal", "axial"] = "auto"
     """Slices are perpendicular to this axis; ``auto`` takes the largest spacing, and of equal ones the last."""
+    clip: tuple[float, float] | None = None
+    """Intensities are first cut to this range, such as [-80, 300] Hounsfield units for CT."""
     scaling: Literal["window", "volume"] = "window"
     """Minimum and maximum are taken over a slice and its two neighbours either side, or over the volume."""
     channels: Literal["replicate", "adjacent"] = "replicate"
     """The slice three times, or the slices below and above it in channels 0 and 2."""
     resize: Literal["stretch", "pad"] = "stretch"
     """How a slice becomes a square: stretched, or padded after scaling its longer side."""
+
+    @field_validator("clip")
+    @classmethod
+    def _rising(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and value[0] >= value[1]:
+            raise ValueError("give the lower bound first, then the higher")
+        return value
 
 
 class Backbone(Options):
@@ -153,6 +162,8 @@ class RunConfig(Options):
     """bf16 runs the network under autocast; parameters and packets stay fp32."""
     threads: Positive | None = None
     """Threads a fit; results are bit-identical only for equal numbers. All cores if not given."""
+    deterministic: bool = True
+    """Only operations that give the same bits each time."""
     output: Path = Path("runs/run")
 
 

@@ -19,7 +19,7 @@ from flapsam.config import Samples
 from flapsam.errors import FlapsamError
 from flapsam.files import write_text, written_whole
 from flapsam.sites import IGNORED, Case, LabelMap
-from flapsam.volumes import Volume, canonical_slice_axis, read_image, read_label, same_geometry
+from flapsam.volumes import Geometry, Volume, canonical_slice_axis, read_image, read_label, same_geometry
 
 REACH = 2
 """Neighbours either side that take part in scaling: the paper's windows have five slices."""
@@ -32,7 +32,7 @@ class SliceStack:
     images: NDArray
     samples: Samples
     bounds: tuple[float, float]
-    """Minimum and maximum of the volume."""
+    """Minimum and maximum of the volume, as stored."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -60,7 +60,8 @@ class SliceStack:
 
     def _take(self, centre: int, reach: int) -> NDArray[np.float32]:
         indices = np.clip(np.arange(centre - reach, centre + reach + 1), 0, len(self) - 1)
-        return np.asarray(self.images[indices], dtype=np.float32)
+        taken = np.asarray(self.images[indices], dtype=np.float32)
+        return taken if self.samples.clip is None else taken.clip(*self.samples.clip)
 
 
 def stack_of(volume: Volume, samples: Samples) -> SliceStack:
@@ -75,6 +76,9 @@ class PreparedCase:
     """A training case unpacked to disk, so that any window is read without loading the volume."""
 
     name: str
+    site: str
+    annotated: frozenset[int]
+    """Indices of the classes that the case's site annotates."""
     slices: int
     bounds: tuple[float, float]
     folder: Path
@@ -95,14 +99,13 @@ class PreparedCase:
         return self.stack(samples).window(centre, depth), labels
 
 
-def check_geometry(image: Volume, label: Volume, case: Case) -> None:
+def check_geometry(case: Case, image: Geometry, label: Geometry) -> None:
     """Raise FlapsamError unless image and label map have the same shape and place in space."""
-    if image.array.shape != label.array.shape:
+    if image[0] != label[0]:
         raise FlapsamError(
-            f"{case.label}: its shape {label.array.shape} differs from the image's {image.array.shape}; "
-            "resample the label map to the image"
+            f"{case.label}: its shape {label[0]} differs from the image's {image[0]}; resample the label map to the image"
         )
-    if not same_geometry(image.affine, label.affine, image.array.shape):
+    if not same_geometry(image[1], label[1], image[0]):
         raise FlapsamError(
             f"{case.label}: its affine differs from the image's, so they lie at different places; "
             "resample the label map to the image"
@@ -116,7 +119,7 @@ def read_pair(case: Case, label_map: LabelMap) -> tuple[Volume, Volume]:
         FlapsamError: either file is broken, their geometry differs, or a label value belongs to no class.
     """
     image, label = read_image(case.image), read_label(case.label)
-    check_geometry(image, label, case)
+    check_geometry(case, image.geometry, label.geometry)
     return image, Volume(label_map.apply(label.array, case.label), label.affine)
 
 
@@ -128,18 +131,20 @@ def prepare(case: Case, label_map: LabelMap, samples: Samples, folder: Path) -> 
     """
     key = _fingerprint(case, label_map, samples)
     record = folder / f"{case.name}.json"
-    if record.exists():
-        known = json.loads(record.read_text())
-        if known["key"] == key:
-            return PreparedCase(case.name, known["slices"], tuple(known["bounds"]), folder)
-    image, label = read_pair(case, label_map)
-    stack, labels = stack_of(image, samples), stack_of(label, samples)
-    for path, array in ((_image_path(folder, case.name), stack.images), (_label_path(folder, case.name), labels.images)):
-        with written_whole(path) as temporary, temporary.open("wb") as file:
-            np.save(file, np.ascontiguousarray(array))
-    prepared = PreparedCase(case.name, len(stack), stack.bounds, folder)
-    write_text(record, json.dumps({"key": key, "slices": prepared.slices, "bounds": prepared.bounds}))
-    return prepared
+    known = json.loads(record.read_text()) if record.exists() else {}
+    if known.get("key") != key:
+        image, label = read_pair(case, label_map)
+        stack, labels = stack_of(image, samples), stack_of(label, samples)
+        for path, array in (
+            (_image_path(folder, case.name), stack.images),
+            (_label_path(folder, case.name), labels.images),
+        ):
+            with written_whole(path) as temporary, temporary.open("wb") as file:
+                np.save(file, np.ascontiguousarray(array))
+        known = {"key": key, "slices": len(stack), "bounds": stack.bounds}
+        write_text(record, json.dumps(known))
+    low, high = known["bounds"]
+    return PreparedCase(case.name, case.site, label_map.annotated, known["slices"], (low, high), folder)
 
 
 def to_square(images: Tensor, size: int, resize: str) -> Tensor:
@@ -182,7 +187,11 @@ def _inner_size(shape: tuple[int, ...], size: int, resize: str) -> tuple[int, in
 
 def _fingerprint(case: Case, label_map: LabelMap, samples: Samples) -> str:
     files = [(str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size) for path in (case.image, case.label)]
-    reading = {**asdict(label_map), "annotated": sorted(label_map.annotated), "index_of": sorted(label_map.index_of.items())}
+    reading = {
+        **asdict(label_map),
+        "annotated": sorted(label_map.annotated),
+        "index_of": sorted(label_map.index_of.items()),
+    }
     return hashlib.sha256(json.dumps([files, reading, samples.axis]).encode()).hexdigest()
 
 

@@ -10,6 +10,7 @@ from flapsam.sam.adapters import (
     travelling_state,
 )
 from flapsam.sam.architecture import ARCHITECTURES, Architecture, architecture
+from flapsam.sam.assembly import Assembled, assemble
 from flapsam.sam.checkpoints import LoadReport, load_meta, read_checkpoint
 from flapsam.sam.network import PIXELS, Sam, build
 from flapsam.sam.strategies import STRATEGIES, Strategy, strategy
@@ -19,11 +20,13 @@ __all__ = [
     "PIXELS",
     "STRATEGIES",
     "Architecture",
+    "Assembled",
     "LoadReport",
     "Sam",
     "Strategy",
     "apply_strategy",
     "architecture",
+    "assemble",
     "build",
     "frozen_checksum",
     "load_meta",

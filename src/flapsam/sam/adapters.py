@@ -11,7 +11,6 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from flapsam.errors import FlapsamError
 from flapsam.sam.network import Sam
 from flapsam.sam.strategies import Strategy
 
@@ -66,14 +65,14 @@ def load_travelling(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Set the tensors that travel.
 
     Raises:
-        FlapsamError: names or shapes are not exactly those of the network.
+        ValueError: names or shapes are not exactly those of the network.
     """
     parameters = travelling(network)
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     given = {name: tuple(t.shape) for name, t in tensors.items()}
     if shapes != given:
         odd = sorted(name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name))
-        raise FlapsamError(f"these tensors do not fit the network: {len(odd)} differ, the first is {odd[0]}")
+        raise ValueError(f"{len(odd)} tensors differ in name or shape, the first is {odd[0]}")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])

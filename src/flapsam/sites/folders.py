@@ -70,7 +70,9 @@ def _read_table(table: Path) -> list[dict[str, Any]]:
         raise FlapsamError(f"{table}: cannot be read as CSV") from error
     missing = {"case", "site"} - set(rows[0] if rows else ())
     if missing:
-        raise FlapsamError(f"{table}: column {', '.join(sorted(missing))} is missing; case,site[,split,subject] are expected")
+        raise FlapsamError(
+            f"{table}: column {', '.join(sorted(missing))} is missing; case,site[,split,subject] are expected"
+        )
     seen = set()
     for row in rows:
         key = (row["site"], row["case"])

@@ -9,9 +9,10 @@ from flapsam.volumes.nifti import (
     write_label_like,
     write_volume,
 )
-from flapsam.volumes.volume import Volume, canonical_slice_axis, from_canonical, same_geometry
+from flapsam.volumes.volume import Geometry, Volume, canonical_slice_axis, from_canonical, same_geometry, slice_count
 
 __all__ = [
+    "Geometry",
     "Volume",
     "canonical_slice_axis",
     "case_name",
@@ -21,6 +22,7 @@ __all__ = [
     "read_image",
     "read_label",
     "same_geometry",
+    "slice_count",
     "write_label_like",
     "write_volume",
 ]

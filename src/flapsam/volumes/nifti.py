@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from flapsam.errors import FlapsamError
 from flapsam.files import written_whole
-from flapsam.volumes.volume import Volume
+from flapsam.volumes.volume import Geometry, Volume
 
 SUFFIXES = (".nii.gz", ".nii")
 
@@ -28,7 +28,7 @@ def case_name(path: Path) -> str:
     return path.stem
 
 
-def read_geometry(path: Path) -> tuple[tuple[int, int, int], NDArray[np.float64]]:
+def read_geometry(path: Path) -> Geometry:
     """Shape and affine, from the header alone.
 
     Raises:

@@ -10,12 +10,21 @@ CANONICAL_AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 """Axes of a canonical volume: 0 grows to the right, 1 to the front, 2 to the head (RAS+)."""
 
 
+Geometry = tuple[tuple[int, int, int], NDArray[np.float64]]
+"""Shape and affine."""
+
+
 @dataclass(frozen=True)
 class Volume:
     """Voxels with shape (i, j, k) and the affine (4, 4) from voxel index to millimetres in RAS+ world space."""
 
     array: NDArray
     affine: NDArray[np.float64]
+
+    @property
+    def geometry(self) -> Geometry:
+        """Shape and affine."""
+        return self.array.shape, self.affine
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -57,6 +66,12 @@ def canonical_slice_axis(affine: NDArray[np.float64], axis: str) -> int:
     spacing = np.empty(3)
     spacing[orientation[:, 0].astype(int)] = spacing_of(affine)
     return int(np.flatnonzero(spacing >= 0.99 * spacing.max())[-1])
+
+
+def slice_count(shape: tuple[int, int, int], affine: NDArray[np.float64], axis: str) -> int:
+    """Slices that a volume in any orientation has along ``axis``, as ``canonical_slice_axis`` names it."""
+    orientation = orientations.io_orientation(affine)
+    return shape[int(np.flatnonzero(orientation[:, 0] == canonical_slice_axis(affine, axis))[0])]
 
 
 def same_geometry(first: NDArray[np.float64], second: NDArray[np.float64], shape: tuple[int, ...]) -> bool:

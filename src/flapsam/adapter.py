@@ -1,0 +1,159 @@
+"""The result of a run: a folder with the trained tensors and all that is needed to use them.
+
+``flapsam.json`` says what the adapter is. Low-rank factors are kept in PEFT's own format (``adapter_config.json``,
+``adapter_model.safetensors``), for FLAP-SAM together with the decoder's output part; what PEFT cannot express is in
+``weights.safetensors``.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flapsam import __version__
+from flapsam.config import Backbone, ClassValues, Samples
+from flapsam.errors import FlapsamError
+from flapsam.files import write_text, written_whole
+from flapsam.sam import Sam, assemble, load_travelling, lora_config, strategy
+from flapsam.sam.strategies import OUTPUT
+
+CARD, PEFT_CONFIG, PEFT_WEIGHTS, PLAIN_WEIGHTS = (
+    "flapsam.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "weights.safetensors",
+)
+PEFT_PREFIX = "base_model.model."
+
+
+class BackboneCard(BaseModel):
+    """The network underneath an adapter."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    pixels: Literal["paper", "sam"]
+    weights: str | None
+    """File name of the checkpoint; None for random weights, which ``seed`` repeats."""
+    seed: int
+    checksum: str
+    """SHA-256 of the weights that stay."""
+
+
+class AdapterCard(BaseModel):
+    """What ``flapsam.json`` says."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[1] = 1
+    flapsam: str = __version__
+    run: str
+    mode: str
+    rounds: int
+    strategy: str
+    lora_rank: int
+    backbone: BackboneCard
+    samples: Samples
+    classes: list[str]
+    labels: dict[str, ClassValues]
+    """Values that stood for the classes in the training labels; predictions hold 1, 2, … in the order of ``classes``."""
+
+
+def save_adapter(folder: Path, card: AdapterCard, tensors: Mapping[str, Tensor]) -> None:
+    """Write an adapter; its card is written last, so a folder with a card is whole.
+
+    Args:
+        folder: where to.
+        card: what it is.
+        tensors: those that travel, under the network's public names.
+    """
+    chosen = strategy(card.strategy)
+    output_with_lora = chosen.lora and chosen.trains == (OUTPUT,)
+    peft = {n: t.contiguous() for n, t in tensors.items() if chosen.lora and (output_with_lora or ".lora_" in n)}
+    plain = {n: t.contiguous() for n, t in tensors.items() if n not in peft}
+    if peft:
+        config = lora_config(card.lora_rank)
+        config.base_model_name_or_path = card.backbone.name
+        config.inference_mode = True
+        config.modules_to_save = ["output"] if output_with_lora else None
+        with written_whole(folder / PEFT_WEIGHTS) as temporary:
+            save_file({PEFT_PREFIX + name: tensor for name, tensor in peft.items()}, temporary, metadata={"format": "pt"})
+        # Sets have no order of their own; sorted, the file is the same each time.
+        write_text(folder / PEFT_CONFIG, json.dumps(config.to_dict(), indent=2, sort_keys=True, default=sorted) + "\n")
+    if plain:
+        with written_whole(folder / PLAIN_WEIGHTS) as temporary:
+            save_file(plain, temporary)
+    write_text(folder / CARD, card.model_dump_json(indent=2) + "\n")
+
+
+def read_card(folder: Path) -> AdapterCard:
+    """What an adapter is.
+
+    Raises:
+        FlapsamError: the folder is no adapter, or of a format that this version does not know.
+    """
+    path = folder / CARD
+    try:
+        return AdapterCard.model_validate_json(path.read_text())
+    except OSError as error:
+        raise FlapsamError(f"{folder}: not an adapter, {CARD} is missing") from error
+    except ValidationError as error:
+        raise FlapsamError(f"{path}: not an adapter's description that flapsam {__version__} can read") from error
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The trained tensors of an adapter under the network's public names.
+
+    Raises:
+        FlapsamError: a file is missing or damaged.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in (folder / PEFT_WEIGHTS, folder / PLAIN_WEIGHTS):
+        try:
+            if path.exists():
+                tensors |= {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(path).items()}
+        except (SafetensorError, OSError) as error:
+            raise FlapsamError(f"{path}: cannot be read; is it truncated?") from error
+    if not tensors:
+        raise FlapsamError(f"{folder}: the adapter's weights are missing")
+    return tensors
+
+
+def load_adapter(folder: Path, weights: Path | None = None) -> tuple[Sam, AdapterCard]:
+    """Build the network of an adapter and put the adapter on it.
+
+    Args:
+        folder: the adapter.
+        weights: the backbone's checkpoint, where the adapter needs one.
+
+    Raises:
+        FlapsamError: the adapter is damaged, or the backbone is missing or not the one that it was trained on.
+    """
+    card = read_card(folder)
+    if card.backbone.weights and weights is None:
+        raise FlapsamError(f"{folder}: this adapter needs its backbone {card.backbone.weights}; give it with --weights")
+    if card.backbone.weights is None and weights is not None:
+        raise FlapsamError(f"{folder}: this adapter was trained on random weights, not on {weights}; leave out --weights")
+    assembled = assemble(
+        Backbone(name=card.backbone.name, weights=weights, pixels=card.backbone.pixels),
+        image_size=card.samples.size,
+        classes=len(card.classes),
+        strategy_name=card.strategy,
+        rank=card.lora_rank,
+        seed=card.backbone.seed,
+    )
+    if assembled.checksum != card.backbone.checksum:
+        raise FlapsamError(
+            f"{folder}: this adapter belongs to another backbone: {card.backbone.name} with checksum "
+            f"{card.backbone.checksum[:12]}, not {assembled.checksum[:12]}; give the checkpoint it was trained on"
+        )
+    try:
+        load_travelling(assembled.network, read_tensors(folder))
+    except ValueError as error:
+        raise FlapsamError(f"{folder}: its weights do not fit its description: {error}") from error
+    return assembled.network, card

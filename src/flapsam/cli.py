@@ -1,0 +1,253 @@
+"""The commands. Each reads its arguments, calls one function and prints its result; heavy imports happen inside."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from flapsam import __version__
+from flapsam.errors import FlapsamError
+
+if TYPE_CHECKING:
+    from flapsam.report.progress import ConsoleObserver
+
+app = typer.Typer(
+    help="Federated, parameter-efficient fine-tuning of the Segment Anything Model for medical volumes.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+data_app = typer.Typer(help="Check data, or make some up.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+out, notes = Console(), Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads; all cores by default.")]
+
+
+def main() -> None:
+    """Run the command line; what the user did wrong is one sentence and exit code 2."""
+    try:
+        app()
+    except FlapsamError as error:
+        notes.print(f"[bold red]Error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        out.print(__version__, highlight=False)
+        raise typer.Exit
+
+
+@app.command()
+def simulate(
+    config: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run's configuration.")],
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, such as rounds.count=5.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune SAM across sites on this machine: volumes → adapter, label maps and scores."""
+    from flapsam.config import read_config
+    from flapsam.experiments.simulation import simulate as run
+    from flapsam.report import tables
+
+    configuration = read_config(config, assignments or [])
+    try:
+        with _observer() as observer:
+            results = run(configuration, resume=resume, observer=observer)
+    except KeyboardInterrupt:
+        notes.print(f"Interrupted. What is done is kept in {configuration.output}; go on with --resume.", highlight=False)
+        raise typer.Exit(130) from None
+    if as_json:
+        return _print_json(results.as_json())
+    out.print(tables.dice_table(results))
+    out.print(tables.class_table({mode: sites["pooled"] for mode, sites in results.summaries().items()}))
+    if results.traffic:
+        out.print(tables.traffic_table(results))
+    out.print(f"Adapters, label maps and the ledger are in {results.folder}", highlight=False)
+
+
+@app.command()
+def predict(
+    trained: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="The folder of a run or of an adapter.")],
+    images: Annotated[Path, typer.Argument(help="A NIfTI file, a folder of them, or a folder of sites.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the label maps.")],
+    weights: Annotated[Path | None, typer.Option(help="The backbone's checkpoint, if the adapter needs one.")] = None,
+    split: Annotated[str | None, typer.Option(help="Of a folder of sites, only train, val or test cases.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")] = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Segment volumes: one label map an image, in the image's own grid."""
+    if split not in (None, "train", "val", "test"):
+        raise FlapsamError(f"--split {split}: choose train, val or test")
+    from flapsam.prediction import find_images, find_trained, predict_images
+
+    found = find_trained(trained)
+    jobs = find_images(images, found, split)  # type: ignore[arg-type]
+    with _observer() as observer:
+        observer.begin("label maps", len(jobs))
+        written = list(
+            predict_images(found, jobs, output, weights=weights, device=device, threads=threads, on_case=observer.step)
+        )
+        observer.end()
+    if as_json:
+        return _print_json({"written": [str(path) for path in written]})
+    out.print(f"{len(written)} label maps written to {output}", highlight=False)
+
+
+@app.command()
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(help="Folder of label maps: CASE.nii.gz or SITE/CASE.nii.gz.")],
+    labels: Annotated[Path, typer.Argument(help="Folder of the truth: the same, or SITE/labels/CASE.nii.gz.")],
+    trained: Annotated[
+        Path | None,
+        typer.Option("--adapter", metavar="RUN_OR_ADAPTER", help="Says which values in LABELS stand for which class."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Score label maps against the truth: 3-D Dice and 95 % Hausdorff distance per case, site and class."""
+    from dataclasses import asdict
+
+    from flapsam.evaluation import evaluate as score
+    from flapsam.metrics import by_site, summarise
+    from flapsam.prediction import find_trained
+    from flapsam.report import tables
+
+    with _observer() as observer:
+        observer.begin("scores", 0)
+        scores = score(predictions, labels, find_trained(trained) if trained else None, on_case=observer.step)
+        observer.end()
+    if as_json:
+        sites = {site: asdict(summarise(part)) for site, part in by_site(scores).items()}
+        cases = [asdict(case) for case in scores]
+        return _print_json({"pooled": asdict(summarise(scores)), "sites": sites, "cases": cases})
+    out.print(tables.scores_table(scores))
+
+
+@app.command()
+def traffic(
+    backbone: Annotated[str, typer.Option(help="sam-vit-b, -l, -h or sam-tiny.")] = "sam-vit-b",
+    size: Annotated[int | None, typer.Option(help="Side of the network's input in pixels.")] = None,
+    classes: Annotated[int, typer.Option(min=1, help="Without background.")] = 2,
+    rank: Annotated[int, typer.Option(min=1, help="Of the low-rank adapters.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1)] = 100,
+    as_json: Json = False,
+) -> None:
+    """What each strategy trains and sends: parameters, and GiB of one client in both directions, uncompressed."""
+    from dataclasses import asdict
+
+    from flapsam.report import tables
+    from flapsam.traffic import strategy_table
+
+    rows = strategy_table(backbone, image_size=size, classes=classes, rank=rank, rounds=rounds)
+    if as_json:
+        return _print_json([asdict(row) for row in rows])
+    out.print(f"{backbone}, {classes} classes, rank {rank}, {rounds} rounds, one client, up and down", highlight=False)
+    out.print(tables.strategy_table(rows))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What flapsam finds on this machine."""
+    import psutil
+    import torch
+
+    from flapsam.device import default_threads, find_device
+    from flapsam.environment import environment
+
+    found = {
+        **environment(),
+        "cores": default_threads(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "memory_free_gib": round(psutil.virtual_memory().available / 2**30, 1),
+        "disk_free_gib": round(psutil.disk_usage(".").free / 2**30, 1),
+        "device": str(find_device("auto")),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
+    del found["command"]
+    if as_json:
+        return _print_json(found)
+    for name, value in found.items():
+        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        out.print(f"{name.replace('_', ' '):>16}  {text or 'none'}", highlight=False, soft_wrap=True)
+
+
+@data_app.command()
+def check(
+    path: Annotated[Path, typer.Argument(help="A folder of sites.")],
+    config: Annotated[Path | None, typer.Option(metavar="RUN.yaml", help="Says which label values are classes.")] = None,
+    labels: Annotated[list[int] | None, typer.Option("--label", help="A label value that may occur; repeatable.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Read every case and list every problem, before any training."""
+    from flapsam.check import check_cases
+    from flapsam.config import Data, read_config
+    from flapsam.sites import read_sites
+
+    if config:
+        run = read_config(config)
+        data, seed = run.data.model_copy(update={"path": path}), run.seed
+    elif labels:
+        data, seed = Data(path=path, labels={str(value): value for value in labels}), 0
+    else:
+        raise FlapsamError("say which label values may occur: --label 1 --label 2, or --config RUN.yaml")
+    sites = read_sites(data, seed)
+    count = sum(len(site.cases) for site in sites)
+    with _observer() as observer:
+        observer.begin("cases", count)
+        problems = check_cases(sites, data, observer.step)
+        observer.end()
+    if as_json:
+        _print_json({"sites": {site.name: len(site.cases) for site in sites}, "problems": problems})
+    else:
+        for problem in problems:
+            out.print(problem, highlight=False, soft_wrap=True, markup=False)
+        out.print(f"{count} cases at {len(sites)} sites, {len(problems)} problems", highlight=False)
+    if problems:
+        raise typer.Exit(2)
+
+
+@data_app.command()
+def phantom(
+    folder: Annotated[Path, typer.Argument(help="Where the sites are written.")],
+    sites: Annotated[int, typer.Option(min=1)] = 4,
+    cases: Annotated[int, typer.Option(min=2, help="At each site; three in ten are for the test.")] = 10,
+    seed: int = 0,
+) -> None:
+    """Make up sites: CT-like abdomens with kidneys and tumours."""
+    from flapsam.experiments.phantom import make_phantom
+
+    with _observer() as observer:
+        observer.begin("phantoms", sites * cases)
+        make_phantom(folder, sites=sites, cases=cases, seed=seed, on_case=observer.step)
+        observer.end()
+    out.print(f"{sites * cases} cases at {sites} sites written to {folder}", highlight=False)
+
+
+def _observer() -> "ConsoleObserver":
+    from flapsam.report.progress import ConsoleObserver
+
+    return ConsoleObserver(notes)
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Where the arithmetic happens."""
+
+import os
+
+import torch
+
+from flapsam.errors import FlapsamError
+
+
+def find_device(name: str) -> torch.device:
+    """The device of this name; ``auto`` takes a GPU if there is one.
+
+    Raises:
+        FlapsamError: there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise FlapsamError(f"device '{name}' is not to be had here; use cpu, cuda, mps or auto") from error
+    return device
+
+
+def set_up_torch(threads: int, *, deterministic: bool) -> None:
+    """Fix what the last bits of a result depend on, for the whole process."""
+    torch.set_num_threads(threads)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    # Every tensor here is written before it is read; filling memory first costs a fifth of a step.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def default_threads() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,316 @@
+"""All sites on one machine: volumes → rounds → adapters, label maps and scores.
+
+Every mode is a set of federations: ``federated`` is one of all sites, ``local`` one of each site alone, ``centralised`` one
+whose only client holds the pooled data.
+"""
+
+import json
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flapsam.adapter import AdapterCard, BackboneCard, save_adapter
+from flapsam.config import RunConfig, write_config
+from flapsam.device import default_threads, find_device, set_up_torch
+from flapsam.environment import environment
+from flapsam.errors import FlapsamError
+from flapsam.federation.aggregation import aggregator
+from flapsam.federation.engines.local import run_rounds
+from flapsam.federation.ledger import Ledger, read_ledger
+from flapsam.federation.observer import Observer
+from flapsam.federation.packets import Contract
+from flapsam.federation.rounds import Client, ClientData, Server
+from flapsam.federation.state import ClientState, ServerState
+from flapsam.federation.weights import client_weights
+from flapsam.files import check_writable, write_text
+from flapsam.inference import predict_volume
+from flapsam.metrics import CaseScores, Summary, by_site, score_case, summarise
+from flapsam.sam import Assembled, architecture, assemble, load_travelling, travelling_state
+from flapsam.sites import Site, hold_out_validation, label_map, read_sites
+from flapsam.slices import check_geometry, prepare, read_pair
+from flapsam.traffic import full_packet_bytes
+from flapsam.volumes import read_geometry, write_label_like
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Measured bytes of the federated rounds, a round and a site."""
+
+    up: float
+    down: float
+    full: int
+    """What the parameters of full fine-tuning would take one way."""
+
+    @property
+    def ratio(self) -> float:
+        """How many times less travels than with full fine-tuning."""
+        return 2 * self.full / (self.up + self.down)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a simulation ends with."""
+
+    folder: Path
+    scores: dict[str, list[CaseScores]]
+    """Test scores of each mode, a case an entry."""
+    traffic: Traffic | None
+
+    def summaries(self) -> dict[str, dict[str, Summary]]:
+        """Mode → site → means over its cases; ``pooled`` holds the means over all cases."""
+        return {
+            mode: {site: summarise(part) for site, part in by_site(scores).items()} | {"pooled": summarise(scores)}
+            for mode, scores in self.scores.items()
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """The results for other programs."""
+        traffic = {**asdict(self.traffic), "ratio": self.traffic.ratio} if self.traffic else None
+        return {
+            "folder": str(self.folder),
+            "summaries": {
+                mode: {site: asdict(summary) for site, summary in sites.items()} for mode, sites in self.summaries().items()
+            },
+            "cases": {mode: [asdict(score) for score in scores] for mode, scores in self.scores.items()},
+            "traffic": traffic,
+        }
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Who trains one model together."""
+
+    name: str
+    mode: str
+    clients: Sequence[ClientData]
+    tested: Sequence[Site]
+    """Sites on whose test cases the model is scored."""
+    adapter: Path
+    """Where its adapter goes, relative to the run's folder."""
+
+
+def simulate(config: RunConfig, *, resume: bool = False, observer: Observer | None = None) -> Results:
+    """Run a configuration to its end.
+
+    Args:
+        config: the run.
+        resume: go on with the run in ``config.output`` where a crash or an interruption stopped it.
+        observer: is told what happens.
+
+    Raises:
+        FlapsamError: the configuration, the data or the output folder is wrong.
+    """
+    return _Simulation(resolve(config), resume=resume, observer=observer or Observer()).run()
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """The configuration with everything left open filled in.
+
+    Raises:
+        FlapsamError: a name in it is unknown.
+    """
+    sizes = architecture(config.backbone.name)
+    size = config.samples.size or sizes.default_size
+    sizes.tokens(size)
+    aggregator(config.aggregator, config.lora.rank)
+    return config.model_copy(
+        update={
+            "samples": config.samples.model_copy(update={"size": size}),
+            "threads": config.threads or default_threads(),
+            "device": str(find_device(config.device)),
+        }
+    )
+
+
+class _Simulation:
+    def __init__(self, config: RunConfig, *, resume: bool, observer: Observer) -> None:
+        self.config = config
+        self.folder = config.output
+        self.resume = resume
+        self.observer = observer
+
+    def run(self) -> Results:
+        config = self.config
+        sites = read_sites(config.data, config.seed)
+        weights = client_weights(sites, config)
+        sites = [hold_out_validation(site, config.data.validation_fraction, config.seed) for site in sites]
+        _check_cases(sites)
+        self.run_id = self._open_folder()
+        self.ledger = Ledger(self.folder / "events.jsonl")
+        clients = self._prepare(sites)
+        set_up_torch(config.threads or 1, deterministic=config.deterministic)
+        self.assembled = self._assemble()
+        self.initial = travelling_state(self.assembled.network)
+        self.contract = Contract.of(self.initial)
+        scores: dict[str, list[CaseScores]] = {}
+        for federation in self._federations(sites, clients):
+            self._train(federation, weights)
+            self._test(federation)
+        for event in read_ledger(self.ledger.path):
+            if event["event"] == "test":
+                score = CaseScores(event["case"], event["site"], event["dice"], event["hd95"])
+                scores.setdefault(event["federation"].split("/")[0], []).append(score)
+        results = Results(self.folder, scores, self._traffic())
+        write_text(self.folder / "results.json", json.dumps(results.as_json(), indent=2) + "\n")
+        self.observer.event(self.ledger.write("end"))
+        shutil.rmtree(self._cache, ignore_errors=True)
+        return results
+
+    @property
+    def _cache(self) -> Path:
+        return self.folder / "cache"
+
+    def _open_folder(self) -> str:
+        """Make the run's folder, or check that it holds this run; returns the run's id."""
+        description, identity = self.folder / "run.yaml", self.folder / "environment.json"
+        text = write_config(self.config)
+        if identity.exists():
+            if not self.resume:
+                raise FlapsamError(f"{self.folder}: there is a run here already; add --resume, or choose another output")
+            if description.read_text() != text:
+                raise FlapsamError(
+                    f"{description}: the run here was started with another configuration; give that one to resume it"
+                )
+            return json.loads(identity.read_text())["run"]
+        if self.resume:
+            raise FlapsamError(f"{self.folder}: there is no run here to resume; leave out --resume")
+        check_writable(self.folder)
+        write_text(description, text)
+        run = uuid.uuid4().hex
+        write_text(identity, json.dumps({"run": run, **environment()}, indent=2) + "\n")
+        return run
+
+    def _prepare(self, sites: Sequence[Site]) -> list[ClientData]:
+        """Unpack every training and validation case."""
+        self.observer.begin("reading volumes", sum(len(site.of("train", "val")) for site in sites))
+        clients = []
+        for site in sites:
+            labels = label_map(self.config.data, site.name)
+            parts = {}
+            for split in ("train", "val"):
+                parts[split] = []
+                for case in site.of(split):
+                    parts[split].append(prepare(case, labels, self.config.samples, self._cache / site.name))
+                    self.observer.step()
+            clients.append(ClientData(site.name, parts["train"], parts["val"]))
+        self.observer.end()
+        return clients
+
+    def _assemble(self) -> Assembled:
+        config = self.config
+        assembled = assemble(
+            config.backbone,
+            image_size=config.samples.size,
+            classes=len(config.data.classes),
+            strategy_name=config.strategy,
+            rank=config.lora.rank,
+            seed=config.seed,
+        )
+        assembled.network.to(config.device)
+        self.observer.say(f"{config.backbone.name} with {assembled.weights}")
+        return assembled
+
+    def _federations(self, sites: Sequence[Site], clients: Sequence[ClientData]) -> list[Federation]:
+        result = []
+        for mode in self.config.modes:
+            if mode == "federated":
+                result.append(Federation(mode, mode, clients, sites, Path("adapter")))
+            elif mode == "centralised":
+                pooled = ClientData(
+                    mode, [c for data in clients for c in data.train], [c for data in clients for c in data.val]
+                )
+                result.append(Federation(mode, mode, [pooled], sites, Path("adapter-centralised")))
+            else:
+                result += [
+                    Federation(f"{mode}/{site.name}", mode, [data], [site], Path("adapter-local") / site.name)
+                    for site, data in zip(sites, clients, strict=True)
+                ]
+        return result
+
+    def _train(self, federation: Federation, weights: Mapping[str, float]) -> None:
+        """Run the rounds and save the adapter; the network holds it afterwards."""
+        config, assembled = self.config, self.assembled
+        state = self.folder / "state" / federation.name
+        # The mean of one client's tensors is those tensors: a site alone is never aggregated.
+        method = config.aggregator if federation.mode == "federated" else "fedavg"
+        server = Server(
+            self.run_id,
+            self.contract,
+            weights if federation.mode == "federated" else {data.site: 1.0 for data in federation.clients},
+            lambda: aggregator(method, config.lora.rank),
+            ServerState(state / "server"),
+        )
+        server.start(self.initial)
+        clients = [
+            Client(assembled.network, data, config, self.run_id, self.contract, ClientState(state / "sites" / data.site))
+            for data in federation.clients
+        ]
+        run_rounds(federation.name, server, clients, config.rounds.count, self.ledger, self.observer)
+        tensors = server.tensors
+        save_adapter(self.folder / federation.adapter, self._card(federation), tensors)
+        load_travelling(assembled.network, tensors)
+
+    def _card(self, federation: Federation) -> AdapterCard:
+        config = self.config
+        return AdapterCard(
+            run=self.run_id,
+            mode=federation.mode,
+            rounds=config.rounds.count,
+            strategy=config.strategy,
+            lora_rank=config.lora.rank,
+            backbone=BackboneCard(
+                name=config.backbone.name,
+                pixels=config.backbone.pixels,
+                weights=config.backbone.weights.name if config.backbone.weights else None,
+                seed=config.seed,
+                checksum=self.assembled.checksum,
+            ),
+            samples=config.samples,
+            classes=config.data.classes,
+            labels=config.data.labels,
+        )
+
+    def _test(self, federation: Federation) -> None:
+        """Predict and score the test cases, each once; label maps go to ``predictions``."""
+        config = self.config
+        cases = [case for site in federation.tested for case in site.of("test")]
+        self.observer.begin(f"{federation.name}: test", len(cases))
+        for case in cases:
+            identity = {"federation": federation.name, "site": case.site, "case": case.name}
+            if not self.ledger.holds("test", **identity):
+                labels = label_map(config.data, case.site)
+                image, truth = read_pair(case, labels)
+                predicted = predict_volume(
+                    self.assembled.network,
+                    image,
+                    config.samples,
+                    batch=config.inference_batch,
+                    precision=config.precision,
+                )
+                target = self.folder / "predictions" / federation.mode / case.site / f"{case.name}.nii.gz"
+                write_label_like(predicted, case.image, target)
+                score = score_case(
+                    case.name, case.site, predicted, truth.array, image.spacing, labels.classes, labels.annotated
+                )
+                self.observer.event(self.ledger.write("test", **identity, dice=score.dice, hd95=score.hd95))
+            self.observer.step()
+        self.observer.end()
+
+    def _traffic(self) -> Traffic | None:
+        if "federated" not in self.config.modes:
+            return None
+        fits = [e for e in read_ledger(self.ledger.path) if e["event"] == "fit" and e["federation"] == "federated"]
+        up, down = (sum(event[key] for event in fits) / len(fits) for key in ("bytes_up", "bytes_down"))
+        return Traffic(up, down, full_packet_bytes(self.config))
+
+
+def _check_cases(sites: Sequence[Site]) -> None:
+    """From headers alone, before long work begins: every site can train, every pair fits together."""
+    for site in sites:
+        if not site.of("train"):
+            raise FlapsamError(f"site {site.name}: it has no training case; give it one, or leave it out with data.sites")
+        for case in site.cases:
+            check_geometry(case, read_geometry(case.image), read_geometry(case.label))

@@ -1,0 +1,1 @@
+"""The federated algorithm: rounds, packets, aggregation, state on disk; and the engines that carry the packets."""

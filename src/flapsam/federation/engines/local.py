@@ -1,0 +1,69 @@
+"""The engine for one machine: clients fit one after another, sharing one network in memory."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flapsam.federation.ledger import Ledger
+from flapsam.federation.observer import Observer
+from flapsam.federation.packets import PacketRefused
+from flapsam.federation.rounds import VALIDATION, Client, Server
+from flapsam.training import batches_per_epoch
+
+
+def run_rounds(
+    name: str, server: Server, clients: Sequence[Client], rounds: int, ledger: Ledger, observer: Observer
+) -> None:
+    """Carry packets until ``rounds`` rounds are done, going on where the server's state stands.
+
+    Args:
+        name: of this federation, in the ledger.
+        server: started.
+        clients: in the order of the sites' names.
+        rounds: in total.
+        ledger: gets an event a fit, a refusal, a validation, a round.
+        observer: is told of steps and events.
+    """
+
+    def record(event: str, **fields: Any) -> None:
+        observer.event(ledger.write(event, federation=name, **fields))
+
+    def record_validation(number: int, site: str, metrics: Mapping[str, float | None]) -> None:
+        scores = {key.removeprefix(VALIDATION): value for key, value in metrics.items() if key.startswith(VALIDATION)}
+        if scores:
+            record("validation", round=number, site=site, dice=scores)
+
+    steps = sum(batches_per_epoch(client.data.train, client.config.training) for client in clients)
+    steps *= clients[0].config.training.epochs
+    observer.begin(name, steps * rounds, steps * server.rounds_done)
+    for number in range(server.rounds_done + 1, rounds + 1):
+        started = time.perf_counter()
+        packet = server.packet
+        for client in clients:
+            site = client.data.site
+            answer = client.fit(packet, observer.step)
+            try:
+                header = server.receive(answer)
+            except PacketRefused as reason:
+                record("refused", round=number, site=site, reason=str(reason), bytes_up=len(answer))
+                continue
+            record_validation(number - 1, site, header.metrics)
+            metrics = {key: value for key, value in header.metrics.items() if not key.startswith(VALIDATION)}
+            record(
+                "fit",
+                round=number,
+                site=site,
+                bytes_down=len(packet),
+                bytes_up=len(answer),
+                slices=header.samples,
+                **metrics,
+            )
+        aggregating = time.perf_counter()
+        server.close_round()
+        now = time.perf_counter()
+        record("round", round=number, seconds=now - started, aggregation_seconds=now - aggregating)
+    packet = server.packet
+    for client in clients:
+        record_validation(rounds, client.data.site, client.validate(packet))
+        record("delivery", round=rounds, site=client.data.site, bytes_down=len(packet))
+    observer.end()

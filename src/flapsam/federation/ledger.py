@@ -1,0 +1,64 @@
+"""``events.jsonl``: what happened in a run, one JSON object a line, written as it happens."""
+
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from flapsam.errors import FlapsamError
+
+Event = dict[str, Any]
+IDENTITY = ("event", "federation", "round", "site", "case")
+"""Fields that say which event it is; a resumed run does not write the same event twice."""
+
+
+class Ledger:
+    """Appends events to a file."""
+
+    def __init__(self, path: Path) -> None:
+        """Open a ledger; a last line that a crash cut short is removed.
+
+        Raises:
+            FlapsamError: the file cannot be read or written.
+        """
+        self.path = path
+        try:
+            if path.exists():
+                whole = path.read_bytes()
+                os.truncate(path, whole.rfind(b"\n") + 1)
+            self.known = {_identity(event) for event in read_ledger(path)} if path.exists() else set()
+            path.touch()
+        except OSError as error:
+            raise FlapsamError(f"{path}: the ledger cannot be written ({error.strerror})") from error
+
+    def holds(self, event: str, **identity: Any) -> bool:
+        """Whether an event stands there already."""
+        return _identity({"event": event, **identity}) in self.known
+
+    def write(self, event: str, **fields: Any) -> Event:
+        """Append an event with the time, unless it stands there already; returns it."""
+        entry = {"event": event, "time": datetime.now(UTC).isoformat(timespec="seconds"), **fields}
+        if _identity(entry) not in self.known:
+            self.known.add(_identity(entry))
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        return entry
+
+
+def read_ledger(path: Path) -> list[Event]:
+    """All events of a ledger.
+
+    Raises:
+        FlapsamError: it is missing or damaged.
+    """
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise FlapsamError(f"{path}: there is no ledger here; is this the folder of a run?") from error
+    except ValueError as error:
+        raise FlapsamError(f"{path}: the ledger is damaged") from error
+
+
+def _identity(event: Event) -> tuple[Any, ...]:
+    return tuple(event.get(field) for field in IDENTITY)

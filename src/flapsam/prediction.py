@@ -1,0 +1,113 @@
+"""Folders of images → label maps, with a trained adapter."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from flapsam.adapter import CARD, load_adapter
+from flapsam.config import Backbone, RunConfig, read_config
+from flapsam.device import default_threads, find_device, set_up_torch
+from flapsam.errors import FlapsamError
+from flapsam.files import check_writable
+from flapsam.inference import predict_volume
+from flapsam.sites import LAYOUTS, Split, read_sites
+from flapsam.volumes import case_name, is_nifti, read_image, write_label_like
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An adapter's folder, and the configuration of the run that it lies in, if it does."""
+
+    folder: Path
+    run: RunConfig | None
+
+
+def find_trained(path: Path) -> Trained:
+    """The adapter at ``path``, which is an adapter's folder or a run's.
+
+    Raises:
+        FlapsamError: it is neither.
+    """
+    for folder in (path, path / "adapter"):
+        if (folder / CARD).exists():
+            run = next((p / "run.yaml" for p in (path, path.parent, path.parent.parent) if (p / "run.yaml").exists()), None)
+            return Trained(folder, read_config(run) if run else None)
+    raise FlapsamError(f"{path}: neither an adapter nor a finished run; an adapter's folder holds {CARD}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image, and its label map's place relative to the output folder."""
+
+    image: Path
+    target: Path
+
+
+def find_images(path: Path, trained: Trained, split: Split | None = None) -> list[Job]:
+    """Images to predict.
+
+    Args:
+        path: a NIfTI file; a folder of them; or a folder of sites, whose label maps go to ``SITE/CASE.nii.gz``.
+        trained: says how the run split its data, where the data have no table.
+        split: only these cases of a folder of sites.
+
+    Raises:
+        FlapsamError: there is no image.
+    """
+    if path.is_file():
+        return [Job(path, Path(f"{case_name(path)}.nii.gz"))]
+    if not path.is_dir():
+        raise FlapsamError(f"{path}: no such file or folder")
+    images = [image for image in sorted(path.iterdir()) if is_nifti(image)]
+    if images:
+        return [Job(image, Path(f"{case_name(image)}.nii.gz")) for image in images]
+    if split is None:
+        images = [image for image in sorted(path.glob("*/images/*")) if is_nifti(image)]
+        if not images:
+            raise FlapsamError(f"{path}: no NIfTI image there, neither directly nor as SITE/images/CASE.nii.gz")
+        return [Job(image, Path(image.parent.parent.name) / f"{case_name(image)}.nii.gz") for image in images]
+    if trained.run:
+        data = trained.run.data.model_copy(update={"path": path})
+        cases = [case for site in read_sites(data, trained.run.seed) for case in site.cases]
+    else:
+        cases = LAYOUTS["folders"](path)
+        if any(case.split is None for case in cases):
+            raise FlapsamError(
+                f"{path}: its cases have no split; give the run's folder, which knows it, or leave out --split"
+            )
+    jobs = [Job(case.image, Path(case.site) / f"{case.name}.nii.gz") for case in cases if case.split == split]
+    if not jobs:
+        raise FlapsamError(f"{path}: no case has the split '{split}'")
+    return jobs
+
+
+def predict_images(
+    trained: Trained,
+    jobs: list[Job],
+    output: Path,
+    *,
+    weights: Path | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    batch: int = 16,
+    on_case: Callable[[], None] = lambda: None,
+) -> Iterator[Path]:
+    """Write a label map for each image, in the image's own grid and header geometry.
+
+    Yields:
+        The label maps' paths, each when it is written.
+
+    Raises:
+        FlapsamError: the adapter, an image or the output folder is wrong.
+    """
+    check_writable(output)
+    backbone = trained.run.backbone if trained.run else Backbone()
+    set_up_torch(threads or default_threads(), deterministic=True)
+    network, card = load_adapter(trained.folder, weights or backbone.weights)
+    network.to(find_device(device))
+    for job in jobs:
+        labels = predict_volume(network, read_image(job.image), card.samples, batch=batch)
+        target = output / job.target
+        write_label_like(labels, job.image, target)
+        on_case()
+        yield target

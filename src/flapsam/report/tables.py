@@ -1,0 +1,101 @@
+"""Results as tables for a terminal."""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from flapsam.experiments.simulation import Results
+from flapsam.metrics import CaseScores, Summary, by_site, summarise
+from flapsam.traffic import StrategyTraffic
+
+NONE = "–"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number, or a dash where there is none."""
+    return NONE if value is None else f"{value:.{digits}f}"
+
+
+def size(count: float) -> str:
+    """Bytes for people: powers of 1024."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def dice_table(results: Results) -> Table:
+    """Mean test Dice by site, a column a mode, and what the federation gains over training alone."""
+    summaries = results.summaries()
+    table = Table(title="Mean test Dice over classes")
+    table.add_column("site")
+    table.add_column("cases", justify="right")
+    for mode in summaries:
+        table.add_column({"local": "local-only"}.get(mode, mode), justify="right")
+    compared = {"federated", "local"} <= summaries.keys()
+    if compared:
+        table.add_column("gain", justify="right")
+    first = next(iter(summaries.values()))
+    for site, summary in first.items():
+        row = [site, str(summary.cases), *(number(sites[site].mean_dice) for sites in summaries.values())]
+        if compared:
+            row.append(_gain(summaries["federated"][site], summaries["local"][site]))
+        table.add_row(*row, style="bold" if site == "pooled" else None)
+    return table
+
+
+def class_table(modes: dict[str, Summary]) -> Table:
+    """Pooled Dice and 95 % Hausdorff distance, a row a mode and class."""
+    table = Table(title="Pooled test scores by class")
+    for column in ("mode", "class", "Dice", "HD95 (mm)"):
+        table.add_column(column, justify="right" if column in ("Dice", "HD95 (mm)") else "left")
+    for mode, summary in modes.items():
+        for name, value in summary.dice.items():
+            table.add_row(mode, name, number(value), number(summary.hd95[name], 1))
+    return table
+
+
+def traffic_table(results: Results) -> Table:
+    """Measured bytes a round and a site, beside full fine-tuning."""
+    traffic = results.traffic
+    if traffic is None:
+        raise ValueError("nothing travelled in this run")
+    table = Table(title="Bytes a round and site, measured")
+    for column in ("up", "down", "full fine-tuning, each way", "times less"):
+        table.add_column(column, justify="right")
+    table.add_row(size(traffic.up), size(traffic.down), size(traffic.full), f"{traffic.ratio:.1f}×")
+    return table
+
+
+def scores_table(scores: Sequence[CaseScores]) -> Table:
+    """Dice and 95 % Hausdorff distance by site and pooled, a pair of columns a class."""
+    pooled = summarise(scores)
+    table = Table(title="Dice (95 % Hausdorff distance in mm)")
+    table.add_column("site")
+    table.add_column("cases", justify="right")
+    for name in [*pooled.dice, "mean"]:
+        table.add_column(name, justify="right")
+    sites = {site or NONE: summarise(part) for site, part in by_site(scores).items()}
+    for site, summary in {**sites, "pooled": pooled}.items():
+        cells = [f"{number(value)} ({number(summary.hd95[name], 1)})" for name, value in summary.dice.items()]
+        table.add_row(
+            site, str(summary.cases), *cells, number(summary.mean_dice), style="bold" if site == "pooled" else None
+        )
+    return table
+
+
+def strategy_table(rows: Sequence[StrategyTraffic]) -> Table:
+    """What each strategy trains and sends."""
+    table = Table()
+    for column in ("strategy", "in the paper", "parameters", "GiB", "× less than full"):
+        table.add_column(column, justify="left" if column in ("strategy", "in the paper") else "right")
+    for row in rows:
+        table.add_row(row.strategy, row.paper_name, f"{row.parameters:,}", f"{row.gib:.3f}", f"{row.less:.1f}")
+    return table
+
+
+def _gain(federated: Summary, local: Summary) -> str:
+    if federated.mean_dice is None or local.mean_dice is None:
+        return NONE
+    return f"{federated.mean_dice - local.mean_dice:+.3f}"

@@ -1,0 +1,208 @@
+"""One client's local fit: loss, learning rate, epochs."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flapsam.augmentation import augment
+from flapsam.config import Samples, Training
+from flapsam.errors import FlapsamError
+from flapsam.files import written_whole
+from flapsam.sam import Sam, travelling
+from flapsam.seeds import seed_for
+from flapsam.sites import IGNORED
+from flapsam.slices import PreparedCase, labels_to_square, to_square
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss and its two terms, each a scalar."""
+
+    total: Tensor
+    cross_entropy: Tensor
+    dice: Tensor
+
+
+def segmentation_loss(logits: Tensor, labels: Tensor, options: Training) -> Loss:
+    """Weighted sum of cross-entropy and Dice; voxels labelled −100 take part in neither.
+
+    Dice is the mean over all classes, background among them, of 1 − (2Σpg + ε)/(Σp² + Σg² + ε) with ε = 1e-5, p the softmax,
+    g the truth, sums over the batch.
+
+    Args:
+        logits: (batch, classes, height, width).
+        labels: (batch, height, width), class indices or −100.
+        options: the weights of the terms and of foreground in the cross-entropy.
+    """
+    valid = labels != IGNORED
+    if not valid.any():
+        nothing = logits.sum() * 0
+        return Loss(nothing, nothing, nothing)
+    classes = logits.shape[1]
+    weight = torch.full((classes,), options.foreground_weight, device=logits.device)
+    weight[0] = 1.0
+    cross_entropy = F.cross_entropy(logits, labels, weight=weight, ignore_index=IGNORED)
+    truth = F.one_hot(labels.where(valid, 0), classes).movedim(-1, 1) * valid[:, None]
+    predicted = logits.softmax(dim=1) * valid[:, None]
+    over = (0, 2, 3)
+    overlap, squares = (predicted * truth).sum(over), (predicted**2).sum(over) + truth.sum(over)
+    dice = (1 - (2 * overlap + 1e-5) / (squares + 1e-5)).mean()
+    return Loss(options.cross_entropy * cross_entropy + options.dice * dice, cross_entropy, dice)
+
+
+def learning_rate(step: int, batches_per_epoch: int, options: Training) -> float:
+    """The rate that step ``step``, counted from 0 across a client's rounds, uses.
+
+    Linear warm-up to ``learning_rate``, then polynomial decay that would reach zero after ``schedule_epochs`` epochs.
+    """
+    warmup = options.warmup_steps
+    if step <= warmup:
+        return options.learning_rate * max(step, 1) / warmup
+    left = 1 - (step - warmup - 1) / (options.schedule_epochs * batches_per_epoch)
+    return options.learning_rate * max(left, 0.0) ** options.schedule_power
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What one fit did."""
+
+    steps: int
+    slices: int
+    """Slices that went through the network."""
+    loss: float
+    """Mean over the steps."""
+    cross_entropy: float
+    dice_loss: float
+    seconds: float
+
+
+class Learner:
+    """The part of a fit that outlives a round: Adam's moments and the number of steps so far."""
+
+    def __init__(self, network: Sam, options: Training) -> None:
+        self.parameters = travelling(network)
+        self.options = options
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=options.learning_rate,
+            betas=options.betas,
+            weight_decay=options.weight_decay,
+            fused=True,
+        )
+        self.steps = 0
+
+    def reset_moments(self) -> None:
+        """Forget Adam's moments; the learning rate goes on from the same step."""
+        self.optimizer.state.clear()
+
+    def save(self, path: Path) -> None:
+        """Write moments and steps, whole or not at all."""
+        tensors = {
+            f"{key}/{name}": value.detach().cpu().contiguous()
+            for name, parameter in self.parameters.items()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
+        with written_whole(path) as temporary:
+            save_file(tensors, temporary, metadata={"steps": str(self.steps)})
+
+    def load(self, path: Path) -> None:
+        """Read what ``save`` wrote.
+
+        Raises:
+            FlapsamError: the file is damaged or belongs to another network.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                self.steps = int(file.metadata()["steps"])
+                self.reset_moments()
+                for entry in file.keys():  # noqa: SIM118 (it is no dictionary)
+                    key, name = entry.split("/", 1)
+                    parameter = self.parameters[name]
+                    state = self.optimizer.state.setdefault(parameter, {})
+                    state[key] = file.get_tensor(entry).to(parameter.device)
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+            raise FlapsamError(f"{path}: a client's saved state that cannot be read; start the run anew") from error
+
+
+Batch = tuple[Tensor, Tensor]
+
+
+def batches_per_epoch(cases: Sequence[PreparedCase], options: Training) -> int:
+    """Batches in one epoch: every slice is the middle of one window, and the last, smaller batch is kept."""
+    return math.ceil(sum(case.slices for case in cases) / options.batch_size)
+
+
+def batches(cases: Sequence[PreparedCase], options: Training, samples: Samples, size: int, seed: int) -> Iterator[Batch]:
+    """One epoch of windows in random order.
+
+    Yields:
+        Images (slices, channels, size, size) in [0, 1] and labels (slices, size, size), the windows' slices side by side.
+    """
+    rng = np.random.default_rng(seed)
+    middles = [(case, centre) for case in cases for centre in range(case.slices)]
+    order = rng.permutation(len(middles))
+    for start in range(0, len(order), options.batch_size):
+        images, labels = [], []
+        for index in order[start : start + options.batch_size]:
+            case, centre = middles[index]
+            window = case.window(centre, options.window, samples)
+            if options.augment:
+                window = augment(*window, rng)
+            images.append(to_square(window[0], size, samples.resize))
+            labels.append(labels_to_square(window[1], size, samples.resize))
+        yield torch.cat(images), torch.cat(labels)
+
+
+def fit(
+    network: Sam,
+    learner: Learner,
+    cases: Sequence[PreparedCase],
+    samples: Samples,
+    *,
+    seed: int,
+    precision: str = "fp32",
+    on_step: Callable[[], None] = lambda: None,
+) -> FitReport:
+    """Train the network's travelling parameters for a round's local epochs.
+
+    Args:
+        network: holds the parameters that the server sent; changed in place.
+        learner: this site's optimizer, changed in place.
+        cases: the training cases.
+        samples: how volumes become samples.
+        seed: of window order and augmentation in this round at this site.
+        precision: ``bf16`` runs the network under autocast.
+        on_step: called after every step.
+    """
+    options = learner.options
+    device = network.pixel_mean.device
+    per_epoch = batches_per_epoch(cases, options)
+    network.train()
+    started = time.perf_counter()
+    losses: list[Tensor] = []
+    slices = 0
+    for epoch in range(options.epochs):
+        for images, labels in batches(cases, options, samples, network.image_size, seed_for(seed, epoch)):
+            for group in learner.optimizer.param_groups:
+                group["lr"] = learning_rate(learner.steps, per_epoch, options)
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                logits = network(images.to(device))
+            loss = segmentation_loss(logits.float(), labels.to(device), options)
+            learner.optimizer.zero_grad(set_to_none=True)
+            loss.total.backward()
+            learner.optimizer.step()
+            learner.steps += 1
+            slices += len(images)
+            losses.append(torch.stack([loss.total, loss.cross_entropy, loss.dice]).detach())
+            on_step()
+    total, cross_entropy, dice = torch.stack(losses).mean(dim=0).tolist()
+    return FitReport(len(losses), slices, total, cross_entropy, dice, time.perf_counter() - started)
