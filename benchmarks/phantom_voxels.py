@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 from sklearn.mixture import GaussianMixture
 
-from flapsam.config import Data
+from flapsam.config import ClassValues, Data
 from flapsam.metrics import CaseScores, score_case, summarise
 from flapsam.sites import Site, label_map, read_sites
 from flapsam.slices import read_pair
 
-CLASSES = {"kidney": 1, "tumour": 2}
+CLASSES: dict[str, ClassValues] = {"kidney": 1, "tumour": 2}
 VOXELS_PER_CLASS = 20_000
 FACTORS = (1, 2, 4, 8, 16, 32)
 

@@ -33,7 +33,7 @@ def hd95(predicted: NDArray[np.bool_], truth: NDArray[np.bool_], spacing: Sequen
         return None
     box = _box(predicted | truth)
     pair = [torch.from_numpy(np.ascontiguousarray(mask[box]))[None, None].float() for mask in (predicted, truth)]
-    distance = compute_hausdorff_distance(*pair, include_background=True, percentile=95, spacing=list(spacing))
+    distance = compute_hausdorff_distance(*pair, include_background=True, percentile=95, spacing=[float(s) for s in spacing])
     return float(distance)
 
 

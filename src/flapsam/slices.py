@@ -49,7 +49,10 @@ class SliceStack:
         adjacent = self.samples.channels == "adjacent"
         taken = self._take(centre, max(half + adjacent, REACH))
         middle = len(taken) // 2
-        low, high = self.bounds if self.samples.scaling == "volume" else _bounds(taken[middle - REACH : middle + REACH + 1])
+        if self.samples.scaling == "volume":
+            low, high = np.clip(self.bounds, *(self.samples.clip or (None, None)))
+        else:
+            low, high = _bounds(taken[middle - REACH : middle + REACH + 1])
         scaled = (torch.from_numpy(taken) - low) / (high - low + 1e-8)
         first, last = middle - half, middle + half + 1
         if not adjacent:

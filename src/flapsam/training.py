@@ -156,7 +156,7 @@ def batches(cases: Sequence[PreparedCase], options: Training, samples: Samples, 
             case, centre = middles[index]
             window = case.window(centre, options.window, samples)
             if options.augment:
-                window = augment(*window, rng)
+                window = augment(window[0], window[1], rng)
             images.append(to_square(window[0], size, samples.resize))
             labels.append(labels_to_square(window[1], size, samples.resize))
         yield torch.cat(images), torch.cat(labels)

@@ -1,7 +1,7 @@
 """Fitting a strategy to a network, and the tensors that travel.
 
-Names outside this module are the network's own: what PEFT inserts (``base_layer``, ``default``) is left out, so a name is the
-same whether adapters sit on a layer or not.
+Names outside this module are the network's own: what PEFT inserts (``base_layer``, ``default``) is left out, so a name is
+the same whether adapters sit on a layer or not.
 """
 
 import hashlib
@@ -85,5 +85,5 @@ def frozen_checksum(network: Sam) -> str:
     stays |= {public_name(name): buffer for name, buffer in network.named_buffers()}
     for name, tensor in sorted(stays.items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()

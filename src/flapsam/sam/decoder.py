@@ -17,6 +17,7 @@ class Mlp(nn.Module):
         self.layers = nn.ModuleList([nn.Linear(width_in, width), nn.Linear(width, width), nn.Linear(width, width_out)])
 
     def forward(self, features: Tensor) -> Tensor:
+        """Transform the last dimension."""
         first, second, last = self.layers
         return last(F.relu(second(F.relu(first(features)))))
 
@@ -66,8 +67,8 @@ class MaskDecoder(nn.Module):
             mlp_dim=sizes.decoder_mlp,
             num_attention_heads=sizes.decoder_heads,
             layer_norm_eps=1e-5,  # SAM's value here; the library's default is another
-            attn_implementation="sdpa",
         )
+        config._attn_implementation = "sdpa"
         self.iou_token = nn.Embedding(1, width)
         self.transformer = SamTwoWayTransformer(config)
         self.iou_prediction_head = Mlp(width, sizes.iou_width, masks)

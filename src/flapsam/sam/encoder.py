@@ -57,8 +57,8 @@ def image_encoder(sizes: Architecture, image_size: int) -> SamVisionEncoder:
         window_size=sizes.window,
         global_attn_indexes=list(sizes.global_blocks),
         num_pos_feats=sizes.decoder_width // 2,
-        attn_implementation="sdpa",
     )
+    config._attn_implementation = "sdpa"
     encoder = SamVisionEncoder(config)
     for block, layer in enumerate(encoder.layers):
         grid = tokens if block in sizes.global_blocks else sizes.window

@@ -88,5 +88,5 @@ def build(sizes: Architecture, *, image_size: int, classes: int, pixels: str = "
         for module in network.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding, nn.LayerNorm)):
                 module.reset_parameters()
-        nn.init.normal_(network.vision_encoder.pos_embed, std=0.02)
+        nn.init.normal_(network.get_parameter("vision_encoder.pos_embed"), std=0.02)
     return network

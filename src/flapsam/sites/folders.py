@@ -31,10 +31,9 @@ def read(path: Path) -> list[Case]:
     if not images:
         raise FlapsamError(f"{path}: no SITE/images/CASE.nii.gz found; put one folder a site there")
     table = path / TABLE
-    if table.exists():
-        rows = _read_table(table)
-    else:
-        rows = [{"site": site, "case": name} for site, name in images]
+    rows: list[dict[str, Any]] = (
+        _read_table(table) if table.exists() else [{"site": site, "case": name} for site, name in images]
+    )
     cases = []
     for row in rows:
         site, name = row["site"], row["case"]

@@ -34,8 +34,7 @@ def read_geometry(path: Path) -> Geometry:
     Raises:
         FlapsamError: the file is missing, no NIfTI, not 3-D, or its affine is singular.
     """
-    image = _open(path)
-    return image.shape, image.affine  # type: ignore[return-value]
+    return _open(path)[1]
 
 
 def read_image(path: Path) -> Volume:
@@ -44,14 +43,13 @@ def read_image(path: Path) -> Volume:
     Raises:
         FlapsamError: as ``read_geometry``; or the data are truncated or hold NaN or infinity.
     """
-    image = _open(path)
-    array = _data(image, path)
-    if array.dtype.kind not in "iu":
+    array, affine = _read(path)
+    if array.dtype.kind == "f":
         array = array.astype(np.float32)
         broken = int(array.size - np.count_nonzero(np.isfinite(array)))
         if broken:
             raise FlapsamError(f"{path}: {broken} voxels are NaN or infinite; replace them or leave the case out")
-    return Volume(array, image.affine)
+    return Volume(array, affine)
 
 
 def read_label(path: Path) -> Volume:
@@ -60,12 +58,11 @@ def read_label(path: Path) -> Volume:
     Raises:
         FlapsamError: as ``read_geometry``; or the data are truncated or no whole numbers.
     """
-    image = _open(path)
-    stored = _data(image, path)
+    stored, affine = _read(path)
     array = stored if stored.dtype.kind in "iu" else np.rint(stored)
     if array is not stored and not np.array_equal(array, stored):
         raise FlapsamError(f"{path}: a label map holds whole numbers, this one does not; is it an image?")
-    return Volume(array.astype(np.int32), image.affine)
+    return Volume(array.astype(np.int32), affine)
 
 
 def write_label_like(labels: NDArray, original: Path, path: Path) -> None:
@@ -76,8 +73,7 @@ def write_label_like(labels: NDArray, original: Path, path: Path) -> None:
         original: the NIfTI image that was segmented.
         path: where to; written whole or not at all.
     """
-    source = _open(original)
-    header = source.header.copy()
+    header = _open(original)[0].header.copy()
     header.set_data_dtype(np.uint8)
     header.set_slope_inter(1, 0)
     header["cal_min"] = header["cal_max"] = 0
@@ -96,7 +92,7 @@ def write_volume(volume: Volume, path: Path) -> None:
         nibabel.save(image, temporary)
 
 
-def _open(path: Path) -> nibabel.Nifti1Image:
+def _open(path: Path) -> tuple[nibabel.Nifti1Image, Geometry]:
     try:
         image = nibabel.load(path)
     except FileNotFoundError as error:
@@ -112,11 +108,16 @@ def _open(path: Path) -> nibabel.Nifti1Image:
     affine = image.affine
     if affine is None or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise FlapsamError(f"{path}: the affine is singular, so voxels have no place in space; repair the header")
-    return image
+    i, j, k = image.shape
+    return image, ((i, j, k), affine)
 
 
-def _data(image: nibabel.Nifti1Image, path: Path) -> NDArray:
+def _read(path: Path) -> tuple[NDArray, NDArray[np.float64]]:
+    image, (_, affine) = _open(path)
     try:
-        return np.asanyarray(image.dataobj)
+        array = np.asanyarray(image.dataobj)
     except (EOFError, zlib.error, OSError, ValueError) as error:
         raise FlapsamError(f"{path}: the voxels cannot be read; the file is truncated or damaged") from error
+    if array.dtype.kind not in "iuf":
+        raise FlapsamError(f"{path}: voxels are of type {array.dtype}; convert the file to one plain number a voxel")
+    return array, affine

@@ -27,7 +27,8 @@ class FlexLora(Aggregator):
         factors = {name + side for name in layers for side in (A, B)}
         self.mean.add({name: tensor for name, tensor in tensors.items() if name not in factors}, weight)
         for name in layers:
-            left, right = tensors[name + B] * weight, tensors[name + A]
+            # float64, because shrinking again and again would add its rounding up.
+            left, right = tensors[name + B].double() * weight, tensors[name + A].double()
             if name in self.left:
                 left, right = torch.cat([self.left[name], left], dim=1), torch.cat([self.right[name], right])
             if left.shape[1] > min(left.shape[0], right.shape[1]):
@@ -37,7 +38,8 @@ class FlexLora(Aggregator):
     def result(self) -> dict[str, Tensor]:
         tensors = self.mean.result()
         for name, left in self.left.items():
-            tensors[name + B], tensors[name + A] = truncate(left / self.mean.weight, self.right[name], self.rank)
+            left, right = (left / self.mean.weight).float(), self.right[name].float()
+            tensors[name + B], tensors[name + A] = truncate(left, right, self.rank)
         return dict(sorted(tensors.items()))
 
 

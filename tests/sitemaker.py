@@ -1,0 +1,59 @@
+"""Small sites for tests: bright balls on a dark, noisy ground."""
+
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import yaml
+
+SHAPE = (20, 16, 6)
+AFFINE = np.diag([1.0, 1.0, 3.0, 1.0])
+
+
+def ball(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Class 1: a ball somewhere; class 2: its core."""
+    centre = [rng.uniform(0.35, 0.65) * n for n in shape]
+    grid = np.meshgrid(*[np.arange(n) for n in shape], indexing="ij")
+    distance = sum(((axis - c) / (0.3 * n)) ** 2 for axis, c, n in zip(grid, centre, shape, strict=True))
+    return ((distance < 1).astype(np.uint8) + (distance < 0.3)).astype(np.uint8)
+
+
+def save(array: np.ndarray, path: Path, affine: np.ndarray = AFFINE) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(array, affine), path)
+    return path
+
+
+def make_site(folder: Path, cases: int, *, seed: int = 0, shape: tuple[int, ...] = SHAPE) -> Path:
+    """One site's folder, whose cases are named after it."""
+    rng = np.random.default_rng(seed)
+    for index in range(cases):
+        label = ball(shape, rng)
+        image = (100 * label + rng.normal(0, 10, shape)).astype(np.float32)
+        save(image, folder / "images" / f"{folder.name}_{index}.nii.gz")
+        save(label, folder / "labels" / f"{folder.name}_{index}.nii.gz")
+    return folder
+
+
+def make_sites(root: Path, sites: int = 2, cases: int = 4) -> Path:
+    for number in range(sites):
+        make_site(root / f"site_{number}", cases, seed=number)
+    return root
+
+
+def write_run(path: Path, data: Path, **fields: object) -> Path:
+    """A configuration of a run that takes seconds."""
+    tree = {
+        "data": {"path": str(data), "labels": {"ball": 1, "core": 2}},
+        "samples": {"size": 32},
+        "backbone": {"name": "sam-tiny"},
+        "lora": {"rank": 2},
+        "training": {"window": 1, "batch_size": 8, "warmup_steps": 2},
+        "rounds": {"count": 2},
+        "threads": 1,
+        "output": "run",
+        **fields,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(tree))
+    return path

@@ -1,0 +1,160 @@
+"""Every strategy: the paper's counts, and a save that loads back."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flapsam.adapter import AdapterCard, BackboneCard, load_adapter, read_tensors, save_adapter
+from flapsam.config import Backbone, Samples
+from flapsam.errors import FlapsamError
+from flapsam.inference import predict_volume
+from flapsam.sam import STRATEGIES, Assembled, assemble, build, load_travelling, strategy, travelling, travelling_state
+from flapsam.traffic import strategy_table
+from flapsam.volumes import Volume
+
+EXPECTED = {
+    "full": (90_532_927, 67.452, 1.0),
+    "attention": (30_053_104, 22.391, 3.01),
+    "decoder": (3_902_195, 2.907, 23.2),
+    "partial-decoder": (478_320, 0.3564, 189.3),
+    "lora": (1_368_064, 1.0193, 66.2),
+    "lora-decoder": (5_270_259, 3.9266, 17.2),
+    "flap": (1_846_384, 1.3757, 49.0),
+}
+"""Counted by running the reference implementation: ViT-B, 224, 2 classes, rank 32; GiB of 100 rounds; times less."""
+
+
+def test_the_table_of_the_paper():
+    rows = {row.strategy: row for row in strategy_table("sam-vit-b", image_size=224, classes=2, rank=32, rounds=100)}
+    assert rows.keys() == STRATEGIES.keys() == EXPECTED.keys()
+    for name, (parameters, gib, less) in EXPECTED.items():
+        assert rows[name].parameters == parameters
+        assert rows[name].gib == pytest.approx(gib, abs=5.1e-4)
+        assert rows[name].less == pytest.approx(less, rel=2e-3)
+
+
+@pytest.mark.parametrize("backbone", ["sam-vit-l", "sam-vit-h", "sam-tiny"])
+def test_other_backbones_have_a_table(backbone: str):
+    counts = {row.strategy: row.parameters for row in strategy_table(backbone)}
+    assert counts["flap"] == counts["lora"] + counts["partial-decoder"]
+    assert counts["lora-decoder"] == counts["lora"] + counts["decoder"]
+    assert counts["full"] == max(counts.values())
+
+
+def trained(name: str, seed: int = 3) -> tuple[Assembled, AdapterCard]:
+    """A network whose travelling tensors have moved away from their start, and its card."""
+    backbone = Backbone(name="sam-tiny")
+    assembled = assemble(backbone, image_size=64, classes=2, strategy_name=name, rank=4, seed=seed)
+    with torch.no_grad():
+        draw = torch.Generator().manual_seed(0)
+        for parameter in travelling(assembled.network).values():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=draw)
+    card = AdapterCard(
+        run="r",
+        mode="federated",
+        rounds=1,
+        strategy=name,
+        lora_rank=4,
+        backbone=BackboneCard(name=backbone.name, pixels="paper", weights=None, seed=seed, checksum=assembled.checksum),
+        samples=Samples(size=64),
+        classes=["kidney", "tumour"],
+        labels={"kidney": 1, "tumour": 2},
+    )
+    return assembled, card
+
+
+def volume() -> Volume:
+    array = np.random.default_rng(0).normal(size=(20, 18, 3)).astype(np.float32)
+    return Volume(array, np.diag([1.0, 1, 3, 1]))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_saved_and_loaded_it_predicts_the_same(name: str, tmp_path: Path):
+    assembled, card = trained(name)
+    before = predict_volume(assembled.network, volume(), card.samples, batch=2)
+    save_adapter(tmp_path, card, travelling_state(assembled.network))
+    network, read = load_adapter(tmp_path)
+    assert read == card
+    assert len(np.unique(before)) > 1
+    np.testing.assert_array_equal(predict_volume(network, volume(), read.samples, batch=2), before)
+    with torch.inference_mode():
+        images = torch.rand(2, 3, 64, 64)
+        assert torch.equal(network(images), assembled.network(images))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_files_are_those_that_peft_reads_where_it_can(name: str, tmp_path: Path):
+    assembled, card = trained(name)
+    save_adapter(tmp_path, card, travelling_state(assembled.network))
+    files = {path.name for path in tmp_path.iterdir()}
+    peft, plain = {"adapter_config.json", "adapter_model.safetensors"}, {"weights.safetensors"}
+    assert files == {"flapsam.json"} | {
+        "flap": peft,
+        "lora": peft,
+        "lora-decoder": peft | plain,
+    }.get(name, plain)
+
+
+@pytest.mark.parametrize("name", ["flap", "lora"])
+def test_plain_peft_loads_it(name: str, tmp_path: Path):
+    from peft import PeftModel
+
+    assembled, card = trained(name)
+    save_adapter(tmp_path, card, travelling_state(assembled.network))
+    base = build(assembled.network.sizes, image_size=64, classes=2, seed=99)
+    bare = assemble(Backbone(name="sam-tiny"), image_size=64, classes=2, strategy_name="full", rank=4, seed=3).network
+    base.load_state_dict(bare.state_dict())
+    model = PeftModel.from_pretrained(base, str(tmp_path))
+    with torch.inference_mode():
+        images = torch.rand(2, 3, 64, 64)
+        torch.testing.assert_close(model(images), assembled.network(images), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_only_what_travels_gets_a_gradient(name: str):
+    network = trained(name)[0].network
+    network(torch.rand(1, 3, 64, 64)).sum().backward()
+    chosen = strategy(name)
+    for parameter, value in network.named_parameters():
+        if value.grad is not None:
+            assert chosen.selects(parameter.replace(".base_layer", "").replace(".default", ""))
+
+
+def test_an_adapter_for_another_backbone_is_refused(tmp_path: Path):
+    assembled, card = trained("flap")
+    other = card.model_copy(update={"backbone": card.backbone.model_copy(update={"seed": 4})})
+    save_adapter(tmp_path, other, travelling_state(assembled.network))
+    with pytest.raises(FlapsamError, match="belongs to another backbone"):
+        load_adapter(tmp_path)
+
+
+def test_damaged_adapters_are_refused(tmp_path: Path):
+    assembled, card = trained("lora-decoder")
+    tensors = travelling_state(assembled.network)
+    save_adapter(tmp_path, card, tensors)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"cut")
+    with pytest.raises(FlapsamError, match=r"adapter_model\.safetensors: cannot be read"):
+        load_adapter(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(FlapsamError, match="do not fit its description"):
+        load_adapter(tmp_path)
+    (tmp_path / "flapsam.json").unlink()
+    with pytest.raises(FlapsamError, match="not an adapter"):
+        load_adapter(tmp_path)
+
+
+def test_travelling_tensors_must_fit():
+    network = trained("lora")[0].network
+    with pytest.raises(ValueError, match="1 tensors differ"):
+        load_travelling(network, {**travelling_state(network), "extra": torch.zeros(1)})
+
+
+def test_saved_tensors_are_the_travelling_ones(tmp_path: Path):
+    assembled, card = trained("flap")
+    tensors = travelling_state(assembled.network)
+    save_adapter(tmp_path, card, tensors)
+    read = read_tensors(tmp_path)
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)

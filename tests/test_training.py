@@ -1,0 +1,143 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from monai.losses.dice import DiceLoss
+from sitemaker import make_site
+
+from flapsam.config import Backbone, Data, Samples, Training
+from flapsam.errors import FlapsamError
+from flapsam.sam import assemble, travelling_state
+from flapsam.seeds import seed_for
+from flapsam.sites import IGNORED, folders, label_map
+from flapsam.slices import prepare
+from flapsam.training import Learner, batches, batches_per_epoch, fit, segmentation_loss
+
+
+def scene(ignored: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 3, (2, 8, 8), generator=draw)
+    labels[torch.rand(labels.shape, generator=draw) < ignored] = IGNORED
+    return torch.randn(2, 3, 8, 8, generator=draw), labels
+
+
+def test_dice_term_is_monais():
+    logits, labels = scene()
+    monai = DiceLoss(softmax=True, to_onehot_y=True, squared_pred=True, batch=True, smooth_nr=1e-5, smooth_dr=1e-5)
+    assert segmentation_loss(logits, labels, Training()).dice.item() == pytest.approx(
+        monai(logits, labels[:, None]).item(), abs=1e-6
+    )
+
+
+def test_ignored_voxels_change_nothing():
+    logits, labels = scene(ignored=0.3)
+    other = logits.clone()
+    other.movedim(1, -1)[labels == IGNORED] = 17.0
+    first, second = segmentation_loss(logits, labels, Training()), segmentation_loss(other, labels, Training())
+    assert first.total.item() == pytest.approx(second.total.item(), abs=1e-7)
+
+
+def test_a_batch_with_everything_ignored_has_no_gradient():
+    logits, labels = scene()
+    logits.requires_grad_()
+    loss = segmentation_loss(logits, torch.full_like(labels, IGNORED), Training()).total
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad is not None and logits.grad.abs().max() == 0
+
+
+def test_foreground_weight_by_hand():
+    # Two voxels, equal logits: every cross-entropy is log 2, whatever the weights.
+    logits = torch.zeros(1, 2, 1, 2)
+    logits[0, 1, 0, 1] = 1.0
+    labels = torch.tensor([[[0, 1]]])
+    log = torch.log
+    background, foreground = log(torch.tensor(2.0)), log(1 + torch.exp(torch.tensor(-1.0)))
+    loss = segmentation_loss(logits, labels, Training(foreground_weight=3)).cross_entropy
+    assert loss.item() == pytest.approx(((background + 3 * foreground) / 4).item())
+
+
+@pytest.fixture
+def cases(tmp_path: Path):
+    make_site(tmp_path / "a", 3)
+    mapping = label_map(Data(path=tmp_path, labels={"ball": 1, "core": 2}), "a")
+    return [prepare(case, mapping, Samples(), tmp_path / "cache") for case in folders.read(tmp_path)]
+
+
+def test_every_slice_is_once_the_middle_of_a_window_and_the_last_batch_is_kept(cases):
+    options = Training(window=5, batch_size=4, augment=False)
+    sizes = [len(images) for images, _ in batches(cases, options, Samples(), 32, seed=0)]
+    assert sizes == [20, 20, 20, 20, 10]  # 18 windows of 5 slices, 4 windows a batch
+    assert batches_per_epoch(cases, options) == 5
+
+
+def test_batches_depend_on_the_seed_alone(cases):
+    first, again, other = (list(batches(cases, Training(), Samples(), 32, seed=s)) for s in (1, 1, 2))
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0][0], other[0][0])
+
+
+def network(name: str = "flap"):
+    return assemble(Backbone(name="sam-tiny"), image_size=32, classes=2, strategy_name=name, rank=2, seed=0).network
+
+
+OPTIONS = Training(window=1, batch_size=6, warmup_steps=2)
+
+
+def test_only_what_travels_changes(cases):
+    net = network("lora")
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    fit(net, Learner(net, OPTIONS), cases, Samples(), seed=0)
+    changed = {name for name, tensor in net.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if ".lora_" in name}
+
+
+def test_a_stopped_learner_goes_on_as_if_it_had_not_stopped(cases, tmp_path: Path):
+    torch.use_deterministic_algorithms(True)
+    straight = network("full")
+    learner = Learner(straight, OPTIONS)
+    for seed in range(2):
+        fit(straight, learner, cases, Samples(), seed=seed)
+    stopped = network("full")
+    first = Learner(stopped, OPTIONS)
+    fit(stopped, first, cases, Samples(), seed=0)
+    first.save(tmp_path / "moments")
+    second = Learner(stopped, OPTIONS)
+    second.load(tmp_path / "moments")
+    fit(stopped, second, cases, Samples(), seed=1)
+    assert second.steps == learner.steps == 6
+    expected, found = travelling_state(straight), travelling_state(stopped)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_damaged_learner_is_refused(tmp_path: Path):
+    path = tmp_path / "moments"
+    Learner(network("lora"), OPTIONS).save(path)
+    with pytest.raises(FlapsamError, match="cannot be read"):
+        path.write_bytes(path.read_bytes()[:-1] + b"" if path.stat().st_size < 9 else b"broken")
+        Learner(network("lora"), OPTIONS).load(path)
+
+
+def test_the_report_counts(cases):
+    net = network()
+    report = fit(net, Learner(net, OPTIONS), cases, Samples(), seed=0)
+    assert (report.steps, report.slices) == (3, 18)
+    assert report.loss == pytest.approx(0.2 * report.cross_entropy + 0.8 * report.dice_loss, rel=1e-5)
+
+
+def test_it_learns(cases):
+    net = network("full")
+    options = Training(window=1, batch_size=6, warmup_steps=5, epochs=25, learning_rate=2e-3, augment=False)
+    learner = Learner(net, options)
+    first = fit(net, learner, cases, Samples(), seed=0)
+    last = fit(net, learner, cases, Samples(), seed=1)
+    assert last.loss < 0.7 * first.loss
+
+
+def test_seeds_are_fixed_and_say_what_they_are_for():
+    assert seed_for(0, 1, "a", "fit") == seed_for(0, 1, "a", "fit")
+    seeds = {seed_for(s, r, p) for s in range(5) for r in range(5) for p in ("fit", "split")}
+    assert len(seeds) == 50
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert np.random.default_rng(max(seeds)).random() >= 0
