@@ -1,0 +1,86 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flapsam.config import read_config, write_config
+from flapsam.errors import FlapsamError
+
+MINIMAL = "data: {path: sites, labels: {kidney: 1}}\n"
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_the_defaults_are_the_papers(tmp_path: Path):
+    config = read_config(write(tmp_path / "run.yaml", MINIMAL))
+    assert config.strategy == "flap"
+    assert config.lora.rank == 32
+    assert (config.training.learning_rate, config.training.weight_decay) == (8e-4, 0.1)
+    assert (config.training.window, config.training.batch_size, config.training.epochs) == (5, 3, 1)
+    assert (config.training.cross_entropy, config.training.dice, config.training.foreground_weight) == (0.2, 0.8, 1.0)
+    assert (config.training.warmup_steps, config.training.schedule_epochs, config.training.schedule_power) == (250, 200, 7)
+    assert (config.rounds.count, config.rounds.weights) == (100, "slices")
+    assert (config.samples.scaling, config.samples.channels, config.samples.resize) == ("window", "replicate", "stretch")
+
+
+def test_paths_are_relative_to_the_file(tmp_path: Path):
+    config = read_config(write(tmp_path / "run.yaml", MINIMAL + "backbone: {weights: ../sam.pth}\n"))
+    assert config.data.path == tmp_path / "sites"
+    assert config.output == tmp_path / "runs" / "run"
+    assert config.backbone.weights == tmp_path / ".." / "sam.pth"
+
+
+def test_what_is_written_reads_back_the_same(tmp_path: Path):
+    first = read_config(write(tmp_path / "run.yaml", MINIMAL + "samples: {clip: [-80, 300]}\n"))
+    text = write_config(first)
+    again = read_config(write(tmp_path / "again.yaml", text))
+    assert write_config(again) == text
+    assert yaml.safe_load(text)["samples"]["clip"] == [-80.0, 300.0]
+
+
+def test_fields_are_set_from_the_command_line(tmp_path: Path):
+    path = write(tmp_path / "run.yaml", MINIMAL)
+    config = read_config(path, ["training.batch_size=4", "modes=[local, federated]", "rounds.weights={a: 1}"])
+    assert config.training.batch_size == 4
+    assert config.modes == ["local", "federated"]
+    assert config.rounds.weights == {"a": 1}
+
+
+WRONG = {
+    "unknown key": (MINIMAL + "traning: {}\n", [], "unknown key 'traning'; remove it or correct its spelling"),
+    "unknown inner key": (MINIMAL + "training: {lr: 1}\n", [], "unknown key 'training.lr'"),
+    "missing": ("seed: 1\n", [], "'data' is missing"),
+    "wrong type": (MINIMAL + "rounds: {count: many}\n", [], "'rounds.count'"),
+    "below the least": (MINIMAL + "rounds: {count: 0}\n", [], "'rounds.count'"),
+    "not YAML": ("a: [1\n", [], "not valid YAML"),
+    "no mapping": ("- 1\n", [], "a configuration is a mapping"),
+    "even window": (MINIMAL + "training: {window: 4}\n", [], "'training.window': must be odd"),
+    "clip upside down": (MINIMAL + "samples: {clip: [3, 1]}\n", [], "'samples.clip': give the lower bound first"),
+    "no class": ("data: {path: x, labels: {background: 3}}\n", [], "name at least one class"),
+    "value twice": ("data: {path: x, labels: {a: 1, b: [2, 1]}}\n", [], "value 1 stands for both a and b"),
+    "unknown class at a site": (
+        "data: {path: x, labels: {a: 1}, site_labels: {s: {c: 2}}}\n",
+        [],
+        "site_labels.s: c is not among labels",
+    ),
+    "no assignment": (MINIMAL, ["seed"], "--set seed: write it as field=value"),
+    "assignment into a value": (MINIMAL + "strategy: full\n", ["strategy.name=x"], "strategy is a single value"),
+    "unknown assignment": (MINIMAL, ["sed=1"], "unknown key 'sed'"),
+}
+
+
+@pytest.mark.parametrize(("text", "assignments", "message"), WRONG.values(), ids=WRONG)
+def test_errors_name_file_and_field(text: str, assignments: list[str], message: str, tmp_path: Path):
+    path = write(tmp_path / "run.yaml", text)
+    with pytest.raises(FlapsamError) as error:
+        read_config(path, assignments)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file(tmp_path: Path):
+    with pytest.raises(FlapsamError, match=r"run\.yaml: cannot read the configuration \(No such file"):
+        read_config(tmp_path / "run.yaml")
