@@ -64,7 +64,11 @@ def simulate(
         with _observer() as observer:
             results = run(configuration, resume=resume, observer=observer)
     except KeyboardInterrupt:
-        notes.print(f"Interrupted. What is done is kept in {configuration.output}; go on with --resume.", highlight=False)
+        notes.print(
+            f"Interrupted. What is done is kept in {configuration.output}; go on with --resume.",
+            highlight=False,
+            soft_wrap=True,
+        )
         raise typer.Exit(130) from None
     if as_json:
         return _print_json(results.as_json())
@@ -72,7 +76,7 @@ def simulate(
     out.print(tables.class_table({mode: sites["pooled"] for mode, sites in results.summaries().items()}))
     if results.traffic:
         out.print(tables.traffic_table(results))
-    out.print(f"Adapters, label maps and the ledger are in {results.folder}", highlight=False)
+    out.print(f"Adapters, label maps and the ledger are in {results.folder}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -101,7 +105,7 @@ def predict(
         observer.end()
     if as_json:
         return _print_json({"written": [str(path) for path in written]})
-    out.print(f"{len(written)} label maps written to {output}", highlight=False)
+    out.print(f"{len(written)} label maps written to {output}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -230,7 +234,7 @@ def phantom(
         observer.begin("phantoms", sites * cases)
         make_phantom(folder, sites=sites, cases=cases, seed=seed, on_case=observer.step)
         observer.end()
-    out.print(f"{sites * cases} cases at {sites} sites written to {folder}", highlight=False)
+    out.print(f"{sites * cases} cases at {sites} sites written to {folder}", highlight=False, soft_wrap=True)
 
 
 def _observer() -> "ConsoleObserver":

@@ -34,7 +34,7 @@ class ConsoleObserver(Observer):
         self.bars.stop()
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def begin(self, title: str, steps: int, done: int = 0) -> None:
         self.validation.clear()

@@ -1,0 +1,44 @@
+"""The number of sites costs no memory: one network, one site's optimizer, packets and moments on disk."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from flapsam.experiments.phantom import make_phantom
+
+# Prints the peak resident memory of its own process, in KiB.
+PROGRAM = """
+import resource
+from flapsam import cli
+try:
+    cli.main()
+finally:
+    print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def peak(config: Path) -> float:
+    """Peak resident memory of a simulation, in MiB."""
+    command = [sys.executable, "-c", PROGRAM, "simulate", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=True)
+    return float(done.stdout.rsplit("peak", 1)[1]) / 1024
+
+
+def test_forty_sites_take_no_more_memory_than_four(tmp_path: Path, record_property):
+    peaks = {}
+    for sites in (4, 40):
+        make_phantom(tmp_path / f"data{sites}", sites=sites, cases=3)
+        config = tmp_path / f"{sites}.yaml"
+        config.write_text(f"""
+data: {{path: data{sites}, labels: {{kidney: 1, tumour: 2}}}}
+samples: {{clip: [-150, 300], size: 64}}
+backbone: {{name: sam-tiny}}
+training: {{window: 1, batch_size: 12, augment: false}}
+rounds: {{count: 2, validate_every: 2}}
+threads: 2
+output: run{sites}
+""")
+        peaks[sites] = peak(config)
+    record_property("peak_mib", peaks)
+    print(f"peak resident memory in MiB by number of sites: {peaks}")
+    assert peaks[40] < 1.1 * peaks[4]
