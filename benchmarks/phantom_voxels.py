@@ -2,9 +2,9 @@
 
     python benchmarks/phantom_voxels.py FOLDER
 
-One mixture a class and site (so that the site's contrast is known to it), then one a class for all sites. Each voxel of a test
-case goes to the likeliest class, with priors from the training voxels, those of the foreground multiplied by a factor. The
-factor is the one that is best on the test cases themselves: a threshold could not do better. Prints mean test Dice.
+One mixture a class and site (so that the site's contrast is known to it), then one a class for all sites. Each voxel of a
+test case goes to the likeliest class, with priors from the training voxels, those of the foreground multiplied by a factor.
+The factor is the one that is best on the test cases themselves: a threshold could not do better. Prints mean test Dice.
 """
 
 import sys

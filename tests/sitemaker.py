@@ -14,8 +14,15 @@ def ball(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
     """Class 1: a ball somewhere; class 2: its core."""
     centre = [rng.uniform(0.35, 0.65) * n for n in shape]
     grid = np.meshgrid(*[np.arange(n) for n in shape], indexing="ij")
-    distance = sum(((axis - c) / (0.3 * n)) ** 2 for axis, c, n in zip(grid, centre, shape, strict=True))
-    return ((distance < 1).astype(np.uint8) + (distance < 0.3)).astype(np.uint8)
+    offsets = [(axis - c) / (0.3 * n) for axis, c, n in zip(grid, centre, shape, strict=True)]
+    distance = np.square(offsets).sum(axis=0)
+    return (distance < 1).astype(np.uint8) + (distance < 0.3).astype(np.uint8)
+
+
+def load(path: Path) -> nibabel.Nifti1Image:
+    image = nibabel.load(path)
+    assert isinstance(image, nibabel.Nifti1Image)
+    return image
 
 
 def save(array: np.ndarray, path: Path, affine: np.ndarray = AFFINE) -> Path:

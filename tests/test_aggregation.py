@@ -38,7 +38,7 @@ def aggregate(name: str, sent: list[dict[str, Tensor]], weights: list[float], ra
 
 
 def mean(arrays: list[np.ndarray], weights: list[float]) -> np.ndarray:
-    return sum(w * a.astype(np.float64) for w, a in zip(weights, arrays, strict=True)) / sum(weights)
+    return np.average(np.stack(arrays).astype(np.float64), axis=0, weights=weights)
 
 
 def best_rank(matrix: np.ndarray, rank: int) -> np.ndarray:

@@ -27,10 +27,12 @@ def test_the_defaults_are_the_papers(tmp_path: Path):
 
 
 def test_paths_are_relative_to_the_file(tmp_path: Path):
-    config = read_config(write(tmp_path / "run.yaml", MINIMAL + "backbone: {weights: ../sam.pth}\n"))
+    path = write(tmp_path / "run.yaml", MINIMAL + "backbone: {weights: ../sam.pth}\noutput: out\n")
+    config = read_config(path)
     assert config.data.path == tmp_path / "sites"
-    assert config.output == tmp_path / "runs" / "run"
+    assert config.output == tmp_path / "out"
     assert config.backbone.weights == tmp_path / ".." / "sam.pth"
+    assert read_config(path, ["output=elsewhere"]).output == Path("elsewhere")
 
 
 def test_what_is_written_reads_back_the_same(tmp_path: Path):

@@ -34,14 +34,15 @@ def test_distance_against_scipy():
     from scipy.ndimage import binary_erosion, distance_transform_edt
 
     rng = np.random.default_rng(0)
-    grid = np.stack(np.meshgrid(*[np.arange(24)] * 3, indexing="ij"))
+    grid = np.indices((24, 24, 24))
     blobs = [
         ((grid - c[:, None, None, None]) ** 2).sum(0) < 36 + 6 * rng.normal(size=(24, 24, 24))
         for c in rng.uniform(9, 14, (2, 3))
     ]
     spacing = (0.8, 1.1, 2.0)
     surfaces = [blob & ~binary_erosion(blob) for blob in blobs]
-    directed = [np.percentile(distance_transform_edt(~surfaces[1 - i], sampling=spacing)[surfaces[i]], 95) for i in range(2)]
+    distances = [np.asarray(distance_transform_edt(np.logical_not(surface), sampling=spacing)) for surface in surfaces]
+    directed = [np.percentile(distances[1 - i][surfaces[i]], 95) for i in range(2)]
     assert hd95(blobs[0], blobs[1], spacing) == pytest.approx(max(directed), rel=1e-4)
 
 

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from flapsam.slices import SliceStack, from_square, labels_to_square, prepare, s
 from flapsam.volumes import Volume
 
 
-def stack(values: list[float], **fields) -> SliceStack:
+def stack(values: Sequence[float], **fields) -> SliceStack:
     """One-voxel slices of these intensities."""
     images = np.array(values, np.float32).reshape(-1, 1, 1)
     return SliceStack(images, Samples(**fields), (min(values), max(values)))

@@ -5,7 +5,7 @@ import nibabel
 import numpy as np
 import pytest
 from nibabel import orientations
-from sitemaker import AFFINE, save
+from sitemaker import AFFINE, load, save
 
 from flapsam.errors import FlapsamError
 from flapsam.volumes import (
@@ -29,7 +29,7 @@ ORIENTATIONS += ["ASR", "IPL", "SRA", "PIL", "SAL"]
 def stored_as(codes: str, volume: Volume) -> Volume:
     """The same anatomy with other axes, by nibabel."""
     change = orientations.ornt_transform(orientations.io_orientation(volume.affine), orientations.axcodes2ornt(tuple(codes)))
-    image = nibabel.Nifti1Image(volume.array, volume.affine).as_reoriented(change)
+    image = nibabel.Nifti1Image(volume.array, volume.affine).as_reoriented(change.tolist())
     assert image.affine is not None
     return Volume(np.asanyarray(image.dataobj), image.affine)
 
@@ -90,7 +90,7 @@ def test_label_maps_keep_the_header_geometry_bit_for_bit(codes: str, tmp_path: P
     nibabel.save(image, tmp_path / "image.nii.gz")
     labels = (stored.array % 3).astype(np.uint8)
     write_label_like(labels, tmp_path / "image.nii.gz", tmp_path / "out" / "label.nii.gz")
-    before, after = nibabel.load(tmp_path / "image.nii.gz"), nibabel.load(tmp_path / "out" / "label.nii.gz")
+    before, after = load(tmp_path / "image.nii.gz"), load(tmp_path / "out" / "label.nii.gz")
     np.testing.assert_array_equal(after.affine, before.affine)
     for field in (
         "qform_code",

@@ -18,6 +18,10 @@ RESERVED_LABELS = ("background", "ignore")
 """Names in ``labels`` that are no class: values joined to the background, and values left out of loss and scores."""
 
 
+PATHS = ("data.path", "backbone.weights", "output")
+"""Fields of a run that are paths."""
+
+
 class Options(BaseModel):
     """A part of the configuration; an unknown key is an error."""
 
@@ -165,10 +169,11 @@ class RunConfig(Options):
     deterministic: bool = True
     """Only operations that give the same bits each time."""
     output: Path = Path("runs/run")
+    """The run's folder."""
 
 
 def read_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read a configuration; relative paths in it are relative to its own folder.
+    """Read a configuration. Relative paths in it are relative to its own folder, those in overrides to the current one.
 
     Args:
         path: a YAML file.
@@ -185,31 +190,31 @@ def read_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise FlapsamError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise FlapsamError(f"{path}: a configuration is a mapping of fields; see the README for an example")
+    for field in PATHS:
+        _make_relative(tree, field, path.parent)
     for override in overrides:
         _set(tree, override)
     try:
-        config = RunConfig.model_validate(tree)
+        return RunConfig.model_validate(tree)
     except ValidationError as error:
         raise FlapsamError(f"{path}: {'; '.join(_describe(problem) for problem in error.errors())}") from error
-    base = path.parent
-    weights = config.backbone.weights
-    return config.model_copy(
-        update={
-            "data": config.data.model_copy(update={"path": base / config.data.path}),
-            "output": base / config.output,
-            "backbone": config.backbone.model_copy(update={"weights": base / weights if weights else None}),
-        }
-    )
 
 
 def write_config(config: RunConfig) -> str:
     """The configuration as YAML, every field spelled out and paths made absolute."""
-    resolved = config.model_dump(mode="json")
-    resolved["data"]["path"] = str(config.data.path.resolve())
-    resolved["output"] = str(config.output.resolve())
-    if config.backbone.weights:
-        resolved["backbone"]["weights"] = str(config.backbone.weights.resolve())
-    return yaml.safe_dump(resolved, sort_keys=False)
+    tree = config.model_dump(mode="json")
+    for field in PATHS:
+        _make_relative(tree, field, Path.cwd())
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+def _make_relative(tree: dict[str, Any], field: str, folder: Path) -> None:
+    """Let a path in the tree, if it is there, be relative to ``folder``."""
+    *parents, last = field.split(".")
+    for parent in parents:
+        tree = tree.get(parent) if isinstance(tree.get(parent), dict) else {}  # type: ignore[assignment]
+    if isinstance(tree.get(last), str):
+        tree[last] = str(folder / tree[last])
 
 
 def _set(tree: dict[str, Any], assignment: str) -> None:

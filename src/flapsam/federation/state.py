@@ -1,4 +1,4 @@
-"""What a run must not forget: written whole, file by file, so that a crash at any moment loses at most the work under way."""
+"""What a run must not forget: written whole, file by file, so that a crash loses at most the work under way."""
 
 from pathlib import Path
 

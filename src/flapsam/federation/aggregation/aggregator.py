@@ -12,8 +12,8 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 class Aggregator(ABC):
     """Mean of clients' tensors. One object serves one round.
 
-    Clients are added one at a time and not kept, so memory does not grow with their number. Weights need not sum to one: they
-    are normalised at the end over those who answered.
+    Clients are added one at a time and not kept, so memory does not grow with their number. Weights need not sum to one:
+    they are normalised at the end over those who answered.
     """
 
     @abstractmethod

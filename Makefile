@@ -1,0 +1,38 @@
+# Everything that a newcomer needs: make demo, make test, make lint. Each sets up .venv first, once.
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test lint format clean
+
+demo: .venv/installed
+	rm -rf demo
+	$(BIN)/flapsam data phantom demo/sites
+	$(BIN)/flapsam simulate examples/demo.yaml
+	$(BIN)/flapsam predict demo/run demo/sites --split test --output demo/label_maps
+	$(BIN)/flapsam evaluate demo/label_maps demo/sites --adapter demo/run
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+format: .venv/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv demo
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
