@@ -40,7 +40,7 @@ def test_distance_against_scipy():
         for c in rng.uniform(9, 14, (2, 3))
     ]
     spacing = (0.8, 1.1, 2.0)
-    surfaces = [blob & ~binary_erosion(blob) for blob in blobs]
+    surfaces = [blob & np.logical_not(binary_erosion(blob)) for blob in blobs]
     distances = [np.asarray(distance_transform_edt(np.logical_not(surface), sampling=spacing)) for surface in surfaces]
     directed = [np.percentile(distances[1 - i][surfaces[i]], 95) for i in range(2)]
     assert hd95(blobs[0], blobs[1], spacing) == pytest.approx(max(directed), rel=1e-4)

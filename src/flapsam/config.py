@@ -1,5 +1,6 @@
 """The one description of a run: pydantic models read from YAML. Defaults are the paper's values (arXiv 2407.21739)."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -214,7 +215,7 @@ def _make_relative(tree: dict[str, Any], field: str, folder: Path) -> None:
     for parent in parents:
         tree = tree.get(parent) if isinstance(tree.get(parent), dict) else {}  # type: ignore[assignment]
     if isinstance(tree.get(last), str):
-        tree[last] = str(folder / tree[last])
+        tree[last] = os.path.normpath(folder / tree[last])
 
 
 def _set(tree: dict[str, Any], assignment: str) -> None:

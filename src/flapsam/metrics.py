@@ -1,6 +1,7 @@
 """How well a label map agrees with the truth, per case and class, in 3-D."""
 
 import math
+import warnings
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,12 @@ def hd95(predicted: NDArray[np.bool_], truth: NDArray[np.bool_], spacing: Sequen
         return None
     box = _box(predicted | truth)
     pair = [torch.from_numpy(np.ascontiguousarray(mask[box]))[None, None].float() for mask in (predicted, truth)]
-    distance = compute_hausdorff_distance(*pair, include_background=True, percentile=95, spacing=[float(s) for s in spacing])
+    with warnings.catch_warnings():
+        # MONAI warns of an argument that it gives itself.
+        warnings.simplefilter("ignore", FutureWarning)
+        distance = compute_hausdorff_distance(
+            *pair, include_background=True, percentile=95, spacing=[float(s) for s in spacing]
+        )
     return float(distance)
 
 

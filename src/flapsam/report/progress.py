@@ -23,6 +23,7 @@ class ConsoleObserver(Observer):
             console=console,
             disable=not console.is_terminal,
         )
+        self.title = ""
         self.task: TaskID | None = None
         self.validation: dict[int, list[float | None]] = {}
 
@@ -37,6 +38,7 @@ class ConsoleObserver(Observer):
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def begin(self, title: str, steps: int, done: int = 0) -> None:
+        self.title = title
         self.validation.clear()
         self.task = self.bars.add_task(title, total=steps, completed=done, news="")
         if not self.console.is_terminal:
@@ -49,6 +51,8 @@ class ConsoleObserver(Observer):
     def end(self) -> None:
         if self.task is not None:
             self.bars.update(self.task, completed=self.bars.tasks[self.task].total)
+        if self.validation:
+            self._show("done")
 
     def event(self, event: Event) -> None:
         if event["event"] == "validation":
@@ -56,12 +60,14 @@ class ConsoleObserver(Observer):
         elif event["event"] == "refused":
             self.say(f"round {event['round']}: the packet of {event['site']} is refused: {event['reason']}")
         elif event["event"] == "round":
-            newest = max(self.validation, default=0)
-            dice = mean(self.validation.get(newest, []))
-            news = f"round {event['round']}" + (
-                f", validation Dice {dice:.3f} after round {newest}" if dice is not None else ""
-            )
-            if self.task is not None:
-                self.bars.update(self.task, news=news)
-            if not self.console.is_terminal:
-                self.say(f"{event['federation']}: {news}, {event['seconds']:.0f} s")
+            self._show(f"round {event['round']} in {event['seconds']:.0f} s")
+
+    def _show(self, news: str) -> None:
+        newest = max(self.validation, default=0)
+        dice = mean(self.validation.get(newest, []))
+        if dice is not None:
+            news += f", validation Dice {dice:.3f} after round {newest}"
+        if self.task is not None:
+            self.bars.update(self.task, news=news)
+        if not self.console.is_terminal:
+            self.say(f"{self.title}: {news}")
