@@ -185,6 +185,15 @@ def test_the_phantom_is_the_same_for_the_same_seed_and_differs_by_site(tmp_path:
     assert [(len(site.of("train")), len(site.of("test"))) for site in sites] == [(1, 1), (1, 1)]
 
 
+def test_intensity_alone_does_not_solve_the_demos_phantom(tmp_path: Path):
+    """Gaussian mixtures over single voxels, fitted on the training labels; the factor is chosen on the test cases."""
+    from phantom_voxels import voxel_dice
+
+    make_phantom(tmp_path, sites=4, cases=10, seed=0)
+    assert voxel_dice(tmp_path, per_site=True)["mean"] <= 0.5
+    assert voxel_dice(tmp_path, per_site=False)["mean"] <= 0.5
+
+
 @pytest.mark.skipif(not (SHARED / "data" / "hippocampus").exists(), reason="the hippocampus volumes are not here")
 def test_hippocampus_has_six_sites():
     sites = read_sites(Data(path=SHARED / "data" / "hippocampus", labels={"anterior": 1, "posterior": 2}), 0)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from flapsam.errors import FlapsamError
+from flapsam.errors import FlapsamError, choose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,4 @@ def architecture(name: str) -> Architecture:
     Raises:
         FlapsamError: there is none.
     """
-    if name not in ARCHITECTURES:
-        raise FlapsamError(f"backbone.name '{name}' is unknown; choose one of {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[name]
+    return choose("backbone.name", name, ARCHITECTURES)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from flapsam.errors import FlapsamError
+from flapsam.errors import choose
 
 OUTPUT = "mask_decoder.output.*"
 
@@ -49,6 +49,4 @@ def strategy(name: str) -> Strategy:
     Raises:
         FlapsamError: there is none.
     """
-    if name not in STRATEGIES:
-        raise FlapsamError(f"strategy '{name}' is unknown; choose one of {', '.join(STRATEGIES)}")
-    return STRATEGIES[name]
+    return choose("strategy", name, STRATEGIES)

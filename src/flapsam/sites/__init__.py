@@ -5,7 +5,7 @@ from itertools import groupby
 from pathlib import Path
 
 from flapsam.config import Data
-from flapsam.errors import FlapsamError
+from flapsam.errors import FlapsamError, choose
 from flapsam.sites import folders
 from flapsam.sites.case import Case, Site, Split
 from flapsam.sites.labels import IGNORED, LabelMap, label_map
@@ -39,9 +39,7 @@ def read_sites(data: Data, seed: int) -> list[Site]:
     """
     if not data.path.is_dir():
         raise FlapsamError(f"{data.path}: no such folder; set data.path to the folder that holds the sites")
-    layout = LAYOUTS.get(data.layout)
-    if layout is None:
-        raise FlapsamError(f"data.layout '{data.layout}' is unknown; choose one of {', '.join(LAYOUTS)}")
+    layout = choose("data.layout", data.layout, LAYOUTS)
     sites = [Site(name, tuple(cases)) for name, cases in groupby(layout(data.path), key=lambda case: case.site)]
     names = {site.name for site in sites}
     for field, wanted in (("data.sites", data.sites or []), ("data.site_labels", data.site_labels)):

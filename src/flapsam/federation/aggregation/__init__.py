@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from flapsam.errors import FlapsamError
+from flapsam.errors import choose
 from flapsam.federation.aggregation.aggregator import Aggregator
 from flapsam.federation.aggregation.fedavg import FedAvg
 from flapsam.federation.aggregation.flexlora import FlexLora
@@ -22,6 +22,4 @@ def aggregator(name: str, rank: int) -> Aggregator:
     Raises:
         FlapsamError: there is none of that name.
     """
-    if name not in AGGREGATORS:
-        raise FlapsamError(f"aggregator '{name}' is unknown; choose one of {', '.join(AGGREGATORS)}")
-    return AGGREGATORS[name](rank)
+    return choose("aggregator", name, AGGREGATORS)(rank)
