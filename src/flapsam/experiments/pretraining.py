@@ -1,0 +1,203 @@
+"""sam-tiny, pretrained on synthetic scenes: the recipe of the weights that ship with flapsam.
+
+Scenes are made as they are used, and step ``n`` of a seed always sees the
+same ones, so a run that was stopped goes on as if it had not been.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flapsam.device import set_up_torch
+from flapsam.errors import FlapsamError
+from flapsam.experiments.synthesis import TASKS, Scenes, draw_scenes
+from flapsam.federation.observer import Observer
+from flapsam.files import check_writable, write_text, written_whole
+from flapsam.sam import Sam, architecture, build
+from flapsam.seeds import seed_for
+
+HELD_OUT = 128
+"""Scenes that are only scored."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that the result depends on, but the number of threads."""
+
+    steps: int = 20_000
+    batch: int = 16
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    warmup: int = 300
+    decay: float = 0.3
+    """Share of the steps, at the end, over which the rate falls to zero."""
+    seed: int = 0
+    backbone: str = "sam-tiny"
+    size: int = 128
+
+
+def rate(step: int, recipe: Recipe) -> float:
+    """Learning rate of a step: linear warm-up, constant, linear decay at the end."""
+    rise = min((step + 1) / recipe.warmup, 1.0)
+    left = (recipe.steps - step) / max(recipe.decay * recipe.steps, 1)
+    return recipe.learning_rate * min(rise, left, 1.0)
+
+
+def pretext_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """Mean over the tasks of binary cross-entropy + 1 − Dice, sums over each scene.
+
+    Args:
+        logits: (batch, tasks, size, size).
+        masks: the same shape, 0 or 1.
+    """
+    entropy = F.binary_cross_entropy_with_logits(logits, masks)
+    predicted = logits.sigmoid()
+    overlap = (predicted * masks).sum(dim=(2, 3))
+    total = (predicted**2).sum(dim=(2, 3)) + masks.sum(dim=(2, 3))
+    return entropy + 1 - ((2 * overlap + 1) / (total + 1)).mean()
+
+
+@torch.inference_mode()
+def held_out_iou(network: Sam, recipe: Recipe) -> dict[str, float]:
+    """IoU of each task's mask over held-out scenes, all pixels together, and their ``mean``."""
+    network.eval()
+    both = torch.zeros(len(TASKS))
+    either = torch.zeros(len(TASKS))
+    for part in range(HELD_OUT // 16):
+        scenes = held_out(recipe, part)
+        predicted = network(scenes.images) > 0
+        truth = scenes.masks > 0.5
+        both += (predicted & truth).sum(dim=(0, 2, 3))
+        either += (predicted | truth).sum(dim=(0, 2, 3))
+    network.train()
+    scores = (both / either.clamp(min=1)).tolist()
+    return {**dict(zip(TASKS, scores, strict=True)), "mean": sum(scores) / len(scores)}
+
+
+def held_out(recipe: Recipe, part: int) -> Scenes:
+    """Sixteen scenes that no step sees."""
+    draw = torch.Generator().manual_seed(seed_for(recipe.seed, "held out", part))
+    return draw_scenes(16, recipe.size, draw)
+
+
+def pretrain(
+    folder: Path,
+    recipe: Recipe,
+    *,
+    command: str,
+    threads: int,
+    resume: bool = False,
+    every: int = 500,
+    observer: Observer | None = None,
+) -> dict[str, float]:
+    """Train on synthetic scenes; write ``weights.safetensors`` (fp16) and ``log.jsonl`` into ``folder``.
+
+    Args:
+        folder: of this pretraining; ``state.safetensors`` in it is what ``resume`` reads.
+        recipe: what to do.
+        command: how a reader repeats it, kept in the weights' file.
+        threads: of the arithmetic.
+        resume: go on where the folder's state stands.
+        every: steps between states and scores.
+        observer: is told of steps.
+
+    Returns:
+        IoU of each task on held-out scenes, and their mean.
+
+    Raises:
+        FlapsamError: the folder cannot be written, or there is nothing to resume.
+    """
+    observer = observer or Observer()
+    check_writable(folder)
+    set_up_torch(threads, deterministic=True)
+    network = build(architecture(recipe.backbone), image_size=recipe.size, classes=len(TASKS) - 1, seed=recipe.seed)
+    trained = [p for name, p in network.named_parameters() if not name.startswith("prompt_encoder.") or "no_mask" in name]
+    optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
+    state, log = folder / "state.safetensors", folder / "log.jsonl"
+    start, spent = _load(state, network, optimizer, recipe) if resume else (0, 0.0)
+    scores = held_out_iou(network, recipe)
+    if start == 0:
+        write_text(log, json.dumps({"step": 0, "seconds": 0.0, "iou": scores}) + "\n")
+    began = time.perf_counter() - spent
+    observer.begin("pretraining", recipe.steps, start)
+    losses: list[float] = []
+    for step in range(start, recipe.steps):
+        draw = torch.Generator().manual_seed(seed_for(recipe.seed, "scenes", step))
+        scenes = draw_scenes(recipe.batch, recipe.size, draw)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, recipe)
+        loss = pretext_loss(network(scenes.images), scenes.masks)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        observer.step()
+        done = step + 1
+        if done % every == 0 or done == recipe.steps:
+            scores = held_out_iou(network, recipe)
+            spent = time.perf_counter() - began
+            entry = {"step": done, "seconds": round(spent, 1), "loss": sum(losses) / len(losses), "iou": scores}
+            losses.clear()
+            with log.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+            observer.say(f"step {done}: loss {entry['loss']:.3f}, held-out IoU {scores['mean']:.3f}, {spent:.0f} s")
+            _save(state, network, optimizer, done, spent, recipe)
+            _export(folder / "weights.safetensors", network, recipe, command, done, spent, scores)
+    observer.end()
+    return scores
+
+
+def _save(
+    path: Path, network: Sam, optimizer: torch.optim.Optimizer, step: int, seconds: float, recipe: Recipe
+) -> None:
+    names = {parameter: name for name, parameter in network.named_parameters()}
+    tensors = {f"weight/{name}": tensor for name, tensor in network.state_dict().items()}
+    for parameter, values in optimizer.state.items():
+        tensors |= {f"{key}/{names[parameter]}": value for key, value in values.items()}
+    about = {"step": str(step), "seconds": str(seconds), "recipe": json.dumps(asdict(recipe))}
+    with written_whole(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=about)
+
+
+def _load(path: Path, network: Sam, optimizer: torch.optim.Optimizer, recipe: Recipe) -> tuple[int, float]:
+    parameters = dict(network.named_parameters())
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata()
+            if json.loads(about["recipe"]) != asdict(recipe):
+                raise FlapsamError(f"{path}: was begun with another recipe; give the same options to resume it")
+            entries = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise FlapsamError(f"{path}: no pretraining to resume here; leave out --resume") from error
+    network.load_state_dict({n.removeprefix("weight/"): t for n, t in entries.items() if n.startswith("weight/")})
+    for entry, tensor in entries.items():
+        key, name = entry.split("/", 1)
+        if key != "weight":
+            optimizer.state.setdefault(parameters[name], {})[key] = tensor
+    return int(about["step"]), float(about["seconds"])
+
+
+def _export(
+    path: Path, network: Sam, recipe: Recipe, command: str, step: int, seconds: float, scores: dict[str, float]
+) -> None:
+    """The weights in half precision, with how they were made."""
+    about = {
+        "command": command,
+        "recipe": json.dumps(asdict(recipe)),
+        "steps": str(step),
+        "seconds": f"{seconds:.0f}",
+        "held_out_iou": json.dumps({task: round(value, 4) for task, value in scores.items()}),
+        "tasks": json.dumps(TASKS),
+        "data": "synthetic images only",
+    }
+    tensors = {name: tensor.half().contiguous() for name, tensor in network.state_dict().items()}
+    with written_whole(path) as temporary:
+        save_file(tensors, temporary, metadata=about)
