@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flapsam.sam import Architecture, Sam, build, load_meta, load_travelling, read_checkpoint, travelling_state
+from flapsam.sam import Architecture, Sam, build, load_travelling, load_weights, read_checkpoint, travelling_state
 from flapsam.sam.adapters import apply_strategy
-from flapsam.sam.checkpoints import from_meta
+from flapsam.sam.naming import to_own_names
 from flapsam.sam.strategies import STRATEGIES
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -52,7 +52,7 @@ def golden_sizes() -> Architecture:
 def golden_network() -> Sam:
     """The reference's small SAM with its random weights, without adapters."""
     network = build(golden_sizes(), image_size=96, classes=2)
-    load_meta(network, read_checkpoint(GOLDEN / "sam.safetensors"), "golden")
+    load_weights(network, read_checkpoint(GOLDEN / "sam.safetensors"), "golden", keep_masks=True)
     return network
 
 
@@ -72,4 +72,4 @@ def reference_to_public(name: str) -> str:
                 end = f"lora_w_{letter}_{part}{suffix}"
                 if name.endswith(end):
                     name = name.removesuffix(end) + f"{part}_proj.lora_{letter.upper()}.weight"
-    return next(iter(from_meta({name: torch.zeros(3, 1)})))
+    return next(iter(to_own_names({name: torch.zeros(3, 1)})))

@@ -9,8 +9,9 @@ import torch
 from conftest import golden, golden_json, golden_network, golden_network_with_lora, golden_sizes, reference_to_public
 
 from flapsam.config import Samples, Training
-from flapsam.sam import Architecture, Sam, build, load_meta, named_parameters
-from flapsam.sam.checkpoints import from_meta, resize_positions
+from flapsam.sam import Architecture, Sam, build, load_weights, named_parameters
+from flapsam.sam.checkpoints import resize_positions
+from flapsam.sam.naming import to_own_names
 from flapsam.slices import SliceStack
 from flapsam.training import learning_rate, segmentation_loss
 
@@ -84,8 +85,8 @@ def test_parameters_without_gradient_are_the_iou_head_and_unused_prompts():
 
 def test_resized_positions():
     tensors = golden("resize")
-    stored = from_meta({n.removeprefix("stored."): t for n, t in tensors.items() if n.startswith("stored.")})
-    expected = from_meta({n.removeprefix("loaded."): t for n, t in tensors.items() if n.startswith("loaded.")})
+    stored = to_own_names({n.removeprefix("stored."): t for n, t in tensors.items() if n.startswith("stored.")})
+    expected = to_own_names({n.removeprefix("loaded."): t for n, t in tensors.items() if n.startswith("loaded.")})
     resized = resize_positions(stored, golden_sizes(), 96)
     assert resized.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -129,7 +130,7 @@ def sam_checkpoint(network: Sam) -> dict[str, torch.Tensor]:
 def test_from_a_sam_checkpoint_all_but_the_new_parts_is_loaded():
     network = build(golden_sizes(), image_size=96, classes=2, seed=1)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    report = load_meta(network, sam_checkpoint(network), "sam")
+    report = load_weights(network, sam_checkpoint(network), "sam")
     changed = {name for name, tensor in network.state_dict().items() if not torch.equal(tensor, before[name])}
     assert set(report.new) == {
         name

@@ -12,6 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 FLOORS = [
     ["flapsam.errors"],
     ["flapsam.files", "flapsam.seeds"],
+    ["flapsam.download"],
     ["flapsam.config"],
     ["flapsam.volumes"],
     ["flapsam.sites"],

@@ -155,13 +155,10 @@ def pretrain(
     return scores
 
 
-def _save(
-    path: Path, network: Sam, optimizer: torch.optim.Optimizer, step: int, seconds: float, recipe: Recipe
-) -> None:
-    names = {parameter: name for name, parameter in network.named_parameters()}
+def _save(path: Path, network: Sam, optimizer: torch.optim.Optimizer, step: int, seconds: float, recipe: Recipe) -> None:
     tensors = {f"weight/{name}": tensor for name, tensor in network.state_dict().items()}
-    for parameter, values in optimizer.state.items():
-        tensors |= {f"{key}/{names[parameter]}": value for key, value in values.items()}
+    for name, parameter in network.named_parameters():
+        tensors |= {f"{key}/{name}": value for key, value in optimizer.state.get(parameter, {}).items()}
     about = {"step": str(step), "seconds": str(seconds), "recipe": json.dumps(asdict(recipe))}
     with written_whole(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=about)

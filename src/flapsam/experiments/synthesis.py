@@ -1,8 +1,8 @@
 """Images made from nothing: random label maps with random intensities, for pretraining without any data.
 
-Label maps come from smooth noise, with deformed shapes pasted on them; every region gets its own random intensity and texture;
-then come bias, blur, lower resolution and noise. Such synthesis alone gives features that carry over to real CT and MRI
-(SynthSeg: Billot et al., Medical Image Analysis 2023, arXiv 2107.09559; Dey et al., ICLR 2025, arXiv 2411.02372).
+Label maps come from smooth noise, with deformed shapes pasted on them; every region gets its own random intensity and
+texture; then come bias, blur, lower resolution and noise. Such synthesis alone gives features that carry over to real CT
+and MRI (SynthSeg: Billot et al., Medical Image Analysis 2023, arXiv 2107.09559; Dey et al., ICLR 2025, arXiv 2411.02372).
 A scene is three adjacent slices of a volume, so that the network can learn from its neighbours too.
 """
 
@@ -155,7 +155,9 @@ def _masks(regions: Tensor, kinds: Tensor, clean: Tensor) -> Tensor:
     flat = middle.flatten(1)
     empty = torch.zeros(len(middle), REGIONS)
     centre = middle[:, size // 2, size // 2]
-    bright = empty.scatter_reduce(1, flat, clean[:, 1].flatten(1), "mean", include_self=False).gather(1, flat).view_as(middle)
+    bright = (
+        empty.scatter_reduce(1, flat, clean[:, 1].flatten(1), "mean", include_self=False).gather(1, flat).view_as(middle)
+    )
     largest = empty.scatter_add(1, flat, (kind > 0).flatten(1).float()).argmax(dim=1)[:, None, None]
     median = clean[:, 1].flatten(1).median(dim=1).values[:, None, None]
     padded = F.pad(middle[:, None].float(), (1, 1, 1, 1), mode="replicate")

@@ -11,7 +11,7 @@ from flapsam.sam.adapters import (
 )
 from flapsam.sam.architecture import ARCHITECTURES, Architecture, architecture
 from flapsam.sam.assembly import Assembled, assemble
-from flapsam.sam.checkpoints import LoadReport, load_meta, read_checkpoint
+from flapsam.sam.checkpoints import LoadReport, infer_architecture, load_weights, read_checkpoint
 from flapsam.sam.network import PIXELS, Sam, build
 from flapsam.sam.strategies import STRATEGIES, Strategy, strategy
 
@@ -29,8 +29,9 @@ __all__ = [
     "assemble",
     "build",
     "frozen_checksum",
-    "load_meta",
+    "infer_architecture",
     "load_travelling",
+    "load_weights",
     "lora_config",
     "named_parameters",
     "read_checkpoint",

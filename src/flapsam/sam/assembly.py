@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from flapsam.config import Backbone
 from flapsam.sam.adapters import apply_strategy, frozen_checksum
 from flapsam.sam.architecture import architecture
-from flapsam.sam.checkpoints import load_meta, read_checkpoint
+from flapsam.sam.checkpoints import load_weights, read_checkpoint
 from flapsam.sam.network import Sam, build
 from flapsam.sam.strategies import strategy
 from flapsam.seeds import seed_for
@@ -48,7 +48,7 @@ def assemble(
     if backbone.weights is None:
         weights = "random weights: nothing is pretrained; give a checkpoint with backbone.weights"
     else:
-        report = load_meta(network, read_checkpoint(backbone.weights), str(backbone.weights))
+        report = load_weights(network, read_checkpoint(backbone.weights), str(backbone.weights))
         weights = f"{backbone.weights.name}: {report}"
     apply_strategy(network, chosen, rank=rank, seed=seed_for(seed, "adapters"))
     return Assembled(network, weights, frozen_checksum(network))

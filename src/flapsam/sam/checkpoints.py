@@ -1,5 +1,6 @@
-"""Checkpoints in Meta's names → the network's names and sizes."""
+"""Checkpoints in: files of others and our own → the network's names and sizes."""
 
+import json
 import pickle
 import re
 from collections.abc import Mapping
@@ -14,36 +15,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flapsam.errors import FlapsamError
-from flapsam.sam.architecture import Architecture
+from flapsam.sam.architecture import ARCHITECTURES, Architecture
+from flapsam.sam.naming import naming_of, to_own_names
 from flapsam.sam.network import Sam
 
-RENAMED: tuple[tuple[str, str], ...] = (
-    (r"^image_encoder\.", "vision_encoder."),
-    (r"\.blocks\.(\d+)\.", r".layers.\1."),
-    (r"\.patch_embed\.proj\.", ".patch_embed.projection."),
-    (r"\.neck\.0\.", ".neck.conv1."),
-    (r"\.neck\.1\.", ".neck.layer_norm1."),
-    (r"\.neck\.2\.", ".neck.conv2."),
-    (r"\.neck\.3\.", ".neck.layer_norm2."),
-    (r"\.norm([1-4])\.", r".layer_norm\1."),
-    (r"\.norm_final_attn\.", ".layer_norm_final_attn."),
-    (r"\.pe_layer\.positional_encoding_gaussian_matrix$", ".shared_embedding.positional_embedding"),
-    (r"\.point_embeddings\.", ".point_embed."),
-    (r"\.mask_downscaling\.0\.", ".mask_embed.conv1."),
-    (r"\.mask_downscaling\.1\.", ".mask_embed.layer_norm1."),
-    (r"\.mask_downscaling\.3\.", ".mask_embed.conv2."),
-    (r"\.mask_downscaling\.4\.", ".mask_embed.layer_norm2."),
-    (r"\.mask_downscaling\.6\.", ".mask_embed.conv3."),
-    (r"\.mask_tokens\.", ".output.mask_tokens."),
-    (r"\.output_upscaling\.", ".output.upscaling."),
-    (r"\.output_hypernetworks_mlps\.", ".output.hypernetworks."),
-)
-"""Meta's names → the network's, applied in order."""
+MASKS = re.compile(r"^mask_decoder\.(iou_prediction_head|output\.mask_tokens|output\.hypernetworks)\.")
+"""What belongs to a model's own masks and means nothing for other classes: it starts afresh."""
 
-NEW_IN_FLAPSAM = re.compile(
-    r"^mask_decoder\.(iou_prediction_head|output\.mask_tokens|output\.hypernetworks|output\.upscaling\.(?![013]\.))"
-)
-"""What means something else in SAM than here, and starts afresh."""
+UPSCALING = re.compile(r"^mask_decoder\.output\.upscaling\.")
+"""SAM has two of the four doublings; the others start afresh."""
 
 
 @dataclass
@@ -60,46 +40,44 @@ class LoadReport:
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Read a state dictionary from safetensors, or from a ``.pth`` that holds nothing but tensors.
+    """Read a state dictionary: a safetensors file, a ``.pth`` that holds nothing but tensors, or a folder of transformers.
 
     Raises:
-        FlapsamError: the file is missing, truncated, or would run code on loading.
+        FlapsamError: it is missing or truncated, would run code on loading, or is no SAM.
     """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise FlapsamError(f"{path}: no such checkpoint") from error
-    except pickle.UnpicklingError as error:
-        raise FlapsamError(f"{path}: holds more than tensors and is not opened; give a plain state dictionary") from error
-    except (SafetensorError, BadZipFile, EOFError, OSError, RuntimeError, ValueError) as error:
-        raise FlapsamError(f"{path}: not a readable checkpoint; is it truncated?") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise FlapsamError(f"{path}: not a state dictionary; give one that maps names to tensors")
+    if path.is_dir():
+        state = {name: tensor for part in _parts(path) for name, tensor in _read_file(part).items()}
+    else:
+        state = _read_file(path)
+    if naming_of(state) is None:
+        raise FlapsamError(f"{path}: not a SAM checkpoint, its tensors are another model's")
     return state
 
 
-def load_meta(network: Sam, state: Mapping[str, Tensor], source: str) -> LoadReport:
-    """Load a checkpoint in Meta's names into a network without adapters.
+def load_weights(network: Sam, state: Mapping[str, Tensor], source: str, *, keep_masks: bool = False) -> LoadReport:
+    """Load a checkpoint, in anyone's names, into a network without adapters.
 
-    Of a SAM checkpoint everything that fits is taken but the mask tokens, the hypernetworks and the IoU head; of the
-    upscaling, keys 0, 1 and 3. A checkpoint whose decoder is already flapsam's (upscaling of 16×) is taken whole.
+    Everything that fits is taken but the mask tokens, the hypernetworks and the IoU head; of SAM's upscaling that is keys 0,
+    1 and 3.
+
+    Args:
+        network: changed in place.
+        state: as ``read_checkpoint`` gives it.
+        source: names the checkpoint in messages.
+        keep_masks: take the masks' own parts too, where the checkpoint is for exactly the network's classes.
 
     Raises:
-        FlapsamError: the tensors are another model's, or of another size; ``source`` names the checkpoint.
+        FlapsamError: the tensors are another model's, or of another size.
     """
-    whole = "mask_decoder.output_upscaling.9.weight" in state
-    renamed = from_meta(state)
-    if not whole:
-        renamed = {name: tensor for name, tensor in renamed.items() if not NEW_IN_FLAPSAM.match(name)}
-    target = network.state_dict()
-    fitted = resize_positions(renamed, network.sizes, network.image_size)
+    named = to_own_names(state)
+    if not keep_masks:
+        named = {name: tensor for name, tensor in named.items() if not MASKS.match(name)}
+    fitted = resize_positions(named, network.sizes, network.image_size)
     report = LoadReport()
-    for name, wanted in target.items():
+    for name, wanted in network.state_dict().items():
         given = fitted.get(name)
         if given is None:
-            if whole or not NEW_IN_FLAPSAM.match(name):
+            if not UPSCALING.match(name) and (keep_masks or not MASKS.match(name)):
                 raise FlapsamError(f"{source}: {name} is missing; this is not a SAM checkpoint")
             report.new.append(name)
         elif given.shape != wanted.shape:
@@ -109,24 +87,10 @@ def load_meta(network: Sam, state: Mapping[str, Tensor], source: str) -> LoadRep
             )
         else:
             report.loaded.append(name)
-            if given is not renamed[name]:
+            if given is not named[name]:
                 report.resized.append(name)
     network.load_state_dict({name: fitted[name] for name in report.loaded}, strict=False)
     return report
-
-
-def from_meta(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename tensors, and split each fused qkv into its three projections."""
-    result: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        for pattern, replacement in RENAMED:
-            name = re.sub(pattern, replacement, name)
-        if ".qkv." in name:
-            for part, third in zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3), strict=True):
-                result[name.replace("qkv", part)] = third
-        else:
-            result[name] = tensor
-    return result
 
 
 def resize_positions(state: Mapping[str, Tensor], sizes: Architecture, image_size: int) -> dict[str, Tensor]:
@@ -147,3 +111,50 @@ def resize_positions(state: Mapping[str, Tensor], sizes: Architecture, image_siz
             # As an image of one channel, whose width, the head's channels, stays.
             result[name] = F.interpolate(tensor.float()[None, None], (rows, tensor.shape[1]), mode="bilinear")[0, 0]
     return result
+
+
+def infer_architecture(state: Mapping[str, Tensor]) -> str | None:
+    """The name in ``ARCHITECTURES`` that a checkpoint's tensors are of; None for any other size."""
+    named = to_own_names(state)
+    try:
+        width, _, patch, _ = named["vision_encoder.patch_embed.projection.weight"].shape
+        grid = named["vision_encoder.pos_embed"].shape[1]
+        decoder_width = len(named["vision_encoder.neck.conv1.weight"])
+        rel_pos = [tensor for name, tensor in named.items() if name.endswith(".attn.rel_pos_h")]
+        found = (width, len(rel_pos), width // rel_pos[0].shape[1], patch, decoder_width, grid * patch)
+    except (KeyError, IndexError, ValueError):
+        return None
+    for name, sizes in ARCHITECTURES.items():
+        wanted = (sizes.width, sizes.depth, sizes.heads, sizes.patch, sizes.decoder_width, sizes.native_size)
+        if found == wanted:
+            return name
+    return None
+
+
+def _parts(folder: Path) -> list[Path]:
+    """The weight files of a folder that transformers saved."""
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.exists():
+        try:
+            return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, AttributeError) as error:
+            raise FlapsamError(f"{index}: not a readable index of weights") from error
+    if whole.exists():
+        return [whole]
+    raise FlapsamError(f"{folder}: there is no model.safetensors in this folder")
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise FlapsamError(f"{path}: no such checkpoint") from error
+    except pickle.UnpicklingError as error:
+        raise FlapsamError(f"{path}: holds more than tensors and is not opened; give a plain state dictionary") from error
+    except (SafetensorError, BadZipFile, EOFError, OSError, RuntimeError, ValueError) as error:
+        raise FlapsamError(f"{path}: not a readable checkpoint; is it truncated?") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise FlapsamError(f"{path}: not a state dictionary; give one that maps names to tensors")
+    return state

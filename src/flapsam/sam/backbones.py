@@ -1,0 +1,60 @@
+"""Where backbones come from, and what their makers fed them."""
+
+from dataclasses import dataclass
+
+from flapsam.errors import choose
+
+META = "https://dl.fbaipublicfiles.com/segment_anything/"
+HUB = "https://huggingface.co/{}/resolve/main/model.safetensors"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A set of weights that can be had by name."""
+
+    name: str
+    architecture: str
+    pixels: str
+    """What its makers normalised the input with, a preset of ``PIXELS``."""
+    licence: str
+    url: str | None = None
+    """None for weights that ship with flapsam."""
+    file: str = ""
+    """Name of the file that it is kept under."""
+    sha256: str = ""
+    """First digits of the file's checksum, where its makers tell them."""
+
+
+def _meta(name: str, digits: str) -> Source:
+    file = f"{name.replace('-', '_')}_{digits}.pth"
+    return Source(name, name, "sam", "Apache-2.0", META + file, file, digits)
+
+
+def _hub(identity: str, architecture: str, pixels: str, licence: str = "Apache-2.0") -> Source:
+    file = identity.replace("/", "--") + ".safetensors"
+    return Source(identity, architecture, pixels, licence, HUB.format(identity), file)
+
+
+_ALL = (
+    Source("sam-tiny", "sam-tiny", "paper", "Apache-2.0", None, "sam-tiny.safetensors"),
+    _meta("sam-vit-b", "01ec64"),
+    _meta("sam-vit-l", "0b3195"),
+    _meta("sam-vit-h", "4b8939"),
+    _hub("facebook/sam-vit-base", "sam-vit-b", "sam"),
+    _hub("facebook/sam-vit-large", "sam-vit-l", "sam"),
+    _hub("facebook/sam-vit-huge", "sam-vit-h", "sam"),
+    # MedSAM was trained on pixels scaled to [0, 1].
+    _hub("wanglab/medsam-vit-base", "sam-vit-b", "paper"),
+)
+
+SOURCES: dict[str, Source] = {source.name: source for source in _ALL}
+"""Name → where its weights come from."""
+
+
+def source(name: str) -> Source:
+    """The source of this name.
+
+    Raises:
+        FlapsamError: there is none.
+    """
+    return choose("backbone", name, SOURCES)

@@ -1,0 +1,101 @@
+"""Downloads against a server on this machine."""
+
+import hashlib
+import http.server
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flapsam.download import cache_folder, checksum, download
+from flapsam.errors import FlapsamError
+
+CONTENT = bytes(range(256)) * 10_000
+DIGITS = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Knows one file, in part or whole; ``break_after`` bytes it hangs up once."""
+
+    requests: list[str | None] = []  # noqa: RUF012
+    break_after: int | None = None
+    ranges = True
+
+    def do_GET(self):
+        wanted = self.headers.get("Range")
+        Handler.requests.append(wanted)
+        if self.path != "/sam.pth":
+            return self.send_error(404)
+        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and Handler.ranges else 0
+        if start >= len(CONTENT):
+            return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(CONTENT) - start))
+        self.end_headers()
+        stop, Handler.break_after = Handler.break_after, None
+        self.wfile.write(CONTENT[start : stop or len(CONTENT)])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    Handler.requests, Handler.break_after, Handler.ranges = [], None, True
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as made:
+        threading.Thread(target=made.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{made.server_port}/sam.pth"
+        made.shutdown()
+
+
+def test_a_file_is_fetched_whole(server: str, tmp_path: Path):
+    seen: list[tuple[int, int]] = []
+    download(server, tmp_path / "a" / "sam.pth", sha256=DIGITS[:6], on_bytes=lambda *progress: seen.append(progress))
+    assert (tmp_path / "a" / "sam.pth").read_bytes() == CONTENT
+    assert seen[-1] == (len(CONTENT), len(CONTENT))
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["sam.pth"]
+
+
+def test_a_broken_connection_is_gone_on_with(server: str, tmp_path: Path):
+    Handler.break_after = 1_500_000
+    with pytest.raises(FlapsamError, match="run this again to go on"):
+        download(server, tmp_path / "sam.pth", sha256=DIGITS)
+    assert not (tmp_path / "sam.pth").exists()
+    download(server, tmp_path / "sam.pth", sha256=DIGITS)
+    assert (tmp_path / "sam.pth").read_bytes() == CONTENT
+    assert Handler.requests == [None, "bytes=1500000-"]
+
+
+def test_a_server_without_ranges_starts_again(server: str, tmp_path: Path):
+    Handler.ranges = False
+    (tmp_path / "sam.pth.part").write_bytes(b"half")
+    download(server, tmp_path / "sam.pth", sha256=DIGITS)
+    assert (tmp_path / "sam.pth").read_bytes() == CONTENT
+
+
+def test_a_part_that_is_whole_already_is_taken(server: str, tmp_path: Path):
+    (tmp_path / "sam.pth.part").write_bytes(CONTENT)
+    download(server, tmp_path / "sam.pth", sha256=DIGITS)
+    assert checksum(tmp_path / "sam.pth") == DIGITS
+
+
+def test_a_wrong_checksum_is_refused(server: str, tmp_path: Path):
+    with pytest.raises(FlapsamError, match="checksum is"):
+        download(server, tmp_path / "sam.pth", sha256="000000")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_file_and_a_missing_server(server: str, tmp_path: Path):
+    with pytest.raises(FlapsamError, match="the server answers 404"):
+        download(server.replace("sam.pth", "other"), tmp_path / "sam.pth")
+    with pytest.raises(FlapsamError, match=r"fetch it on a machine that is online and put it to .*sam\.pth"):
+        download("http://127.0.0.1:9/sam.pth", tmp_path / "sam.pth")
+
+
+def test_the_cache_folder_can_be_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("FLAPSAM_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+    monkeypatch.delenv("FLAPSAM_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "flapsam"
