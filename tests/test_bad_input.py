@@ -115,7 +115,7 @@ def test_unknown_key(tmp_path: Path, capfd):
 NAMES = {
     "strategy": ("strategy=best", "strategy 'best' is unknown; choose one of full, attention"),
     "aggregator": ("aggregator=krum", "aggregator 'krum' is unknown"),
-    "backbone": ("backbone.name=sam-3", "backbone.name 'sam-3' is unknown"),
+    "backbone": ("backbone.name=sam-3", "backbone 'sam-3' is unknown"),
     "device": ("device=tpu9", "device 'tpu9' is not to be had here"),
     "size": ("samples.size=100", "samples.size 100 is not a multiple of 16"),
     "checkpoint": ("backbone.weights=sam.pth", "sam.pth: no such checkpoint"),
@@ -147,14 +147,16 @@ def test_read_only_output_folder(capfd, tmp_path: Path):
 
 
 def adapter(folder: Path, *, seed: int = 0) -> Path:
-    assembled = assemble(Backbone(name="sam-tiny"), image_size=32, classes=1, strategy_name="flap", rank=2, seed=0)
+    assembled = assemble(
+        Backbone(name="sam-tiny", weights="random"), image_size=32, classes=1, strategy_name="flap", rank=2, seed=0
+    )
     card = AdapterCard(
         run="r",
         mode="federated",
         rounds=1,
         strategy="flap",
         lora_rank=2,
-        backbone=BackboneCard(name="sam-tiny", pixels="paper", weights=None, seed=seed, checksum=assembled.checksum),
+        backbone=BackboneCard(name="sam-tiny", pixels="paper", weights="random", seed=seed, checksum=assembled.checksum),
         samples=Samples(size=32),
         classes=["ball"],
         labels={"ball": 1},
@@ -219,7 +221,9 @@ def test_a_checkpoint_of_another_model(tmp_path: Path, capfd):
     from safetensors.torch import save_file
 
     run = write_run(tmp_path / "run.yaml", make_sites(tmp_path / "data"), strategy="full")
-    network = assemble(Backbone(name="sam-tiny"), image_size=32, classes=2, strategy_name="full", rank=2, seed=0).network
+    network = assemble(
+        Backbone(name="sam-tiny", weights="random"), image_size=32, classes=2, strategy_name="full", rank=2, seed=0
+    ).network
     save_file(travelling_state(network), tmp_path / "other.safetensors")
     outcome = flapsam(
         capfd, "simulate", run, "--set", f"backbone={{name: sam-vit-b, weights: {tmp_path}/other.safetensors}}"

@@ -17,8 +17,8 @@ from transformers.models.sam.modeling_sam import SamModel
 
 from flapsam.errors import FlapsamError
 from flapsam.sam import ARCHITECTURES, Sam, architecture, build, infer_architecture, load_weights, read_checkpoint
-from flapsam.sam.backbones import SOURCES
 from flapsam.sam.naming import naming_of, to_own_names
+from flapsam.sam.sources import SOURCES
 
 
 def meta_checkpoint(folder: Path) -> Path:

@@ -132,7 +132,7 @@ def test_simulate_prints_tables(tmp_path: Path, capfd):
     assert outcome.code == 0, outcome.err
     for text in ("local-only", "federated", "gain", "site_0", "pooled", "times less", "HD95"):
         assert text in outcome.out
-    assert "random weights: nothing is pretrained" in outcome.err.replace("\n", " ")
+    assert "random weights, nothing is pretrained" in outcome.err.replace("\n", " ")
     assert not (tmp_path / "run" / "cache").exists()
 
 

@@ -31,7 +31,7 @@ def test_paths_are_relative_to_the_file(tmp_path: Path):
     config = read_config(path)
     assert config.data.path == tmp_path / "sites"
     assert config.output == tmp_path / "out"
-    assert config.backbone.weights == tmp_path / ".." / "sam.pth"
+    assert config.backbone.weights == tmp_path.parent / "sam.pth"
     assert read_config(path, ["output=elsewhere"]).output == Path("elsewhere")
 
 

@@ -45,7 +45,7 @@ def test_other_backbones_have_a_table(backbone: str):
 
 def trained(name: str, seed: int = 3) -> tuple[Assembled, AdapterCard]:
     """A network whose travelling tensors have moved away from their start, and its card."""
-    backbone = Backbone(name="sam-tiny")
+    backbone = Backbone(name="sam-tiny", weights="random")
     assembled = assemble(backbone, image_size=64, classes=2, strategy_name=name, rank=4, seed=seed)
     with torch.no_grad():
         draw = torch.Generator().manual_seed(0)
@@ -57,7 +57,7 @@ def trained(name: str, seed: int = 3) -> tuple[Assembled, AdapterCard]:
         rounds=1,
         strategy=name,
         lora_rank=4,
-        backbone=BackboneCard(name=backbone.name, pixels="paper", weights=None, seed=seed, checksum=assembled.checksum),
+        backbone=BackboneCard(name=backbone.name, pixels="paper", weights="random", seed=seed, checksum=assembled.checksum),
         samples=Samples(size=64),
         classes=["kidney", "tumour"],
         labels={"kidney": 1, "tumour": 2},
@@ -104,7 +104,9 @@ def test_plain_peft_loads_it(name: str, tmp_path: Path):
     assembled, card = trained(name)
     save_adapter(tmp_path, card, travelling_state(assembled.network))
     base = build(assembled.network.sizes, image_size=64, classes=2, seed=99)
-    bare = assemble(Backbone(name="sam-tiny"), image_size=64, classes=2, strategy_name="full", rank=4, seed=3).network
+    bare = assemble(
+        Backbone(name="sam-tiny", weights="random"), image_size=64, classes=2, strategy_name="full", rank=4, seed=3
+    ).network
     base.load_state_dict(bare.state_dict())
     model = PeftModel.from_pretrained(base, str(tmp_path))
     with torch.inference_mode():

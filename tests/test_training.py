@@ -79,7 +79,9 @@ def test_batches_depend_on_the_seed_alone(cases):
 
 
 def network(name: str = "flap"):
-    return assemble(Backbone(name="sam-tiny"), image_size=32, classes=2, strategy_name=name, rank=2, seed=0).network
+    return assemble(
+        Backbone(name="sam-tiny", weights="random"), image_size=32, classes=2, strategy_name=name, rank=2, seed=0
+    ).network
 
 
 OPTIONS = Training(window=1, batch_size=6, warmup_steps=2)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flapsam import __version__
-from flapsam.config import Backbone, ClassValues, Samples
+from flapsam.config import RANDOM, Backbone, ClassValues, Samples
 from flapsam.errors import FlapsamError
 from flapsam.files import write_text, written_whole
 from flapsam.sam import Sam, assemble, load_travelling, lora_config, strategy
@@ -37,10 +37,11 @@ class BackboneCard(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: str
-    pixels: Literal["paper", "sam"]
-    weights: str | None
-    """File name of the checkpoint; None for random weights, which ``seed`` repeats."""
+    pixels: Literal["paper", "sam", "own"]
+    weights: str
+    """File name of the checkpoint, or ``random``."""
     seed: int
+    """Of what was not in the checkpoint."""
     checksum: str
     """SHA-256 of the weights that stay."""
 
@@ -124,21 +125,19 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load_adapter(folder: Path, weights: Path | None = None) -> tuple[Sam, AdapterCard]:
+def load_adapter(folder: Path, weights: Path | Literal["random"] | None = None) -> tuple[Sam, AdapterCard]:
     """Build the network of an adapter and put the adapter on it.
 
     Args:
         folder: the adapter.
-        weights: the backbone's checkpoint, where the adapter needs one.
+        weights: the backbone's checkpoint; the backbone's own, shipped or downloaded, if not given.
 
     Raises:
         FlapsamError: the adapter is damaged, or the backbone is missing or not the one that it was trained on.
     """
     card = read_card(folder)
-    if card.backbone.weights and weights is None:
-        raise FlapsamError(f"{folder}: this adapter needs its backbone {card.backbone.weights}; give it with --weights")
-    if card.backbone.weights is None and weights is not None:
-        raise FlapsamError(f"{folder}: this adapter was trained on random weights, not on {weights}; leave out --weights")
+    if card.backbone.weights == RANDOM:
+        weights = RANDOM
     assembled = assemble(
         Backbone(name=card.backbone.name, weights=weights, pixels=card.backbone.pixels),
         image_size=card.samples.size,
@@ -149,8 +148,8 @@ def load_adapter(folder: Path, weights: Path | None = None) -> tuple[Sam, Adapte
     )
     if assembled.checksum != card.backbone.checksum:
         raise FlapsamError(
-            f"{folder}: this adapter belongs to another backbone: {card.backbone.name} with checksum "
-            f"{card.backbone.checksum[:12]}, not {assembled.checksum[:12]}; give the checkpoint it was trained on"
+            f"{folder}: this adapter belongs to another backbone: {card.backbone.name} from {card.backbone.weights} with "
+            f"checksum {card.backbone.checksum[:12]}, not {assembled.checksum[:12]}; give that checkpoint with --weights"
         )
     try:
         load_travelling(assembled.network, read_tensors(folder))

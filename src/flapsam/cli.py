@@ -22,6 +22,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Check data, or make some up.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+backbone_app = typer.Typer(help="Segment Anything Models to build on.", no_args_is_help=True)
+app.add_typer(backbone_app, name="backbone")
 
 out, notes = Console(), Console(stderr=True)
 
@@ -235,6 +237,75 @@ def phantom(
         make_phantom(folder, sites=sites, cases=cases, seed=seed, on_case=observer.step)
         observer.end()
     out.print(f"{sites * cases} cases at {sites} sites written to {folder}", highlight=False, soft_wrap=True)
+
+
+@backbone_app.command("list")
+def list_backbones(as_json: Json = False) -> None:
+    """Backbones known by name, and where their weights are."""
+    from flapsam.backbones import found
+    from flapsam.report import tables
+
+    rows = found()
+    if as_json:
+        return _print_json(rows)
+    out.print(tables.plain_table(rows))
+
+
+@backbone_app.command()
+def get(name: Annotated[str, typer.Argument(help="As `flapsam backbone list` names it.")]) -> None:
+    """Download a backbone's weights; a broken download is gone on with."""
+    from flapsam.backbones import fetch
+
+    with _observer() as observer:
+        path = fetch(name, observer)
+    out.print(f"{name} is in {path}", highlight=False, soft_wrap=True)
+
+
+@backbone_app.command()
+def info(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint: .pth, .safetensors, or a folder of transformers.")],
+    as_json: Json = False,
+) -> None:
+    """What a checkpoint is."""
+    from flapsam.backbones import describe
+    from flapsam.report import tables
+
+    description = describe(checkpoint)
+    if as_json:
+        return _print_json(description)
+    out.print(tables.plain_table([{"": name, checkpoint.name: str(value)} for name, value in description.items()]))
+
+
+@app.command()
+def pretrain(
+    folder: Annotated[Path, typer.Argument(help="Where weights, log and state are written.")],
+    steps: Annotated[int, typer.Option(min=1)] = 20_000,
+    batch: Annotated[int, typer.Option(min=1, help="Scenes a step.")] = 16,
+    seed: int = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Twenty steps, to see that it runs.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what the folder holds.")] = False,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Train sam-tiny from nothing on synthetic images: how the weights that ship with flapsam were made."""
+    from flapsam.device import default_threads
+    from flapsam.experiments.pretraining import Recipe
+    from flapsam.experiments.pretraining import pretrain as run
+
+    recipe = Recipe(steps=20, batch=4, warmup=5, seed=seed) if quick else Recipe(steps=steps, batch=batch, seed=seed)
+    command = f"flapsam pretrain --steps {recipe.steps} --batch {recipe.batch} --seed {seed}"
+    try:
+        with _observer() as observer:
+            scores = run(
+                folder, recipe, command=command, threads=threads or default_threads(), resume=resume, observer=observer
+            )
+    except KeyboardInterrupt:
+        notes.print(f"Interrupted. Go on with --resume from the last state in {folder}.", highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+    if as_json:
+        return _print_json(scores)
+    for task, value in scores.items():
+        out.print(f"{task:>16}  held-out IoU {value:.3f}", highlight=False)
 
 
 def _observer() -> "ConsoleObserver":

@@ -15,6 +15,9 @@ Positive = Annotated[int, Field(ge=1)]
 ClassValues = int | list[int]
 Mode = Literal["federated", "local", "centralised"]
 
+RANDOM: Literal["random"] = "random"
+"""In the place of a checkpoint: random weights."""
+
 RESERVED_LABELS = ("background", "ignore")
 """Names in ``labels`` that are no class: values joined to the background, and values left out of loss and scores."""
 
@@ -90,11 +93,13 @@ class Samples(Options):
 class Backbone(Options):
     """The Segment Anything Model underneath."""
 
-    name: str = "sam-vit-b"
-    weights: Path | None = None
-    """A checkpoint in Meta's names; random weights if not given."""
-    pixels: Literal["paper", "sam"] = "paper"
-    """Input normalisation: the paper's (mean 0, standard deviation 1) or SAM's own."""
+    name: str = "sam-tiny"
+    """As ``flapsam backbone list`` names it; ``sam-tiny`` ships with flapsam."""
+    weights: Path | Literal["random"] | None = None
+    """A checkpoint of that architecture (Meta's, a folder or file of transformers), or ``random``; the backbone's own, which
+    ship with flapsam or were downloaded, if not given."""
+    pixels: Literal["paper", "sam", "own"] = "paper"
+    """Input normalisation: the paper's (mean 0, standard deviation 1), SAM's, or that of the backbone's makers."""
 
 
 class Lora(Options):
@@ -214,8 +219,10 @@ def _make_relative(tree: dict[str, Any], field: str, folder: Path) -> None:
     *parents, last = field.split(".")
     for parent in parents:
         tree = tree.get(parent) if isinstance(tree.get(parent), dict) else {}  # type: ignore[assignment]
-    if isinstance(tree.get(last), str):
-        tree[last] = os.path.normpath(folder / tree[last])
+    value = tree.get(last)
+    # The name of a backbone may stand in the place of its file.
+    if isinstance(value, str) and (last != "weights" or Path(value).suffix or (folder / value).exists()):
+        tree[last] = os.path.normpath(folder / value)
 
 
 def _set(tree: dict[str, Any], assignment: str) -> None:

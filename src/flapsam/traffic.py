@@ -6,6 +6,7 @@ import torch
 
 from flapsam.config import RunConfig
 from flapsam.sam import STRATEGIES, Architecture, apply_strategy, architecture, build, strategy, travelling
+from flapsam.sam.sources import source
 
 BYTES = 4
 """A parameter travels as float32."""
@@ -39,7 +40,7 @@ def strategy_table(
     Raises:
         FlapsamError: the backbone is unknown or the image size does not fit it.
     """
-    sizes = architecture(backbone)
+    sizes = architecture(source(backbone).architecture)
     size = image_size or sizes.default_size
     counts = {name: travelling_parameters(sizes, name, image_size=size, classes=classes, rank=rank) for name in STRATEGIES}
     return [
@@ -50,7 +51,7 @@ def strategy_table(
 
 def full_packet_bytes(config: RunConfig) -> int:
     """Bytes that the parameters of full fine-tuning would take one way."""
-    sizes = architecture(config.backbone.name)
+    sizes = architecture(source(config.backbone.name).architecture)
     size = config.samples.size or sizes.default_size
     return BYTES * travelling_parameters(
         sizes, "full", image_size=size, classes=len(config.data.classes), rank=config.lora.rank

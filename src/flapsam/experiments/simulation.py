@@ -28,7 +28,9 @@ from flapsam.federation.weights import client_weights
 from flapsam.files import check_writable, write_text
 from flapsam.inference import predict_volume
 from flapsam.metrics import CaseScores, Summary, by_site, score_case, summarise
-from flapsam.sam import Assembled, architecture, assemble, load_travelling, travelling_state
+from flapsam.sam import Assembled, architecture, assemble, load_travelling, strategy, travelling_state
+from flapsam.sam.checkpoints import find_weights
+from flapsam.sam.sources import source
 from flapsam.sites import Site, hold_out_validation, label_map, read_sites
 from flapsam.slices import check_geometry, prepare, read_pair
 from flapsam.traffic import full_packet_bytes
@@ -112,7 +114,9 @@ def resolve(config: RunConfig) -> RunConfig:
     Raises:
         FlapsamError: a name in it is unknown.
     """
-    sizes = architecture(config.backbone.name)
+    sizes = architecture(source(config.backbone.name).architecture)
+    find_weights(config.backbone)
+    strategy(config.strategy)
     size = config.samples.size or sizes.default_size
     sizes.tokens(size)
     aggregator(config.aggregator, config.lora.rank)
@@ -210,7 +214,7 @@ class _Simulation:
             seed=config.seed,
         )
         assembled.network.to(config.device)
-        self.observer.say(f"{config.backbone.name} with {assembled.weights}")
+        self.observer.say(assembled.about)
         return assembled
 
     def _federations(self, sites: Sequence[Site], clients: Sequence[ClientData]) -> list[Federation]:
@@ -264,7 +268,7 @@ class _Simulation:
             backbone=BackboneCard(
                 name=config.backbone.name,
                 pixels=config.backbone.pixels,
-                weights=config.backbone.weights.name if config.backbone.weights else None,
+                weights=Path(self.assembled.weights).name,
                 seed=config.seed,
                 checksum=self.assembled.checksum,
             ),

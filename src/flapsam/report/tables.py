@@ -1,6 +1,6 @@
 """Results as tables for a terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
@@ -92,6 +92,16 @@ def strategy_table(rows: Sequence[StrategyTraffic]) -> Table:
         table.add_column(column, justify="left" if column in ("strategy", "in the paper") else "right")
     for row in rows:
         table.add_row(row.strategy, row.paper_name, f"{row.parameters:,}", f"{row.gib:.3f}", f"{row.less:.1f}")
+    return table
+
+
+def plain_table(rows: Sequence[Mapping[str, str]]) -> Table:
+    """Rows of the same keys, the keys as head."""
+    table = Table()
+    for column in rows[0]:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row.values())
     return table
 
 

@@ -1,23 +1,30 @@
 """From a configuration to a network that is ready to train or to predict."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
-from flapsam.config import Backbone
+from flapsam.config import RANDOM, Backbone
+from flapsam.errors import FlapsamError
 from flapsam.sam.adapters import apply_strategy, frozen_checksum
 from flapsam.sam.architecture import architecture
-from flapsam.sam.checkpoints import load_weights, read_checkpoint
+from flapsam.sam.checkpoints import find_weights, infer_architecture, load_weights, read_checkpoint
 from flapsam.sam.network import Sam, build
+from flapsam.sam.sources import source
 from flapsam.sam.strategies import strategy
 from flapsam.seeds import seed_for
 
 
 @dataclass(frozen=True)
 class Assembled:
-    """A network, where its weights come from in words, and the checksum of those that stay."""
+    """A network and where its weights come from."""
 
     network: Sam
-    weights: str
+    weights: Path | Literal["random"]
+    about: str
+    """The same in words."""
     checksum: str
+    """SHA-256 of the weights that stay."""
 
 
 def assemble(
@@ -34,21 +41,26 @@ def assemble(
         seed: of everything that starts at random.
 
     Raises:
-        FlapsamError: a name is unknown, the size does not fit, or the checkpoint is not right.
+        FlapsamError: a name is unknown, the size does not fit, or the checkpoint is not to be had or not right.
     """
-    sizes = architecture(backbone.name)
+    known = source(backbone.name)
+    sizes = architecture(known.architecture)
     chosen = strategy(strategy_name)
     network = build(
         sizes,
         image_size=image_size or sizes.default_size,
         classes=classes,
-        pixels=backbone.pixels,
+        pixels=known.pixels if backbone.pixels == "own" else backbone.pixels,
         seed=seed_for(seed, "network"),
     )
-    if backbone.weights is None:
-        weights = "random weights: nothing is pretrained; give a checkpoint with backbone.weights"
+    weights = find_weights(backbone)
+    if weights == RANDOM:
+        about = "random weights, nothing is pretrained"
     else:
-        report = load_weights(network, read_checkpoint(backbone.weights), str(backbone.weights))
-        weights = f"{backbone.weights.name}: {report}"
+        state = read_checkpoint(weights)
+        found = infer_architecture(state)
+        if found not in (None, known.architecture):
+            raise FlapsamError(f"{weights}: this is a {found}; set backbone.name to it, it is {backbone.name} now")
+        about = f"{weights.name}: {load_weights(network, state, str(weights))}"
     apply_strategy(network, chosen, rank=rank, seed=seed_for(seed, "adapters"))
-    return Assembled(network, weights, frozen_checksum(network))
+    return Assembled(network, weights, f"{backbone.name} with {about}", frozen_checksum(network))

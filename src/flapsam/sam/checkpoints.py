@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 from zipfile import BadZipFile
 
 import torch
@@ -14,10 +15,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from flapsam.config import RANDOM, Backbone
+from flapsam.download import cache_folder
 from flapsam.errors import FlapsamError
 from flapsam.sam.architecture import ARCHITECTURES, Architecture
 from flapsam.sam.naming import naming_of, to_own_names
 from flapsam.sam.network import Sam
+from flapsam.sam.sources import SOURCES
+
+SHIPPED = Path(__file__).parent.parent / "weights"
+"""Where the weights lie that come with flapsam."""
 
 MASKS = re.compile(r"^mask_decoder\.(iou_prediction_head|output\.mask_tokens|output\.hypernetworks)\.")
 """What belongs to a model's own masks and means nothing for other classes: it starts afresh."""
@@ -158,3 +165,32 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise FlapsamError(f"{path}: not a state dictionary; give one that maps names to tensors")
     return state
+
+
+def find_weights(backbone: Backbone) -> Path | Literal["random"]:
+    """The checkpoint of a backbone: the one that it names, else the one that is shipped or was downloaded.
+
+    Raises:
+        FlapsamError: there is none.
+    """
+    if backbone.weights == RANDOM:
+        return RANDOM
+    if backbone.weights is not None:
+        # The name of a source may stand in the place of a file.
+        return weights_of(str(backbone.weights)) or Path(backbone.weights)
+    path = weights_of(backbone.name)
+    if path is None:
+        raise FlapsamError(
+            f"backbone {backbone.name}: its weights are not here; run `flapsam backbone get {backbone.name}`, give a "
+            "checkpoint with backbone.weights, or say backbone.weights: random"
+        )
+    return path
+
+
+def weights_of(name: str) -> Path | None:
+    """The file of a source's weights, if it is on this machine."""
+    known = SOURCES.get(name)
+    if known is None:
+        return None
+    path = (SHIPPED if known.url is None else cache_folder()) / known.file
+    return path if path.exists() else None
