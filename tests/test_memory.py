@@ -20,7 +20,8 @@ finally:
 def peak(config: Path) -> float:
     """Peak resident memory of a simulation, in MiB."""
     command = [sys.executable, "-c", PROGRAM, "simulate", str(config)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
     return float(done.stdout.rsplit("peak", 1)[1]) / 1024
 
 
