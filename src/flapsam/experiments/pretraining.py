@@ -31,7 +31,7 @@ HELD_OUT = 128
 class Recipe:
     """Everything that the result depends on, but the number of threads."""
 
-    steps: int = 20_000
+    steps: int = 12_000
     batch: int = 16
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
@@ -41,6 +41,8 @@ class Recipe:
     seed: int = 0
     backbone: str = "sam-tiny"
     size: int = 128
+    precision: str = "bf16"
+    """Of the network's arithmetic, under autocast; weights and moments are fp32."""
 
 
 def rate(step: int, recipe: Recipe) -> float:
@@ -133,7 +135,9 @@ def pretrain(
         scenes = draw_scenes(recipe.batch, recipe.size, draw)
         for group in optimizer.param_groups:
             group["lr"] = rate(step, recipe)
-        loss = pretext_loss(network(scenes.images), scenes.masks)
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
+            logits = network(scenes.images)
+        loss = pretext_loss(logits.float(), scenes.masks)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

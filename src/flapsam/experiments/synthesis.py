@@ -8,17 +8,30 @@ A scene is three adjacent slices of a volume, so that the network can learn from
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TASKS = ("objects", "small objects", "largest object", "centre", "brighter", "borders")
-"""Masks that are asked for, without any prompt: all shapes pasted on the ground; shapes inside shapes; the shape that covers
-most; the region at the middle; regions brighter than the median pixel; borders between regions."""
+TASKS = (
+    "objects",
+    "small objects",
+    "elongated objects",
+    "objects at the right",
+    "largest object",
+    "brightest object",
+    "centre",
+    "brighter",
+    "borders",
+)
+"""Masks that are asked for, without any prompt: all shapes pasted on the ground; shapes inside shapes or on their rim; shapes
+more than 1.7 times as long as wide; what of the shapes lies in the right half; the shape that covers most; the shape with
+the highest mean; the region at the middle; regions brighter than the median pixel; borders between regions."""
 
 REGIONS = 24
-"""Most regions of a scene: ground, shapes, shapes inside shapes."""
+"""Most regions of a scene: grounds, shapes, shapes inside shapes, air."""
+AIR = REGIONS - 1
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,16 @@ class Scenes:
     """(batch, tasks, size, size), 0 or 1, of the slice itself."""
 
 
+@dataclass(frozen=True)
+class _LabelMaps:
+    regions: Tensor
+    """(batch, 3, size, size): the number of each pixel's region."""
+    shapes: Tensor
+    """(REGIONS,): 0 ground or air, 1 shape, 2 shape inside a shape."""
+    elongated: Tensor
+    """(batch, REGIONS)."""
+
+
 def draw_scenes(batch: int, size: int, draw: torch.Generator) -> Scenes:
     """Make scenes that depend on ``draw`` alone.
 
@@ -39,97 +62,111 @@ def draw_scenes(batch: int, size: int, draw: torch.Generator) -> Scenes:
         size: side in pixels.
         draw: the only source of chance.
     """
-    regions, kinds = _label_maps(batch, size, draw)
-    clean = _paint(regions, draw)
-    images = _degrade(clean, draw)
-    return Scenes(images, _masks(regions, kinds, clean))
+    maps = _label_maps(batch, size, draw)
+    clean = _paint(maps.regions, draw)
+    return Scenes(_degrade(clean, draw), _masks(maps, clean[:, 1]))
 
 
 def _uniform(draw: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
     return low + (high - low) * torch.rand(shape, generator=draw)
 
 
-def _smooth_noise(draw: torch.Generator, channels: tuple[int, int], cells: int, size: int) -> Tensor:
-    """Normal noise on a coarse grid, resized: (*channels, size, size)."""
-    return F.interpolate(torch.randn(*channels, cells, cells, generator=draw), (size, size), mode="bicubic")
+def _integer(draw: torch.Generator, low: int, high: int) -> int:
+    """Of low, …, high."""
+    return int(torch.randint(low, high + 1, (1,), generator=draw))
 
 
-def _slices_of_noise(draw: torch.Generator, batch: int, channels: int, cells: int, size: int) -> Tensor:
-    """Smooth noise that changes a little from slice to slice: (batch, 3, channels, size, size)."""
-    middle, drift = (_smooth_noise(draw, (batch, channels), cells, size) for _ in range(2))
+@lru_cache(maxsize=512)
+def _resizing(given: int, wanted: int, mode: str) -> Tensor:
+    """What resizes one axis, as a matrix (wanted, given): products are faster here than interpolation."""
+    return F.interpolate(torch.eye(given)[None, None], (wanted, given), mode=mode)[0, 0]
+
+
+def _slices_of_noise(draw: torch.Generator, channels: int, batch: int, cells: int, size: int) -> Tensor:
+    """Smooth normal noise that changes a little from slice to slice: (channels, batch, 3, size, size)."""
+    middle, drift = torch.randn(2, channels, batch, 1, cells, cells, generator=draw)
     # Slices of thick and of thin volumes: how far a neighbour has gone differs by scene.
-    step = _uniform(draw, 0.0, 0.6, batch, 1, 1, 1)
-    return torch.stack([middle - step * drift, middle, middle + step * drift], dim=1)
+    step = _uniform(draw, 0.0, 0.6, batch, 1, 1, 1) * torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1)
+    rows = _resizing(cells, size, "bicubic")
+    return rows @ (middle + step * drift) @ rows.T
 
 
-def _label_maps(batch: int, size: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Regions (batch, 3, size, size) and what they are, the same shape: 0 ground, 1 shape, 2 shape inside a shape."""
-    ground = int(torch.randint(3, 9, (1,), generator=draw))
-    cells = int(torch.randint(3, 8, (1,), generator=draw))
-    regions = _slices_of_noise(draw, batch, ground, cells, size).argmax(dim=2)
-    kinds = torch.zeros_like(regions)
-    warp = _slices_of_noise(draw, batch, 2, int(torch.randint(4, 10, (1,), generator=draw)), size)
-    warp = warp * _uniform(draw, 0.0, 0.12, batch, 1, 1, 1, 1)
+def _label_maps(batch: int, size: int, draw: torch.Generator) -> _LabelMaps:
+    ground = _integer(draw, 3, 8)
+    noise = _slices_of_noise(draw, ground, batch, _integer(draw, 3, 7), size)
+    highest, regions = noise[0], torch.zeros(batch, 3, size, size, dtype=torch.int64)
+    for number in range(1, ground):  # a maximum over the leading axis, in less time
+        regions.masked_fill_(noise[number] > highest, number)
+        highest = torch.maximum(highest, noise[number])
+    shapes = torch.zeros(REGIONS, dtype=torch.int64)
+    elongated = torch.zeros(batch, REGIONS, dtype=torch.bool)
+    warp = _slices_of_noise(draw, 2, batch, _integer(draw, 4, 9), size) * _uniform(draw, 0.0, 0.12, batch, 1, 1, 1)
     axis = torch.linspace(-1, 1, size)
-    y, x = axis[:, None] + warp[:, :, 0], axis[None, :] + warp[:, :, 1]
+    y, x = axis[:, None] + warp[0], axis + warp[1]
     number = ground
-    for _ in range(int(torch.randint(2, 7, (1,), generator=draw))):
-        centre, radii, inside = _ellipse(batch, x, y, draw)
-        there = (_uniform(draw, 0, 1, batch, 1, 1, 1) < 0.7) & inside
-        regions, kinds = regions.where(~there, number), kinds.where(~there, 1)
-        number += 1
-        if number < REGIONS - 1:
-            small = _within(batch, x, y, centre, radii, draw) & there
-            small &= _uniform(draw, 0, 1, batch, 1, 1, 1) < 0.5
-            regions, kinds = regions.where(~small, number), kinds.where(~small, 2)
-            number += 1
-    return regions, kinds
+    for _ in range(_integer(draw, 2, 6)):
+        centre, radii, inside = _shape(batch, x, y, draw)
+        there = inside & (_uniform(draw, 0, 1, batch, 1, 1, 1) < 0.7)
+        regions.masked_fill_(there, number)
+        shapes[number] = 1
+        elongated[:, number] = (radii.amax(dim=0) > 1.7 * radii.amin(dim=0)).flatten()
+        small = _within(batch, x, y, centre, radii, draw) & (_uniform(draw, 0, 1, batch, 1, 1, 1) < 0.5)
+        # Half of the small ones end where the shape ends, the others stick out of it.
+        small &= there | ((_uniform(draw, 0, 1, batch, 1, 1, 1) < 0.5) & there.any(dim=(2, 3), keepdim=True))
+        regions.masked_fill_(small, number + 1)
+        shapes[number + 1] = 2
+        number += 2
+    body = (x / _uniform(draw, 0.6, 1.1, batch, 1, 1, 1)) ** 2 + (y / _uniform(draw, 0.6, 1.1, batch, 1, 1, 1)) ** 2 < 1
+    regions.masked_fill_(~body & (_uniform(draw, 0, 1, batch, 1, 1, 1) < 0.35), AIR)
+    return _LabelMaps(regions, shapes, elongated)
 
 
-def _ellipse(batch: int, x: Tensor, y: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Centres (2, batch, 3, 1, 1), radii (2, batch, 1, 1, 1), and the inside (batch, 3, size, size)."""
+def _shape(batch: int, x: Tensor, y: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """An ellipse or a rounded box: centres (2, batch, 3, 1, 1), radii (2, batch, 1, 1, 1), inside (batch, 3, size, size)."""
     centre = _uniform(draw, -0.8, 0.8, 2, batch, 1, 1, 1) + _uniform(draw, -0.05, 0.05, 2, batch, 3, 1, 1)
     radii = 0.05 + 0.45 * _uniform(draw, 0, 1, 2, batch, 1, 1, 1) ** 1.5
     # A shape ends somewhere: its cross-section shrinks towards one side.
     shrink = 1 + _uniform(draw, -0.35, 0.35, batch, 1, 1, 1) * torch.tensor([-1.0, 0, 1]).view(1, 3, 1, 1)
     angle = _uniform(draw, 0, math.pi, batch, 1, 1, 1)
     dx, dy = x - centre[0], y - centre[1]
-    along, across = angle.cos() * dx + angle.sin() * dy, angle.cos() * dy - angle.sin() * dx
-    return centre, radii, (along / (radii[0] * shrink)) ** 2 + (across / (radii[1] * shrink)) ** 2 < 1
+    along = ((angle.cos() * dx + angle.sin() * dy) / (radii[0] * shrink)).square_()
+    across = ((angle.cos() * dy - angle.sin() * dx) / (radii[1] * shrink)).square_()
+    if float(_uniform(draw, 0, 1, 1)) < 0.3:
+        along, across = along.square_(), across.square_()
+    return centre, radii, along + across < 1
 
 
 def _within(batch: int, x: Tensor, y: Tensor, centre: Tensor, radii: Tensor, draw: torch.Generator) -> Tensor:
-    """The inside of a smaller disc in or on the rim of an ellipse: (batch, 3, size, size)."""
+    """The inside of a smaller disc in or on the rim of a shape: (batch, 3, size, size)."""
     angle, far = _uniform(draw, 0, 2 * math.pi, batch, 1, 1, 1), _uniform(draw, 0, 0.9, batch, 1, 1, 1)
-    radius = radii.amin(dim=0) * _uniform(draw, 0.25, 0.6, batch, 1, 1, 1)
+    radius = radii.amin(dim=0) * _uniform(draw, 0.35, 0.8, batch, 1, 1, 1)
     cx = centre[0] + radii.amin(dim=0) * far * angle.cos()
     cy = centre[1] + radii.amin(dim=0) * far * angle.sin()
-    return (x - cx) ** 2 + (y - cy) ** 2 < radius**2
+    return (x - cx).square_() + (y - cy).square_() < radius**2
 
 
 def _paint(regions: Tensor, draw: torch.Generator) -> Tensor:
     """An intensity and a texture for every region: (batch, 3, size, size)."""
     batch, size = len(regions), regions.shape[-1]
+    level = _uniform(draw, 0, 1, batch, REGIONS)
+    rough = 0.12 * _uniform(draw, 0, 1, batch, REGIONS) ** 2
+    coarse = 0.10 * _uniform(draw, 0, 1, batch, REGIONS) ** 2
+    for table in (level, rough, coarse):
+        table[:, AIR] *= 0.1
     flat = regions.flatten(1)
-    level = _uniform(draw, 0, 1, batch, REGIONS).gather(1, flat).view_as(regions)
-    rough = (0.12 * _uniform(draw, 0, 1, batch, REGIONS) ** 2).gather(1, flat).view_as(regions)
-    coarse = (0.10 * _uniform(draw, 0, 1, batch, REGIONS) ** 2).gather(1, flat).view_as(regions)
+    level, rough, coarse = (table.gather(1, flat).view_as(regions) for table in (level, rough, coarse))
     fine = torch.randn(batch, 3, size, size, generator=draw)
-    cells = int(torch.randint(10, 40, (1,), generator=draw))
-    return level + rough * fine + coarse * _slices_of_noise(draw, batch, 1, cells, size)[:, :, 0]
+    return level + rough * fine + coarse * _slices_of_noise(draw, 1, batch, _integer(draw, 10, 39), size)[0]
 
 
 def _degrade(images: Tensor, draw: torch.Generator) -> Tensor:
     """What a scanner does: bias, blur, resolution, noise, contrast; scaled to [0, 1]."""
     batch, size = len(images), images.shape[-1]
-    bias = _smooth_noise(draw, (batch, 1), 3, size) * _uniform(draw, 0, 0.3, batch, 1, 1, 1)
-    images = images * bias.exp()
-    images = _blur(images, float(_uniform(draw, 0.0, 1.6, 1)))
-    if float(_uniform(draw, 0, 1, 1)) < 0.6:
-        coarse = int(size * float(_uniform(draw, 0.3, 1.0, 1)))
-        images = F.interpolate(F.interpolate(images, coarse, mode="area"), (size, size), mode="bicubic")
-    noise = torch.randn(images.shape, generator=draw) * (0.12 * _uniform(draw, 0, 1, batch, 1, 1, 1) ** 2)
-    images = images + noise
+    rows = _resizing(3, size, "bicubic")
+    bias = rows @ torch.randn(batch, 1, 3, 3, generator=draw) @ rows.T * _uniform(draw, 0, 0.3, batch, 1, 1, 1)
+    rows, columns = _point_spread(size, draw)
+    images = rows @ (images * bias.exp()) @ columns.T
+    images = images + torch.randn(images.shape, generator=draw) * (0.12 * _uniform(draw, 0, 1, batch, 1, 1, 1) ** 2)
     low, high = images.amin(dim=(1, 2, 3), keepdim=True), images.amax(dim=(1, 2, 3), keepdim=True)
     images = ((images - low) / (high - low + 1e-8)) ** torch.exp(_uniform(draw, -0.7, 0.7, batch, 1, 1, 1))
     invert = _uniform(draw, 0, 1, batch, 1, 1, 1) < 0.3
@@ -138,36 +175,47 @@ def _degrade(images: Tensor, draw: torch.Generator) -> Tensor:
     return images.where(~alone, images[:, 1:2])
 
 
-def _blur(images: Tensor, deviation: float) -> Tensor:
-    if deviation < 0.3:
-        return images
-    reach = math.ceil(2 * deviation)
-    kernel = torch.exp(-(torch.arange(-reach, reach + 1.0) ** 2) / (2 * deviation**2))
-    kernel = (kernel / kernel.sum()).view(1, 1, 1, -1).expand(3, 1, 1, -1)
-    images = F.conv2d(images, kernel, padding=(0, reach), groups=3)
-    return F.conv2d(images, kernel.transpose(2, 3), padding=(reach, 0), groups=3)
+def _point_spread(size: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Blur, then perhaps coarser pixels resized to the grid, of rows and of columns: (size, size) each."""
+    deviation = float(_uniform(draw, 0.1, 1.6, 1))
+    distance = torch.arange(size)[:, None] - torch.arange(size)
+    blur = torch.exp(-(distance**2) / (2 * deviation**2))
+    blur = blur / blur.sum(dim=1, keepdim=True)
+    coarser = float(_uniform(draw, 0, 1, 1)) < 0.6
+    share, skew = float(_uniform(draw, 0.25, 1.0, 1)), float(_uniform(draw, 0.7, 1.0, 1))
+    if not coarser:
+        return blur, blur
+
+    def resized(cells: int) -> Tensor:
+        return _resizing(cells, size, "bicubic") @ _resizing(size, cells, "area") @ blur
+
+    return resized(max(int(size * share), 4)), resized(max(int(size * share * skew), 4))
 
 
-def _masks(regions: Tensor, kinds: Tensor, clean: Tensor) -> Tensor:
+def _masks(maps: _LabelMaps, clean: Tensor) -> Tensor:
     """The tasks' masks of the middle slice: (batch, tasks, size, size)."""
-    middle, kind = regions[:, 1], kinds[:, 1]
+    middle = maps.regions[:, 1]
     size = middle.shape[-1]
     flat = middle.flatten(1)
+    shape = maps.shapes[middle]
+    objects = shape > 0
     empty = torch.zeros(len(middle), REGIONS)
-    centre = middle[:, size // 2, size // 2]
-    bright = (
-        empty.scatter_reduce(1, flat, clean[:, 1].flatten(1), "mean", include_self=False).gather(1, flat).view_as(middle)
-    )
-    largest = empty.scatter_add(1, flat, (kind > 0).flatten(1).float()).argmax(dim=1)[:, None, None]
-    median = clean[:, 1].flatten(1).median(dim=1).values[:, None, None]
+    area = empty.scatter_add(1, flat, torch.ones_like(clean).flatten(1))
+    mean = empty.scatter_add(1, flat, clean.flatten(1)) / area.clamp(min=1)
+    of_objects = (maps.shapes > 0) & (area > 0)
+    largest = area.where(of_objects, -1).argmax(dim=1)[:, None, None]
+    brightest = mean.where(of_objects, -math.inf).argmax(dim=1)[:, None, None]
+    median = clean.flatten(1).median(dim=1).values[:, None, None]
     padded = F.pad(middle[:, None].float(), (1, 1, 1, 1), mode="replicate")
-    border = F.max_pool2d(padded, 3, 1) != -F.max_pool2d(-padded, 3, 1)
     masks = {
-        "objects": kind > 0,
-        "small objects": kind == 2,
-        "largest object": (middle == largest) & (kind > 0),
-        "centre": middle == centre[:, None, None],
-        "brighter": bright > median,
-        "borders": border[:, 0],
+        "objects": objects,
+        "small objects": shape == 2,
+        "elongated objects": maps.elongated.gather(1, flat).view_as(middle),
+        "objects at the right": objects & (torch.arange(size) >= size // 2),
+        "largest object": objects & (middle == largest),
+        "brightest object": objects & (middle == brightest),
+        "centre": middle == middle[:, size // 2, size // 2][:, None, None],
+        "brighter": mean.gather(1, flat).view_as(middle) > median,
+        "borders": (F.max_pool2d(padded, 3, 1) != -F.max_pool2d(-padded, 3, 1))[:, 0],
     }
     return torch.stack([masks[task] for task in TASKS], dim=1).float()

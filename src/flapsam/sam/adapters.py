@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from flapsam.sam.network import Sam
@@ -76,6 +77,16 @@ def load_travelling(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
+
+
+def merge_adapters(network: Sam) -> Sam:
+    """Add the low-rank products to the layers that they adapt, in place; plain layers are left, and none trains."""
+    for name, module in list(network.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(network.get_submodule(parent), child, module.get_base_layer())
+    return network.requires_grad_(False)
 
 
 def frozen_checksum(network: Sam) -> str:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Naming = Literal["meta", "transformers", "flapsam"]
@@ -42,6 +43,9 @@ FROM_TRANSFORMERS: tuple[tuple[str, str], ...] = (
 )
 """Others' names → the network's, applied in order."""
 
+OWN = "flapsam."
+"""Stands before names that SAM does not have, in a file that is otherwise in the names of transformers."""
+
 
 def naming_of(state: Mapping[str, Tensor]) -> Naming | None:
     """Whose names these are; None if they are no SAM's."""
@@ -57,6 +61,9 @@ def to_own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     rules = {"meta": FROM_META, "transformers": FROM_TRANSFORMERS}.get(naming_of(state) or "meta", ())
     result: dict[str, Tensor] = {}
     for name, tensor in state.items():
+        if name.startswith(OWN):
+            result[name.removeprefix(OWN)] = tensor
+            continue
         for pattern, replacement in rules:
             name = re.sub(pattern, replacement, name)
         if ".qkv." in name:
@@ -65,3 +72,34 @@ def to_own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             result[name] = tensor
     return result
+
+
+TO_TRANSFORMERS: tuple[tuple[str, str], ...] = (
+    (r"\.output\.mask_tokens\.", ".mask_tokens."),
+    (r"\.output\.upscaling\.0\.", ".upscale_conv1."),
+    (r"\.output\.upscaling\.1\.", ".upscale_layer_norm."),
+    (r"\.output\.upscaling\.3\.", ".upscale_conv2."),
+    (r"(\.iou_prediction_head)\.layers\.0\.", r"\1.proj_in."),
+    (r"(\.iou_prediction_head)\.layers\.1\.", r"\1.layers.0."),
+    (r"(\.iou_prediction_head)\.layers\.2\.", r"\1.proj_out."),
+)
+
+
+def to_transformers_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the network's tensors to those of transformers' SAM, where it has them, and fuse query, key and value.
+
+    What SAM lacks, the last two doublings and the hypernetworks, which are narrower here, keeps its name behind ``OWN``.
+    """
+    result: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if re.search(r"\.output\.(hypernetworks|upscaling\.([4-9]))\.", name):
+            result[OWN + name] = tensor
+        elif name.startswith("vision_encoder.") and ".q_proj." in name:
+            parts = [state[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
+            result[name.replace("q_proj", "qkv")] = torch.cat(parts)
+        elif not (name.startswith("vision_encoder.") and re.search(r"\.[kv]_proj\.", name)):
+            for pattern, replacement in TO_TRANSFORMERS:
+                name = re.sub(pattern, replacement, name)
+            result[name] = tensor
+    positions = "prompt_encoder.shared_embedding.positional_embedding"
+    return result | {"shared_image_embedding.positional_embedding": result[positions].clone()}
