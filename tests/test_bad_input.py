@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from adaptermaker import saved
 from command import flapsam
 from sitemaker import AFFINE, SHAPE, make_sites, save, write_run
 
-from flapsam.adapter import AdapterCard, BackboneCard, save_adapter
-from flapsam.config import Backbone, Samples
+from flapsam.config import Backbone
 from flapsam.sam import assemble, travelling_state
 
 IMAGE, LABEL = Path("site_0/images/site_0_0.nii.gz"), Path("site_0/labels/site_0_0.nii.gz")
@@ -146,28 +146,9 @@ def test_read_only_output_folder(capfd, tmp_path: Path):
     assert "choose another output folder" in one_sentence(outcome.err)
 
 
-def adapter(folder: Path, *, seed: int = 0) -> Path:
-    assembled = assemble(
-        Backbone(name="sam-tiny", weights="random"), image_size=32, classes=1, strategy_name="flap", rank=2, seed=0
-    )
-    card = AdapterCard(
-        run="r",
-        mode="federated",
-        rounds=1,
-        strategy="flap",
-        lora_rank=2,
-        backbone=BackboneCard(name="sam-tiny", pixels="paper", weights="random", seed=seed, checksum=assembled.checksum),
-        samples=Samples(size=32),
-        classes=["ball"],
-        labels={"ball": 1},
-    )
-    save_adapter(folder, card, travelling_state(assembled.network))
-    return folder
-
-
 def test_an_adapter_for_another_backbone(tmp_path: Path, capfd):
     image = save(np.zeros(SHAPE, np.float32), tmp_path / "image.nii.gz")
-    outcome = flapsam(capfd, "predict", adapter(tmp_path / "a", seed=1), image, "-o", tmp_path / "out")
+    outcome = flapsam(capfd, "predict", saved(tmp_path / "a", seed=1), image, "-o", tmp_path / "out")
     assert outcome.code == 2
     assert "this adapter belongs to another backbone" in one_sentence(outcome.err)
     assert not list((tmp_path / "out").iterdir())
@@ -184,7 +165,7 @@ PREDICTED: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize(("make", "message"), PREDICTED.values(), ids=PREDICTED)
 def test_predict(make: Callable[[Path], object], message: str, tmp_path: Path, capfd):
     make(tmp_path / "image.nii.gz")
-    outcome = flapsam(capfd, "predict", adapter(tmp_path / "a"), tmp_path / "image.nii.gz", "-o", tmp_path / "out")
+    outcome = flapsam(capfd, "predict", saved(tmp_path / "a"), tmp_path / "image.nii.gz", "-o", tmp_path / "out")
     assert outcome.code == 2
     assert message in one_sentence(outcome.err)
     assert not list(tmp_path.glob("out/*"))

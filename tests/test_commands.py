@@ -37,7 +37,7 @@ def test_the_run_folder_is_whole(run: Path):
         *(
             f"{folder}/{file}"
             for folder in ("adapter", "adapter-centralised", "adapter-local/site_0", "adapter-local/site_1")
-            for file in ("flapsam.json", "adapter_config.json", "adapter_model.safetensors")
+            for file in ("README.md", "flapsam.json", "adapter_config.json", "adapter_model.safetensors")
         ),
     }
 

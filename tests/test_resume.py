@@ -14,11 +14,13 @@ from flapsam.federation.ledger import read_ledger
 
 # A flexlora that, where a signal file is named, touches it in its second round's result and waits to be killed.
 PROGRAM = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from flapsam import cli
 from flapsam.federation.aggregation import AGGREGATORS, FlexLora
 
+# Tests that run in the background of a shell inherit that interruptions are ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 signal_file = sys.argv.pop(1)
 results = 0
 

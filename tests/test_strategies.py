@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from adaptermaker import saved, trained
 
-from flapsam.adapter import AdapterCard, BackboneCard, load_adapter, read_tensors, save_adapter
-from flapsam.config import Backbone, Samples
+from flapsam.adapter import load_adapter, read_tensors, save_adapter
+from flapsam.config import Backbone
 from flapsam.errors import FlapsamError
 from flapsam.inference import predict_volume
-from flapsam.sam import STRATEGIES, Assembled, assemble, build, load_travelling, strategy, travelling, travelling_state
+from flapsam.sam import STRATEGIES, assemble, build, load_travelling, strategy, travelling_state
 from flapsam.traffic import strategy_table
 from flapsam.volumes import Volume
 
@@ -41,28 +42,6 @@ def test_other_backbones_have_a_table(backbone: str):
     assert counts["flap"] == counts["lora"] + counts["partial-decoder"]
     assert counts["lora-decoder"] == counts["lora"] + counts["decoder"]
     assert counts["full"] == max(counts.values())
-
-
-def trained(name: str, seed: int = 3) -> tuple[Assembled, AdapterCard]:
-    """A network whose travelling tensors have moved away from their start, and its card."""
-    backbone = Backbone(name="sam-tiny", weights="random")
-    assembled = assemble(backbone, image_size=64, classes=2, strategy_name=name, rank=4, seed=seed)
-    with torch.no_grad():
-        draw = torch.Generator().manual_seed(0)
-        for parameter in travelling(assembled.network).values():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=draw)
-    card = AdapterCard(
-        run="r",
-        mode="federated",
-        rounds=1,
-        strategy=name,
-        lora_rank=4,
-        backbone=BackboneCard(name=backbone.name, pixels="paper", weights="random", seed=seed, checksum=assembled.checksum),
-        samples=Samples(size=64),
-        classes=["kidney", "tumour"],
-        labels={"kidney": 1, "tumour": 2},
-    )
-    return assembled, card
 
 
 def volume() -> Volume:
@@ -125,10 +104,29 @@ def test_only_what_travels_gets_a_gradient(name: str):
 
 
 def test_an_adapter_for_another_backbone_is_refused(tmp_path: Path):
-    assembled, card = trained("flap")
-    other = card.model_copy(update={"backbone": card.backbone.model_copy(update={"seed": 4})})
-    save_adapter(tmp_path, other, travelling_state(assembled.network))
+    saved(tmp_path, seed=4)
     with pytest.raises(FlapsamError, match="belongs to another backbone"):
+        load_adapter(tmp_path)
+
+
+def test_the_first_format_still_loads():
+    """An adapter of flapsam 0.1.0's first format, with logits that this version gave."""
+    network, card = load_adapter(Path(__file__).parent / "adapters" / "format-1")
+    assert card.format == 2
+    assert card.licence == "unknown"
+    assert card.classes == ["kidney", "tumour"]
+    image = (torch.arange(32 * 32.0).view(1, 1, 32, 32) % 37) / 37
+    with torch.inference_mode():
+        logits = network.eval()(image)
+    expected = torch.tensor([-0.031202401965856552, 0.020732246339321136, -0.0005519278347492218])
+    torch.testing.assert_close(logits[0, :, 5, 7], expected, atol=1e-5, rtol=0)
+    assert logits.abs().mean().item() == pytest.approx(0.02993904985487461, abs=1e-5)
+
+
+def test_a_newer_format_is_said_to_be_newer(tmp_path: Path):
+    card = saved(tmp_path) / "flapsam.json"
+    card.write_text(card.read_text().replace('"format": 2', '"format": 3'))
+    with pytest.raises(FlapsamError, match="format 3 is newer"):
         load_adapter(tmp_path)
 
 

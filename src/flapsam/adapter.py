@@ -2,13 +2,13 @@
 
 ``flapsam.json`` says what the adapter is. Low-rank factors are kept in PEFT's own format (``adapter_config.json``,
 ``adapter_model.safetensors``), for FLAP-SAM together with the decoder's output part; what PEFT cannot express is in
-``weights.safetensors``.
+``weights.safetensors``. The model card beside them, ``README.md``, is for people.
 """
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
@@ -29,6 +29,8 @@ CARD, PEFT_CONFIG, PEFT_WEIGHTS, PLAIN_WEIGHTS = (
     "weights.safetensors",
 )
 PEFT_PREFIX = "base_model.model."
+FORMAT = 2
+"""Of ``flapsam.json``; ``_upgrade`` reads the older ones."""
 
 
 class BackboneCard(BaseModel):
@@ -51,7 +53,7 @@ class AdapterCard(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    format: Literal[1] = 1
+    format: Literal[2] = FORMAT
     flapsam: str = __version__
     run: str
     mode: str
@@ -63,6 +65,8 @@ class AdapterCard(BaseModel):
     classes: list[str]
     labels: dict[str, ClassValues]
     """Values that stood for the classes in the training labels; predictions hold 1, 2, … in the order of ``classes``."""
+    licence: str
+    """An SPDX identifier, or ``unknown``."""
 
 
 def save_adapter(folder: Path, card: AdapterCard, tensors: Mapping[str, Tensor]) -> None:
@@ -100,11 +104,23 @@ def read_card(folder: Path) -> AdapterCard:
     """
     path = folder / CARD
     try:
-        return AdapterCard.model_validate_json(path.read_text())
+        description = json.loads(path.read_text())
     except OSError as error:
         raise FlapsamError(f"{folder}: not an adapter, {CARD} is missing") from error
+    except ValueError as error:
+        raise FlapsamError(f"{path}: not an adapter's description, it is no JSON") from error
+    written = description.get("format") if isinstance(description, dict) else None
+    if isinstance(written, int) and written > FORMAT:
+        raise FlapsamError(f"{path}: format {written} is newer than flapsam {__version__} knows; install a newer flapsam")
+    try:
+        return AdapterCard.model_validate(_upgrade(description) if written == 1 else description)
     except ValidationError as error:
         raise FlapsamError(f"{path}: not an adapter's description that flapsam {__version__} can read") from error
+
+
+def _upgrade(description: dict[str, Any]) -> dict[str, Any]:
+    """Format 1 → 2: adapters did not say their licence."""
+    return {**description, "format": 2, "licence": "unknown"}
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

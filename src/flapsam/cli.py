@@ -111,6 +111,28 @@ def predict(
 
 
 @app.command()
+def export(
+    trained: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="The folder of a run or of an adapter.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the network.")],
+    form: Annotated[str, typer.Option("--format", help="transformers or onnx.")] = "transformers",
+    weights: Annotated[Path | None, typer.Option(help="The backbone's checkpoint, if the adapter needs one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Merge an adapter into its backbone and write the network for other software."""
+    if form not in ("transformers", "onnx"):
+        raise FlapsamError(f"--format {form}: choose transformers or onnx")
+    from flapsam.export import export as write
+    from flapsam.prediction import backbone_of, find_trained
+
+    found = find_trained(trained)
+    written = write(found.folder, output, form=form, weights=weights or backbone_of(found))
+    if as_json:
+        return _print_json({"written": [str(path) for path in written]})
+    for path in written:
+        out.print(str(path), highlight=False, soft_wrap=True)
+
+
+@app.command()
 def evaluate(
     predictions: Annotated[Path, typer.Argument(help="Folder of label maps: CASE.nii.gz or SITE/CASE.nii.gz.")],
     labels: Annotated[Path, typer.Argument(help="Folder of the truth: the same, or SITE/labels/CASE.nii.gz.")],

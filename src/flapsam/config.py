@@ -176,6 +176,8 @@ class RunConfig(Options):
     """Only operations that give the same bits each time."""
     output: Path = Path("runs/run")
     """The run's folder."""
+    licence: str | None = None
+    """Of the adapter, as an SPDX identifier; the backbone's if not given."""
 
 
 def read_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:

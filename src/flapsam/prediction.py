@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from flapsam.adapter import CARD, load_adapter
-from flapsam.config import Backbone, RunConfig, read_config
+from flapsam.config import RunConfig, read_config
 from flapsam.device import default_threads, find_device, set_up_torch
 from flapsam.errors import FlapsamError
 from flapsam.files import check_writable
@@ -33,6 +34,11 @@ def find_trained(path: Path) -> Trained:
             run = next((p / "run.yaml" for p in (path, path.parent, path.parent.parent) if (p / "run.yaml").exists()), None)
             return Trained(folder, read_config(run) if run else None)
     raise FlapsamError(f"{path}: neither an adapter nor a finished run; an adapter's folder holds {CARD}")
+
+
+def backbone_of(trained: Trained) -> Path | Literal["random"] | None:
+    """The checkpoint that the adapter's run used, if it is known."""
+    return trained.run.backbone.weights if trained.run else None
 
 
 @dataclass(frozen=True)
@@ -101,9 +107,8 @@ def predict_images(
         FlapsamError: the adapter, an image or the output folder is wrong.
     """
     check_writable(output)
-    backbone = trained.run.backbone if trained.run else Backbone()
     set_up_torch(threads or default_threads(), deterministic=True)
-    network, card = load_adapter(trained.folder, weights or backbone.weights)
+    network, card = load_adapter(trained.folder, weights or backbone_of(trained))
     network.to(find_device(device))
     for job in jobs:
         labels = predict_volume(network, read_image(job.image), card.samples, batch=batch)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flapsam.adapter import AdapterCard, BackboneCard, save_adapter
+from flapsam.adapter import AdapterCard, BackboneCard, read_card, save_adapter
 from flapsam.config import RunConfig, write_config
 from flapsam.device import default_threads, find_device, set_up_torch
 from flapsam.environment import environment
@@ -28,6 +28,7 @@ from flapsam.federation.weights import client_weights
 from flapsam.files import check_writable, write_text
 from flapsam.inference import predict_volume
 from flapsam.metrics import CaseScores, Summary, by_site, score_case, summarise
+from flapsam.model_card import model_card
 from flapsam.sam import Assembled, architecture, assemble, load_travelling, strategy, travelling_state
 from flapsam.sam.checkpoints import find_weights
 from flapsam.sam.sources import source
@@ -153,6 +154,8 @@ class _Simulation:
         for federation in self._federations(sites, clients):
             self._train(federation, weights)
             self._test(federation)
+            folder = self.folder / federation.adapter
+            write_text(folder / "README.md", model_card(read_card(folder), federation.name, read_ledger(self.ledger.path)))
         for event in read_ledger(self.ledger.path):
             if event["event"] == "test":
                 score = CaseScores(event["case"], event["site"], event["dice"], event["hd95"])
@@ -200,6 +203,8 @@ class _Simulation:
                     parts[split].append(prepare(case, labels, self.config.samples, self._cache / site.name))
                     self.observer.step()
             clients.append(ClientData(site.name, parts["train"], parts["val"]))
+            cases = {split: len(site.of(split)) for split in ("train", "val", "test")}
+            self.observer.event(self.ledger.write("site", site=site.name, cases=cases))
         self.observer.end()
         return clients
 
@@ -275,6 +280,7 @@ class _Simulation:
             samples=config.samples,
             classes=config.data.classes,
             labels=config.data.labels,
+            licence=config.licence or source(config.backbone.name).licence,
         )
 
     def _test(self, federation: Federation) -> None:

@@ -25,9 +25,9 @@ TASKS = (
     "brighter",
     "borders",
 )
-"""Masks that are asked for, without any prompt: all shapes pasted on the ground; shapes inside shapes or on their rim; shapes
-more than 1.7 times as long as wide; what of the shapes lies in the right half; the shape that covers most; the shape with
-the highest mean; the region at the middle; regions brighter than the median pixel; borders between regions."""
+"""Masks that are asked for, without any prompt: all shapes pasted on the ground; shapes inside shapes or on their rim;
+shapes more than 1.7 times as long as wide; what of the shapes lies in the right half; the shape that covers most; the shape
+with the highest mean; the region at the middle; regions brighter than the median pixel; borders between regions."""
 
 REGIONS = 24
 """Most regions of a scene: grounds, shapes, shapes inside shapes, air."""
@@ -42,6 +42,8 @@ class Scenes:
     """(batch, 3, size, size) in [0, 1]: the slice below, the slice itself, the slice above."""
     masks: Tensor
     """(batch, tasks, size, size), 0 or 1, of the slice itself."""
+    levels: Tensor
+    """(batch, size, size): mean intensity of each pixel's region before bias, blur and noise, of the slice itself."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def draw_scenes(batch: int, size: int, draw: torch.Generator) -> Scenes:
     """
     maps = _label_maps(batch, size, draw)
     clean = _paint(maps.regions, draw)
-    return Scenes(_degrade(clean, draw), _masks(maps, clean[:, 1]))
+    return Scenes(_degrade(clean, draw), *_targets(maps, clean[:, 1]))
 
 
 def _uniform(draw: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
@@ -169,8 +171,6 @@ def _degrade(images: Tensor, draw: torch.Generator) -> Tensor:
     images = images + torch.randn(images.shape, generator=draw) * (0.12 * _uniform(draw, 0, 1, batch, 1, 1, 1) ** 2)
     low, high = images.amin(dim=(1, 2, 3), keepdim=True), images.amax(dim=(1, 2, 3), keepdim=True)
     images = ((images - low) / (high - low + 1e-8)) ** torch.exp(_uniform(draw, -0.7, 0.7, batch, 1, 1, 1))
-    invert = _uniform(draw, 0, 1, batch, 1, 1, 1) < 0.3
-    images = images.where(~invert, 1 - images)
     alone = _uniform(draw, 0, 1, batch, 1, 1, 1) < 0.3
     return images.where(~alone, images[:, 1:2])
 
@@ -192,8 +192,8 @@ def _point_spread(size: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
     return resized(max(int(size * share), 4)), resized(max(int(size * share * skew), 4))
 
 
-def _masks(maps: _LabelMaps, clean: Tensor) -> Tensor:
-    """The tasks' masks of the middle slice: (batch, tasks, size, size)."""
+def _targets(maps: _LabelMaps, clean: Tensor) -> tuple[Tensor, Tensor]:
+    """The tasks' masks (batch, tasks, size, size) and the regions' levels (batch, size, size) of the middle slice."""
     middle = maps.regions[:, 1]
     size = middle.shape[-1]
     flat = middle.flatten(1)
@@ -205,6 +205,7 @@ def _masks(maps: _LabelMaps, clean: Tensor) -> Tensor:
     of_objects = (maps.shapes > 0) & (area > 0)
     largest = area.where(of_objects, -1).argmax(dim=1)[:, None, None]
     brightest = mean.where(of_objects, -math.inf).argmax(dim=1)[:, None, None]
+    levels = mean.gather(1, flat).view_as(middle)
     median = clean.flatten(1).median(dim=1).values[:, None, None]
     padded = F.pad(middle[:, None].float(), (1, 1, 1, 1), mode="replicate")
     masks = {
@@ -215,7 +216,7 @@ def _masks(maps: _LabelMaps, clean: Tensor) -> Tensor:
         "largest object": objects & (middle == largest),
         "brightest object": objects & (middle == brightest),
         "centre": middle == middle[:, size // 2, size // 2][:, None, None],
-        "brighter": mean.gather(1, flat).view_as(middle) > median,
+        "brighter": levels > median,
         "borders": (F.max_pool2d(padded, 3, 1) != -F.max_pool2d(-padded, 3, 1))[:, 0],
     }
-    return torch.stack([masks[task] for task in TASKS], dim=1).float()
+    return torch.stack([masks[task] for task in TASKS], dim=1).float(), levels

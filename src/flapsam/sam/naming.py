@@ -88,11 +88,15 @@ TO_TRANSFORMERS: tuple[tuple[str, str], ...] = (
 def to_transformers_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the network's tensors to those of transformers' SAM, where it has them, and fuse query, key and value.
 
-    What SAM lacks, the last two doublings and the hypernetworks, which are narrower here, keeps its name behind ``OWN``.
+    What SAM lacks keeps its name behind ``OWN``: the hypernetworks, which are narrower here, and the last two doublings; all
+    four where the first two are not as wide as SAM's.
     """
+    width = state["mask_decoder.output.mask_tokens.weight"].shape[1]
+    like_sam = state["mask_decoder.output.upscaling.3.weight"].shape[:2] == (width // 4, width // 8)
+    own = re.compile(r"\.output\.(hypernetworks\.|upscaling\.%s)" % ("[4-9]" if like_sam else ""))
     result: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        if re.search(r"\.output\.(hypernetworks|upscaling\.([4-9]))\.", name):
+        if own.search(name):
             result[OWN + name] = tensor
         elif name.startswith("vision_encoder.") and ".q_proj." in name:
             parts = [state[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
