@@ -2,14 +2,20 @@
 
 import hashlib
 import http.server
+import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from adaptermaker import trained
+from command import flapsam
+from safetensors.torch import save
 
 from flapsam.download import cache_folder, checksum, download
 from flapsam.errors import FlapsamError
+from flapsam.sam import sources
 
 CONTENT = bytes(range(256)) * 10_000
 DIGITS = hashlib.sha256(CONTENT).hexdigest()
@@ -19,6 +25,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """Knows one file, in part or whole; ``break_after`` bytes it hangs up once."""
 
     requests: list[str | None] = []  # noqa: RUF012
+    content = CONTENT
     break_after: int | None = None
     ranges = True
 
@@ -28,13 +35,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.path != "/sam.pth":
             return self.send_error(404)
         start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and Handler.ranges else 0
-        if start >= len(CONTENT):
+        if start >= len(Handler.content):
             return self.send_error(416)
         self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(CONTENT) - start))
+        self.send_header("Content-Length", str(len(Handler.content) - start))
         self.end_headers()
         stop, Handler.break_after = Handler.break_after, None
-        self.wfile.write(CONTENT[start : stop or len(CONTENT)])
+        self.wfile.write(Handler.content[start : stop or len(Handler.content)])
 
     def log_message(self, *_):
         pass
@@ -42,7 +49,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    Handler.requests, Handler.break_after, Handler.ranges = [], None, True
+    Handler.requests, Handler.break_after, Handler.ranges, Handler.content = [], None, True, CONTENT
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as made:
         threading.Thread(target=made.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{made.server_port}/sam.pth"
@@ -99,3 +106,44 @@ def test_the_cache_folder_can_be_set(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.delenv("FLAPSAM_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "flapsam"
+
+
+@pytest.fixture
+def tiny_on_server(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> sources.Source:
+    """A backbone ``tiny`` whose weights the server has."""
+    Handler.content = save(trained("full")[0].network.state_dict())
+    monkeypatch.setenv("FLAPSAM_CACHE", str(tmp_path / "cache"))
+    digits = hashlib.sha256(Handler.content).hexdigest()[:6]
+    source = sources.Source("tiny", "sam-tiny", "paper", "Apache-2.0", server, "tiny.safetensors", digits)
+    monkeypatch.setitem(sources.SOURCES, "tiny", source)
+    return source
+
+
+def test_get_list_and_info(tiny_on_server: sources.Source, tmp_path: Path, capfd):
+    path = tmp_path / "cache" / "tiny.safetensors"
+    rows = json.loads(flapsam(capfd, "backbone", "list", "--json").out)
+    assert {row["name"] for row in rows} == sources.SOURCES.keys()
+    assert rows[-1]["weights"] == "flapsam backbone get tiny"
+    Handler.break_after = 1_000_000
+    broken = flapsam(capfd, "backbone", "get", "tiny")
+    assert broken.code == 2
+    assert "run this again to go on" in broken.err
+    outcome = flapsam(capfd, "backbone", "get", "tiny")
+    assert outcome.code == 0, outcome.err
+    assert Handler.requests == [None, "bytes=1000000-"]
+    assert json.loads(flapsam(capfd, "backbone", "list", "--json").out)[-1]["weights"] == str(path)
+    assert "sam-tiny" in flapsam(capfd, "backbone", "list").out
+    about = json.loads(flapsam(capfd, "backbone", "info", path, "--json").out)
+    assert (about["architecture"], about["image size"], about["masks"]) == ("sam-tiny", 64, 3)
+    assert about["SHA-256"] == hashlib.sha256(Handler.content).hexdigest()
+    assert "64" in flapsam(capfd, "backbone", "info", path).out
+
+
+def test_get_says_what_to_do_offline(tiny_on_server: sources.Source, monkeypatch: pytest.MonkeyPatch, capfd):
+    url = "http://127.0.0.1:9/tiny.safetensors"
+    monkeypatch.setitem(sources.SOURCES, "tiny", replace(tiny_on_server, url=url))
+    outcome = flapsam(capfd, "backbone", "get", "tiny")
+    assert outcome.code == 2
+    assert f"{url}" in outcome.err
+    assert "fetch it on a machine that is online and put it to" in outcome.err
+    assert "choose" in flapsam(capfd, "backbone", "get", "tinier").err

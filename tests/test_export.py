@@ -38,7 +38,7 @@ def test_transformers_reads_the_merged_network(tmp_path: Path, capfd):
     assert outcome.code == 0, outcome.err
     files = [Path(path).name for path in json.loads(outcome.out)["written"]]
     assert files == ["config.json", "model.safetensors"]
-    model, loading = SamModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    model, loading = SamModel.from_pretrained(tmp_path / "out", output_loading_info=True)  # pyright: ignore[reportGeneralTypeIssues]
     # Those that flapsam has in another size, and nothing else.
     missing = {name.split(".")[1] for name in loading["missing_keys"]}
     assert missing == {"output_hypernetworks_mlps", "upscale_conv1", "upscale_conv2", "upscale_layer_norm"}

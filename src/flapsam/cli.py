@@ -315,7 +315,8 @@ def pretrain(
     from flapsam.experiments.pretraining import pretrain as run
 
     recipe = Recipe(steps=20, batch=4, warmup=5, seed=seed) if quick else Recipe(steps=steps, batch=batch, seed=seed)
-    command = f"flapsam pretrain --steps {recipe.steps} --batch {recipe.batch} --seed {seed}"
+    length = "--quick" if quick else f"--steps {steps} --batch {batch}"
+    command = f"flapsam pretrain {length} --seed {seed}"
     try:
         with _observer() as observer:
             scores = run(

@@ -125,14 +125,13 @@ def infer_architecture(state: Mapping[str, Tensor]) -> str | None:
     named = to_own_names(state)
     try:
         width, _, patch, _ = named["vision_encoder.patch_embed.projection.weight"].shape
-        grid = named["vision_encoder.pos_embed"].shape[1]
         decoder_width = len(named["vision_encoder.neck.conv1.weight"])
         rel_pos = [tensor for name, tensor in named.items() if name.endswith(".attn.rel_pos_h")]
-        found = (width, len(rel_pos), width // rel_pos[0].shape[1], patch, decoder_width, grid * patch)
+        found = (width, len(rel_pos), width // rel_pos[0].shape[1], patch, decoder_width)
     except (KeyError, IndexError, ValueError):
         return None
     for name, sizes in ARCHITECTURES.items():
-        wanted = (sizes.width, sizes.depth, sizes.heads, sizes.patch, sizes.decoder_width, sizes.native_size)
+        wanted = (sizes.width, sizes.depth, sizes.heads, sizes.patch, sizes.decoder_width)
         if found == wanted:
             return name
     return None
