@@ -74,11 +74,26 @@ def transformers_folder(folder: Path) -> Path:
     return folder
 
 
+def older_transformers_folder(folder: Path) -> Path:
+    """The same as transformers saved it before safetensors."""
+    transformers_folder(folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return folder
+
+
+FORMATS = {
+    "Meta's .pth": meta_checkpoint,
+    "transformers' folder": transformers_folder,
+    "transformers' older folder": older_transformers_folder,
+}
+
+
 def network(image_size: int = 96) -> Sam:
     return build(golden_sizes(), image_size=96, classes=2, seed=5)
 
 
-@pytest.mark.parametrize("make", [meta_checkpoint, transformers_folder], ids=["Meta's .pth", "transformers' folder"])
+@pytest.mark.parametrize("make", FORMATS.values(), ids=FORMATS)
 def test_the_same_embedding_from_either_format(make, tmp_path: Path):
     net = network()
     report = load_weights(net, read_checkpoint(make(tmp_path)), "checkpoint")
@@ -91,7 +106,7 @@ def test_the_same_embedding_from_either_format(make, tmp_path: Path):
     assert {name.split(".")[1] for name in report.new} == {"iou_prediction_head", "output"}
 
 
-@pytest.mark.parametrize("make", [meta_checkpoint, transformers_folder], ids=["Meta's .pth", "transformers' folder"])
+@pytest.mark.parametrize("make", FORMATS.values(), ids=FORMATS)
 def test_another_image_size_resizes_the_positions_as_the_reference_does(make, tmp_path: Path):
     """The golden positions stored for 12 × 12 tokens, loaded for 6 × 6."""
     positions = golden("resize")

@@ -139,15 +139,16 @@ def infer_architecture(state: Mapping[str, Tensor]) -> str | None:
 
 def _parts(folder: Path) -> list[Path]:
     """The weight files of a folder that transformers saved."""
-    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
             return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
         except (ValueError, KeyError, AttributeError) as error:
             raise FlapsamError(f"{index}: not a readable index of weights") from error
-    if whole.exists():
-        return [whole]
-    raise FlapsamError(f"{folder}: there is no model.safetensors in this folder")
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).exists():
+            return [folder / name]
+    raise FlapsamError(f"{folder}: there is no model.safetensors or pytorch_model.bin in this folder")
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:

@@ -1,11 +1,12 @@
 """Where backbones come from, and what their makers fed them."""
 
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 from flapsam.errors import choose
 
 META = "https://dl.fbaipublicfiles.com/segment_anything/"
-HUB = "https://huggingface.co/{}/resolve/main/model.safetensors"
+HUB = "https://huggingface.co/{}/resolve/main/{}"
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,9 @@ def _meta(name: str, digits: str) -> Source:
     return Source(name, name, "sam", "Apache-2.0", META + file, file, digits)
 
 
-def _hub(identity: str, architecture: str, pixels: str, licence: str = "Apache-2.0") -> Source:
-    file = identity.replace("/", "--") + ".safetensors"
-    return Source(identity, architecture, pixels, licence, HUB.format(identity), file)
+def _hub(identity: str, architecture: str, pixels: str, file: str = "model.safetensors") -> Source:
+    kept = identity.replace("/", "--") + PurePosixPath(file).suffix
+    return Source(identity, architecture, pixels, "Apache-2.0", HUB.format(identity, file), kept)
 
 
 _ALL = (
@@ -43,8 +44,8 @@ _ALL = (
     _hub("facebook/sam-vit-base", "sam-vit-b", "sam"),
     _hub("facebook/sam-vit-large", "sam-vit-l", "sam"),
     _hub("facebook/sam-vit-huge", "sam-vit-h", "sam"),
-    # MedSAM was trained on pixels scaled to [0, 1].
-    _hub("wanglab/medsam-vit-base", "sam-vit-b", "paper"),
+    # MedSAM was trained on pixels scaled to [0, 1]; its authors keep their own file, in Meta's names, beside the library's.
+    _hub("wanglab/medsam-vit-base", "sam-vit-b", "paper", "medsam_vit_b.pth"),
 )
 
 SOURCES: dict[str, Source] = {source.name: source for source in _ALL}
