@@ -31,12 +31,12 @@ HELD_OUT = 128
 class Recipe:
     """Everything that the result depends on, but the number of threads."""
 
-    steps: int = 12_000
+    steps: int = 10_000
     batch: int = 16
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
     warmup: int = 300
-    decay: float = 0.3
+    decay: float = 0.8
     """Share of the steps, at the end, over which the rate falls to zero."""
     seed: int = 0
     backbone: str = "sam-tiny"
