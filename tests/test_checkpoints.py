@@ -1,10 +1,12 @@
 """Real checkpoints' formats, made here from random weights."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import golden, golden_sizes
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.models.sam.configuration_sam import (
@@ -16,7 +18,10 @@ from transformers.models.sam.configuration_sam import (
 from transformers.models.sam.modeling_sam import SamModel
 
 from flapsam.errors import FlapsamError
+from flapsam.experiments.pretraining import Recipe, held_out_iou
+from flapsam.experiments.synthesis import TASKS
 from flapsam.sam import ARCHITECTURES, Sam, architecture, build, infer_architecture, load_weights, read_checkpoint
+from flapsam.sam.checkpoints import SHIPPED
 from flapsam.sam.naming import naming_of, to_own_names
 from flapsam.sam.sources import SOURCES
 
@@ -215,3 +220,34 @@ def test_every_source_has_an_architecture_and_a_scaling():
         assert source.pixels in PIXELS
         assert source.sha256 in source.file
         assert source.url is None or source.url.startswith("https://")
+
+
+def test_the_shipped_weights_say_how_they_were_made_and_load_at_any_size():
+    path = SHIPPED / "sam-tiny.safetensors"
+    assert path.stat().st_size < 12e6
+    with safe_open(path, framework="pt") as file:
+        about = file.metadata()
+    recipe = json.loads(about["recipe"])
+    assert about["command"] == "flapsam pretrain --steps {steps} --batch {batch} --seed {seed}".format(**recipe)
+    assert int(about["steps"]) == recipe["steps"]
+    assert float(about["seconds"]) > 0
+    assert json.loads(about["held_out_iou"]).keys() == {*TASKS, "mean"}
+    assert about["data"] == "synthetic images only"
+    for size, resized in ((128, 0), (64, 13), (224, 13)):
+        net = build(architecture("sam-tiny"), image_size=size, classes=2)
+        report = load_weights(net, read_checkpoint(path), "shipped")
+        assert len(report.resized) == resized  # pos_embed, and two relative positions of each of six blocks
+
+
+def test_the_shipped_weights_know_their_pretext_tasks():
+    """Held-out scenes: far above the same network with random weights."""
+    recipe = Recipe()
+    network = build(architecture("sam-tiny"), image_size=recipe.size, classes=len(TASKS))
+    before = held_out_iou(network, recipe)["mean"]
+    load_weights(network, read_checkpoint(SHIPPED / "sam-tiny.safetensors"), "shipped", keep_masks=True)
+    with safe_open(SHIPPED / "sam-tiny.safetensors", framework="pt") as file:
+        recorded = json.loads(file.metadata()["held_out_iou"])
+    found = held_out_iou(network, recipe)
+    assert found["mean"] > 2 * before
+    # The file holds half precision, the scores were computed before rounding.
+    assert found == pytest.approx(recorded, abs=0.005)

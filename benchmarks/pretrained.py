@@ -1,0 +1,91 @@
+"""What pretraining is worth: hippocampus at six sites, FLAP-SAM on the shipped sam-tiny against random weights.
+
+    python benchmarks/pretrained.py DATA [--minutes 30]
+
+DATA is the Medical Segmentation Decathlon's hippocampus as one folder a site. Each cell is one run of
+``examples/hippocampus.yaml`` with the weights, seed and rounds of its row; cells that are missing in
+``results/pretrained.json`` are computed, most telling first, until the minutes are over; then the table is printed. A pair
+has the same seed, cases, rounds and steps; its difference is the mean over the test cases of the two runs' mean Dice.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from statistics import mean, stdev
+
+from flapsam.config import read_config
+from flapsam.experiments.simulation import simulate
+from flapsam.files import write_text
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "pretrained.json"
+WEIGHTS = ("shipped", "random")
+CELLS = [(20, 0), (6, 0), (6, 1), (6, 2)]
+"""Rounds and seed, most telling first."""
+
+
+def compute(data: Path, rounds: int, seed: int, weights: str) -> dict[str, object]:
+    """Dice of every test case and class, and seconds, of one run."""
+    folder = Path(tempfile.mkdtemp())
+    values = {
+        "data.path": data.resolve(),
+        "output": folder / "run",
+        "seed": seed,
+        "rounds.count": rounds,
+        "rounds.validate_every": rounds,
+        "training.schedule_epochs": rounds,
+        "backbone.weights": "null" if weights == "shipped" else weights,
+    }
+    config = read_config(HERE.parent / "examples" / "hippocampus.yaml", [f"{k}={v}" for k, v in values.items()])
+    began = time.perf_counter()
+    results = simulate(config)
+    seconds = time.perf_counter() - began
+    shutil.rmtree(folder)
+    return {"seconds": round(seconds), "dice": {score.case: score.dice for score in results.scores["federated"]}}
+
+
+def key(rounds: int, seed: int, weights: str) -> str:
+    return f"{rounds} rounds, seed {seed}, {weights}"
+
+
+def table(cells: dict[str, dict]) -> str:
+    head = ["rounds", "seed", "shipped", "random", "difference", "cases better", "seconds"]
+    lines = [f"| {' | '.join(head)} |", "|---:" * len(head) + "|"]
+    for rounds, seed in sorted(CELLS):
+        pair = [cells.get(key(rounds, seed, weights)) for weights in WEIGHTS]
+        dice = [{case: mean(values.values()) for case, values in cell["dice"].items()} if cell else None for cell in pair]
+        row = [str(rounds), str(seed), *(f"{mean(d.values()):.3f}" if d else "missing" for d in dice)]
+        first, second = dice
+        if first and second:
+            differences = [first[case] - second[case] for case in first]
+            error = stdev(differences) / len(differences) ** 0.5
+            row += [f"{mean(differences):+.3f} ± {error:.3f}", f"{sum(d > 0 for d in differences)} of {len(differences)}"]
+        else:
+            row += ["missing", "missing"]
+        row.append(", ".join(str(cell["seconds"]) if cell else "missing" for cell in pair))
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--minutes", type=float, default=30, help="no cell is begun after these")
+    arguments = parser.parse_args()
+    cells = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    end = time.monotonic() + 60 * arguments.minutes
+    for rounds, seed in CELLS:
+        for weights in WEIGHTS:
+            name = key(rounds, seed, weights)
+            if name not in cells and time.monotonic() < end:
+                cells[name] = compute(arguments.data, rounds, seed, weights)
+                write_text(RESULTS, json.dumps(cells, indent=1) + "\n")
+                print(f"{name}: {cells[name]['seconds']} s", flush=True)
+    print(table(cells))
+
+
+if __name__ == "__main__":
+    main()
