@@ -25,7 +25,11 @@ def model_card(card: AdapterCard, federation: str, events: Sequence[Event]) -> s
         for event in events
         if event["event"] == "test" and event["federation"] == federation
     ]
-    together = {"federated": "federated", "local": "by one site alone", "centralised": "on pooled data"}[card.mode]
+    together = {
+        "federated": f"by {len(cases)} sites together",
+        "local": "by one site alone",
+        "centralised": f"on the pooled data of {len(cases)} sites",
+    }[card.mode]
     classes = ", ".join(card.classes)
     parts = [
         _head(card),
@@ -92,14 +96,11 @@ def _limits(card: AdapterCard, cases: dict[str, dict[str, int]], scores: Sequenc
     for name, value in summarise(scores).dice.items():
         if value is not None and value < 0.5:
             limits.append(f"A mean Dice of {value:.3f} for {name}: most of it is missed or wrong.")
-    limits.append("Each slice is segmented by itself" + (", with its two neighbours." if _adjacent(card) else "."))
+    neighbours = "sees its two neighbours, no more" if card.samples.channels == "adjacent" else "sees no other"
+    limits.append(f"Slices are segmented one by one; each {neighbours}.")
     if card.backbone.weights == "random":
         limits.append("The backbone was not pretrained.")
     return limits
-
-
-def _adjacent(card: AdapterCard) -> bool:
-    return card.samples.channels == "adjacent"
 
 
 def _details(card: AdapterCard) -> dict[str, str]:
