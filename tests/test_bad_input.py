@@ -210,7 +210,7 @@ def test_a_checkpoint_of_another_model(tmp_path: Path, capfd):
         capfd, "simulate", run, "--set", f"backbone={{name: sam-vit-b, weights: {tmp_path}/other.safetensors}}"
     )
     assert outcome.code == 2
-    assert "other.safetensors: vision_encoder.pos_embed has shape" in one_sentence(outcome.err)
+    assert "other.safetensors: this is a sam-tiny; set backbone.name to it" in one_sentence(outcome.err)
 
 
 class Code:

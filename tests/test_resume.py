@@ -59,8 +59,8 @@ def kill_when(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """An adapter without its card, which names the run."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "flapsam.json"}
+    """An adapter without its descriptions, which name the run."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".safetensors"}
 
 
 FIELDS = {"rounds": {"count": 4}, "aggregator": "slow", "training": {"window": 3, "batch_size": 4, "warmup_steps": 2}}
