@@ -47,6 +47,8 @@ def test_transformers_reads_the_merged_network(tmp_path: Path, capfd):
     ours = merge_adapters(network)
     with torch.inference_mode():
         torch.testing.assert_close(model.get_image_embeddings(IMAGES), ours.embed(IMAGES), atol=1e-5, rtol=0)
+    # SAM's decoder has another value here than the library's default.
+    assert model.mask_decoder.transformer.config.layer_norm_eps == 1e-5
     theirs, mine = model.mask_decoder.transformer.state_dict(), ours.mask_decoder.transformer.state_dict()
     assert theirs.keys() == mine.keys()
     assert all(torch.equal(theirs[name], mine[name]) for name in mine)

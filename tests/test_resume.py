@@ -60,7 +60,7 @@ def kill_when(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -
 
 def files(folder: Path) -> dict[str, bytes]:
     """An adapter without its descriptions, which name the run."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".safetensors"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("flapsam.json", "README.md")}
 
 
 FIELDS = {"rounds": {"count": 4}, "aggregator": "slow", "training": {"window": 3, "batch_size": 4, "warmup_steps": 2}}

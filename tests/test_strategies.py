@@ -1,6 +1,7 @@
 """Every strategy: the paper's counts, and a save that loads back."""
 
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pytest
@@ -109,9 +110,14 @@ def test_an_adapter_for_another_backbone_is_refused(tmp_path: Path):
         load_adapter(tmp_path)
 
 
-def test_the_first_format_still_loads():
-    """An adapter of flapsam 0.1.0's first format, with logits that this version gave."""
-    network, card = load_adapter(Path(__file__).parent / "adapters" / "format-1")
+@pytest.mark.parametrize("weights", ['"random"', "null"])
+def test_the_first_format_still_loads(weights: str, tmp_path: Path):
+    """An adapter of flapsam 0.1.0's first format, with logits that this version gave; null once meant random weights."""
+    folder = copytree(Path(__file__).parent / "adapters" / "format-1", tmp_path / "adapter")
+    text = (folder / "flapsam.json").read_text()
+    assert '"weights": "random"' in text
+    (folder / "flapsam.json").write_text(text.replace('"weights": "random"', f'"weights": {weights}'))
+    network, card = load_adapter(folder)
     assert card.format == 2
     assert card.licence == "unknown"
     assert card.classes == ["kidney", "tumour"]

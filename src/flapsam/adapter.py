@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flapsam import __version__
-from flapsam.config import RANDOM, Backbone, ClassValues, Samples
+from flapsam.config import RANDOM, Backbone, ClassValues, Samples, Weights
 from flapsam.errors import FlapsamError
 from flapsam.files import write_text, written_whole
 from flapsam.sam import Sam, assemble, load_travelling, lora_config, strategy
@@ -119,8 +119,11 @@ def read_card(folder: Path) -> AdapterCard:
 
 
 def _upgrade(description: dict[str, Any]) -> dict[str, Any]:
-    """Format 1 → 2: adapters did not say their licence."""
-    return {**description, "format": 2, "licence": "unknown"}
+    """Format 1 → 2: adapters did not say their licence, and at first had null for random weights."""
+    backbone = description.get("backbone")
+    if isinstance(backbone, dict) and backbone.get("weights") is None:
+        backbone = {**backbone, "weights": RANDOM}
+    return {**description, "format": 2, "licence": "unknown", "backbone": backbone}
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -141,7 +144,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load_adapter(folder: Path, weights: Path | Literal["random"] | None = None) -> tuple[Sam, AdapterCard]:
+def load_adapter(folder: Path, weights: Weights | None = None) -> tuple[Sam, AdapterCard]:
     """Build the network of an adapter and put the adapter on it.
 
     Args:

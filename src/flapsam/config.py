@@ -17,6 +17,8 @@ Mode = Literal["federated", "local", "centralised"]
 
 RANDOM: Literal["random"] = "random"
 """In the place of a checkpoint: random weights."""
+Weights = Path | Literal["random"]
+"""Where a backbone's weights come from."""
 
 RESERVED_LABELS = ("background", "ignore")
 """Names in ``labels`` that are no class: values joined to the background, and values left out of loss and scores."""
@@ -95,7 +97,7 @@ class Backbone(Options):
 
     name: str = "sam-tiny"
     """As ``flapsam backbone list`` names it; ``sam-tiny`` ships with flapsam."""
-    weights: Path | Literal["random"] | None = None
+    weights: Weights | None = None
     """A checkpoint of that architecture (Meta's, a folder or file of transformers), or ``random``; the backbone's own, which
     ship with flapsam or were downloaded, if not given."""
     pixels: Literal["paper", "sam", "own"] = "paper"

@@ -8,14 +8,10 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers.models.sam.configuration_sam import (
-    SamConfig,
-    SamMaskDecoderConfig,
-    SamPromptEncoderConfig,
-    SamVisionConfig,
-)
+from transformers.models.sam.configuration_sam import SamConfig, SamPromptEncoderConfig
 
 from flapsam.adapter import AdapterCard, load_adapter
+from flapsam.config import Weights
 from flapsam.errors import FlapsamError
 from flapsam.files import check_writable, write_text, written_whole
 from flapsam.sam import Sam, merge_adapters
@@ -26,7 +22,7 @@ TOLERANCE = 1e-3
 
 
 def export(
-    adapter: Path, output: Path, *, form: Literal["transformers", "onnx"], weights: Path | Literal["random"] | None = None
+    adapter: Path, output: Path, *, form: Literal["transformers", "onnx"], weights: Weights | None = None
 ) -> list[Path]:
     """Merge an adapter and write the network.
 
@@ -65,27 +61,12 @@ def _transformers(network: Sam, card: AdapterCard, output: Path) -> list[Path]:
 def _config(network: Sam, classes: int) -> dict[str, Any]:
     """What ``SamModel.from_pretrained`` reads; its decoder has one mask fewer in its count than in its tokens."""
     sizes = network.sizes
-    vision = SamVisionConfig(
-        hidden_size=sizes.width,
-        output_channels=sizes.decoder_width,
-        num_hidden_layers=sizes.depth,
-        num_attention_heads=sizes.heads,
-        image_size=network.image_size,
-        patch_size=sizes.patch,
-        window_size=sizes.window,
-        global_attn_indexes=list(sizes.global_blocks),
-        num_pos_feats=sizes.decoder_width // 2,
-        mlp_dim=4 * sizes.width,
-    )
     prompt = SamPromptEncoderConfig(hidden_size=sizes.decoder_width, image_size=network.image_size, patch_size=sizes.patch)
-    decoder = SamMaskDecoderConfig(
-        hidden_size=sizes.decoder_width,
-        mlp_dim=sizes.decoder_mlp,
-        num_attention_heads=sizes.decoder_heads,
-        num_multimask_outputs=classes,
-        iou_head_hidden_dim=sizes.iou_width,
-    )
-    config = SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder).to_dict()
+    decoder = network.mask_decoder.transformer.config.to_dict()
+    decoder |= {"num_multimask_outputs": classes, "iou_head_hidden_dim": sizes.iou_width}
+    config = SamConfig(
+        vision_config=network.vision_encoder.config, prompt_encoder_config=prompt, mask_decoder_config=decoder
+    ).to_dict()
     return {**config, "architectures": ["SamModel"]}
 
 

@@ -3,10 +3,9 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from flapsam.adapter import CARD, load_adapter
-from flapsam.config import RunConfig, read_config
+from flapsam.config import RunConfig, Weights, read_config
 from flapsam.device import default_threads, find_device, set_up_torch
 from flapsam.errors import FlapsamError
 from flapsam.files import check_writable
@@ -36,7 +35,7 @@ def find_trained(path: Path) -> Trained:
     raise FlapsamError(f"{path}: neither an adapter nor a finished run; an adapter's folder holds {CARD}")
 
 
-def backbone_of(trained: Trained) -> Path | Literal["random"] | None:
+def backbone_of(trained: Trained) -> Weights | None:
     """The checkpoint that the adapter's run used, if it is known."""
     return trained.run.backbone.weights if trained.run else None
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flapsam.adapter import AdapterCard, BackboneCard, read_card, save_adapter
+from flapsam.adapter import AdapterCard, BackboneCard, save_adapter
 from flapsam.config import RunConfig, write_config
 from flapsam.device import default_threads, find_device, set_up_torch
 from flapsam.environment import environment
@@ -154,8 +154,8 @@ class _Simulation:
         for federation in self._federations(sites, clients):
             self._train(federation, weights)
             self._test(federation)
-            folder = self.folder / federation.adapter
-            write_text(folder / "README.md", model_card(read_card(folder), federation.name, read_ledger(self.ledger.path)))
+            text = model_card(self._card(federation), federation.name, read_ledger(self.ledger.path))
+            write_text(self.folder / federation.adapter / "README.md", text)
         for event in read_ledger(self.ledger.path):
             if event["event"] == "test":
                 score = CaseScores(event["case"], event["site"], event["dice"], event["hd95"])

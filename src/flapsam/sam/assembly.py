@@ -1,10 +1,8 @@
 """From a configuration to a network that is ready to train or to predict."""
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
-from flapsam.config import RANDOM, Backbone
+from flapsam.config import RANDOM, Backbone, Weights
 from flapsam.errors import FlapsamError
 from flapsam.sam.adapters import apply_strategy, frozen_checksum
 from flapsam.sam.architecture import architecture
@@ -20,7 +18,7 @@ class Assembled:
     """A network and where its weights come from."""
 
     network: Sam
-    weights: Path | Literal["random"]
+    weights: Weights
     about: str
     """The same in words."""
     checksum: str

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 from zipfile import BadZipFile
 
 import torch
@@ -15,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flapsam.config import RANDOM, Backbone
+from flapsam.config import RANDOM, Backbone, Weights
 from flapsam.download import cache_folder
 from flapsam.errors import FlapsamError
 from flapsam.sam.architecture import ARCHITECTURES, Architecture
@@ -167,7 +166,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def find_weights(backbone: Backbone) -> Path | Literal["random"]:
+def find_weights(backbone: Backbone) -> Weights:
     """The checkpoint of a backbone: the one that it names, else the one that is shipped or was downloaded.
 
     Raises:
