@@ -66,7 +66,7 @@ def cases(tmp_path: Path):
 
 
 def test_every_slice_is_once_the_middle_of_a_window_and_the_last_batch_is_kept(cases):
-    options = Training(window=5, batch_size=4, augment=False)
+    options = Training(window=5, batch_size=4, augment="none")
     sizes = [len(images) for images, _ in batches(cases, options, Samples(), 32, seed=0)]
     assert sizes == [20, 20, 20, 20, 10]  # 18 windows of 5 slices, 4 windows a batch
     assert batches_per_epoch(cases, options) == 5
@@ -130,7 +130,7 @@ def test_the_report_counts(cases):
 
 def test_it_learns(cases):
     net = network("full")
-    options = Training(window=1, batch_size=6, warmup_steps=5, epochs=25, learning_rate=2e-3, augment=False)
+    options = Training(window=1, batch_size=6, warmup_steps=5, epochs=25, learning_rate=2e-3, augment="none")
     learner = Learner(net, options)
     first = fit(net, learner, cases, Samples(), seed=0)
     last = fit(net, learner, cases, Samples(), seed=1)

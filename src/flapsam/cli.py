@@ -301,7 +301,7 @@ def info(
 @app.command()
 def pretrain(
     folder: Annotated[Path, typer.Argument(help="Where weights, log and state are written.")],
-    steps: Annotated[int, typer.Option(min=1)] = 10_000,
+    steps: Annotated[int, typer.Option(min=1)] = 14_000,
     batch: Annotated[int, typer.Option(min=1, help="Scenes a step.")] = 16,
     seed: int = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Twenty steps, to see that it runs.")] = False,

@@ -119,7 +119,8 @@ class Training(Options):
     """Adjacent slices in one training sample; odd."""
     batch_size: Positive = 3
     """Windows a batch."""
-    augment: bool = True
+    augment: Literal["paper", "gentle", "none"] = "paper"
+    """The paper's strong augmentation, or small changes that suit short runs. True and false stand for paper and none."""
     learning_rate: Annotated[float, Field(gt=0)] = 8e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     betas: tuple[float, float] = (0.9, 0.999)
@@ -135,6 +136,11 @@ class Training(Options):
     """Weight of every foreground class in the cross-entropy, where background has 1."""
     moments: Literal["keep", "reset"] = "keep"
     """Whether Adam's moments stay at the client between rounds."""
+
+    @field_validator("augment", mode="before")
+    @classmethod
+    def _named(cls, value: object) -> object:
+        return {True: "paper", False: "none"}[value] if isinstance(value, bool) else value
 
     @field_validator("window")
     @classmethod

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flapsam.augmentation import augment
+from flapsam.augmentation import AUGMENTATIONS
 from flapsam.config import Samples, Training
 from flapsam.errors import FlapsamError
 from flapsam.files import written_whole
@@ -148,6 +148,7 @@ def batches(cases: Sequence[PreparedCase], options: Training, samples: Samples, 
         Images (slices, channels, size, size) in [0, 1] and labels (slices, size, size), the windows' slices side by side.
     """
     rng = np.random.default_rng(seed)
+    augment = AUGMENTATIONS[options.augment]
     middles = [(case, centre) for case in cases for centre in range(case.slices)]
     order = rng.permutation(len(middles))
     for start in range(0, len(order), options.batch_size):
@@ -155,8 +156,7 @@ def batches(cases: Sequence[PreparedCase], options: Training, samples: Samples, 
         for index in order[start : start + options.batch_size]:
             case, centre = middles[index]
             window = case.window(centre, options.window, samples)
-            if options.augment:
-                window = augment(window[0], window[1], rng)
+            window = augment(window[0], window[1], rng)
             images.append(to_square(window[0], size, samples.resize))
             labels.append(labels_to_square(window[1], size, samples.resize))
         yield torch.cat(images), torch.cat(labels)
