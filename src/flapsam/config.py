@@ -177,7 +177,7 @@ class RunConfig(Options):
     """Slices a batch at validation and prediction."""
     device: str = "cpu"
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
-    """bf16 runs the network under autocast; parameters and packets stay fp32. ``auto``: where the hardware has it."""
+    """bf16 runs the network under autocast; parameters and packets stay fp32. ``auto`` takes it where the hardware has it."""
     threads: Positive | None = None
     """Threads a fit; results are bit-identical only for equal numbers. All cores if not given."""
     deterministic: bool = True
