@@ -176,8 +176,8 @@ class RunConfig(Options):
     inference_batch: Positive = 16
     """Slices a batch at validation and prediction."""
     device: str = "cpu"
-    precision: Literal["fp32", "bf16", "auto"] = "fp32"
-    """bf16 runs the network under autocast; parameters and packets stay fp32. ``auto`` takes it where the hardware has it."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 runs the network under autocast; parameters and packets stay fp32."""
     threads: Positive | None = None
     """Threads a fit; results are bit-identical only for equal numbers. All cores if not given."""
     deterministic: bool = True

@@ -1,7 +1,6 @@
 """Where the arithmetic happens."""
 
 import os
-from typing import Literal
 
 import torch
 
@@ -22,19 +21,6 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise FlapsamError(f"device '{name}' is not to be had here; use cpu, cuda, mps or auto") from error
     return device
-
-
-def find_precision(name: str, device: torch.device) -> Literal["fp32", "bf16"]:
-    """The precision of this name; ``auto`` takes bf16 where the hardware itself multiplies it."""
-    if name == "auto":
-        if device.type == "cuda":
-            name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-        else:
-            # Older versions of PyTorch do not tell.
-            tell = getattr(torch.cpu, "get_capabilities", dict)
-            found = tell() if device.type == "cpu" else {}
-            name = "bf16" if found.get("avx512_bf16") or found.get("amx_bf16") else "fp32"
-    return "bf16" if name == "bf16" else "fp32"
 
 
 def set_up_torch(threads: int, *, deterministic: bool) -> None:

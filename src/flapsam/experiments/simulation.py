@@ -14,7 +14,7 @@ from typing import Any
 
 from flapsam.adapter import AdapterCard, BackboneCard, save_adapter
 from flapsam.config import RunConfig, write_config
-from flapsam.device import default_threads, find_device, find_precision, set_up_torch
+from flapsam.device import default_threads, find_device, set_up_torch
 from flapsam.environment import environment
 from flapsam.errors import FlapsamError
 from flapsam.federation.aggregation import aggregator
@@ -121,13 +121,11 @@ def resolve(config: RunConfig) -> RunConfig:
     size = config.samples.size or sizes.default_size
     sizes.tokens(size)
     aggregator(config.aggregator, config.lora.rank)
-    device = find_device(config.device)
     return config.model_copy(
         update={
             "samples": config.samples.model_copy(update={"size": size}),
             "threads": config.threads or default_threads(),
-            "device": str(device),
-            "precision": find_precision(config.precision, device),
+            "device": str(find_device(config.device)),
         }
     )
 
