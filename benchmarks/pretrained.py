@@ -4,9 +4,9 @@
 
 DATA is the Medical Segmentation Decathlon's hippocampus as one folder a site. Each cell is one run of
 ``examples/hippocampus.yaml`` with the weights, seed and rounds of its row; cells that are missing in
-``results/pretrained.json``, or were computed with other weights than those that are shipped now, are computed, most telling
-first, until the minutes are over; then the table is printed. A pair has the same seed, cases, rounds and steps; its difference
-is the mean over the test cases of the two runs' mean Dice.
+``results/pretrained.json``, or are there for other weights than those that ship now, are computed, most telling first, until
+the minutes are over; then the table is printed. A pair has the same seed, cases, rounds and steps; its difference is the
+mean over the test cases of the two runs' mean Dice.
 """
 
 import argparse

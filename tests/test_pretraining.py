@@ -126,11 +126,14 @@ def test_stopped_and_resumed_it_ends_in_the_same_weights(tmp_path: Path):
     pretrain(tmp_path / "whole", RECIPE, command="x", threads=1, every=2)
     with pytest.raises(KeyboardInterrupt):
         pretrain(tmp_path / "parts", RECIPE, command="x", threads=1, every=2, observer=Interrupted(3))
+    pretrain(tmp_path / "parts", RECIPE, command="x", threads=1, every=2, resume=True, stop=3)
+    with safe_open(tmp_path / "parts" / "weights.safetensors", framework="pt") as file:
+        assert file.metadata()["steps"] == "3"
     pretrain(tmp_path / "parts", RECIPE, command="x", threads=1, every=2, resume=True)
     whole, parts = (load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
-    assert steps == [0, 2, 4, 5]
+    assert steps == [0, 2, 3, 4, 5]
     with pytest.raises(FlapsamError, match="another recipe"):
         pretrain(tmp_path / "parts", Recipe(steps=6), command="x", threads=1, resume=True)
     with pytest.raises(FlapsamError, match="no pretraining to resume"):

@@ -131,6 +131,7 @@ def pretrain(
     command: str,
     threads: int,
     resume: bool = False,
+    stop: int | None = None,
     every: int = 500,
     observer: Observer | None = None,
 ) -> dict[str, float]:
@@ -142,6 +143,7 @@ def pretrain(
         command: how a reader repeats it, kept in the weights' file.
         threads: of the arithmetic.
         resume: go on where the folder's state stands.
+        stop: end after this step, although the rate is laid out for all of the recipe's; ``resume`` can go on from there.
         every: steps between states and scores.
         observer: is told of steps.
 
@@ -164,9 +166,10 @@ def pretrain(
     if start == 0:
         write_text(log, json.dumps({"step": 0, "seconds": 0.0, "iou": scores}) + "\n")
     began = time.perf_counter() - spent
-    observer.begin("pretraining", recipe.steps, start)
+    end = min(stop or recipe.steps, recipe.steps)
+    observer.begin("pretraining", end, start)
     losses: list[float] = []
-    for step in range(start, recipe.steps):
+    for step in range(start, end):
         draw = torch.Generator().manual_seed(seed_for(recipe.seed, "scenes", step))
         scenes = draw_scenes(recipe.batch, recipe.size, draw)
         for group in optimizer.param_groups:
@@ -182,7 +185,7 @@ def pretrain(
         losses.append(loss.item())
         observer.step()
         done = step + 1
-        if done % every == 0 or done == recipe.steps:
+        if done % every == 0 or done == end:
             scores = held_out_iou(network, last, recipe)
             spent = time.perf_counter() - began
             entry = {"step": done, "seconds": round(spent, 1), "loss": sum(losses) / len(losses), "iou": scores}
