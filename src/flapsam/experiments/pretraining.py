@@ -69,8 +69,8 @@ class Sampled(nn.ConvTranspose2d):
     def put_into(cls, network: Sam) -> "Sampled":
         """Replace the last doubling of a network; its weights stay under their names."""
         upscaling = network.mask_decoder.output.upscaling
-        place = max(index for index, layer in enumerate(upscaling) if isinstance(layer, nn.ConvTranspose2d))
-        given = upscaling[place]
+        doublings = [(index, layer) for index, layer in enumerate(upscaling) if isinstance(layer, nn.ConvTranspose2d)]
+        place, given = doublings[-1]
         sampled = cls(given.in_channels, given.out_channels, kernel_size=STRIDE, stride=STRIDE)
         sampled.load_state_dict(given.state_dict())
         upscaling[place] = sampled
