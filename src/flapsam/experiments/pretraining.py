@@ -55,7 +55,7 @@ def rate(step: int, recipe: Recipe) -> float:
 class Sampled(nn.ConvTranspose2d):
     """The upscaling's last doubling, computed only for the rows and columns that a scene's truth is for.
 
-    The network's outputs are then the same numbers at a quarter of the pixels, in two thirds of the time.
+    The network's outputs are then the same numbers at a quarter of the pixels; all of them would take most of a step's time.
     """
 
     corner: tuple[int, int] = (0, 0)
