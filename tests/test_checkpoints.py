@@ -18,8 +18,8 @@ from transformers.models.sam.configuration_sam import (
 from transformers.models.sam.modeling_sam import SamModel
 
 from flapsam.errors import FlapsamError
-from flapsam.experiments.pretraining import Recipe, Sampled, held_out_iou
-from flapsam.experiments.synthesis import MASKS, TASKS
+from flapsam.experiments.pretraining import Recipe, held_out_iou
+from flapsam.experiments.synthesis import TASKS
 from flapsam.sam import ARCHITECTURES, Sam, architecture, build, infer_architecture, load_weights, read_checkpoint
 from flapsam.sam.checkpoints import SHIPPED
 from flapsam.sam.naming import naming_of, to_own_names
@@ -228,27 +228,26 @@ def test_the_shipped_weights_say_how_they_were_made_and_load_at_any_size():
     with safe_open(path, framework="pt") as file:
         about = file.metadata()
     recipe = json.loads(about["recipe"])
-    command = "flapsam pretrain --steps {steps} --stop {stop} --batch {batch} --seed {seed}"
-    assert about["command"] == command.format(**recipe, stop=about["steps"])
+    assert about["command"] == "flapsam pretrain --steps {steps} --batch {batch} --seed {seed}".format(**recipe)
+    assert int(about["steps"]) == recipe["steps"]
     assert float(about["seconds"]) > 0
-    assert json.loads(about["held_out_iou"]).keys() == {*MASKS, "mean"}
+    assert json.loads(about["held_out_iou"]).keys() == {*TASKS, "mean"}
     assert about["data"] == "synthetic images only"
-    for size, resized in ((160, 0), (128, 13), (224, 13)):
+    for size, resized in ((128, 0), (64, 13), (224, 13)):
         net = build(architecture("sam-tiny"), image_size=size, classes=2)
         report = load_weights(net, read_checkpoint(path), "shipped")
         assert len(report.resized) == resized  # pos_embed, and two relative positions of each of six blocks
 
 
 def test_the_shipped_weights_know_their_pretext_tasks():
-    """Held-out scenes: far above the same network with random weights, 0.27."""
+    """Held-out scenes: far above the same network with random weights."""
     recipe = Recipe()
-    network = build(architecture("sam-tiny"), image_size=recipe.size, classes=len(TASKS) - 1)
-    last = Sampled.put_into(network)
-    before = held_out_iou(network, last, recipe)["mean"]
+    network = build(architecture("sam-tiny"), image_size=recipe.size, classes=len(TASKS))
+    before = held_out_iou(network, recipe)["mean"]
     load_weights(network, read_checkpoint(SHIPPED / "sam-tiny.safetensors"), "shipped", keep_masks=True)
     with safe_open(SHIPPED / "sam-tiny.safetensors", framework="pt") as file:
         recorded = json.loads(file.metadata()["held_out_iou"])
-    found = held_out_iou(network, last, recipe)
-    assert found["mean"] > before + 0.2
+    found = held_out_iou(network, recipe)
+    assert found["mean"] > 2 * before
     # The file holds half precision, the scores were computed before rounding.
     assert found == pytest.approx(recorded, abs=0.005)

@@ -301,10 +301,7 @@ def info(
 @app.command()
 def pretrain(
     folder: Annotated[Path, typer.Argument(help="Where weights, log and state are written.")],
-    steps: Annotated[int, typer.Option(min=1)] = 14_000,
-    stop: Annotated[
-        int | None, typer.Option(min=1, help="End after this step, although the rate is laid out for all of them.")
-    ] = None,
+    steps: Annotated[int, typer.Option(min=1)] = 10_000,
     batch: Annotated[int, typer.Option(min=1, help="Scenes a step.")] = 16,
     seed: int = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Twenty steps, to see that it runs.")] = False,
@@ -318,18 +315,12 @@ def pretrain(
     from flapsam.experiments.pretraining import pretrain as run
 
     recipe = Recipe(steps=20, batch=4, warmup=5, seed=seed) if quick else Recipe(steps=steps, batch=batch, seed=seed)
-    length = "--quick" if quick else f"--steps {steps}{f' --stop {stop}' if stop else ''} --batch {batch}"
+    length = "--quick" if quick else f"--steps {steps} --batch {batch}"
     command = f"flapsam pretrain {length} --seed {seed}"
     try:
         with _observer() as observer:
             scores = run(
-                folder,
-                recipe,
-                command=command,
-                threads=threads or default_threads(),
-                resume=resume,
-                stop=stop,
-                observer=observer,
+                folder, recipe, command=command, threads=threads or default_threads(), resume=resume, observer=observer
             )
     except KeyboardInterrupt:
         notes.print(f"Interrupted. Go on with --resume from the last state in {folder}.", highlight=False, soft_wrap=True)

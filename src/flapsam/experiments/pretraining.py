@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from flapsam.device import set_up_torch
 from flapsam.errors import FlapsamError
-from flapsam.experiments.synthesis import FIELDS, MASKS, STRIDE, TASKS, Scenes, draw_scenes
+from flapsam.experiments.synthesis import TASKS, Scenes, draw_scenes
 from flapsam.federation.observer import Observer
 from flapsam.files import check_writable, write_text, written_whole
 from flapsam.sam import Sam, architecture, build
@@ -31,7 +31,7 @@ HELD_OUT = 128
 class Recipe:
     """Everything that the result depends on, but the number of threads."""
 
-    steps: int = 14_000
+    steps: int = 10_000
     batch: int = 16
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
@@ -40,7 +40,7 @@ class Recipe:
     """Share of the steps, at the end, over which the rate falls to zero."""
     seed: int = 0
     backbone: str = "sam-tiny"
-    size: int = 160
+    size: int = 128
     precision: str = "bf16"
     """Of the network's arithmetic, under autocast; weights and moments are fp32."""
 
@@ -52,70 +52,44 @@ def rate(step: int, recipe: Recipe) -> float:
     return recipe.learning_rate * min(rise, left, 1.0)
 
 
-class Sampled(nn.ConvTranspose2d):
-    """The upscaling's last doubling, computed only for the rows and columns that a scene's truth is for.
-
-    The network's outputs are then the same numbers at a quarter of the pixels; all of them would take most of a step's time.
-    """
-
-    corner: tuple[int, int] = (0, 0)
-
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """(batch, in, side, side) → (batch, out, side, side): the pixels from ``corner`` on, two apart."""
-        kernel = self.weight[:, :, self.corner[0], self.corner[1]]
-        return F.conv2d(input, kernel.T[:, :, None, None], self.bias)
-
-    @classmethod
-    def put_into(cls, network: Sam) -> "Sampled":
-        """Replace the last doubling of a network; its weights stay under their names."""
-        upscaling = network.mask_decoder.output.upscaling
-        doublings = [(index, layer) for index, layer in enumerate(upscaling) if isinstance(layer, nn.ConvTranspose2d)]
-        place, given = doublings[-1]
-        sampled = cls(given.in_channels, given.out_channels, kernel_size=STRIDE, stride=STRIDE)
-        sampled.load_state_dict(given.state_dict())
-        upscaling[place] = sampled
-        return sampled
-
-
 def pretext_loss(outputs: Tensor, scenes: Scenes) -> Tensor:
-    """Loss of the masks and of the fields.
+    """Loss of the masks and of the regions' levels.
 
     Masks: mean over the tasks of balanced binary cross-entropy + 1 − Dice, sums over the batch. Foreground and background
-    weigh the same in the cross-entropy: unweighted, a network from scratch stayed at background. Fields: mean squared error.
-    They are learned within a hundred steps and carry the masks along.
+    weigh the same in the cross-entropy: unweighted, a network from scratch stayed at background. Levels, standardised by
+    scene: mean squared error. They are learned within a hundred steps and carry the masks along.
 
     Args:
-        outputs: (batch, tasks, size / 2, size / 2): the masks' logits, then the fields.
+        outputs: (batch, tasks + 1, size, size): the masks' logits, then the levels.
         scenes: the truth.
     """
-    logits, fields = outputs.split([len(MASKS), len(FIELDS)], dim=1)
-    masks = scenes.masks
+    logits, levels, masks = outputs[:, :-1], outputs[:, -1], scenes.masks
     share = masks.mean(dim=(0, 2, 3), keepdim=True)
     weight = 0.5 * (masks / (share + 1e-3) + (1 - masks) / (1 - share + 1e-3))
     entropy = F.binary_cross_entropy_with_logits(logits, masks, weight)
     predicted = logits.sigmoid()
     overlap = (predicted * masks).sum(dim=(0, 2, 3))
     total = (predicted**2 + masks**2).sum(dim=(0, 2, 3))
-    dice = (2 * overlap + 1) / (total + 1)
-    return entropy + 1 - dice.mean() + F.mse_loss(fields, scenes.fields)
+    wanted = scenes.levels - scenes.levels.mean(dim=(1, 2), keepdim=True)
+    wanted = wanted / (wanted.std(dim=(1, 2), keepdim=True) + 0.05)
+    return entropy + 1 - ((2 * overlap + 1) / (total + 1)).mean() + F.mse_loss(levels, wanted)
 
 
 @torch.inference_mode()
-def held_out_iou(network: Sam, last: Sampled, recipe: Recipe) -> dict[str, float]:
+def held_out_iou(network: Sam, recipe: Recipe) -> dict[str, float]:
     """IoU of each task's mask over held-out scenes, all pixels together, and their ``mean``."""
     network.eval()
-    both = torch.zeros(len(MASKS))
-    either = torch.zeros(len(MASKS))
+    both = torch.zeros(len(TASKS))
+    either = torch.zeros(len(TASKS))
     for part in range(HELD_OUT // 16):
         scenes = held_out(recipe, part)
-        last.corner = scenes.corner
-        predicted = network(scenes.images)[:, : len(MASKS)] > 0
+        predicted = network(scenes.images)[:, :-1] > 0
         truth = scenes.masks > 0.5
         both += (predicted & truth).sum(dim=(0, 2, 3))
         either += (predicted | truth).sum(dim=(0, 2, 3))
     network.train()
     scores = (both / either.clamp(min=1)).tolist()
-    return {**dict(zip(MASKS, scores, strict=True)), "mean": sum(scores) / len(scores)}
+    return {**dict(zip(TASKS, scores, strict=True)), "mean": sum(scores) / len(scores)}
 
 
 def held_out(recipe: Recipe, part: int) -> Scenes:
@@ -131,7 +105,6 @@ def pretrain(
     command: str,
     threads: int,
     resume: bool = False,
-    stop: int | None = None,
     every: int = 500,
     observer: Observer | None = None,
 ) -> dict[str, float]:
@@ -143,7 +116,6 @@ def pretrain(
         command: how a reader repeats it, kept in the weights' file.
         threads: of the arithmetic.
         resume: go on where the folder's state stands.
-        stop: end after this step, although the rate is laid out for all of the recipe's; ``resume`` can go on from there.
         every: steps between states and scores.
         observer: is told of steps.
 
@@ -156,25 +128,22 @@ def pretrain(
     observer = observer or Observer()
     check_writable(folder)
     set_up_torch(threads, deterministic=True)
-    network = build(architecture(recipe.backbone), image_size=recipe.size, classes=len(TASKS) - 1, seed=recipe.seed)
-    last = Sampled.put_into(network)
+    network = build(architecture(recipe.backbone), image_size=recipe.size, classes=len(TASKS), seed=recipe.seed)
     trained = [p for name, p in network.named_parameters() if not name.startswith("prompt_encoder.") or "no_mask" in name]
     optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
     state, log = folder / "state.safetensors", folder / "log.jsonl"
     start, spent = _load(state, network, optimizer, recipe) if resume else (0, 0.0)
-    scores = held_out_iou(network, last, recipe)
+    scores = held_out_iou(network, recipe)
     if start == 0:
         write_text(log, json.dumps({"step": 0, "seconds": 0.0, "iou": scores}) + "\n")
     began = time.perf_counter() - spent
-    end = min(stop or recipe.steps, recipe.steps)
-    observer.begin("pretraining", end, start)
+    observer.begin("pretraining", recipe.steps, start)
     losses: list[float] = []
-    for step in range(start, end):
+    for step in range(start, recipe.steps):
         draw = torch.Generator().manual_seed(seed_for(recipe.seed, "scenes", step))
         scenes = draw_scenes(recipe.batch, recipe.size, draw)
         for group in optimizer.param_groups:
             group["lr"] = rate(step, recipe)
-        last.corner = scenes.corner
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
             outputs = network(scenes.images)
         loss = pretext_loss(outputs.float(), scenes)
@@ -185,8 +154,8 @@ def pretrain(
         losses.append(loss.item())
         observer.step()
         done = step + 1
-        if done % every == 0 or done == end:
-            scores = held_out_iou(network, last, recipe)
+        if done % every == 0 or done == recipe.steps:
+            scores = held_out_iou(network, recipe)
             spent = time.perf_counter() - began
             entry = {"step": done, "seconds": round(spent, 1), "loss": sum(losses) / len(losses), "iou": scores}
             losses.clear()

@@ -44,14 +44,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     "sam-vit-b": Architecture(width=768, depth=12, heads=12, global_blocks=(2, 5, 8, 11)),
     "sam-vit-l": Architecture(width=1024, depth=24, heads=16, global_blocks=(5, 11, 17, 23)),
     "sam-vit-h": Architecture(width=1280, depth=32, heads=16, global_blocks=(7, 15, 23, 31)),
-    # The grid of 10 × 10 tokens is one window, so every block is global. A sixteenth of the small width would be thin: 32.
+    # The grid of 8 × 8 tokens is one window, so every block is global. A sixteenth of the small width would be thin: 32.
     "sam-tiny": Architecture(
         width=192,
         depth=6,
         heads=3,
         global_blocks=tuple(range(6)),
-        native_size=160,
-        default_size=160,
+        native_size=128,
+        default_size=128,
         decoder_width=128,
         decoder_mlp=512,
         upscaling=(64, 32, 16, 16),
