@@ -26,7 +26,7 @@ from flapsam.sam.checkpoints import SHIPPED
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "pretrained.json"
 WEIGHTS = ("shipped", "random")
-CELLS = [(6, 0), (6, 1), (6, 2), (20, 0)]
+CELLS = [(8, 0), (6, 0), (6, 1), (6, 2), (20, 0), (8, 1), (8, 2)]
 """Rounds and seed, most telling first."""
 
 
