@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flapsam.config import read_config, write_config
+from flapsam.config import Training, read_config, write_config
 from flapsam.errors import FlapsamError
 
 MINIMAL = "data: {path: sites, labels: {kidney: 1}}\n"
@@ -86,3 +86,8 @@ def test_errors_name_file_and_field(text: str, assignments: list[str], message: 
 def test_missing_file(tmp_path: Path):
     with pytest.raises(FlapsamError, match=r"run\.yaml: cannot read the configuration \(No such file"):
         read_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(("given", "meant"), [(True, "paper"), (False, "none"), ("gentle", "gentle")])
+def test_augmentation_may_still_be_true_or_false(given: bool | str, meant: str):
+    assert Training.model_validate({"augment": given}).augment == meant

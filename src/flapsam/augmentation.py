@@ -32,9 +32,9 @@ def paper(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Window:
 def gentle(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Window:
     """Small changes for short training: what another patient on another scanner might look like; nothing is mirrored.
 
-    With probability 0.7 an affine map about the centre: ±12°, each axis by 0.85–1.18, shear ±0.1, shift by 8 % of the
-    side; images by linear interpolation, what comes from outside repeats the rim. With probability ½ γ in e^±0.4, contrast
-    0.8–1.2 and brightness ±0.1. With probability ½ normal noise of a deviation up to 0.06.
+    With probability 0.7 an affine map about the centre, as if the slice were square: ±12°, each axis by 0.85–1.18, shear
+    ±0.1, shift by 8 % of the side; images by linear interpolation, what comes from outside repeats the rim. With probability
+    ½ γ in e^±0.4, contrast 0.8–1.2 and brightness ±0.1. With probability ½ normal noise of a deviation up to 0.06.
     """
     if rng.random() < 0.7:
         images, labels = _affine(images, labels, rng)
@@ -44,7 +44,7 @@ def gentle(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Window:
         images = (images + rng.uniform(-0.1, 0.1)).clamp(0, 1)
     if rng.random() < 0.5:
         noise = rng.uniform(0, 0.06) * rng.standard_normal(tuple(images.shape), dtype=np.float32)
-        images = (images + torch.from_numpy(noise.astype(np.float32))).clamp(0, 1)
+        images = (images + torch.from_numpy(noise)).clamp(0, 1)
     return images, labels
 
 
