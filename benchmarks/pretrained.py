@@ -3,7 +3,7 @@
     python benchmarks/pretrained.py DATA [--minutes 30]
 
 DATA is the Medical Segmentation Decathlon's hippocampus as one folder a site. Each cell is one run of
-``examples/hippocampus.yaml`` with the weights, seed and rounds of its row; cells that are missing in
+``examples/hippocampus.yaml`` with the weights, seed and rounds of its row and with ``OPTIONS``; cells that are missing in
 ``results/pretrained.json``, or are there for other weights than those that ship now, are computed, most telling first, until
 the minutes are over; then the table is printed. A pair has the same seed, cases, rounds and steps; its difference is the
 mean over the test cases of the two runs' mean Dice.
@@ -28,6 +28,8 @@ RESULTS = HERE / "results" / "pretrained.json"
 WEIGHTS = ("shipped", "random")
 CELLS = [(8, 0), (6, 0), (6, 1), (6, 2), (20, 0), (8, 1), (8, 2)]
 """Rounds and seed, most telling first."""
+OPTIONS = {"backbone.masks": "new", "training.empty_slices": 1, "training.augment": "none"}
+"""Only the weights differ within a pair, and nothing else of the checkpoint is taken."""
 
 
 def checksum(weights: str) -> str:
@@ -48,6 +50,7 @@ def compute(data: Path, rounds: int, seed: int, weights: str) -> dict[str, objec
     """Dice of every test case and class, and seconds, of one run."""
     folder = Path(tempfile.mkdtemp())
     values = {
+        **OPTIONS,
         "data.path": data.resolve(),
         "output": folder / "run",
         "seed": seed,

@@ -23,7 +23,9 @@ def trained(name: str, *, seed: int = 3, size: int = 64) -> tuple[Assembled, Ada
         rounds=1,
         strategy=name,
         lora_rank=4,
-        backbone=BackboneCard(name=backbone.name, pixels="paper", weights="random", seed=seed, checksum=assembled.checksum),
+        backbone=BackboneCard(
+            name=backbone.name, pixels="paper", weights="random", masks="new", seed=seed, checksum=assembled.checksum
+        ),
         samples=Samples(size=size),
         classes=["kidney", "tumour"],
         labels={"kidney": 1, "tumour": 2},

@@ -17,11 +17,13 @@ from transformers.models.sam.configuration_sam import (
 )
 from transformers.models.sam.modeling_sam import SamModel
 
+from flapsam.config import Backbone
 from flapsam.errors import FlapsamError
 from flapsam.experiments.pretraining import Recipe, held_out_iou
 from flapsam.experiments.synthesis import TASKS
-from flapsam.sam import ARCHITECTURES, Sam, architecture, build, infer_architecture, load_weights, read_checkpoint
-from flapsam.sam.checkpoints import SHIPPED
+from flapsam.sam import ARCHITECTURES, Sam, architecture, assemble, build, infer_architecture, load_weights, read_checkpoint
+from flapsam.sam.adapters import public_name
+from flapsam.sam.checkpoints import SHIPPED, warm_masks
 from flapsam.sam.naming import naming_of, to_own_names
 from flapsam.sam.sources import SOURCES
 
@@ -220,6 +222,36 @@ def test_every_source_has_an_architecture_and_a_scaling():
         assert source.pixels in PIXELS
         assert source.sha256 in source.file
         assert source.url is None or source.url.startswith("https://")
+
+
+def test_warm_masks_start_from_the_checkpoints_first():
+    network = build(golden_sizes(), image_size=96, classes=2)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    prefix = "mask_decoder.output_hypernetworks_mlps.0.layers"
+    state = {
+        "mask_decoder.mask_tokens.weight": torch.arange(4 * 32.0).view(4, 32),
+        f"{prefix}.0.weight": torch.full((32, 32), 2.0),
+        f"{prefix}.2.weight": torch.ones(4, 32),  # SAM's, wider than the one here
+    }
+    warm_masks(network, state)
+    after = network.state_dict()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    output = "mask_decoder.output"
+    assert changed == {f"{output}.mask_tokens.weight"} | {f"{output}.hypernetworks.{m}.layers.0.weight" for m in range(3)}
+    assert after[f"{output}.mask_tokens.weight"].tolist() == [list(range(32))] * 3
+    assert after[f"{output}.hypernetworks.1.layers.0.weight"].unique().tolist() == [2]
+
+
+def test_the_masks_of_a_run_start_as_it_says():
+    shipped = read_checkpoint(SHIPPED / "sam-tiny.safetensors")
+    name = "mask_decoder.output.hypernetworks.{}.layers.2.weight"
+    found = {}
+    for masks in ("new", "warm"):
+        backbone = Backbone(masks=masks)
+        net = assemble(backbone, image_size=64, classes=2, strategy_name="flap", rank=2, seed=0).network
+        state = {public_name(key): tensor for key, tensor in net.state_dict().items()}
+        found[masks] = [torch.equal(state[name.format(mask)], shipped[name.format(0)].float()) for mask in range(3)]
+    assert found == {"new": [False] * 3, "warm": [True] * 3}
 
 
 def test_the_shipped_weights_say_how_they_were_made_and_load_at_any_size():

@@ -5,6 +5,7 @@ import yaml
 
 from flapsam.config import Training, read_config, write_config
 from flapsam.errors import FlapsamError
+from flapsam.presets import PRESETS
 
 MINIMAL = "data: {path: sites, labels: {kidney: 1}}\n"
 
@@ -14,8 +15,8 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_the_defaults_are_the_papers(tmp_path: Path):
-    config = read_config(write(tmp_path / "run.yaml", MINIMAL))
+def test_the_preset_paper_has_the_papers_values(tmp_path: Path):
+    config = read_config(write(tmp_path / "run.yaml", MINIMAL + "preset: paper\n"))
     assert config.strategy == "flap"
     assert config.lora.rank == 32
     assert (config.training.learning_rate, config.training.weight_decay) == (8e-4, 0.1)
@@ -24,6 +25,22 @@ def test_the_defaults_are_the_papers(tmp_path: Path):
     assert (config.training.warmup_steps, config.training.schedule_epochs, config.training.schedule_power) == (250, 200, 7)
     assert (config.rounds.count, config.rounds.weights) == (100, "slices")
     assert (config.samples.scaling, config.samples.channels, config.samples.resize) == ("window", "replicate", "stretch")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_fills_what_is_not_given(name: str, tmp_path: Path):
+    path = write(tmp_path / "run.yaml", MINIMAL + f"preset: {name}\ntraining: {{learning_rate: 0.5}}\n")
+    tree = read_config(path, ["rounds.count=3"]).model_dump()
+    given = {("training", "learning_rate"): 0.5, ("rounds", "count"): 3}
+    for group, values in PRESETS[name].items():
+        for field, value in values.items():
+            assert tree[group][field] == given.get((group, field), value)
+    assert (tree["training"]["learning_rate"], tree["rounds"]["count"]) == (0.5, 3)
+
+
+def test_fast_is_the_default(tmp_path: Path):
+    given, default = (write(tmp_path / f"{n}.yaml", MINIMAL + extra) for n, extra in (("a", "preset: fast\n"), ("b", "")))
+    assert read_config(given) == read_config(default) != read_config(default, ["preset=paper"])
 
 
 def test_paths_are_relative_to_the_file(tmp_path: Path):
@@ -54,6 +71,8 @@ def test_fields_are_set_from_the_command_line(tmp_path: Path):
 WRONG = {
     "unknown key": (MINIMAL + "traning: {}\n", [], "unknown key 'traning'; remove it or correct its spelling"),
     "unknown inner key": (MINIMAL + "training: {lr: 1}\n", [], "unknown key 'training.lr'"),
+    "unknown preset": (MINIMAL + "preset: best\n", [], "preset: there is no 'best'; choose paper or fast"),
+    "a group that is none": (MINIMAL + "training: 3\n", [], "'training'"),
     "missing": ("seed: 1\n", [], "'data' is missing"),
     "wrong type": (MINIMAL + "rounds: {count: many}\n", [], "'rounds.count'"),
     "below the least": (MINIMAL + "rounds: {count: 0}\n", [], "'rounds.count'"),

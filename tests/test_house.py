@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 
 FLOORS = [
     ["flapsam.errors"],
-    ["flapsam.files", "flapsam.seeds"],
+    ["flapsam.files", "flapsam.seeds", "flapsam.presets", "flapsam.prefetch"],
     ["flapsam.download"],
     ["flapsam.config"],
     ["flapsam.volumes"],

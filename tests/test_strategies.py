@@ -1,5 +1,6 @@
 """Every strategy: the paper's counts, and a save that loads back."""
 
+import json
 from pathlib import Path
 from shutil import copytree
 
@@ -118,7 +119,7 @@ def test_the_first_format_still_loads(weights: str, tmp_path: Path):
     assert '"weights": "random"' in text
     (folder / "flapsam.json").write_text(text.replace('"weights": "random"', f'"weights": {weights}'))
     network, card = load_adapter(folder)
-    assert card.format == 2
+    assert (card.format, card.backbone.masks) == (3, "new")
     assert card.licence == "unknown"
     assert card.classes == ["kidney", "tumour"]
     image = (torch.arange(32 * 32.0).view(1, 1, 32, 32) % 37) / 37
@@ -129,10 +130,19 @@ def test_the_first_format_still_loads(weights: str, tmp_path: Path):
     assert logits.abs().mean().item() == pytest.approx(0.02993904985487461, abs=1e-5)
 
 
+def test_the_second_format_still_loads(tmp_path: Path):
+    path = saved(tmp_path) / "flapsam.json"
+    written = json.loads(path.read_text())
+    del written["backbone"]["masks"]
+    path.write_text(json.dumps({**written, "format": 2, "licence": "MIT"}))
+    card = load_adapter(tmp_path)[1]
+    assert (card.format, card.backbone.masks, card.licence) == (3, "new", "MIT")
+
+
 def test_a_newer_format_is_said_to_be_newer(tmp_path: Path):
     card = saved(tmp_path) / "flapsam.json"
-    card.write_text(card.read_text().replace('"format": 2', '"format": 3'))
-    with pytest.raises(FlapsamError, match="format 3 is newer"):
+    card.write_text(card.read_text().replace('"format": 3', '"format": 4'))
+    with pytest.raises(FlapsamError, match="format 4 is newer"):
         load_adapter(tmp_path)
 
 

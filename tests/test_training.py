@@ -12,7 +12,7 @@ from flapsam.sam import assemble, travelling_state
 from flapsam.seeds import seed_for
 from flapsam.sites import IGNORED, folders, label_map
 from flapsam.slices import prepare
-from flapsam.training import Learner, batches, batches_per_epoch, fit, segmentation_loss
+from flapsam.training import Learner, batches, batches_per_epoch, fit, learning_rate, segmentation_loss
 
 
 def scene(ignored: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,6 +72,23 @@ def test_every_slice_is_once_the_middle_of_a_window_and_the_last_batch_is_kept(c
     assert batches_per_epoch(cases, options) == 5
 
 
+def test_of_empty_slices_a_share_is_shown(cases):
+    occupied = sum(len(case.occupied) for case in cases)
+    assert occupied == sum(int((case.labels() > 0).any(axis=(1, 2)).sum()) for case in cases)
+    assert 0 < occupied < 18  # of 3 cases with 6 slices
+    options = Training(window=1, batch_size=1, empty_slices=0.5, augment="none")
+    shown = [labels for seed in (0, 1) for _, labels in batches(cases, options, Samples(), 32, seed=seed)]
+    assert len(shown) == 2 * batches_per_epoch(cases, options) == 2 * (occupied + round((18 - occupied) / 2))
+    assert sum(bool((labels > 0).any()) for labels in shown) == 2 * occupied
+
+
+def test_the_rate_may_fall_until_the_end_of_the_run():
+    options = Training(learning_rate=1.0, warmup_steps=2, schedule_epochs=None, schedule_power=1, epochs=2)
+    # 3 rounds of 2 epochs of 2 batches: 12 steps, 10 of them after warm-up.
+    rates = [learning_rate(step, 2, options, rounds=3) for step in range(12)]
+    assert rates == pytest.approx([0.5, 0.5, 1.0, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
+
+
 def test_batches_depend_on_the_seed_alone(cases):
     first, again, other = (list(batches(cases, Training(), Samples(), 32, seed=s)) for s in (1, 1, 2))
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(first, again, strict=True))
@@ -125,6 +142,7 @@ def test_the_report_counts(cases):
     net = network()
     report = fit(net, Learner(net, OPTIONS), cases, Samples(), seed=0)
     assert (report.steps, report.slices) == (3, 18)
+    assert 0 <= report.waiting < report.seconds
     assert report.loss == pytest.approx(0.2 * report.cross_entropy + 0.8 * report.dice_loss, rel=1e-5)
 
 

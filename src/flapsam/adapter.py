@@ -29,7 +29,7 @@ CARD, PEFT_CONFIG, PEFT_WEIGHTS, PLAIN_WEIGHTS = (
     "weights.safetensors",
 )
 PEFT_PREFIX = "base_model.model."
-FORMAT = 2
+FORMAT = 3
 """Of ``flapsam.json``; ``_upgrade`` reads the older ones."""
 
 
@@ -42,6 +42,7 @@ class BackboneCard(BaseModel):
     pixels: Literal["paper", "sam", "own"]
     weights: str
     """File name of the checkpoint, or ``random``."""
+    masks: Literal["new", "warm"]
     seed: int
     """Of what was not in the checkpoint."""
     checksum: str
@@ -53,7 +54,7 @@ class AdapterCard(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    format: Literal[2] = FORMAT
+    format: Literal[3] = FORMAT
     flapsam: str = __version__
     run: str
     mode: str
@@ -113,17 +114,17 @@ def read_card(folder: Path) -> AdapterCard:
     if isinstance(written, int) and written > FORMAT:
         raise FlapsamError(f"{path}: format {written} is newer than flapsam {__version__} knows; install a newer flapsam")
     try:
-        return AdapterCard.model_validate(_upgrade(description) if written == 1 else description)
+        return AdapterCard.model_validate(_upgrade(description) if written in (1, 2) else description)
     except ValidationError as error:
         raise FlapsamError(f"{path}: not an adapter's description that flapsam {__version__} can read") from error
 
 
 def _upgrade(description: dict[str, Any]) -> dict[str, Any]:
-    """Format 1 → 2: adapters did not say their licence, and at first had null for random weights."""
+    """Formats 1 and 2 → 3: masks always started anew; in format 1 no licence, and at first null for random weights."""
     backbone = description.get("backbone")
-    if isinstance(backbone, dict) and backbone.get("weights") is None:
-        backbone = {**backbone, "weights": RANDOM}
-    return {**description, "format": 2, "licence": "unknown", "backbone": backbone}
+    if isinstance(backbone, dict):
+        backbone = {**backbone, "masks": "new", "weights": backbone.get("weights") or RANDOM}
+    return {"licence": "unknown", **description, "format": FORMAT, "backbone": backbone}
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -158,7 +159,7 @@ def load_adapter(folder: Path, weights: Weights | None = None) -> tuple[Sam, Ada
     if card.backbone.weights == RANDOM:
         weights = RANDOM
     assembled = assemble(
-        Backbone(name=card.backbone.name, weights=weights, pixels=card.backbone.pixels),
+        Backbone(name=card.backbone.name, weights=weights, pixels=card.backbone.pixels, masks=card.backbone.masks),
         image_size=card.samples.size,
         classes=len(card.classes),
         strategy_name=card.strategy,

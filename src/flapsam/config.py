@@ -1,4 +1,7 @@
-"""The one description of a run: pydantic models read from YAML. Defaults are the paper's values (arXiv 2407.21739)."""
+"""The one description of a run: pydantic models read from YAML.
+
+The fields' own defaults are the paper's values (arXiv 2407.21739); a run's ``preset`` puts others in their place.
+"""
 
 import os
 from collections.abc import Iterable
@@ -9,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from flapsam.errors import FlapsamError
+from flapsam.presets import PRESETS, with_preset
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -102,6 +106,8 @@ class Backbone(Options):
     ship with flapsam or were downloaded, if not given."""
     pixels: Literal["paper", "sam", "own"] = "paper"
     """Input normalisation: the paper's (mean 0, standard deviation 1), SAM's, or that of the backbone's makers."""
+    masks: Literal["new", "warm"] = "new"
+    """How mask tokens and hypernetworks start: at random, or all from those of the checkpoint's first mask."""
 
 
 class Lora(Options):
@@ -119,14 +125,16 @@ class Training(Options):
     """Adjacent slices in one training sample; odd."""
     batch_size: Positive = 3
     """Windows a batch."""
+    empty_slices: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Share of the slices without any class that an epoch shows, drawn anew in each; those with a class it shows all."""
     augment: Literal["paper", "gentle", "none"] = "paper"
     """The paper's strong augmentation, or small changes that suit short runs. True and false stand for paper and none."""
     learning_rate: Annotated[float, Field(gt=0)] = 8e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     betas: tuple[float, float] = (0.9, 0.999)
     warmup_steps: Positive = 250
-    schedule_epochs: Positive = 200
-    """The learning rate would reach zero after warm-up and this many epochs."""
+    schedule_epochs: Positive | None = 200
+    """The learning rate would reach zero after warm-up and this many epochs; null: at the end of the run."""
     schedule_power: Annotated[float, Field(ge=0)] = 7
     cross_entropy: Annotated[float, Field(ge=0)] = 0.2
     """Weight of the cross-entropy term."""
@@ -162,6 +170,8 @@ class Rounds(Options):
 class RunConfig(Options):
     """A whole run, as in ``RUN.yaml``."""
 
+    preset: str = "fast"
+    """Where the fields that are not given come from: ``paper`` or ``fast``."""
     seed: int = 0
     data: Data
     samples: Samples = Samples()
@@ -186,6 +196,16 @@ class RunConfig(Options):
     """The run's folder."""
     licence: str | None = None
     """Of the adapter, as an SPDX identifier; the backbone's if not given."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        name = tree.get("preset", "fast")
+        if name not in PRESETS:
+            raise ValueError(f"preset: there is no '{name}'; choose {' or '.join(PRESETS)}")
+        return with_preset(tree, name)
 
 
 def read_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:

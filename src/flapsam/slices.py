@@ -21,6 +21,8 @@ from flapsam.files import write_text, written_whole
 from flapsam.sites import IGNORED, Case, LabelMap
 from flapsam.volumes import Geometry, Volume, canonical_slice_axis, read_image, read_label, same_geometry
 
+RECORD = 2
+"""Version of what is noted beside an unpacked case."""
 REACH = 2
 """Neighbours either side that take part in scaling: the paper's windows have five slices."""
 
@@ -83,6 +85,8 @@ class PreparedCase:
     annotated: frozenset[int]
     """Indices of the classes that the case's site annotates."""
     slices: int
+    occupied: frozenset[int]
+    """Slices that hold a class."""
     bounds: tuple[float, float]
     folder: Path
 
@@ -144,10 +148,13 @@ def prepare(case: Case, label_map: LabelMap, samples: Samples, folder: Path) -> 
         ):
             with written_whole(path) as temporary, temporary.open("wb") as file:
                 np.save(file, np.ascontiguousarray(array))
-        known = {"key": key, "slices": len(stack), "bounds": stack.bounds}
+        occupied = np.flatnonzero((labels.images > 0).any(axis=(1, 2))).tolist()
+        known = {"key": key, "slices": len(stack), "occupied": occupied, "bounds": stack.bounds}
         write_text(record, json.dumps(known))
     low, high = known["bounds"]
-    return PreparedCase(case.name, case.site, label_map.annotated, known["slices"], (low, high), folder)
+    return PreparedCase(
+        case.name, case.site, label_map.annotated, known["slices"], frozenset(known["occupied"]), (low, high), folder
+    )
 
 
 def to_square(images: Tensor, size: int, resize: str) -> Tensor:
@@ -195,7 +202,7 @@ def _fingerprint(case: Case, label_map: LabelMap, samples: Samples) -> str:
         "annotated": sorted(label_map.annotated),
         "index_of": sorted(label_map.index_of.items()),
     }
-    return hashlib.sha256(json.dumps([files, reading, samples.axis]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([RECORD, files, reading, samples.axis]).encode()).hexdigest()
 
 
 def _image_path(folder: Path, name: str) -> Path:

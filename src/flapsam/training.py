@@ -17,6 +17,7 @@ from flapsam.augmentation import AUGMENTATIONS
 from flapsam.config import Samples, Training
 from flapsam.errors import FlapsamError
 from flapsam.files import written_whole
+from flapsam.prefetch import ahead
 from flapsam.sam import Sam, travelling
 from flapsam.seeds import seed_for
 from flapsam.sites import IGNORED
@@ -59,15 +60,20 @@ def segmentation_loss(logits: Tensor, labels: Tensor, options: Training) -> Loss
     return Loss(options.cross_entropy * cross_entropy + options.dice * dice, cross_entropy, dice)
 
 
-def learning_rate(step: int, batches_per_epoch: int, options: Training) -> float:
+def learning_rate(step: int, batches_per_epoch: int, options: Training, rounds: int = 1) -> float:
     """The rate that step ``step``, counted from 0 across a client's rounds, uses.
 
-    Linear warm-up to ``learning_rate``, then polynomial decay that would reach zero after ``schedule_epochs`` epochs.
+    Linear warm-up to ``learning_rate``, then polynomial decay that would reach zero after ``schedule_epochs`` epochs, or
+    at the end of ``rounds`` rounds.
     """
     warmup = options.warmup_steps
     if step <= warmup:
         return options.learning_rate * max(step, 1) / warmup
-    left = 1 - (step - warmup - 1) / (options.schedule_epochs * batches_per_epoch)
+    if options.schedule_epochs is None:
+        length = max(rounds * options.epochs * batches_per_epoch - warmup, 1)
+    else:
+        length = options.schedule_epochs * batches_per_epoch
+    left = 1 - (step - warmup - 1) / length
     return options.learning_rate * max(left, 0.0) ** options.schedule_power
 
 
@@ -83,12 +89,22 @@ class FitReport:
     cross_entropy: float
     dice_loss: float
     seconds: float
+    waiting: float
+    """Seconds of these that the network waited for samples."""
 
 
 class Learner:
     """The part of a fit that outlives a round: Adam's moments and the number of steps so far."""
 
-    def __init__(self, network: Sam, options: Training) -> None:
+    def __init__(self, network: Sam, options: Training, rounds: int = 1) -> None:
+        """Begin to learn.
+
+        Args:
+            network: its travelling parameters are what is learned.
+            options: of every fit.
+            rounds: of the run, for a learning rate that falls until its end.
+        """
+        self.rounds = rounds
         self.parameters = travelling(network)
         self.options = options
         self.optimizer = torch.optim.AdamW(
@@ -137,8 +153,10 @@ Batch = tuple[Tensor, Tensor]
 
 
 def batches_per_epoch(cases: Sequence[PreparedCase], options: Training) -> int:
-    """Batches in one epoch: every slice is the middle of one window, and the last, smaller batch is kept."""
-    return math.ceil(sum(case.slices for case in cases) / options.batch_size)
+    """Batches in one epoch: every slice that takes part is the middle of one window; the last, smaller batch is kept."""
+    occupied = sum(len(case.occupied) for case in cases)
+    empty = sum(case.slices for case in cases) - occupied
+    return math.ceil((occupied + round(options.empty_slices * empty)) / options.batch_size)
 
 
 def batches(cases: Sequence[PreparedCase], options: Training, samples: Samples, size: int, seed: int) -> Iterator[Batch]:
@@ -149,7 +167,7 @@ def batches(cases: Sequence[PreparedCase], options: Training, samples: Samples, 
     """
     rng = np.random.default_rng(seed)
     augment = AUGMENTATIONS[options.augment]
-    middles = [(case, centre) for case in cases for centre in range(case.slices)]
+    middles = _middles(cases, options, rng)
     order = rng.permutation(len(middles))
     for start in range(0, len(order), options.batch_size):
         images, labels = [], []
@@ -160,6 +178,17 @@ def batches(cases: Sequence[PreparedCase], options: Training, samples: Samples, 
             images.append(to_square(window[0], size, samples.resize))
             labels.append(labels_to_square(window[1], size, samples.resize))
         yield torch.cat(images), torch.cat(labels)
+
+
+def _middles(cases: Sequence[PreparedCase], options: Training, rng: np.random.Generator) -> list[tuple[PreparedCase, int]]:
+    """The slices that an epoch shows: those with a class, and of the others a share."""
+    every = [(case, centre) for case in cases for centre in range(case.slices)]
+    if options.empty_slices == 1:
+        return every
+    occupied = [(case, centre) for case, centre in every if centre in case.occupied]
+    empty = [(case, centre) for case, centre in every if centre not in case.occupied]
+    kept = rng.choice(len(empty), round(options.empty_slices * len(empty)), replace=False)
+    return occupied + [empty[index] for index in kept]
 
 
 def fit(
@@ -189,11 +218,18 @@ def fit(
     network.train()
     started = time.perf_counter()
     losses: list[Tensor] = []
-    slices = 0
+    slices, waiting = 0, 0.0
     for epoch in range(options.epochs):
-        for images, labels in batches(cases, options, samples, network.image_size, seed_for(seed, epoch)):
+        coming = ahead(batches(cases, options, samples, network.image_size, seed_for(seed, epoch)))
+        while True:
+            asked = time.perf_counter()
+            batch = next(coming, None)
+            waiting += time.perf_counter() - asked
+            if batch is None:
+                break
+            images, labels = batch
             for group in learner.optimizer.param_groups:
-                group["lr"] = learning_rate(learner.steps, per_epoch, options)
+                group["lr"] = learning_rate(learner.steps, per_epoch, options, learner.rounds)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 logits = network(images.to(device))
             loss = segmentation_loss(logits.float(), labels.to(device), options)
@@ -205,4 +241,4 @@ def fit(
             losses.append(torch.stack([loss.total, loss.cross_entropy, loss.dice]).detach())
             on_step()
     total, cross_entropy, dice = torch.stack(losses).mean(dim=0).tolist()
-    return FitReport(len(losses), slices, total, cross_entropy, dice, time.perf_counter() - started)
+    return FitReport(len(losses), slices, total, cross_entropy, dice, time.perf_counter() - started, waiting)

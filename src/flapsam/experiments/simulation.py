@@ -274,6 +274,7 @@ class _Simulation:
                 name=config.backbone.name,
                 pixels=config.backbone.pixels,
                 weights=Path(self.assembled.weights).name,
+                masks=config.backbone.masks,
                 seed=config.seed,
                 checksum=self.assembled.checksum,
             ),

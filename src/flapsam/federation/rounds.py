@@ -63,7 +63,7 @@ class Client:
         metrics: dict[str, float | None] = {}
         if header.round > 0 and header.round % self.config.rounds.validate_every == 0:
             metrics |= self._scores()
-        learner = Learner(self.network, self.config.training)
+        learner = Learner(self.network, self.config.training, self.config.rounds.count)
         moments = self.state.moments_before(number)
         if moments is not None:
             learner.load(moments)
@@ -87,6 +87,7 @@ class Client:
             "dice_loss": report.dice_loss,
             "steps": float(report.steps),
             "seconds": report.seconds,
+            "waiting": report.waiting,
         }
         reply = Header(
             run=self.run,

@@ -25,7 +25,7 @@ class Architecture:
     decoder_width: int = 256
     decoder_heads: int = 8
     decoder_mlp: int = 2048
-    upscaling: tuple[int, int, int, int] = (64, 32, 16, 8)
+    upscaling: tuple[int, ...] = (64, 32, 16, 8)
     """Channels after each of the four doublings that lead from the tokens' grid to the input's resolution."""
     iou_width: int = 256
 

@@ -6,7 +6,7 @@ from flapsam.config import RANDOM, Backbone, Weights
 from flapsam.errors import FlapsamError
 from flapsam.sam.adapters import apply_strategy, frozen_checksum
 from flapsam.sam.architecture import architecture
-from flapsam.sam.checkpoints import find_weights, infer_architecture, load_weights, read_checkpoint
+from flapsam.sam.checkpoints import find_weights, infer_architecture, load_weights, read_checkpoint, warm_masks
 from flapsam.sam.network import Sam, build
 from flapsam.sam.sources import source
 from flapsam.sam.strategies import strategy
@@ -60,5 +60,7 @@ def assemble(
         if found not in (None, known.architecture):
             raise FlapsamError(f"{weights}: this is a {found}; set backbone.name to it, it is {backbone.name} now")
         about = f"{weights.name}: {load_weights(network, state, str(weights))}"
+        if backbone.masks == "warm":
+            warm_masks(network, state)
     apply_strategy(network, chosen, rank=rank, seed=seed_for(seed, "adapters"))
     return Assembled(network, weights, f"{backbone.name} with {about}", frozen_checksum(network))

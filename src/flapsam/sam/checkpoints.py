@@ -99,6 +99,29 @@ def load_weights(network: Sam, state: Mapping[str, Tensor], source: str, *, keep
     return report
 
 
+@torch.no_grad()
+def warm_masks(network: Sam, state: Mapping[str, Tensor]) -> None:
+    """Let every mask start from the checkpoint's first: its token, and what fits of its hypernetwork.
+
+    The last layer of SAM's hypernetworks is four times as wide and does not fit. Where the checkpoint has no masks, nothing
+    changes.
+
+    Args:
+        network: changed in place.
+        state: as ``read_checkpoint`` gives it.
+    """
+    named = to_own_names(state)
+    output = network.mask_decoder.output
+    token = named.get("mask_decoder.output.mask_tokens.weight")
+    if token is not None:
+        output.mask_tokens.weight.copy_(token[:1].expand_as(output.mask_tokens.weight))
+    for hypernetwork in output.hypernetworks:
+        for name, parameter in hypernetwork.named_parameters():
+            given = named.get(f"mask_decoder.output.hypernetworks.0.{name}")
+            if given is not None and given.shape == parameter.shape:
+                parameter.copy_(given)
+
+
 def resize_positions(state: Mapping[str, Tensor], sizes: Architecture, image_size: int) -> dict[str, Tensor]:
     """Resize position embeddings, bilinearly, to another image size.
 

@@ -1,0 +1,170 @@
+"""How soon a federation gets there: validation Dice over time, preset ``paper`` against preset ``fast``.
+
+    python benchmarks/training.py DATA [--preset paper] [--minutes 30]
+
+DATA is the Medical Segmentation Decathlon's hippocampus as one folder a site; strategy ``flap``, the backbone that ships
+with flapsam. A cell is one federated run on one thread, of as many rounds as take about 15 minutes of fitting and
+aggregating; the time of validation is left out. Cells of a seed start from the same weights and split. What is missing in
+``results/training.json`` is computed, a process a cell, until the minutes are over; then the tables are printed. Two such
+commands, one a preset, may run side by side on two cores.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from flapsam.config import read_config
+from flapsam.experiments.simulation import simulate
+from flapsam.federation.observer import Observer
+from flapsam.files import write_text
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "training.json"
+ROUNDS = {"paper": 4, "fast": 22}
+"""What takes about 15 minutes; one of the paper's rounds shows every slice five times."""
+SEEDS = (0, 1, 2)
+SHARES = (0.90, 0.95, 0.99)
+
+
+class Clock(Observer):
+    """Collects a run's rounds: seconds of work so far, and the sites' validation Dice."""
+
+    def __init__(self) -> None:
+        self.seconds = self.fitting = self.waiting = 0.0
+        self.steps = 0
+        self.ends: dict[int, float] = {}
+        self.dice: dict[int, dict[str, float]] = defaultdict(dict)
+
+    def event(self, entry: dict[str, Any]) -> None:
+        """Take one entry of the ledger."""
+        if entry["event"] == "fit":
+            self.seconds += entry["seconds"]
+            self.fitting += entry["seconds"]
+            self.waiting += entry["waiting"]
+            self.steps += int(entry["steps"])
+        elif entry["event"] == "round":
+            self.seconds += entry["aggregation_seconds"]
+            self.ends[entry["round"]] = self.seconds
+        elif entry["event"] == "validation":
+            self.dice[entry["round"]][entry["site"]] = entry["dice"]["mean"]
+
+
+def compute(data: Path, preset: str, seed: int) -> dict[str, Any]:
+    """One cell: its rounds, and what it took."""
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        values = {
+            "preset": preset,
+            "data.path": data.resolve(),
+            "output": Path(folder) / "run",
+            "seed": seed,
+            "rounds.count": ROUNDS[preset],
+            "rounds.validate_every": 1,
+            "lora.rank": 16,
+            "threads": 1,
+        }
+        path = Path(folder) / "run.yaml"
+        path.write_text("data: {labels: {anterior: 1, posterior: 2}}\n")
+        simulate(read_config(path, [f"{key}={value}" for key, value in values.items()]), observer=clock)
+    return {
+        "rounds": [
+            {"seconds": round(clock.ends[n], 1), "dice": clock.dice[n]} for n in sorted(clock.ends) if n in clock.dice
+        ],
+        "steps": clock.steps,
+        "seconds_a_step": round(clock.fitting / clock.steps, 4),
+        "waiting": round(clock.waiting / clock.fitting, 4),
+        "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    }
+
+
+def curve(cell: dict[str, Any], site: str | None = None) -> list[tuple[float, float]]:
+    """Seconds and Dice after each round, from (0, 0): of a site, or the mean over the sites."""
+    return [(0.0, 0.0)] + [(r["seconds"], r["dice"][site] if site else mean(r["dice"].values())) for r in cell["rounds"]]
+
+
+def reached(points: list[tuple[float, float]], dice: float) -> float | None:
+    """Seconds until a Dice is reached, on the straight line between rounds."""
+    for (t0, d0), (t1, d1) in pairwise(points):
+        if d1 >= dice:
+            return t0 + (t1 - t0) * (dice - d0) / (d1 - d0)
+    return None
+
+
+def tables(cells: dict[str, dict[str, Any]]) -> str:
+    """The cells, and the ratios of times, as Markdown."""
+    lines = [
+        "| preset | seed | rounds | steps | ms a step | waiting | peak MiB | best Dice | last Dice |",
+        "|---|" + "---:|" * 8,
+    ]
+    for seed in SEEDS:
+        for preset in ROUNDS:
+            cell = cells.get(f"{preset}, seed {seed}")
+            if cell is None:
+                lines.append(f"| {preset} | {seed} |" + " missing |" * 8)
+                continue
+            dice = [d for _, d in curve(cell)]
+            lines.append(
+                f"| {preset} | {seed} | {len(cell['rounds'])} | {cell['steps']} | "
+                f"{cell['rounds'][-1]['seconds']:.0f} | {1000 * cell['seconds_a_step']:.0f} | "
+                f"{cell['waiting']:.1%} | {cell['peak_mib']} | {max(dice):.3f} | {dice[-1]:.3f} |"
+            )
+    lines += [
+        "",
+        "| seed | where | share of paper's best | Dice | paper, s | fast, s | fast / paper |",
+        "|---:|---|" + "---:|" * 5,
+    ]
+    for seed in SEEDS:
+        pair = [cells.get(f"{preset}, seed {seed}") for preset in ("paper", "fast")]
+        if pair[0] is None or pair[1] is None:
+            lines.append(f"| {seed} |" + " missing |" * 6)
+            continue
+        for where in (None, *sorted(pair[0]["rounds"][0]["dice"])):
+            paper, fast = (curve(cell, where) for cell in pair if cell)
+            best = max(d for _, d in paper)
+            for share in SHARES if where is None else (0.95,):
+                times = [reached(points, share * best) for points in (paper, fast)]
+                shown = " | ".join("not reached" if t is None else f"{t:.0f}" for t in times)
+                ratio = f"{times[1] / times[0]:.2f}" if times[0] and times[1] else "none"
+                lines.append(f"| {seed} | {where or 'all sites'} | {share:.0%} | {share * best:.3f} | {shown} | {ratio} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--preset", choices=list(ROUNDS), help="compute cells of this one only")
+    parser.add_argument("--minutes", type=float, default=30, help="no cell is begun after these")
+    parser.add_argument("--cell", type=int, metavar="SEED", help="compute one cell of --preset and print it, nothing else")
+    arguments = parser.parse_args()
+    if arguments.cell is not None:
+        print(json.dumps(compute(arguments.data, arguments.preset, arguments.cell)))
+        return
+    end = time.monotonic() + 60 * arguments.minutes
+    for seed in SEEDS:
+        for preset in [arguments.preset] if arguments.preset else ROUNDS:
+            name = f"{preset}, seed {seed}"
+            if name in read_cells() or time.monotonic() > end:
+                continue
+            command = [sys.executable, __file__, str(arguments.data), "--preset", preset, "--cell", str(seed)]
+            cell = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            # Read anew: the other preset's command may have written meanwhile.
+            write_text(RESULTS, json.dumps(read_cells() | {name: cell}, indent=1) + "\n")
+    print(tables(read_cells()))
+
+
+def read_cells() -> dict[str, dict[str, Any]]:
+    """The cells so far."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+if __name__ == "__main__":
+    main()
