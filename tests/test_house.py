@@ -21,6 +21,7 @@ FLOORS = [
     ["flapsam.sam"],
     ["flapsam.device", "flapsam.environment", "flapsam.traffic"],
     ["flapsam.training", "flapsam.inference", "flapsam.metrics"],
+    ["flapsam.memory"],
     ["flapsam.adapter"],
     ["flapsam.federation.aggregation", "flapsam.federation.packets", "flapsam.federation.state"],
     ["flapsam.federation.ledger", "flapsam.federation.weights"],

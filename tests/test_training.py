@@ -8,7 +8,8 @@ from sitemaker import make_site
 
 from flapsam.config import Backbone, Data, Samples, Training
 from flapsam.errors import FlapsamError
-from flapsam.sam import assemble, travelling_state
+from flapsam.sam import assemble, travelling, travelling_state
+from flapsam.sam.encoder import checkpoint_layers
 from flapsam.seeds import seed_for
 from flapsam.sites import IGNORED, folders, label_map
 from flapsam.slices import prepare
@@ -144,6 +145,33 @@ def test_the_report_counts(cases):
     assert (report.steps, report.slices) == (3, 18)
     assert 0 <= report.waiting < report.seconds
     assert report.loss == pytest.approx(0.2 * report.cross_entropy + 0.8 * report.dice_loss, rel=1e-5)
+
+
+ENTROPY = Training(window=1, batch_size=6, warmup_steps=2, cross_entropy=1, dice=0, augment="none")
+
+
+def gradients(cases, options: Training, *, checkpointing: bool = False) -> dict[str, torch.Tensor]:
+    """Of the first step."""
+    net = network()
+    if checkpointing:
+        checkpoint_layers(net.vision_encoder)
+    fit(net, Learner(net, options.model_copy(update={"batch_size": 18})), cases, Samples(), seed=0)
+    return {name: parameter.grad for name, parameter in travelling(net).items() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("micro_batch", [9, 6, 4, 1])
+def test_parts_of_a_batch_give_its_gradient(cases, micro_batch: int):
+    # Cross-entropy is a mean over pixels, so the parts' gradients add up to the whole's, whatever their sizes.
+    whole = gradients(cases, ENTROPY)
+    parts = gradients(cases, ENTROPY.model_copy(update={"micro_batch": micro_batch}))
+    assert whole.keys() == parts.keys()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, atol=1e-6, rtol=1e-3)
+
+
+def test_checkpointing_changes_no_gradient(cases):
+    straight, twice = gradients(cases, ENTROPY), gradients(cases, ENTROPY, checkpointing=True)
+    assert all(torch.equal(twice[name], gradient) for name, gradient in straight.items())
 
 
 def test_it_learns(cases):

@@ -184,6 +184,32 @@ def traffic(
 
 
 @app.command()
+def memory(
+    backbone: Annotated[str, typer.Option(help="sam-vit-b, -l, -h or sam-tiny.")] = "sam-vit-b",
+    size: Annotated[int | None, typer.Option(help="Side of the network's input in pixels.")] = None,
+    strategy: Annotated[str, typer.Option(help="What trains.")] = "flap",
+    rank: Annotated[int, typer.Option(min=1, help="Of the low-rank adapters.")] = 32,
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")] = "cpu",
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    as_json: Json = False,
+) -> None:
+    """What memory a training step takes, measured here on random weights: by slices at once, and with checkpointing."""
+    if precision not in ("fp32", "bf16"):
+        raise FlapsamError(f"--precision {precision}: choose fp32 or bf16")
+    from dataclasses import asdict
+
+    from flapsam.device import find_device
+    from flapsam.memory import memory_table
+    from flapsam.report import tables
+
+    place = find_device(device)
+    rows = memory_table(backbone, image_size=size, strategy=strategy, rank=rank, device=place, precision=precision)
+    if as_json:
+        return _print_json([asdict(row) for row in rows])
+    out.print(tables.memory_table(rows))
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """What flapsam finds on this machine."""
     import psutil

@@ -125,6 +125,11 @@ class Training(Options):
     """Adjacent slices in one training sample; odd."""
     batch_size: Positive = 3
     """Windows a batch."""
+    micro_batch: Positive | Literal["auto"] | None = None
+    """Windows that go through the network at once; the gradients of a batch's parts are added up, each by its share. All if
+    not given; ``auto`` measures how many fit into memory."""
+    checkpointing: bool = False
+    """Keep less between forward and backward in the encoder, and compute it twice."""
     empty_slices: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Share of the slices without any class that an epoch shows, drawn anew in each; those with a class it shows all."""
     augment: Literal["paper", "gentle", "none"] = "paper"

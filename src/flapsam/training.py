@@ -213,10 +213,10 @@ def fit(
         on_step: called after every step.
     """
     options = learner.options
-    device = network.pixel_mean.device
     per_epoch = batches_per_epoch(cases, options)
     network.train()
     started = time.perf_counter()
+    at_once = (options.micro_batch if isinstance(options.micro_batch, int) else options.batch_size) * options.window
     losses: list[Tensor] = []
     slices, waiting = 0, 0.0
     for epoch in range(options.epochs):
@@ -230,15 +230,24 @@ def fit(
             images, labels = batch
             for group in learner.optimizer.param_groups:
                 group["lr"] = learning_rate(learner.steps, per_epoch, options, learner.rounds)
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                logits = network(images.to(device))
-            loss = segmentation_loss(logits.float(), labels.to(device), options)
             learner.optimizer.zero_grad(set_to_none=True)
-            loss.total.backward()
+            parts = zip(images.split(at_once), labels.split(at_once), strict=True)
+            terms = [_backward(network, part, len(part[0]) / len(images), options, precision) for part in parts]
+            losses.append(torch.stack(terms).sum(dim=0))
             learner.optimizer.step()
             learner.steps += 1
             slices += len(images)
-            losses.append(torch.stack([loss.total, loss.cross_entropy, loss.dice]).detach())
             on_step()
     total, cross_entropy, dice = torch.stack(losses).mean(dim=0).tolist()
     return FitReport(len(losses), slices, total, cross_entropy, dice, time.perf_counter() - started, waiting)
+
+
+def _backward(network: Sam, part: Batch, share: float, options: Training, precision: str) -> Tensor:
+    """Add a part's gradients; returns total loss, cross-entropy and Dice term, times the part's share of the batch."""
+    device = network.pixel_mean.device
+    images, labels = (tensor.to(device) for tensor in part)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        logits = network(images)
+    loss = segmentation_loss(logits.float(), labels, options)
+    (loss.total * share).backward()
+    return share * torch.stack([loss.total, loss.cross_entropy, loss.dice]).detach()

@@ -27,10 +27,12 @@ from flapsam.federation.state import ClientState, ServerState
 from flapsam.federation.weights import client_weights
 from flapsam.files import check_writable, write_text
 from flapsam.inference import predict_volume
+from flapsam.memory import windows_that_fit
 from flapsam.metrics import CaseScores, Summary, by_site, score_case, summarise
 from flapsam.model_card import model_card
 from flapsam.sam import Assembled, architecture, assemble, load_travelling, strategy, travelling_state
 from flapsam.sam.checkpoints import find_weights
+from flapsam.sam.encoder import checkpoint_layers
 from flapsam.sam.sources import source
 from flapsam.sites import Site, hold_out_validation, label_map, read_sites
 from flapsam.slices import check_geometry, prepare, read_pair
@@ -148,6 +150,7 @@ class _Simulation:
         clients = self._prepare(sites)
         set_up_torch(config.threads or 1, deterministic=config.deterministic)
         self.assembled = self._assemble()
+        self._measure_memory()
         self.initial = travelling_state(self.assembled.network)
         self.contract = Contract.of(self.initial)
         scores: dict[str, list[CaseScores]] = {}
@@ -219,8 +222,23 @@ class _Simulation:
             seed=config.seed,
         )
         assembled.network.to(config.device)
+        if config.training.checkpointing:
+            checkpoint_layers(assembled.network.vision_encoder)
         self.observer.say(assembled.about)
         return assembled
+
+    def _measure_memory(self) -> None:
+        """Put a number in the place of ``micro_batch: auto``; a run that is gone on with keeps its first."""
+        training = self.config.training
+        if training.micro_batch != "auto":
+            return
+        known = [event["windows"] for event in read_ledger(self.ledger.path) if event["event"] == "micro_batch"]
+        windows = known[0] if known else windows_that_fit(self.assembled.network, training, self.config.precision)
+        if not known:
+            self.observer.event(self.ledger.write("micro_batch", windows=windows))
+        self.observer.say(f"micro_batch: {windows} of a batch's {training.batch_size} windows fit into memory at once")
+        training = training.model_copy(update={"micro_batch": windows})
+        self.config = self.config.model_copy(update={"training": training})
 
     def _federations(self, sites: Sequence[Site], clients: Sequence[ClientData]) -> list[Federation]:
         result = []

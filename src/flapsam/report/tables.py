@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 
 from flapsam.experiments.simulation import Results
+from flapsam.memory import StepMemory
 from flapsam.metrics import CaseScores, Summary, by_site, summarise
 from flapsam.traffic import StrategyTraffic
 
@@ -92,6 +93,16 @@ def strategy_table(rows: Sequence[StrategyTraffic]) -> Table:
         table.add_column(column, justify="left" if column in ("strategy", "in the paper") else "right")
     for row in rows:
         table.add_row(row.strategy, row.paper_name, f"{row.parameters:,}", f"{row.gib:.3f}", f"{row.less:.1f}")
+    return table
+
+
+def memory_table(rows: Sequence[StepMemory]) -> Table:
+    """What so many slices at once take, in GiB."""
+    table = Table()
+    for column in ("slices at once", "GiB", "GiB with checkpointing"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(str(row.slices), *(f"{value / 2**30:.2f}" for value in (row.straight, row.checkpointing)))
     return table
 
 

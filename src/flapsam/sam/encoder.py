@@ -1,8 +1,12 @@
 """SAM's image encoder, from transformers, with the fused query-key-value projection split in three."""
 
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.models.sam.configuration_sam import SamVisionConfig
 from transformers.models.sam.modeling_sam import SamVisionEncoder
 
@@ -64,3 +68,11 @@ def image_encoder(sizes: Architecture, image_size: int) -> SamVisionEncoder:
         grid = tokens if block in sizes.global_blocks else sizes.window
         layer.attn = EncoderAttention(sizes.width, sizes.heads, grid)
     return encoder
+
+
+def checkpoint_layers(encoder: SamVisionEncoder) -> None:
+    """In training, let every layer keep only its input, and compute the rest a second time in the backward pass."""
+    for layer in encoder.layers:
+        switched: Any = layer
+        switched.gradient_checkpointing = True
+        switched._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
