@@ -4,8 +4,8 @@
 
 In one process, with the same threads, in turns: the encoder's forward pass, a whole step (forward, loss, backward, AdamW),
 and the products of the encoder's own linear layers alone (``torch.mm`` of the same shapes). Floating-point operations are
-counted by ``FlopCounterMode``; a rate is operations over the shortest time. Printed are the rates, their ratio to that of the
-products alone, and the operations that are no matrix products with their share of the time.
+counted by ``FlopCounterMode``; a rate is operations over the shortest time. Printed are the rates, their ratio to that of
+the products alone, and the operations that are no matrix products with their share of the time.
 """
 
 import argparse

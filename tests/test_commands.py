@@ -136,6 +136,26 @@ def test_simulate_prints_tables(tmp_path: Path, capfd):
     assert not (tmp_path / "run" / "cache").exists()
 
 
+def test_a_small_gpu_is_asked_for_and_the_first_answer_kept(tmp_path: Path, capfd):
+    training = {"micro_batch": "auto", "checkpointing": True, "batch_size": 4}
+    config = write_run(tmp_path / "run.yaml", make_sites(tmp_path / "data"), rounds={"count": 1}, training=training)
+    for resume in ((), ("--resume",)):
+        outcome = flapsam(capfd, "simulate", config, *resume)
+        assert outcome.code == 0, outcome.err
+        assert "micro_batch: 4 of a batch's 4 windows" in outcome.err.replace("\n", " ")
+    events = read_ledger(tmp_path / "run" / "events.jsonl")
+    assert [event["windows"] for event in events if event["event"] == "micro_batch"] == [4]
+
+
+def test_memory_prints_a_table(capfd):
+    outcome = flapsam(capfd, "memory", "--backbone", "sam-tiny", "--size", "64")
+    assert outcome.code == 0, outcome.err
+    assert "with checkpointing" in outcome.out
+    rows = json.loads(flapsam(capfd, "memory", "--backbone", "sam-tiny", "--size", "64", "--json").out)
+    assert [row["slices"] for row in rows] == [1, 2, 4, 8, 16]
+    assert flapsam(capfd, "memory", "--precision", "fp8").code == 2
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_runs_and_the_same_seed_gives_the_same_bytes(strategy: str, tmp_path: Path, capfd):
     data = make_sites(tmp_path / "data", sites=2, cases=3)
