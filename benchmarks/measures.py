@@ -45,7 +45,7 @@ MEASURES: dict[str, tuple[str, ...]] = {
     "foreground weight 10": ("training.foreground_weight",),
 }
 """What it is called → the fields that it sets."""
-OTHERS = {
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "fast, no augmentation": ("fast", {"training.augment": "none"}),
     "fast, bf16": ("fast", {"precision": "bf16"}),
 }
@@ -62,10 +62,10 @@ def values_of(preset: str) -> dict[str, Any]:
 def rows() -> dict[str, tuple[str, dict[str, Any]]]:
     """Row → the preset that it is compared with, and what is changed in it."""
     paper, fast = values_of("paper"), values_of("fast")
-    table: dict[str, tuple[str, dict[str, Any]]] = {preset: (preset, {}) for preset in PRESETS}
+    table: dict[str, tuple[str, dict[str, Any]]] = {preset: (preset, {}) for preset in PRESETS} | OTHERS
     table |= {f"paper + {name}": ("paper", {f: fast[f] for f in fields}) for name, fields in MEASURES.items()}
     table |= {f"fast − {name}": ("fast", {f: paper[f] for f in fields}) for name, fields in MEASURES.items()}
-    return table | OTHERS
+    return table
 
 
 def read_config_of(values: list[str], data: Path = Path()) -> Any:
