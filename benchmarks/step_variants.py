@@ -1,8 +1,8 @@
 """What ways of computing the same training step cost, beside the way that flapsam takes.
 
-    python benchmarks/step_variants.py [--backbone sam-vit-b] [--size 224] [--slices 4] [--threads 2] [--repeats 7]
+    python benchmarks/step_variants.py [--backbone sam-vit-b] [--strategy flap] [--size 224] [--slices 4] [--threads 2] [--repeats 7]
 
-A step of ``flap``: forward, loss, backward, AdamW. In one process, in turns, with the same threads; printed is the median
+A step of a strategy: forward, loss, backward, AdamW. In one process, in turns, with the same threads; printed is the median
 over the turns of a variant's time over the plain step's time in the same turn. Below 1 it is faster.
 """
 
@@ -65,6 +65,14 @@ def merged_product(network: Sam, images: Tensor, labels: Tensor) -> Step:
     return plain(network, images, labels)
 
 
+def kept_features(network: Sam, images: Tensor, labels: Tensor) -> Step:
+    if any(parameter.requires_grad for parameter in network.vision_encoder.parameters()):
+        raise ValueError("the encoder learns")
+    learner = Learner(network, Training())
+    embedding = network.embed(images)
+    return lambda: _step(network.logits, learner.optimizer, embedding, labels)
+
+
 class _Merged:
     """x ↦ (W + BA) x: one thick product of the input where PEFT has two thin ones beside it."""
 
@@ -83,10 +91,11 @@ VARIANTS: dict[str, Callable[[Sam, Tensor, Tensor], Step]] = {
     "channels-last upscaling": channels_last,
     "AdamW not fused": not_fused,
     "LoRA as one merged product": merged_product,
+    "encoder's features kept": kept_features,
 }
 
 
-def _step(network: Sam, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:
+def _step(network: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:
     optimizer.zero_grad(set_to_none=True)
     segmentation_loss(network(images).float(), labels, Training()).total.backward()
     optimizer.step()
@@ -95,6 +104,7 @@ def _step(network: Sam, optimizer: torch.optim.Optimizer, images: Tensor, labels
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="sam-vit-b")
+    parser.add_argument("--strategy", default="flap")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--slices", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
@@ -105,7 +115,7 @@ def main() -> None:
         Backbone(name=arguments.backbone, weights=RANDOM),
         image_size=arguments.size,
         classes=2,
-        strategy_name="flap",
+        strategy_name=arguments.strategy,
         rank=32,
         seed=0,
     ).network
@@ -127,7 +137,9 @@ def main() -> None:
             step()
             turn[name] = time.perf_counter() - began
         turns.append(turn)
-    print(f"{arguments.backbone} at {arguments.size}, {arguments.slices} slices, {arguments.threads} threads")
+    print(
+        f"{arguments.strategy}, {arguments.backbone} at {arguments.size}, {arguments.slices} slices, {arguments.threads} threads"
+    )
     print("| | seconds | of the plain step |\n|---|---:|---:|")
     for name in steps:
         ratio = median(turn[name] / turn["plain"] for turn in turns)

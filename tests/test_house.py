@@ -20,6 +20,7 @@ FLOORS = [
     ["flapsam.augmentation"],
     ["flapsam.sam"],
     ["flapsam.device", "flapsam.environment", "flapsam.traffic"],
+    ["flapsam.features"],
     ["flapsam.training", "flapsam.inference", "flapsam.metrics"],
     ["flapsam.memory"],
     ["flapsam.adapter"],

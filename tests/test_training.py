@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,13 @@ def test_of_empty_slices_a_share_is_shown(cases):
     shown = [labels for seed in (0, 1) for _, labels in batches(cases, options, Samples(), 32, seed=seed)]
     assert len(shown) == 2 * batches_per_epoch(cases, options) == 2 * (occupied + round((18 - occupied) / 2))
     assert sum(bool((labels > 0).any()) for labels in shown) == 2 * occupied
+
+
+def test_where_all_is_empty_one_slice_is_shown(cases):
+    empty = [replace(case, occupied=frozenset()) for case in cases]
+    options = Training(window=1, batch_size=4, empty_slices=0, augment="none")
+    assert [len(images) for images, _ in batches(empty, options, Samples(), 32, seed=0)] == [1]
+    assert batches_per_epoch(empty, options) == 1
 
 
 def test_the_rate_may_fall_until_the_end_of_the_run():

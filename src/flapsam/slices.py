@@ -100,10 +100,16 @@ class PreparedCase:
 
     def window(self, centre: int, depth: int, samples: Samples) -> tuple[Tensor, Tensor]:
         """A training sample: images (depth, channels, height, width) and labels (depth, height, width)."""
+        return self.stack(samples).window(centre, depth), self.window_labels(centre, depth)
+
+    def window_labels(self, centre: int, depth: int) -> Tensor:
+        """The labels of a training sample: (depth, height, width)."""
+        return torch.from_numpy(np.asarray(self.labels()[self.indices(centre, depth)], dtype=np.int64))
+
+    def indices(self, centre: int, depth: int) -> NDArray[np.int64]:
+        """The ``depth`` slices around ``centre``; beyond the volume its outermost slice is repeated."""
         half = depth // 2
-        indices = np.clip(np.arange(centre - half, centre + half + 1), 0, self.slices - 1)
-        labels = torch.from_numpy(np.asarray(self.labels()[indices], dtype=np.int64))
-        return self.stack(samples).window(centre, depth), labels
+        return np.clip(np.arange(centre - half, centre + half + 1), 0, self.slices - 1)
 
 
 def check_geometry(case: Case, image: Geometry, label: Geometry) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from flapsam.augmentation import AUGMENTATIONS
 from flapsam.config import Samples, Training
 from flapsam.errors import FlapsamError
+from flapsam.features import Features, can_be_kept
 from flapsam.files import written_whole
 from flapsam.prefetch import ahead
 from flapsam.sam import Sam, travelling
@@ -156,14 +157,22 @@ def batches_per_epoch(cases: Sequence[PreparedCase], options: Training) -> int:
     """Batches in one epoch: every slice that takes part is the middle of one window; the last, smaller batch is kept."""
     occupied = sum(len(case.occupied) for case in cases)
     empty = sum(case.slices for case in cases) - occupied
-    return math.ceil((occupied + round(options.empty_slices * empty)) / options.batch_size)
+    return math.ceil((occupied + _empty_shown(occupied, empty, options)) / options.batch_size)
 
 
-def batches(cases: Sequence[PreparedCase], options: Training, samples: Samples, size: int, seed: int) -> Iterator[Batch]:
+def batches(
+    cases: Sequence[PreparedCase],
+    options: Training,
+    samples: Samples,
+    size: int,
+    seed: int,
+    features: Features | None = None,
+) -> Iterator[Batch]:
     """One epoch of windows in random order.
 
     Yields:
-        Images (slices, channels, size, size) in [0, 1] and labels (slices, size, size), the windows' slices side by side.
+        Images (slices, channels, size, size) in [0, 1], or embeddings (slices, width, tokens, tokens) where ``features`` has
+        them, and labels (slices, size, size), the windows' slices side by side.
     """
     rng = np.random.default_rng(seed)
     augment = AUGMENTATIONS[options.augment]
@@ -173,10 +182,14 @@ def batches(cases: Sequence[PreparedCase], options: Training, samples: Samples, 
         images, labels = [], []
         for index in order[start : start + options.batch_size]:
             case, centre = middles[index]
-            window = case.window(centre, options.window, samples)
-            window = augment(window[0], window[1], rng)
-            images.append(to_square(window[0], size, samples.resize))
-            labels.append(labels_to_square(window[1], size, samples.resize))
+            if features:
+                images.append(torch.from_numpy(features.of(case)[case.indices(centre, options.window)]))
+                truth = case.window_labels(centre, options.window)
+            else:
+                window = case.window(centre, options.window, samples)
+                image, truth = augment(window[0], window[1], rng)
+                images.append(to_square(image, size, samples.resize))
+            labels.append(labels_to_square(truth, size, samples.resize))
         yield torch.cat(images), torch.cat(labels)
 
 
@@ -187,8 +200,13 @@ def _middles(cases: Sequence[PreparedCase], options: Training, rng: np.random.Ge
         return every
     occupied = [(case, centre) for case, centre in every if centre in case.occupied]
     empty = [(case, centre) for case, centre in every if centre not in case.occupied]
-    kept = rng.choice(len(empty), round(options.empty_slices * len(empty)), replace=False)
+    kept = rng.choice(len(empty), _empty_shown(len(occupied), len(empty), options), replace=False)
     return occupied + [empty[index] for index in kept]
+
+
+def _empty_shown(occupied: int, empty: int, options: Training) -> int:
+    """How many of so many empty slices an epoch shows; where all are empty at least one."""
+    return max(round(options.empty_slices * empty), 0 if occupied else 1)
 
 
 def fit(
@@ -217,10 +235,16 @@ def fit(
     network.train()
     started = time.perf_counter()
     at_once = (options.micro_batch if isinstance(options.micro_batch, int) else options.batch_size) * options.window
+    features = Features(network, samples, precision) if can_be_kept(network, options, samples) else None
+    if features:
+        for case in cases:
+            features.of(case)
+    forward = network.logits if features else network
+    device = network.pixel_mean.device
     losses: list[Tensor] = []
     slices, waiting = 0, 0.0
     for epoch in range(options.epochs):
-        coming = ahead(batches(cases, options, samples, network.image_size, seed_for(seed, epoch)))
+        coming = ahead(batches(cases, options, samples, network.image_size, seed_for(seed, epoch), features))
         while True:
             asked = time.perf_counter()
             batch = next(coming, None)
@@ -232,7 +256,7 @@ def fit(
                 group["lr"] = learning_rate(learner.steps, per_epoch, options, learner.rounds)
             learner.optimizer.zero_grad(set_to_none=True)
             parts = zip(images.split(at_once), labels.split(at_once), strict=True)
-            terms = [_backward(network, part, len(part[0]) / len(images), options, precision) for part in parts]
+            terms = [_backward(forward, part, len(part[0]) / len(images), options, precision, device) for part in parts]
             losses.append(torch.stack(terms).sum(dim=0))
             learner.optimizer.step()
             learner.steps += 1
@@ -242,12 +266,13 @@ def fit(
     return FitReport(len(losses), slices, total, cross_entropy, dice, time.perf_counter() - started, waiting)
 
 
-def _backward(network: Sam, part: Batch, share: float, options: Training, precision: str) -> Tensor:
+def _backward(
+    forward: Callable[[Tensor], Tensor], part: Batch, share: float, options: Training, precision: str, device: torch.device
+) -> Tensor:
     """Add a part's gradients; returns total loss, cross-entropy and Dice term, times the part's share of the batch."""
-    device = network.pixel_mean.device
     images, labels = (tensor.to(device) for tensor in part)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        logits = network(images)
+        logits = forward(images)
     loss = segmentation_loss(logits.float(), labels, options)
     (loss.total * share).backward()
     return share * torch.stack([loss.total, loss.cross_entropy, loss.dice]).detach()

@@ -41,9 +41,13 @@ class Sam(nn.Module):
         prompt = self.prompt_encoder.no_mask_embed.weight[:, :, None, None]
         return self.mask_decoder(embedding, self._positions(), prompt)
 
+    def logits(self, embedding: Tensor) -> Tensor:
+        """Embedding → logits (batch, masks, size, size)."""
+        return self.decode(embedding)[0]
+
     def forward(self, images: Tensor) -> Tensor:
         """Images (batch, 1 or 3, size, size) in [0, 1] → logits (batch, masks, size, size); grey is repeated."""
-        return self.decode(self.embed(images.expand(-1, 3, -1, -1)))[0]
+        return self.logits(self.embed(images.expand(-1, 3, -1, -1)))
 
     def _positions(self) -> Tensor:
         """The dense position code of the tokens' centres: (1, decoder width, tokens, tokens)."""
