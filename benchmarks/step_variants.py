@@ -1,6 +1,6 @@
 """What ways of computing the same training step cost, beside the way that flapsam takes.
 
-    python benchmarks/step_variants.py [--backbone sam-vit-b] [--strategy flap] [--size 224] [--slices 4] [--threads 2] [--repeats 7]
+    python benchmarks/step_variants.py [--backbone sam-vit-b] [--strategy flap] [--size 224] [--slices 4] [--threads 2]
 
 A step of a strategy: forward, loss, backward, AdamW. In one process, in turns, with the same threads; printed is the median
 over the turns of a variant's time over the plain step's time in the same turn. Below 1 it is faster.
