@@ -137,9 +137,7 @@ def main() -> None:
             step()
             turn[name] = time.perf_counter() - began
         turns.append(turn)
-    print(
-        f"{arguments.strategy}, {arguments.backbone} at {arguments.size}, {arguments.slices} slices, {arguments.threads} threads"
-    )
+    print(", ".join(f"{name} {value}" for name, value in vars(arguments).items()) + "\n")
     print("| | seconds | of the plain step |\n|---|---:|---:|")
     for name in steps:
         ratio = median(turn[name] / turn["plain"] for turn in turns)
