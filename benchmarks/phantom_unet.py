@@ -3,8 +3,8 @@
     python benchmarks/phantom_unet.py FOLDER [--minutes 30]
 
 MONAI's ``BasicUNet`` (1.2 million parameters, random weights, all of them trained) learns from the pooled training cases
-with the samples, augmentation, loss and optimizer of ``examples/demo.yaml``, every slice, for about as many steps as the demo
-and for more. What is missing in ``results/phantom_unet.json`` is computed, on one thread, until the minutes are over.
+with the samples, augmentation, loss and optimizer of ``examples/demo.yaml``, every slice, for about as many steps as the
+demo and for more. What is missing in ``results/phantom_unet.json`` is computed, on one thread, until the minutes are over.
 """
 
 import argparse
