@@ -208,7 +208,7 @@ class RunConfig(Options):
         if not isinstance(tree, dict):
             return tree
         name = tree.get("preset", "fast")
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"preset: there is no '{name}'; choose {' or '.join(PRESETS)}")
         return with_preset(tree, name)
 
