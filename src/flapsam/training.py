@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flapsam.augmentation import AUGMENTATIONS
 from flapsam.config import Samples, Training
+from flapsam.device import default_threads
 from flapsam.errors import FlapsamError
 from flapsam.features import Features, can_be_kept
 from flapsam.files import written_whole
@@ -244,7 +245,10 @@ def fit(
     losses: list[Tensor] = []
     slices, waiting = 0, 0.0
     for epoch in range(options.epochs):
-        coming = ahead(batches(cases, options, samples, network.image_size, seed_for(seed, epoch), features))
+        coming = batches(cases, options, samples, network.image_size, seed_for(seed, epoch), features)
+        # Where the network has all cores, a thread beside its own costs it more than it waits: a third of the demo's rounds.
+        if device.type != "cpu" or torch.get_num_threads() < default_threads():
+            coming = ahead(coming)
         while True:
             asked = time.perf_counter()
             batch = next(coming, None)
