@@ -9,21 +9,19 @@ the minutes are over; then the table is printed. A pair has the same seed, cases
 mean over the test cases of the two runs' mean Dice.
 """
 
-import argparse
 import hashlib
-import json
 import shutil
 import tempfile
 import time
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
+
+from cells import HERE, Cells, arguments, paired, read_cells, write_cells
 
 from flapsam.config import read_config
 from flapsam.experiments.simulation import simulate
-from flapsam.files import write_text
 from flapsam.sam.checkpoints import SHIPPED
 
-HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "pretrained.json"
 WEIGHTS = ("shipped", "random")
 CELLS = [(8, 0), (6, 0), (6, 1), (6, 2), (20, 0), (8, 1), (8, 2)]
@@ -39,11 +37,10 @@ def checksum(weights: str) -> str:
     return hashlib.sha256((SHIPPED / "sam-tiny.safetensors").read_bytes()).hexdigest()[:12]
 
 
-def read_cells() -> dict[str, dict]:
+def cells_of_today() -> Cells:
     """The cells so far that are for the weights of today."""
-    cells = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     today = {checksum(weights) for weights in WEIGHTS}
-    return {name: cell for name, cell in cells.items() if cell["weights"] in today}
+    return {name: cell for name, cell in read_cells(RESULTS).items() if cell["weights"] in today}
 
 
 def compute(data: Path, rounds: int, seed: int, weights: str) -> dict[str, object]:
@@ -72,7 +69,7 @@ def key(rounds: int, seed: int, weights: str) -> str:
     return f"{rounds} rounds, seed {seed}, {weights}"
 
 
-def table(cells: dict[str, dict]) -> str:
+def table(cells: Cells) -> str:
     head = ["rounds", "seed", "shipped", "random", "difference", "cases better", "seconds"]
     lines = [f"| {' | '.join(head)} |", "|---:" * len(head) + "|"]
     for rounds, seed in sorted(CELLS):
@@ -81,9 +78,8 @@ def table(cells: dict[str, dict]) -> str:
         row = [str(rounds), str(seed), *(f"{mean(d.values()):.3f}" if d else "missing" for d in dice)]
         first, second = dice
         if first and second:
-            differences = [first[case] - second[case] for case in first]
-            error = stdev(differences) / len(differences) ** 0.5
-            row += [f"{mean(differences):+.3f} ± {error:.3f}", f"{sum(d > 0 for d in differences)} of {len(differences)}"]
+            difference, better = paired(first, second)
+            row += [difference, f"{better} of {len(first)}"]
         else:
             row += ["missing", "missing"]
         row.append(", ".join(str(cell["seconds"]) if cell else "missing" for cell in pair))
@@ -92,18 +88,15 @@ def table(cells: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--minutes", type=float, default=30, help="no cell is begun after these")
-    arguments = parser.parse_args()
-    cells = read_cells()
-    end = time.monotonic() + 60 * arguments.minutes
+    given = arguments(__doc__).parse_args()
+    cells = cells_of_today()
+    end = time.monotonic() + 60 * given.minutes
     for rounds, seed in CELLS:
         for weights in WEIGHTS:
             name = key(rounds, seed, weights)
             if name not in cells and time.monotonic() < end:
-                cells[name] = compute(arguments.data, rounds, seed, weights)
-                write_text(RESULTS, json.dumps(cells, indent=1) + "\n")
+                cells[name] = compute(given.data, rounds, seed, weights)
+                write_cells(RESULTS, cells)
                 print(f"{name}: {cells[name]['seconds']} s", flush=True)
     print(table(cells))
 

@@ -13,14 +13,13 @@ import time
 from collections.abc import Callable
 
 import torch
+from step_variants import made, plain
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from flapsam.config import RANDOM, Backbone, Training
 from flapsam.device import set_up_torch
-from flapsam.sam import Sam, assemble
-from flapsam.training import Learner, segmentation_loss
+from flapsam.sam import Sam
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mkldnn_convolution", "aten::_scaled_dot_product")
 
@@ -54,22 +53,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     set_up_torch(arguments.threads, deterministic=True)
-    network = assemble(
-        Backbone(name="sam-vit-b", weights=RANDOM), image_size=224, classes=2, strategy_name="flap", rank=32, seed=0
-    ).network
-    options = Training()
-    learner = Learner(network, options)
-    images = torch.rand(arguments.slices, 3, 224, 224)
-    labels = torch.randint(0, 3, (arguments.slices, 224, 224))
+    network, images, labels = made("sam-vit-b", "flap", 224, arguments.slices)
+    step = plain(network, images, labels)
 
     @torch.no_grad()
     def forward() -> None:
         network.embed(images)
-
-    def step() -> None:
-        learner.optimizer.zero_grad(set_to_none=True)
-        segmentation_loss(network(images), labels, options).total.backward()
-        learner.optimizer.step()
 
     with torch.no_grad():
         pairs = [(torch.rand(m, k), torch.rand(k, n)) for m, k, n in shapes(network, images)]

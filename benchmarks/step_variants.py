@@ -26,6 +26,14 @@ from flapsam.training import Learner, segmentation_loss
 Step = Callable[[], None]
 
 
+def made(backbone: str, strategy: str, size: int, slices: int) -> tuple[Sam, Tensor, Tensor]:
+    """A network with random weights, images and labels."""
+    network = assemble(
+        Backbone(name=backbone, weights=RANDOM), image_size=size, classes=2, strategy_name=strategy, rank=32, seed=0
+    ).network
+    return network, torch.rand(slices, 3, size, size), torch.randint(0, 3, (slices, size, size))
+
+
 def plain(network: Sam, images: Tensor, labels: Tensor) -> Step:
     learner = Learner(network, Training())
     return lambda: _step(network, learner.optimizer, images, labels)
@@ -111,16 +119,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
     set_up_torch(arguments.threads, deterministic=True)
-    network = assemble(
-        Backbone(name=arguments.backbone, weights=RANDOM),
-        image_size=arguments.size,
-        classes=2,
-        strategy_name=arguments.strategy,
-        rank=32,
-        seed=0,
-    ).network
-    images = torch.rand(arguments.slices, 3, arguments.size, arguments.size)
-    labels = torch.randint(0, 3, (arguments.slices, arguments.size, arguments.size))
+    network, images, labels = made(arguments.backbone, arguments.strategy, arguments.size, arguments.slices)
     steps: dict[str, Step] = {}
     for name, variant in VARIANTS.items():
         try:

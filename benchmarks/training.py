@@ -9,7 +9,6 @@ aggregating; the time of validation is left out. Cells of a seed start from the 
 commands, one a preset, may run side by side on two cores.
 """
 
-import argparse
 import json
 import resource
 import subprocess
@@ -22,12 +21,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from flapsam.config import read_config
+from cells import HERE, Cells, arguments, hippocampus, read_cells, write_cells
+
 from flapsam.experiments.simulation import simulate
 from flapsam.federation.observer import Observer
-from flapsam.files import write_text
 
-HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "training.json"
 ROUNDS = {"paper": 4, "fast": 22}
 """What takes about 15 minutes; one of the paper's rounds shows every slice five times."""
@@ -64,21 +62,15 @@ def compute(data: Path, preset: str, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         values = {
             "preset": preset,
-            "data.path": data.resolve(),
-            "output": Path(folder) / "run",
+            "output": f"{folder}/run",
             "seed": seed,
             "rounds.count": ROUNDS[preset],
             "rounds.validate_every": 1,
-            "lora.rank": 16,
             "threads": 1,
         }
-        path = Path(folder) / "run.yaml"
-        path.write_text("data: {labels: {anterior: 1, posterior: 2}}\n")
-        simulate(read_config(path, [f"{key}={value}" for key, value in values.items()]), observer=clock)
+        simulate(hippocampus(data, values), observer=clock)
     return {
-        "rounds": [
-            {"seconds": round(clock.ends[n], 1), "dice": clock.dice[n]} for n in sorted(clock.ends) if n in clock.dice
-        ],
+        "rounds": [{"seconds": round(end, 1), "dice": clock.dice[number]} for number, end in sorted(clock.ends.items())],
         "steps": clock.steps,
         "seconds_a_step": round(clock.fitting / clock.steps, 4),
         "waiting": round(clock.waiting / clock.fitting, 4),
@@ -99,11 +91,11 @@ def reached(points: list[tuple[float, float]], dice: float) -> float | None:
     return None
 
 
-def tables(cells: dict[str, dict[str, Any]]) -> str:
+def tables(cells: Cells) -> str:
     """The cells, and the ratios of times, as Markdown."""
     lines = [
-        "| preset | seed | rounds | steps | ms a step | waiting | peak MiB | best Dice | last Dice |",
-        "|---|" + "---:|" * 8,
+        "| preset | seed | rounds | steps | seconds | ms a step | waiting | peak MiB | best Dice | last Dice |",
+        "|---|" + "---:|" * 9,
     ]
     for seed in SEEDS:
         for preset in ROUNDS:
@@ -139,31 +131,24 @@ def tables(cells: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
+    parser = arguments(__doc__)
     parser.add_argument("--preset", choices=list(ROUNDS), help="compute cells of this one only")
-    parser.add_argument("--minutes", type=float, default=30, help="no cell is begun after these")
     parser.add_argument("--cell", type=int, metavar="SEED", help="compute one cell of --preset and print it, nothing else")
-    arguments = parser.parse_args()
-    if arguments.cell is not None:
-        print(json.dumps(compute(arguments.data, arguments.preset, arguments.cell)))
+    given = parser.parse_args()
+    if given.cell is not None:
+        print(json.dumps(compute(given.data, given.preset, given.cell)))
         return
-    end = time.monotonic() + 60 * arguments.minutes
+    end = time.monotonic() + 60 * given.minutes
     for seed in SEEDS:
-        for preset in [arguments.preset] if arguments.preset else ROUNDS:
+        for preset in [given.preset] if given.preset else ROUNDS:
             name = f"{preset}, seed {seed}"
-            if name in read_cells() or time.monotonic() > end:
+            if name in read_cells(RESULTS) or time.monotonic() > end:
                 continue
-            command = [sys.executable, __file__, str(arguments.data), "--preset", preset, "--cell", str(seed)]
+            command = [sys.executable, __file__, str(given.data), "--preset", preset, "--cell", str(seed)]
             cell = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             # Read anew: the other preset's command may have written meanwhile.
-            write_text(RESULTS, json.dumps(read_cells() | {name: cell}, indent=1) + "\n")
-    print(tables(read_cells()))
-
-
-def read_cells() -> dict[str, dict[str, Any]]:
-    """The cells so far."""
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+            write_cells(RESULTS, read_cells(RESULTS) | {name: cell})
+    print(tables(read_cells(RESULTS)))
 
 
 if __name__ == "__main__":

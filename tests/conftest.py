@@ -8,12 +8,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from safetensors.torch import load_file
+from sitemaker import make_site
 from torch import Tensor
 
+from flapsam.config import Data, Samples
 from flapsam.sam import Architecture, Sam, build, load_travelling, load_weights, read_checkpoint, travelling_state
 from flapsam.sam.adapters import apply_strategy
 from flapsam.sam.naming import to_own_names
 from flapsam.sam.strategies import STRATEGIES
+from flapsam.sites import folders, label_map
+from flapsam.slices import PreparedCase, prepare
 
 GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).parents[2] / "shared"
@@ -22,6 +26,14 @@ SHARED = Path(__file__).parents[2] / "shared"
 @pytest.fixture(autouse=True)
 def _two_threads() -> None:
     torch.set_num_threads(2)
+
+
+@pytest.fixture
+def cases(tmp_path: Path) -> list[PreparedCase]:
+    """Three unpacked cases of six slices."""
+    make_site(tmp_path / "a", 3)
+    mapping = label_map(Data(path=tmp_path, labels={"ball": 1, "core": 2}), "a")
+    return [prepare(case, mapping, Samples(), tmp_path / "cache") for case in folders.read(tmp_path)]
 
 
 def golden(name: str) -> dict[str, Tensor]:

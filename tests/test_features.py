@@ -1,25 +1,13 @@
-from pathlib import Path
-
 import pytest
 import torch
-from sitemaker import make_site
 
 from flapsam import training
-from flapsam.config import Backbone, Data, Samples, Training
+from flapsam.config import Backbone, Samples, Training
 from flapsam.features import can_be_kept
 from flapsam.sam import STRATEGIES, Sam, assemble, travelling_state
-from flapsam.sites import folders, label_map
-from flapsam.slices import prepare
 from flapsam.training import Learner, fit
 
 PLAIN = Training(window=1, batch_size=6, warmup_steps=2, augment="none")
-
-
-@pytest.fixture
-def cases(tmp_path: Path):
-    make_site(tmp_path / "a", 3)
-    mapping = label_map(Data(path=tmp_path, labels={"ball": 1, "core": 2}), "a")
-    return [prepare(case, mapping, Samples(), tmp_path / "cache") for case in folders.read(tmp_path)]
 
 
 def network(strategy: str) -> Sam:

@@ -5,15 +5,13 @@ import numpy as np
 import pytest
 import torch
 from monai.losses.dice import DiceLoss
-from sitemaker import make_site
 
-from flapsam.config import Backbone, Data, Samples, Training
+from flapsam.config import Backbone, Samples, Training
 from flapsam.errors import FlapsamError
 from flapsam.sam import assemble, travelling, travelling_state
 from flapsam.sam.encoder import checkpoint_layers
 from flapsam.seeds import seed_for
-from flapsam.sites import IGNORED, folders, label_map
-from flapsam.slices import prepare
+from flapsam.sites import IGNORED
 from flapsam.training import Learner, batches, batches_per_epoch, fit, learning_rate, segmentation_loss
 
 
@@ -58,13 +56,6 @@ def test_foreground_weight_by_hand():
     background, foreground = log(torch.tensor(2.0)), log(1 + torch.exp(torch.tensor(-1.0)))
     loss = segmentation_loss(logits, labels, Training(foreground_weight=3)).cross_entropy
     assert loss.item() == pytest.approx(((background + 3 * foreground) / 4).item())
-
-
-@pytest.fixture
-def cases(tmp_path: Path):
-    make_site(tmp_path / "a", 3)
-    mapping = label_map(Data(path=tmp_path, labels={"ball": 1, "core": 2}), "a")
-    return [prepare(case, mapping, Samples(), tmp_path / "cache") for case in folders.read(tmp_path)]
 
 
 def test_every_slice_is_once_the_middle_of_a_window_and_the_last_batch_is_kept(cases):

@@ -114,17 +114,27 @@ def read_card(folder: Path) -> AdapterCard:
     if isinstance(written, int) and written > FORMAT:
         raise FlapsamError(f"{path}: format {written} is newer than flapsam {__version__} knows; install a newer flapsam")
     try:
-        return AdapterCard.model_validate(_upgrade(description) if written in (1, 2) else description)
+        return AdapterCard.model_validate(_upgrade(description))
     except ValidationError as error:
         raise FlapsamError(f"{path}: not an adapter's description that flapsam {__version__} can read") from error
 
 
-def _upgrade(description: dict[str, Any]) -> dict[str, Any]:
-    """Formats 1 and 2 → 3: masks always started anew; in format 1 no licence, and at first null for random weights."""
+def _upgrade(description: Any) -> Any:
+    """From the format that it was written in to the one of today, a format at a time."""
+    if not isinstance(description, dict):
+        return description
     backbone = description.get("backbone")
-    if isinstance(backbone, dict):
-        backbone = {**backbone, "masks": "new", "weights": backbone.get("weights") or RANDOM}
-    return {"licence": "unknown", **description, "format": FORMAT, "backbone": backbone}
+    if description.get("format") == 1:
+        # Adapters did not say their licence, and at first had null for random weights.
+        if isinstance(backbone, dict) and backbone.get("weights") is None:
+            backbone = {**backbone, "weights": RANDOM}
+        description = {**description, "format": 2, "licence": "unknown", "backbone": backbone}
+    if description.get("format") == 2:
+        # Masks always started anew.
+        if isinstance(backbone, dict):
+            backbone = {**backbone, "masks": "new"}
+        description = {**description, "format": 3, "backbone": backbone}
+    return description
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

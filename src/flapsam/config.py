@@ -207,7 +207,7 @@ class RunConfig(Options):
     def _fill(cls, tree: Any) -> Any:
         if not isinstance(tree, dict):
             return tree
-        name = tree.get("preset", "fast")
+        name = tree.get("preset", cls.model_fields["preset"].default)
         if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"preset: there is no '{name}'; choose {' or '.join(PRESETS)}")
         return with_preset(tree, name)

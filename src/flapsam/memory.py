@@ -9,7 +9,7 @@ from torch import Tensor
 from flapsam.config import RANDOM, Backbone, Training
 from flapsam.sam import Sam, assemble
 from flapsam.sam.encoder import checkpoint_layers
-from flapsam.training import segmentation_loss
+from flapsam.training import loss_of
 
 SHARE = 0.8
 """Of the free memory, what a step may take."""
@@ -46,10 +46,8 @@ def step_bytes(network: Sam, slices: int, options: Training, precision: str = "f
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = network(images)
-        loss = segmentation_loss(logits.float(), labels, options).total
-    loss.backward()
+        loss = loss_of(network, (images, labels), device, options, precision)
+    loss.total.backward()
     network.zero_grad(set_to_none=True)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) - before

@@ -25,6 +25,8 @@ from flapsam.seeds import seed_for
 from flapsam.sites import IGNORED
 from flapsam.slices import PreparedCase, labels_to_square, to_square
 
+Batch = tuple[Tensor, Tensor]
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -60,6 +62,16 @@ def segmentation_loss(logits: Tensor, labels: Tensor, options: Training) -> Loss
     overlap, squares = (predicted * truth).sum(over), (predicted**2).sum(over) + truth.sum(over)
     dice = (1 - (2 * overlap + 1e-5) / (squares + 1e-5)).mean()
     return Loss(options.cross_entropy * cross_entropy + options.dice * dice, cross_entropy, dice)
+
+
+def loss_of(
+    forward: Callable[[Tensor], Tensor], batch: Batch, device: torch.device, options: Training, precision: str
+) -> Loss:
+    """The loss of a batch, which is moved to the device; ``forward`` gives the logits, with ``bf16`` under autocast."""
+    images, labels = (tensor.to(device) for tensor in batch)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        logits = forward(images)
+    return segmentation_loss(logits.float(), labels, options)
 
 
 def learning_rate(step: int, batches_per_epoch: int, options: Training, rounds: int = 1) -> float:
@@ -151,9 +163,6 @@ class Learner:
             raise FlapsamError(f"{path}: a client's saved state that cannot be read; start the run anew") from error
 
 
-Batch = tuple[Tensor, Tensor]
-
-
 def batches_per_epoch(cases: Sequence[PreparedCase], options: Training) -> int:
     """Batches in one epoch: every slice that takes part is the middle of one window; the last, smaller batch is kept."""
     occupied = sum(len(case.occupied) for case in cases)
@@ -236,10 +245,7 @@ def fit(
     network.train()
     started = time.perf_counter()
     at_once = (options.micro_batch if isinstance(options.micro_batch, int) else options.batch_size) * options.window
-    features = Features(network, samples, precision) if can_be_kept(network, options, samples) else None
-    if features:
-        for case in cases:
-            features.of(case)
+    features = Features(network, cases, samples, precision) if can_be_kept(network, options, samples) else None
     forward = network.logits if features else network
     device = network.pixel_mean.device
     losses: list[Tensor] = []
@@ -259,8 +265,11 @@ def fit(
             for group in learner.optimizer.param_groups:
                 group["lr"] = learning_rate(learner.steps, per_epoch, options, learner.rounds)
             learner.optimizer.zero_grad(set_to_none=True)
-            parts = zip(images.split(at_once), labels.split(at_once), strict=True)
-            terms = [_backward(forward, part, len(part[0]) / len(images), options, precision, device) for part in parts]
+            terms = []
+            for part in zip(images.split(at_once), labels.split(at_once), strict=True):
+                loss, share = loss_of(forward, part, device, options, precision), len(part[0]) / len(images)
+                (loss.total * share).backward()
+                terms.append(share * torch.stack([loss.total, loss.cross_entropy, loss.dice]).detach())
             losses.append(torch.stack(terms).sum(dim=0))
             learner.optimizer.step()
             learner.steps += 1
@@ -268,15 +277,3 @@ def fit(
             on_step()
     total, cross_entropy, dice = torch.stack(losses).mean(dim=0).tolist()
     return FitReport(len(losses), slices, total, cross_entropy, dice, time.perf_counter() - started, waiting)
-
-
-def _backward(
-    forward: Callable[[Tensor], Tensor], part: Batch, share: float, options: Training, precision: str, device: torch.device
-) -> Tensor:
-    """Add a part's gradients; returns total loss, cross-entropy and Dice term, times the part's share of the batch."""
-    images, labels = (tensor.to(device) for tensor in part)
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        logits = forward(images)
-    loss = segmentation_loss(logits.float(), labels, options)
-    (loss.total * share).backward()
-    return share * torch.stack([loss.total, loss.cross_entropy, loss.dice]).detach()

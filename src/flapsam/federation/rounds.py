@@ -14,7 +14,7 @@ from flapsam.federation.aggregation import Aggregator
 from flapsam.federation.packets import Contract, Header, PacketRefused, decode, encode
 from flapsam.federation.state import ClientState, ServerState
 from flapsam.inference import predict_stack
-from flapsam.metrics import score_case, summarise
+from flapsam.metrics import CaseScores, score_case, summarise
 from flapsam.sam import Sam, load_travelling, travelling_state
 from flapsam.seeds import seed_for
 from flapsam.slices import PreparedCase
@@ -120,18 +120,18 @@ class Client:
         return header
 
     def _scores(self) -> dict[str, float | None]:
-        classes = self.config.data.classes
-        scores = []
-        for case in self.data.val:
-            predicted = predict_stack(
-                self.network,
-                case.stack(self.config.samples),
-                batch=self.config.inference_batch,
-                precision=self.config.precision,
-            )
-            scores.append(score_case(case.name, case.site, predicted, case.labels(), None, classes, case.annotated))
-        summary = summarise(scores)
+        summary = summarise(score_cases(self.network, self.data.val, self.config))
         return {VALIDATION + name: value for name, value in {"mean": summary.mean_dice, **summary.dice}.items()}
+
+
+def score_cases(network: Sam, cases: Sequence[PreparedCase], config: RunConfig) -> list[CaseScores]:
+    """Predict unpacked cases and score them on the slices' own grid, without distances."""
+    scores = []
+    for case in cases:
+        stack = case.stack(config.samples)
+        predicted = predict_stack(network, stack, batch=config.inference_batch, precision=config.precision)
+        scores.append(score_case(case.name, case.site, predicted, case.labels(), None, config.data.classes, case.annotated))
+    return scores
 
 
 class Server:

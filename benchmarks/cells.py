@@ -1,0 +1,63 @@
+"""What the benchmarks share: cells kept in a file, their comparison case by case, and the data they come from."""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from flapsam.config import RunConfig, read_config
+from flapsam.files import write_text
+from flapsam.sites import hold_out_validation, label_map, read_sites
+from flapsam.sites.case import Split
+from flapsam.slices import PreparedCase, prepare
+
+HERE = Path(__file__).parent
+Cells = dict[str, dict[str, Any]]
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """A parser of the data's folder and of the minutes that may be spent."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--minutes", type=float, default=30, help="no cell is begun after these")
+    return parser
+
+
+def read_cells(path: Path) -> Cells:
+    """The cells so far, by name."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_cells(path: Path, cells: Cells) -> None:
+    """Keep the cells."""
+    write_text(path, json.dumps(cells, indent=1) + "\n")
+
+
+def paired(first: Mapping[str, float], second: Mapping[str, float]) -> tuple[str, int]:
+    """Mean difference of two runs' Dice by case, with its standard error, and how many cases are better in the first."""
+    differences = [first[case] - second[case] for case in first]
+    error = stdev(differences) / len(differences) ** 0.5
+    return f"{mean(differences):+.3f} ± {error:.3f}", sum(difference > 0 for difference in differences)
+
+
+def hippocampus(data: Path, values: Mapping[str, Any]) -> RunConfig:
+    """A run on the hippocampus at rank 16, with these fields set."""
+    fields = {"data.path": str(data.resolve()), "lora.rank": 16, **values}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run.yaml"
+        path.write_text("data: {labels: {anterior: 1, posterior: 2}}\n")
+        return read_config(path, [f"{field}={json.dumps(value)}" for field, value in fields.items()])
+
+
+def prepared(config: RunConfig, folder: Path, split: Split, sites: Collection[str] | None = None) -> list[PreparedCase]:
+    """The cases of a split, unpacked into ``folder``; of these sites, or of all."""
+    cases = []
+    for site in read_sites(config.data, config.seed):
+        if sites is None or site.name in sites:
+            labels = label_map(config.data, site.name)
+            held_out = hold_out_validation(site, config.data.validation_fraction, config.seed)
+            cases += [prepare(case, labels, config.samples, folder / site.name) for case in held_out.of(split)]
+    return cases
