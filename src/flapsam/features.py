@@ -23,9 +23,8 @@ def can_be_kept(network: Sam, options: Training, samples: Samples) -> bool:
 
     Augmentation changes slices, and in windows of several slices each is scaled by more than one of them.
     """
-    frozen = not any(parameter.requires_grad for parameter in network.vision_encoder.parameters())
     same = options.augment == "none" and (options.window == 1 or samples.scaling == "volume")
-    return frozen and same
+    return same and not any(parameter.requires_grad for parameter in network.vision_encoder.parameters())
 
 
 class Features:

@@ -1,0 +1,100 @@
+"""Averaging the global model over a run's last rounds, against taking the last round's.
+
+    python benchmarks/averaging.py DATA [--minutes 30]
+
+DATA is the Medical Segmentation Decathlon's hippocampus as one folder a site; preset ``fast``, strategy ``flap``, federated,
+8 rounds on one thread. The global models of the last rounds are averaged with equal weights (low-rank factors by their
+product) and scored on the validation cases, once at the run's end, where the learning rate has fallen to zero, and once in
+its middle. Differences are paired by case. What is missing in ``results/averaging.json`` is computed until the minutes are
+over.
+"""
+
+import tempfile
+import time
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from cells import HERE, Cells, arguments, hippocampus, paired, prepared, read_cells, write_cells
+
+from flapsam.experiments.simulation import simulate
+from flapsam.federation.aggregation import aggregator
+from flapsam.federation.observer import Observer
+from flapsam.federation.packets import Contract, decode
+from flapsam.federation.rounds import score_cases
+from flapsam.sam import assemble, load_travelling, travelling_state
+
+RESULTS = HERE / "results" / "averaging.json"
+ROUNDS = 8
+ENDS = (4, 8)
+LENGTHS = (1, 2, 3, 4)
+SEEDS = (0, 1)
+
+
+class Keeper(Observer):
+    """Keeps every round's global packet."""
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / "state" / "federated" / "server" / "global.packet"
+        self.packets: dict[int, bytes] = {}
+
+    def event(self, entry: dict[str, Any]) -> None:
+        """Take one entry of the ledger."""
+        if entry["event"] == "round":
+            self.packets[entry["round"]] = self.path.read_bytes()
+
+
+def compute(data: Path, seed: int) -> dict[str, Any]:
+    """Dice of every validation case, by last round and number of rounds in the mean."""
+    with tempfile.TemporaryDirectory() as folder:
+        rounds = {"rounds.count": ROUNDS, "rounds.validate_every": ROUNDS}
+        values = {"output": f"{folder}/run", "seed": seed, "threads": 1, **rounds}
+        config = hippocampus(data, values)
+        keeper = Keeper(config.output)
+        simulate(config, observer=keeper)
+        cases = prepared(config, Path(folder), "val")
+        network = assemble(
+            config.backbone, image_size=None, classes=2, strategy_name="flap", rank=config.lora.rank, seed=seed
+        ).network
+        contract = Contract.of(travelling_state(network))
+        dice: dict[str, dict[str, float]] = {}
+        for end in ENDS:
+            for length in LENGTHS:
+                average = aggregator("flexlora", config.lora.rank)
+                for number in range(end - length + 1, end + 1):
+                    average.add(decode(keeper.packets[number], contract)[1], 1 / length)
+                load_travelling(network, average.result())
+                scores = score_cases(network, cases, config)
+                dice[f"{end}/{length}"] = {s.case: mean(value or 0.0 for value in s.dice.values()) for s in scores}
+    return dice
+
+
+def table(cells: Cells) -> str:
+    """The cells as Markdown."""
+    lines = ["| seed | after round | of the last | Dice | difference to the last alone |", "|---:" * 5 + "|"]
+    for seed in SEEDS:
+        cell = cells.get(str(seed))
+        if cell is None:
+            lines.append(f"| {seed} |" + " missing |" * 4)
+            continue
+        for end in ENDS:
+            for length in LENGTHS:
+                dice = cell[f"{end}/{length}"]
+                difference = paired(dice, cell[f"{end}/1"])[0] if length > 1 else ""
+                lines.append(f"| {seed} | {end} | {length} | {mean(dice.values()):.3f} | {difference} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    given = arguments(__doc__).parse_args()
+    cells = read_cells(RESULTS)
+    end = time.monotonic() + 60 * given.minutes
+    for seed in SEEDS:
+        if str(seed) not in cells and time.monotonic() < end:
+            cells[str(seed)] = compute(given.data, seed)
+            write_cells(RESULTS, cells)
+    print(table(cells))
+
+
+if __name__ == "__main__":
+    main()
