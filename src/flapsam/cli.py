@@ -28,6 +28,9 @@ app.add_typer(backbone_app, name="backbone")
 out, notes = Console(), Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Assignments = Annotated[
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, such as rounds.count=5.")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads; all cores by default.")]
 
 
@@ -50,9 +53,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 @app.command()
 def simulate(
     config: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run's configuration.")],
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, such as rounds.count=5.")
-    ] = None,
+    assignments: Assignments = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -79,6 +80,42 @@ def simulate(
     if results.traffic:
         out.print(tables.traffic_table(results))
     out.print(f"Adapters, label maps and the ledger are in {results.folder}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def bench(
+    config: Annotated[
+        str, typer.Argument(metavar="RUN.yaml", help="The run, whose field bench says what is compared; or known settings.")
+    ],
+    data: Annotated[Path | None, typer.Option(help="The data's folder, in the place of data.path.")] = None,
+    assignments: Assignments = None,
+    only: Annotated[str, typer.Option(help="Only cells whose names fit, such as 'flap*'.")] = "*",
+    minutes: Annotated[float | None, typer.Option(min=0, help="No cell is begun after these.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare strategies, modes, aggregators and seeds in one table; what is missing is computed."""
+    from flapsam.experiments.bench import bench as run
+    from flapsam.experiments.settings import read_settings
+    from flapsam.report.bench_table import bench_table, write_tables
+
+    configuration = read_settings(config, data, assignments or [])
+    try:
+        with _observer() as observer:
+            result = run(configuration, only=only, minutes=minutes, observer=observer)
+    except KeyboardInterrupt:
+        notes.print(
+            f"Interrupted. What is done is kept in {configuration.output}; the same command goes on.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(130) from None
+    write_tables(result)
+    if as_json:
+        from dataclasses import asdict
+
+        return _print_json([asdict(row) for row in result.rows()])
+    out.print(bench_table(result))
+    out.print(f"All columns are in bench.md, .csv and .json in {result.folder}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -3,8 +3,10 @@
 The fields' own defaults are the paper's values (arXiv 2407.21739); a run's ``preset`` puts others in their place.
 """
 
+import hashlib
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -49,6 +51,8 @@ class Data(Options):
     """Where one site's values differ. A class set to null is not annotated there."""
     sites: list[str] | None = None
     """Only these sites; all by default."""
+    unseen: list[str] = []
+    """Sites that never train: the others' model is tested on their test cases."""
     test_fraction: Fraction = 0.2
     """Share of each site's subjects held back for the test where the data has no split of its own."""
     validation_fraction: Fraction = 0.15
@@ -172,6 +176,19 @@ class Rounds(Options):
     validate_every: Positive = 1
 
 
+class Grid(Options):
+    """Cells of ``flapsam bench``: every combination of these. What is not given comes from the run itself."""
+
+    strategies: list[str] | None = None
+    modes: list[Mode] = ["federated"]
+    aggregators: list[str] | None = None
+    seeds: list[int] | None = None
+    leave_one_out: bool = False
+    """Each site in turn never trains and is tested on; only federated."""
+    variants: dict[str, dict[str, Any]] = {"": {}}
+    """Name → fields with other values, such as ``rank 4: {lora.rank: 4}``."""
+
+
 class RunConfig(Options):
     """A whole run, as in ``RUN.yaml``."""
 
@@ -199,6 +216,8 @@ class RunConfig(Options):
     """Only operations that give the same bits each time."""
     output: Path = Path("runs/run")
     """The run's folder."""
+    bench: list[Grid] = [Grid()]
+    """What ``flapsam bench`` compares; a cell that stands in several grids is computed once."""
     licence: str | None = None
     """Of the adapter, as an SPDX identifier; the backbone's if not given."""
 
@@ -249,6 +268,31 @@ def write_config(config: RunConfig) -> str:
     return yaml.safe_dump(tree, sort_keys=False)
 
 
+def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """The same run with some fields, such as ``lora.rank``, at other values.
+
+    Raises:
+        FlapsamError: a field is unknown or its value wrong.
+    """
+    tree = config.model_dump()
+    for field, value in changes.items():
+        _put(tree, field, value, field)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise FlapsamError(f"bench: {'; '.join(_describe(problem) for problem in error.errors())}") from error
+
+
+def fingerprint(config: RunConfig) -> str:
+    """SHA-256 of all that a run's result may depend on but the machine."""
+    # Without what is at its default, a field that a later version adds changes nothing.
+    tree = config.model_dump(mode="json", exclude_defaults=True)
+    for field in ("output", "bench", "threads", "device", "licence", "inference_batch"):
+        tree.pop(field, None)
+    del tree["data"]["path"]
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
 def _make_relative(tree: dict[str, Any], field: str, folder: Path) -> None:
     """Let a path in the tree, if it is there, be relative to ``folder``."""
     *parents, last = field.split(".")
@@ -264,16 +308,19 @@ def _set(tree: dict[str, Any], assignment: str) -> None:
     field, equals, value = assignment.partition("=")
     if not equals or not field:
         raise FlapsamError(f"--set {assignment}: write it as field=value, such as --set training.batch_size=4")
-    *parents, last = field.split(".")
-    node = tree
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise FlapsamError(f"--set {assignment}: {parent} is a single value, not a group of fields")
     try:
-        node[last] = yaml.safe_load(value)
+        _put(tree, field, yaml.safe_load(value), f"--set {assignment}")
     except yaml.YAMLError as error:
         raise FlapsamError(f"--set {assignment}: the value is not valid YAML") from error
+
+
+def _put(tree: dict[str, Any], field: str, value: Any, where: str) -> None:
+    *parents, last = field.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise FlapsamError(f"{where}: {parent} is a single value, not a group of fields")
+    tree[last] = value
 
 
 def _describe(problem: Any) -> str:

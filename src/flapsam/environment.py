@@ -3,6 +3,7 @@
 import platform
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from flapsam import __version__
@@ -21,3 +22,20 @@ def environment() -> dict[str, Any]:
         "processor": platform.machine(),
         "packages": {name: version(name) for name in PACKAGES},
     }
+
+
+PROCESS = Path("/proc/self")
+
+
+def forget_peak() -> None:
+    """From now on ``peak_bytes`` counts anew, where the system lets it."""
+    if PROCESS.exists():
+        (PROCESS / "clear_refs").write_text("5")
+
+
+def peak_bytes() -> int | None:
+    """The largest resident memory of this process; None where the system does not say."""
+    if not PROCESS.exists():
+        return None
+    lines = (PROCESS / "status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))

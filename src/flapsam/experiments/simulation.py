@@ -62,6 +62,8 @@ class Results:
     folder: Path
     scores: dict[str, list[CaseScores]]
     """Test scores of each mode, a case an entry."""
+    parameters: int
+    """That train, and travel."""
     traffic: Traffic | None
 
     def summaries(self) -> dict[str, dict[str, Summary]]:
@@ -80,6 +82,7 @@ class Results:
                 mode: {site: asdict(summary) for site, summary in sites.items()} for mode, sites in self.summaries().items()
             },
             "cases": {mode: [asdict(score) for score in scores] for mode, scores in self.scores.items()},
+            "parameters": self.parameters,
             "traffic": traffic,
         }
 
@@ -142,19 +145,20 @@ class _Simulation:
     def run(self) -> Results:
         config = self.config
         sites = read_sites(config.data, config.seed)
-        weights = client_weights(sites, config)
-        sites = [hold_out_validation(site, config.data.validation_fraction, config.seed) for site in sites]
-        _check_cases(sites)
+        training = [site for site in sites if site.name not in config.data.unseen]
+        _check_cases(sites, training)
+        weights = client_weights(training, config)
+        training = [hold_out_validation(site, config.data.validation_fraction, config.seed) for site in training]
         self.run_id = self._open_folder()
         self.ledger = Ledger(self.folder / "events.jsonl")
-        clients = self._prepare(sites)
+        clients = self._prepare(training)
         set_up_torch(config.threads or 1, deterministic=config.deterministic)
         self.assembled = self._assemble()
         self._measure_memory()
         self.initial = travelling_state(self.assembled.network)
         self.contract = Contract.of(self.initial)
         scores: dict[str, list[CaseScores]] = {}
-        for federation in self._federations(sites, clients):
+        for federation in self._federations(training, clients, sites):
             self._train(federation, weights)
             self._test(federation)
             text = model_card(self._card(federation), federation.name, read_ledger(self.ledger.path))
@@ -163,7 +167,7 @@ class _Simulation:
             if event["event"] == "test":
                 score = CaseScores(event["case"], event["site"], event["dice"], event["hd95"])
                 scores.setdefault(event["federation"].split("/")[0], []).append(score)
-        results = Results(self.folder, scores, self._traffic())
+        results = Results(self.folder, scores, sum(tensor.numel() for tensor in self.initial.values()), self._traffic())
         write_text(self.folder / "results.json", json.dumps(results.as_json(), indent=2) + "\n")
         self.observer.event(self.ledger.write("end"))
         shutil.rmtree(self._cache, ignore_errors=True)
@@ -240,20 +244,22 @@ class _Simulation:
         training = training.model_copy(update={"micro_batch": windows})
         self.config = self.config.model_copy(update={"training": training})
 
-    def _federations(self, sites: Sequence[Site], clients: Sequence[ClientData]) -> list[Federation]:
+    def _federations(
+        self, training: Sequence[Site], clients: Sequence[ClientData], tested: Sequence[Site]
+    ) -> list[Federation]:
         result = []
         for mode in self.config.modes:
             if mode == "federated":
-                result.append(Federation(mode, mode, clients, sites, Path("adapter")))
+                result.append(Federation(mode, mode, clients, tested, Path("adapter")))
             elif mode == "centralised":
                 pooled = ClientData(
                     mode, [c for data in clients for c in data.train], [c for data in clients for c in data.val]
                 )
-                result.append(Federation(mode, mode, [pooled], sites, Path("adapter-centralised")))
+                result.append(Federation(mode, mode, [pooled], tested, Path("adapter-centralised")))
             else:
                 result += [
                     Federation(f"{mode}/{site.name}", mode, [data], [site], Path("adapter-local") / site.name)
-                    for site, data in zip(sites, clients, strict=True)
+                    for site, data in zip(training, clients, strict=True)
                 ]
         return result
 
@@ -336,10 +342,13 @@ class _Simulation:
         return Traffic(up, down, full_packet_bytes(self.config))
 
 
-def _check_cases(sites: Sequence[Site]) -> None:
-    """From headers alone, before long work begins: every site can train, every pair fits together."""
-    for site in sites:
+def _check_cases(sites: Sequence[Site], training: Sequence[Site]) -> None:
+    """From headers alone, before long work begins: every site can do its part, every pair fits together."""
+    if not training:
+        raise FlapsamError("data.unseen: it names every site, so none is left to train")
+    for site in training:
         if not site.of("train"):
             raise FlapsamError(f"site {site.name}: it has no training case; give it one, or leave it out with data.sites")
+    for site in sites:
         for case in site.cases:
             check_geometry(case, read_geometry(case.image), read_geometry(case.label))

@@ -42,7 +42,11 @@ def read_sites(data: Data, seed: int) -> list[Site]:
     layout = choose("data.layout", data.layout, LAYOUTS)
     sites = [Site(name, tuple(cases)) for name, cases in groupby(layout(data.path), key=lambda case: case.site)]
     names = {site.name for site in sites}
-    for field, wanted in (("data.sites", data.sites or []), ("data.site_labels", data.site_labels)):
+    for field, wanted in (
+        ("data.sites", data.sites or []),
+        ("data.site_labels", data.site_labels),
+        ("data.unseen", data.unseen),
+    ):
         for name in wanted:
             if name not in names:
                 raise FlapsamError(f"{field}: there is no site '{name}' in {data.path}; it has {', '.join(sorted(names))}")

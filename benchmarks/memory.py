@@ -1,0 +1,44 @@
+"""The table in docs/memory.md: what a training step takes, by backbone, image size and slices at once.
+
+    python benchmarks/memory.py [--strategy flap] [--device cpu] [--precision fp32]
+
+Each backbone is built with random weights and two small steps of it are measured, as `flapsam memory` does. ViT-H takes
+about 12 GiB on its way.
+"""
+
+import argparse
+
+from flapsam.device import find_device
+from flapsam.memory import memory_table
+
+BACKBONES = {"sam-tiny": (128, 256), "sam-vit-b": (224, 512), "sam-vit-l": (224, 512), "sam-vit-h": (224, 512)}
+
+
+def gib(count: int) -> str:
+    return f"{count / 2**30:.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--strategy", default="flap")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="fp32")
+    given = parser.parse_args()
+    device = find_device(given.device)
+    counts: list[int] = []
+    for backbone, sizes in BACKBONES.items():
+        for size in sizes:
+            rows = memory_table(
+                backbone, image_size=size, strategy=given.strategy, rank=32, device=device, precision=given.precision
+            )
+            if not counts:
+                counts = [row.slices for row in rows]
+                print("| backbone | pixels | checkpointing | " + " | ".join(f"{count}" for count in counts) + " |")
+                print("|---|---:|---|" + "---:|" * len(counts))
+            for name in ("straight", "checkpointing"):
+                cells = " | ".join(gib(getattr(row, name)) for row in rows)
+                print(f"| {backbone} | {size} | {'yes' if name == 'checkpointing' else 'no'} | {cells} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""A bench as a table: for a terminal, as Markdown, as CSV and as JSON."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from rich.table import Table
+
+from flapsam.experiments.bench import Bench, RowSummary
+from flapsam.experiments.comparison import Difference
+from flapsam.files import write_text
+from flapsam.report.tables import NONE, number
+
+MISSING = "missing"
+
+
+def write_tables(bench: Bench) -> None:
+    """Write ``bench.md``, ``bench.csv`` and ``bench.json`` into the bench's folder."""
+    rows = bench.rows()
+    parts = [_markdown(_main(rows, bench.classes))]
+    if any(row.sites for row in rows):
+        parts.append(_markdown(_sites(rows)))
+    write_text(bench.folder / "bench.md", "\n\n".join(parts) + "\n")
+    write_text(bench.folder / "bench.csv", _csv(_main(rows, bench.classes)))
+    write_text(bench.folder / "bench.json", json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+def bench_table(bench: Bench) -> Table:
+    """The table in short, for a terminal."""
+    shown = ("", "seeds", "Dice", "gain over local", "difference to the first", "seconds")
+    table = Table()
+    rows = _main(bench.rows(), bench.classes)
+    for column in shown:
+        table.add_column(column, justify="right" if column else "left", min_width=0 if column else 24)
+    for row in rows:
+        table.add_row(*(row[column] for column in shown))
+    return table
+
+
+def _main(rows: Sequence[RowSummary], classes: Sequence[str]) -> list[dict[str, str]]:
+    """Column → text, a row a line."""
+    return [_line(row, classes) for row in rows]
+
+
+def _line(row: RowSummary, classes: Sequence[str]) -> dict[str, str]:
+    def here(text: str) -> str:
+        return text if row.done else MISSING
+
+    return {
+        "": row.row.name,
+        "seeds": here(f"{row.done}" if row.done == row.planned else f"{row.done} of {row.planned}"),
+        **{name: here(number(row.dice.get(name))) for name in classes},
+        "Dice": here(number(row.mean_dice)),
+        **{f"HD95 {name} (mm)": here(number(row.hd95.get(name), 1)) for name in classes},
+        "gain over local": here(_difference(row.gain)),
+        "difference to the first": here(_difference(row.difference)),
+        "unseen site": number(row.unseen_dice),
+        "parameters": NONE if row.parameters is None else f"{row.parameters:,}",
+        "MiB up": here(_mib(row.bytes_up)),
+        "MiB down": here(_mib(row.bytes_down)),
+        "seconds": here(number(row.seconds, 0)),
+        "peak GiB": here(number(row.peak_bytes / 2**30 if row.peak_bytes else None, 2)),
+    }
+
+
+def _sites(rows: Sequence[RowSummary]) -> list[dict[str, str]]:
+    """Mean Dice by site, a row a line; and where each site never trained."""
+    sites = sorted({site for row in rows for site in (*row.sites, *row.unseen)})
+    lines = [
+        {"Dice by site": row.row.name, **{site: number(row.sites.get(site)) if row.done else MISSING for site in sites}}
+        for row in rows
+        if row.planned
+    ]
+    return lines + [
+        {
+            "Dice by site": f"{row.row.name}, each without the site",
+            **{site: number(row.unseen[site]) if site in row.unseen else MISSING for site in sites},
+        }
+        for row in rows
+        if row.unseen
+    ]
+
+
+def _difference(difference: Difference | None) -> str:
+    if difference is None:
+        return NONE
+    if difference.low is None or difference.high is None:
+        return f"{difference.mean:+.3f}"
+    return f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
+
+
+def _mib(count: float | None) -> str:
+    return f"{count / 2**20:.2f}" if count else NONE
+
+
+def _markdown(lines: Sequence[dict[str, str]]) -> str:
+    columns = list(lines[0])
+    head = [f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+    return "\n".join(head + [f"| {' | '.join(line.values())} |" for line in lines])
+
+
+def _csv(lines: Sequence[dict[str, str]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]))
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
