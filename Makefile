@@ -22,8 +22,8 @@ lint: .venv/installed-dev
 	$(BIN)/basedpyright
 
 format: .venv/installed-dev
-	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
 
 clean:
 	rm -rf .venv demo

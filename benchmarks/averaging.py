@@ -54,7 +54,7 @@ def compute(data: Path, seed: int) -> dict[str, Any]:
         simulate(config, observer=keeper)
         cases = prepared(config, Path(folder), "val")
         network = assemble(
-            config.backbone, image_size=None, classes=2, strategy_name="flap", rank=config.lora.rank, seed=seed
+            config.backbone, image_size=None, classes=2, strategy_name="flap", lora=config.lora, seed=seed
         ).network
         contract = Contract.of(travelling_state(network))
         dice: dict[str, dict[str, float]] = {}

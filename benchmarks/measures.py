@@ -68,7 +68,7 @@ def compute(data: Path, preset: str, changes: dict[str, Any], folder: Path) -> d
     set_up_torch(1, deterministic=True)
     train, val = prepared(config, folder, "train", TRAINED_ON), prepared(config, folder, "val")
     network = assemble(
-        config.backbone, image_size=None, classes=2, strategy_name="flap", rank=config.lora.rank, seed=config.seed
+        config.backbone, image_size=None, classes=2, strategy_name="flap", lora=config.lora, seed=config.seed
     ).network
     options = config.training
     wanted = 5 * sum(case.slices for case in train)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from flapsam.config import RANDOM, Backbone, Training
+from flapsam.config import RANDOM, Backbone, Lora, Training
 from flapsam.device import set_up_torch
 from flapsam.sam import Sam, assemble
 from flapsam.training import Learner, segmentation_loss
@@ -29,7 +29,12 @@ Step = Callable[[], None]
 def made(backbone: str, strategy: str, size: int, slices: int) -> tuple[Sam, Tensor, Tensor]:
     """A network with random weights, images and labels."""
     network = assemble(
-        Backbone(name=backbone, weights=RANDOM), image_size=size, classes=2, strategy_name=strategy, rank=32, seed=0
+        Backbone(name=backbone, weights=RANDOM),
+        image_size=size,
+        classes=2,
+        strategy_name=strategy,
+        lora=Lora(rank=32),
+        seed=0,
     ).network
     return network, torch.rand(slices, 3, size, size), torch.randint(0, 3, (slices, size, size))
 

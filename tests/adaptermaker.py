@@ -1,18 +1,21 @@
 """Adapters for tests, on a small network with random weights."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from flapsam.adapter import AdapterCard, BackboneCard, save_adapter
-from flapsam.config import Backbone, Samples
+from flapsam.config import Backbone, Lora, OutputPart, Samples
 from flapsam.sam import Assembled, assemble, travelling, travelling_state
 
 
-def trained(name: str, *, seed: int = 3, size: int = 64) -> tuple[Assembled, AdapterCard]:
+def trained(
+    name: str, *, seed: int = 3, size: int = 64, lora: Lora = Lora(rank=4), frozen: Sequence[OutputPart] = ()
+) -> tuple[Assembled, AdapterCard]:
     """A network whose travelling tensors have moved away from their start, and its card."""
     backbone = Backbone(name="sam-tiny", weights="random")
-    assembled = assemble(backbone, image_size=size, classes=2, strategy_name=name, rank=4, seed=seed)
+    assembled = assemble(backbone, image_size=size, classes=2, strategy_name=name, lora=lora, frozen=frozen, seed=seed)
     with torch.no_grad():
         draw = torch.Generator().manual_seed(0)
         for parameter in travelling(assembled.network).values():
@@ -22,7 +25,8 @@ def trained(name: str, *, seed: int = 3, size: int = 64) -> tuple[Assembled, Ada
         mode="federated",
         rounds=1,
         strategy=name,
-        lora_rank=4,
+        lora=lora,
+        frozen=list(frozen),
         backbone=BackboneCard(
             name=backbone.name, pixels="paper", weights="random", masks="new", seed=seed, checksum=assembled.checksum
         ),

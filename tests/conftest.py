@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from sitemaker import make_site
 from torch import Tensor
 
-from flapsam.config import Data, Samples
+from flapsam.config import Data, Lora, Samples
 from flapsam.sam import Architecture, Sam, build, load_travelling, load_weights, read_checkpoint, travelling_state
 from flapsam.sam.adapters import apply_strategy
 from flapsam.sam.naming import to_own_names
@@ -70,7 +70,7 @@ def golden_network() -> Sam:
 
 def golden_network_with_lora() -> Sam:
     """The same with the reference's adapters on it; everything trains."""
-    network = apply_strategy(golden_network(), STRATEGIES["flap"], rank=4)
+    network = apply_strategy(golden_network(), STRATEGIES["flap"], Lora(rank=4))
     adapters = {reference_to_public(name): tensor for name, tensor in golden("lora").items()}
     load_travelling(network, {**travelling_state(network), **adapters})
     return network.requires_grad_(True)

@@ -11,7 +11,7 @@ from adaptermaker import saved
 from command import flapsam
 from sitemaker import AFFINE, SHAPE, make_sites, save, write_run
 
-from flapsam.config import Backbone
+from flapsam.config import Backbone, Lora
 from flapsam.sam import assemble, travelling_state
 
 IMAGE, LABEL = Path("site_0/images/site_0_0.nii.gz"), Path("site_0/labels/site_0_0.nii.gz")
@@ -203,7 +203,12 @@ def test_a_checkpoint_of_another_model(tmp_path: Path, capfd):
 
     run = write_run(tmp_path / "run.yaml", make_sites(tmp_path / "data"), strategy="full")
     network = assemble(
-        Backbone(name="sam-tiny", weights="random"), image_size=32, classes=2, strategy_name="full", rank=2, seed=0
+        Backbone(name="sam-tiny", weights="random"),
+        image_size=32,
+        classes=2,
+        strategy_name="full",
+        lora=Lora(rank=2),
+        seed=0,
     ).network
     save_file(travelling_state(network), tmp_path / "other.safetensors")
     outcome = flapsam(

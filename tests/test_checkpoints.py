@@ -17,7 +17,7 @@ from transformers.models.sam.configuration_sam import (
 )
 from transformers.models.sam.modeling_sam import SamModel
 
-from flapsam.config import Backbone
+from flapsam.config import Backbone, Lora
 from flapsam.errors import FlapsamError
 from flapsam.experiments.pretraining import Recipe, held_out_iou
 from flapsam.experiments.synthesis import TASKS
@@ -248,7 +248,7 @@ def test_the_masks_of_a_run_start_as_it_says():
     found = {}
     for masks in ("new", "warm"):
         backbone = Backbone(masks=masks)
-        net = assemble(backbone, image_size=64, classes=2, strategy_name="flap", rank=2, seed=0).network
+        net = assemble(backbone, image_size=64, classes=2, strategy_name="flap", lora=Lora(rank=2), seed=0).network
         state = {public_name(key): tensor for key, tensor in net.state_dict().items()}
         found[masks] = [torch.equal(state[name.format(mask)], shipped[name.format(0)].float()) for mask in range(3)]
     assert found == {"new": [False] * 3, "warm": [True] * 3}

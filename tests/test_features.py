@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from flapsam import training
-from flapsam.config import Backbone, Samples, Training
+from flapsam.config import Backbone, Lora, Samples, Training
 from flapsam.features import can_be_kept
 from flapsam.sam import STRATEGIES, Sam, assemble, travelling_state
 from flapsam.training import Learner, fit
@@ -12,7 +12,7 @@ PLAIN = Training(window=1, batch_size=6, warmup_steps=2, augment="none")
 
 def network(strategy: str) -> Sam:
     backbone = Backbone(weights="random")
-    return assemble(backbone, image_size=32, classes=2, strategy_name=strategy, rank=2, seed=0).network
+    return assemble(backbone, image_size=32, classes=2, strategy_name=strategy, lora=Lora(rank=2), seed=0).network
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

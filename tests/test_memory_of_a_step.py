@@ -1,14 +1,16 @@
 import pytest
 import torch
 
-from flapsam.config import Backbone, Training
+from flapsam.config import Backbone, Lora, Training
 from flapsam.memory import SHARE, memory_table, step_bytes, windows_that_fit
 from flapsam.sam import assemble
 from flapsam.sam.encoder import checkpoint_layers
 
 
 def network():
-    return assemble(Backbone(weights="random"), image_size=64, classes=2, strategy_name="flap", rank=2, seed=0).network
+    return assemble(
+        Backbone(weights="random"), image_size=64, classes=2, strategy_name="flap", lora=Lora(rank=2), seed=0
+    ).network
 
 
 def test_memory_grows_with_the_slices():

@@ -9,11 +9,21 @@ import pytest
 import torch
 from adaptermaker import saved, trained
 
-from flapsam.adapter import load_adapter, read_tensors, save_adapter
-from flapsam.config import Backbone
+from flapsam.adapter import FORMAT, load_adapter, read_tensors, save_adapter
+from flapsam.config import Backbone, Lora
 from flapsam.errors import FlapsamError
 from flapsam.inference import predict_volume
-from flapsam.sam import STRATEGIES, assemble, build, load_travelling, strategy, travelling_state
+from flapsam.sam import (
+    STRATEGIES,
+    apply_strategy,
+    architecture,
+    assemble,
+    build,
+    load_travelling,
+    strategy,
+    travelling,
+    travelling_state,
+)
 from flapsam.traffic import strategy_table
 from flapsam.volumes import Volume
 
@@ -44,6 +54,36 @@ def test_other_backbones_have_a_table(backbone: str):
     assert counts["flap"] == counts["lora"] + counts["partial-decoder"]
     assert counts["lora-decoder"] == counts["lora"] + counts["decoder"]
     assert counts["full"] == max(counts.values())
+
+
+# ViT-B at rank 32. A block's query and value: 2 · (768 + 768) · 32 = 98,304. In the decoder's two layers self-attention has
+# 2 · (256 + 256) · 32 = 32,768, each of the two cross-attentions and the final one 2 · (256 + 128) · 32 = 24,576.
+ENCODER, DECODER = 12 * 98_304, 2 * (32_768 + 2 * 24_576) + 24_576
+TOKENS, UPSCALING, HYPERNETWORKS = 3 * 256, 76_632, 3 * 133_640
+
+
+@pytest.mark.parametrize(
+    ("lora", "frozen", "parameters"),
+    [
+        (Lora(layers=["encoder"]), [], ENCODER),
+        (Lora(layers=["decoder"]), [], DECODER),
+        (Lora(layers=["encoder-first"]), [], ENCODER // 2),
+        (Lora(layers=["encoder-last", "decoder"]), [], ENCODER // 2 + DECODER),
+        (Lora(layers=["encoder-first", "encoder-last", "decoder"]), [], ENCODER + DECODER),
+        (Lora(projections=["v"]), [], (ENCODER + DECODER) // 2),
+        (Lora(projections=["q", "k", "v", "out"]), [], 2 * (ENCODER + DECODER)),
+        (Lora(projections=["out"], layers=["encoder"]), [], ENCODER // 2),
+        (Lora(rank=4), [], (ENCODER + DECODER) // 8),
+        (Lora(), ["mask-tokens"], ENCODER + DECODER - TOKENS),
+        (Lora(), ["upscaling"], ENCODER + DECODER - UPSCALING),
+        (Lora(), ["hypernetworks", "mask-tokens"], ENCODER + DECODER - HYPERNETWORKS - TOKENS),
+    ],
+)
+def test_where_adapters_sit_and_what_stays(lora: Lora, frozen: list, parameters: int):
+    with torch.device("meta"):
+        network = build(architecture("sam-vit-b"), image_size=224, classes=2)
+        apply_strategy(network, STRATEGIES["flap"], lora, frozen=frozen)
+    assert sum(p.numel() for p in travelling(network).values()) == parameters + TOKENS + UPSCALING + HYPERNETWORKS
 
 
 def volume() -> Volume:
@@ -78,15 +118,33 @@ def test_the_files_are_those_that_peft_reads_where_it_can(name: str, tmp_path: P
     }.get(name, plain)
 
 
+def test_an_adapter_with_frozen_parts_loads_back(tmp_path: Path):
+    lora = Lora(rank=4, layers=["encoder-last"], projections=["k", "out"])
+    assembled, card = trained("flap", lora=lora, frozen=["upscaling"])
+    save_adapter(tmp_path, card, travelling_state(assembled.network))
+    assert "output" not in (tmp_path / "adapter_config.json").read_text().replace("out_proj", "")
+    network, read = load_adapter(tmp_path)
+    assert read == card
+    with torch.inference_mode():
+        images = torch.rand(2, 3, 64, 64)
+        assert torch.equal(network(images), assembled.network(images))
+
+
+@pytest.mark.parametrize("layers", [["encoder", "decoder"], ["encoder-first", "decoder"]])
 @pytest.mark.parametrize("name", ["flap", "lora"])
-def test_plain_peft_loads_it(name: str, tmp_path: Path):
+def test_plain_peft_loads_it(name: str, layers: list, tmp_path: Path):
     from peft import PeftModel
 
-    assembled, card = trained(name)
+    assembled, card = trained(name, lora=Lora(rank=4, layers=layers, projections=["q", "out"]))
     save_adapter(tmp_path, card, travelling_state(assembled.network))
     base = build(assembled.network.sizes, image_size=64, classes=2, seed=99)
     bare = assemble(
-        Backbone(name="sam-tiny", weights="random"), image_size=64, classes=2, strategy_name="full", rank=4, seed=3
+        Backbone(name="sam-tiny", weights="random"),
+        image_size=64,
+        classes=2,
+        strategy_name="full",
+        lora=Lora(rank=4),
+        seed=3,
     ).network
     base.load_state_dict(bare.state_dict())
     model = PeftModel.from_pretrained(base, str(tmp_path))
@@ -119,7 +177,7 @@ def test_the_first_format_still_loads(weights: str, tmp_path: Path):
     assert '"weights": "random"' in text
     (folder / "flapsam.json").write_text(text.replace('"weights": "random"', f'"weights": {weights}'))
     network, card = load_adapter(folder)
-    assert (card.format, card.backbone.masks) == (3, "new")
+    assert (card.format, card.backbone.masks, card.lora) == (FORMAT, "new", Lora(rank=1))
     assert card.licence == "unknown"
     assert card.classes == ["kidney", "tumour"]
     image = (torch.arange(32 * 32.0).view(1, 1, 32, 32) % 37) / 37
@@ -130,19 +188,24 @@ def test_the_first_format_still_loads(weights: str, tmp_path: Path):
     assert logits.abs().mean().item() == pytest.approx(0.02993904985487461, abs=1e-5)
 
 
-def test_the_second_format_still_loads(tmp_path: Path):
+def test_the_second_and_third_format_still_load(tmp_path: Path):
     path = saved(tmp_path) / "flapsam.json"
     written = json.loads(path.read_text())
-    del written["backbone"]["masks"]
-    path.write_text(json.dumps({**written, "format": 2, "licence": "MIT"}))
+    del written["lora"], written["frozen"]
+    third = {**written, "format": 3, "lora_rank": 4, "licence": "MIT"}
+    path.write_text(json.dumps(third))
     card = load_adapter(tmp_path)[1]
-    assert (card.format, card.backbone.masks, card.licence) == (3, "new", "MIT")
+    assert (card.format, card.lora, card.frozen, card.licence) == (FORMAT, Lora(rank=4), [], "MIT")
+    del third["backbone"]["masks"]
+    path.write_text(json.dumps({**third, "format": 2}))
+    card = load_adapter(tmp_path)[1]
+    assert (card.format, card.backbone.masks, card.licence) == (FORMAT, "new", "MIT")
 
 
 def test_a_newer_format_is_said_to_be_newer(tmp_path: Path):
     card = saved(tmp_path) / "flapsam.json"
-    card.write_text(card.read_text().replace('"format": 3', '"format": 4'))
-    with pytest.raises(FlapsamError, match="format 4 is newer"):
+    card.write_text(card.read_text().replace(f'"format": {FORMAT}', f'"format": {FORMAT + 1}'))
+    with pytest.raises(FlapsamError, match=f"format {FORMAT + 1} is newer"):
         load_adapter(tmp_path)
 
 

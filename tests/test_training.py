@@ -6,7 +6,7 @@ import pytest
 import torch
 from monai.losses.dice import DiceLoss
 
-from flapsam.config import Backbone, Samples, Training
+from flapsam.config import Backbone, Lora, Samples, Training
 from flapsam.errors import FlapsamError
 from flapsam.sam import assemble, travelling, travelling_state
 from flapsam.sam.encoder import checkpoint_layers
@@ -97,7 +97,7 @@ def test_batches_depend_on_the_seed_alone(cases):
 
 def network(name: str = "flap"):
     return assemble(
-        Backbone(name="sam-tiny", weights="random"), image_size=32, classes=2, strategy_name=name, rank=2, seed=0
+        Backbone(name="sam-tiny", weights="random"), image_size=32, classes=2, strategy_name=name, lora=Lora(rank=2), seed=0
     ).network
 
 

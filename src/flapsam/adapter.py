@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flapsam import __version__
-from flapsam.config import RANDOM, Backbone, ClassValues, Samples, Weights
+from flapsam.config import RANDOM, Backbone, ClassValues, Lora, OutputPart, Samples, Weights
 from flapsam.errors import FlapsamError
 from flapsam.files import write_text, written_whole
-from flapsam.sam import Sam, assemble, load_travelling, lora_config, strategy
+from flapsam.sam import Sam, architecture, assemble, load_travelling, lora_config, strategy
+from flapsam.sam.sources import source
 from flapsam.sam.strategies import OUTPUT
 
 CARD, PEFT_CONFIG, PEFT_WEIGHTS, PLAIN_WEIGHTS = (
@@ -29,7 +30,7 @@ CARD, PEFT_CONFIG, PEFT_WEIGHTS, PLAIN_WEIGHTS = (
     "weights.safetensors",
 )
 PEFT_PREFIX = "base_model.model."
-FORMAT = 3
+FORMAT = 4
 """Of ``flapsam.json``; ``_upgrade`` reads the older ones."""
 
 
@@ -54,13 +55,14 @@ class AdapterCard(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    format: Literal[3] = FORMAT
+    format: Literal[4] = FORMAT
     flapsam: str = __version__
     run: str
     mode: str
     rounds: int
     strategy: str
-    lora_rank: int
+    lora: Lora
+    frozen: list[OutputPart]
     backbone: BackboneCard
     samples: Samples
     classes: list[str]
@@ -79,11 +81,11 @@ def save_adapter(folder: Path, card: AdapterCard, tensors: Mapping[str, Tensor])
         tensors: those that travel, under the network's public names.
     """
     chosen = strategy(card.strategy)
-    output_with_lora = chosen.lora and chosen.trains == (OUTPUT,)
+    output_with_lora = chosen.lora and chosen.trains == (OUTPUT,) and not card.frozen
     peft = {n: t.contiguous() for n, t in tensors.items() if chosen.lora and (output_with_lora or ".lora_" in n)}
     plain = {n: t.contiguous() for n, t in tensors.items() if n not in peft}
     if peft:
-        config = lora_config(card.lora_rank)
+        config = lora_config(card.lora, architecture(source(card.backbone.name).architecture).depth)
         config.base_model_name_or_path = card.backbone.name
         config.inference_mode = True
         config.modules_to_save = ["output"] if output_with_lora else None
@@ -134,6 +136,10 @@ def _upgrade(description: Any) -> Any:
         if isinstance(backbone, dict):
             backbone = {**backbone, "masks": "new"}
         description = {**description, "format": 3, "backbone": backbone}
+    if description.get("format") == 3:
+        # Adapters sat on every query and value, and all of the output trained.
+        description = {**description, "format": 4, "lora": {"rank": description.get("lora_rank")}, "frozen": []}
+        description.pop("lora_rank", None)
     return description
 
 
@@ -173,7 +179,8 @@ def load_adapter(folder: Path, weights: Weights | None = None) -> tuple[Sam, Ada
         image_size=card.samples.size,
         classes=len(card.classes),
         strategy_name=card.strategy,
-        rank=card.lora_rank,
+        lora=card.lora,
+        frozen=card.frozen,
         seed=card.backbone.seed,
     )
     if assembled.checksum != card.backbone.checksum:

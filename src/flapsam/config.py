@@ -20,6 +20,9 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 ClassValues = int | list[int]
 Mode = Literal["federated", "local", "centralised"]
+Projection = Literal["q", "k", "v", "out"]
+Layers = Literal["encoder", "encoder-first", "encoder-last", "decoder"]
+OutputPart = Literal["mask-tokens", "upscaling", "hypernetworks"]
 
 RANDOM: Literal["random"] = "random"
 """In the place of a checkpoint: random weights."""
@@ -118,6 +121,10 @@ class Lora(Options):
     """Low-rank adapters. The scale is 1 (alpha = rank)."""
 
     rank: Positive = 32
+    projections: Annotated[list[Projection], Field(min_length=1)] = ["q", "v"]
+    """Of every attention: query, key, value and output."""
+    layers: Annotated[list[Layers], Field(min_length=1)] = ["encoder", "decoder"]
+    """The whole image encoder, or the first or the last half of its blocks; the mask decoder."""
 
 
 class Training(Options):
@@ -200,6 +207,8 @@ class RunConfig(Options):
     backbone: Backbone = Backbone()
     strategy: str = "flap"
     lora: Lora = Lora()
+    frozen: list[OutputPart] = []
+    """Parts of the mask decoder's output that stay as they start and never travel, whatever the strategy trains."""
     training: Training = Training()
     rounds: Rounds = Rounds()
     aggregator: str = "flexlora"

@@ -6,7 +6,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from flapsam.config import RANDOM, Backbone, Training
+from flapsam.config import RANDOM, Backbone, Lora, Training
 from flapsam.sam import Sam, assemble
 from flapsam.sam.encoder import checkpoint_layers
 from flapsam.training import loss_of
@@ -105,7 +105,12 @@ def memory_table(
         FlapsamError: a name is unknown or the image size does not fit.
     """
     network = assemble(
-        Backbone(name=backbone, weights=RANDOM), image_size=image_size, classes=2, strategy_name=strategy, rank=rank, seed=0
+        Backbone(name=backbone, weights=RANDOM),
+        image_size=image_size,
+        classes=2,
+        strategy_name=strategy,
+        lora=Lora(rank=rank),
+        seed=0,
     ).network.to(device)
     fixed = sum(p.numel() * p.element_size() for p in network.parameters()) + learned_bytes(network)
     straight = _line(network, Training(), precision)

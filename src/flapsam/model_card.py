@@ -37,7 +37,7 @@ def model_card(card: AdapterCard, federation: str, events: Sequence[Event]) -> s
         f"# Segmentation of {classes}",
         f"An adapter for the Segment Anything Model `{card.backbone.name}`, trained {together} with "
         f"[FLAP-SAM](https://arxiv.org/abs/2407.21739) for {card.rounds} rounds (strategy `{card.strategy}`"
-        f"{f', rank {card.lora_rank}' if strategy(card.strategy).lora else ''}). It needs no prompts. "
+        f"{f', rank {card.lora.rank}' if strategy(card.strategy).lora else ''}). It needs no prompts. "
         f"Label maps hold 0 for background and {_values(card)}.",
         "```\nflapsam predict THIS_FOLDER IMAGES -o LABEL_MAPS\n```",
         "## Training and test",

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flapsam.config import RunConfig
+from flapsam.config import Lora, RunConfig
 from flapsam.sam import STRATEGIES, Architecture, apply_strategy, architecture, build, strategy, travelling
 from flapsam.sam.sources import source
 
@@ -25,10 +25,10 @@ class StrategyTraffic:
     """How many times less than ``full``."""
 
 
-def travelling_parameters(sizes: Architecture, name: str, *, image_size: int, classes: int, rank: int) -> int:
+def travelling_parameters(sizes: Architecture, name: str, *, image_size: int, classes: int, lora: Lora) -> int:
     """Parameters that a strategy trains and sends."""
     with torch.device("meta"):
-        network = apply_strategy(build(sizes, image_size=image_size, classes=classes), strategy(name), rank=rank)
+        network = apply_strategy(build(sizes, image_size=image_size, classes=classes), strategy(name), lora)
     return sum(parameter.numel() for parameter in travelling(network).values())
 
 
@@ -42,7 +42,8 @@ def strategy_table(
     """
     sizes = architecture(source(backbone).architecture)
     size = image_size or sizes.default_size
-    counts = {name: travelling_parameters(sizes, name, image_size=size, classes=classes, rank=rank) for name in STRATEGIES}
+    lora = Lora(rank=rank)
+    counts = {name: travelling_parameters(sizes, name, image_size=size, classes=classes, lora=lora) for name in STRATEGIES}
     return [
         StrategyTraffic(name, STRATEGIES[name].paper_name, count, count * BYTES * 2 * rounds / 2**30, counts["full"] / count)
         for name, count in counts.items()
@@ -53,6 +54,4 @@ def full_packet_bytes(config: RunConfig) -> int:
     """Bytes that the parameters of full fine-tuning would take one way."""
     sizes = architecture(source(config.backbone.name).architecture)
     size = config.samples.size or sizes.default_size
-    return BYTES * travelling_parameters(
-        sizes, "full", image_size=size, classes=len(config.data.classes), rank=config.lora.rank
-    )
+    return BYTES * travelling_parameters(sizes, "full", image_size=size, classes=len(config.data.classes), lora=config.lora)

@@ -222,7 +222,8 @@ class _Simulation:
             image_size=config.samples.size,
             classes=len(config.data.classes),
             strategy_name=config.strategy,
-            rank=config.lora.rank,
+            lora=config.lora,
+            frozen=config.frozen,
             seed=config.seed,
         )
         assembled.network.to(config.device)
@@ -293,7 +294,8 @@ class _Simulation:
             mode=federation.mode,
             rounds=config.rounds.count,
             strategy=config.strategy,
-            lora_rank=config.lora.rank,
+            lora=config.lora,
+            frozen=config.frozen,
             backbone=BackboneCard(
                 name=config.backbone.name,
                 pixels=config.backbone.pixels,

@@ -5,39 +5,70 @@ the same whether adapters sit on a layer or not.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from flapsam.config import Lora, OutputPart, Projection
 from flapsam.sam.network import Sam
-from flapsam.sam.strategies import Strategy
+from flapsam.sam.strategies import OUTPUT, Strategy
 
 ADAPTER = "default"
+PROJECTIONS: Mapping[Projection, tuple[str, ...]] = {
+    "q": ("q_proj",),
+    "k": ("k_proj",),
+    "v": ("v_proj",),
+    "out": ("attn.proj", "out_proj"),
+}
+"""What an attention's projections are called: the encoder's and the decoder's."""
 
 
-def lora_config(rank: int) -> LoraConfig:
-    """Low-rank adapters on query and value, scale 1; A as PEFT starts it, B zero."""
-    return LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, bias="none", target_modules=["q_proj", "v_proj"])
+def lora_config(lora: Lora, depth: int) -> LoraConfig:
+    """Low-rank adapters of scale 1; A as PEFT starts it, B zero.
+
+    Args:
+        lora: rank, and where they sit.
+        depth: blocks of the image encoder.
+    """
+    return LoraConfig(r=lora.rank, lora_alpha=lora.rank, lora_dropout=0.0, bias="none", target_modules=_targets(lora, depth))
 
 
-def apply_strategy(network: Sam, strategy: Strategy, *, rank: int, seed: int = 0) -> Sam:
+def _targets(lora: Lora, depth: int) -> list[str] | str:
+    """As PEFT takes them: ends of the layers' names, or a pattern of the whole name where not all layers are meant."""
+    names = [name for projection in lora.projections for name in PROJECTIONS[projection]]
+    if {"encoder", "decoder"} <= set(lora.layers):
+        return names
+    half = depth // 2
+    blocks = {"encoder": range(depth), "encoder-first": range(half), "encoder-last": range(half, depth)}
+    adapted = sorted({block for part in lora.layers for block in blocks.get(part, ())})
+    places = [rf"vision_encoder\.layers\.({'|'.join(map(str, adapted))})"] if adapted else []
+    places += ["mask_decoder"] if "decoder" in lora.layers else []
+    return rf"({'|'.join(places)})\.(.*\.)?({'|'.join(map(re.escape, names))})"
+
+
+def apply_strategy(
+    network: Sam, strategy: Strategy, lora: Lora, *, frozen: Collection[OutputPart] = (), seed: int = 0
+) -> Sam:
     """Add the strategy's adapters in place and let only its parameters train.
 
     Args:
         network: as ``build`` makes it.
         strategy: what trains.
-        rank: of the adapters, if there are any.
+        lora: the adapters, if there are any.
+        frozen: parts of the decoder's output that do not train.
         seed: of the adapters' random start; the global random state is left as it was.
     """
     if strategy.lora:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            inject_adapter_in_model(lora_config(rank), network)
+            inject_adapter_in_model(lora_config(lora, len(network.vision_encoder.layers)), network)
+    stay = tuple(f"{OUTPUT.removesuffix('*')}{part.replace('-', '_')}." for part in frozen)
     for name, parameter in named_parameters(network):
-        parameter.requires_grad_(strategy.selects(name))
+        parameter.requires_grad_(strategy.selects(name) and not name.startswith(stay))
     return network
 
 

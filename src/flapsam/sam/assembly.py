@@ -1,8 +1,9 @@
 """From a configuration to a network that is ready to train or to predict."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from flapsam.config import RANDOM, Backbone, Weights
+from flapsam.config import RANDOM, Backbone, Lora, OutputPart, Weights
 from flapsam.errors import FlapsamError
 from flapsam.sam.adapters import apply_strategy, frozen_checksum
 from flapsam.sam.architecture import architecture
@@ -26,7 +27,14 @@ class Assembled:
 
 
 def assemble(
-    backbone: Backbone, *, image_size: int | None, classes: int, strategy_name: str, rank: int, seed: int
+    backbone: Backbone,
+    *,
+    image_size: int | None,
+    classes: int,
+    strategy_name: str,
+    lora: Lora,
+    frozen: Collection[OutputPart] = (),
+    seed: int,
 ) -> Assembled:
     """Build the backbone, load its weights, add the strategy.
 
@@ -35,7 +43,8 @@ def assemble(
         image_size: side of the input in pixels; the architecture's default if None.
         classes: without background.
         strategy_name: what trains.
-        rank: of the adapters.
+        lora: the adapters, if the strategy has any.
+        frozen: parts of the decoder's output that do not train.
         seed: of everything that starts at random.
 
     Raises:
@@ -62,5 +71,5 @@ def assemble(
         about = f"{weights.name}: {load_weights(network, state, str(weights))}"
         if backbone.masks == "warm":
             warm_masks(network, state)
-    apply_strategy(network, chosen, rank=rank, seed=seed_for(seed, "adapters"))
+    apply_strategy(network, chosen, lora, frozen=frozen, seed=seed_for(seed, "adapters"))
     return Assembled(network, weights, f"{backbone.name} with {about}", frozen_checksum(network))
