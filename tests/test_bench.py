@@ -8,9 +8,11 @@ from command import flapsam
 from sitemaker import make_sites, write_run
 
 from flapsam.config import read_config
+from flapsam.errors import FlapsamError
 from flapsam.experiments import bench as module
 from flapsam.experiments import simulation
-from flapsam.experiments.bench import cell_file, cells_of
+from flapsam.experiments.bench import Row, RowSummary, cell_file, cells_of, front
+from flapsam.experiments.bench import suggest as choose
 from flapsam.experiments.comparison import compare
 from flapsam.experiments.settings import SETTINGS, read_settings
 
@@ -150,6 +152,53 @@ def test_an_unseen_site_is_tested_and_never_trains(finished: Path, capfd):
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert {event["site"] for event in events if event["event"] == "fit"} == {"site_0"}
     assert {event["site"] for event in events if event["event"] == "test"} == {"site_0", "site_1"}
+
+
+def summary(name: str, parameters: int, dice: float, *, mode: str = "federated", done: int = 1) -> RowSummary:
+    rest = dict.fromkeys(["unseen_dice", "gain", "difference", "bytes_up", "bytes_down", "seconds", "peak_bytes"])
+    return RowSummary(
+        Row(name, mode, ""),
+        1,
+        done,
+        {},
+        dice,
+        {},
+        {},
+        {},
+        parameters=parameters,
+        **rest,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def test_the_front_and_the_cheapest_by_hand():
+    rows = [
+        summary("large", 1000, 0.80),
+        summary("small", 10, 0.60),
+        summary("good", 100, 0.795),
+        summary("beaten by good", 200, 0.79),
+        summary("as good but larger", 150, 0.795),
+        summary("local", 5, 0.9, mode="local"),
+        summary("missing", 1, 0.9, done=0),
+    ]
+    assert [row.row.strategy for row in front(rows)] == ["small", "good", "large"]
+    assert [row.row.strategy for row in choose(rows, 0.01)] == ["good", "large"]
+    assert [row.row.strategy for row in choose(rows, 0.001)] == ["large", "large"]
+    assert [row.row.strategy for row in choose(rows, 0.21)] == ["small", "large"]
+    with pytest.raises(FlapsamError, match="nothing to suggest"):
+        choose(rows[-2:], 0.01)
+
+
+def test_suggest_and_the_picture(finished: Path, capfd):
+    run = finished.parent / "run.yaml"
+    assert flapsam(capfd, "bench", run).code == 0
+    told = flapsam(capfd, "suggest", run, "--json")
+    rows = json.loads((finished / "bench.json").read_text())
+    federated = [row for row in rows if row["row"]["mode"] == "federated"]
+    assert json.loads(told.out)["best"] == max(federated, key=lambda row: row["mean_dice"])
+    assert "cheapest within 0.5: " in flapsam(capfd, "suggest", run, "--tolerance", "0.5").out
+    picture = (finished / "bench.svg").read_text()
+    assert picture.startswith("<?xml")
+    assert "Pareto front" in picture
 
 
 def test_what_is_missing_says_so(data: Path, tmp_path: Path, capfd):

@@ -96,6 +96,7 @@ def bench(
     """Compare strategies, modes, aggregators and seeds in one table; what is missing is computed."""
     from flapsam.experiments.bench import bench as run
     from flapsam.experiments.settings import read_settings
+    from flapsam.report.bench_figure import draw
     from flapsam.report.bench_table import bench_table, write_tables
 
     configuration = read_settings(config, data, assignments or [])
@@ -110,12 +111,43 @@ def bench(
         )
         raise typer.Exit(130) from None
     write_tables(result)
+    draw(result)
     if as_json:
         from dataclasses import asdict
 
         return _print_json([asdict(row) for row in result.rows()])
     out.print(bench_table(result))
-    out.print(f"All columns are in bench.md, .csv and .json in {result.folder}", highlight=False, soft_wrap=True)
+    out.print(
+        f"All columns are in bench.md, .csv and .json, the picture in bench.svg, in {result.folder}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def suggest(
+    config: Annotated[str, typer.Argument(metavar="RUN.yaml", help="As flapsam bench was given it.")],
+    data: Annotated[Path | None, typer.Option(help="The data's folder, in the place of data.path.")] = None,
+    assignments: Assignments = None,
+    tolerance: Annotated[float, typer.Option(min=0, help="Dice that may be lost.")] = 0.01,
+    as_json: Json = False,
+) -> None:
+    """Name the cheapest of a bench's choices whose Dice is close to the best."""
+    from dataclasses import asdict
+
+    from flapsam.experiments.bench import bench as run
+    from flapsam.experiments.bench import suggest as choose
+    from flapsam.experiments.settings import read_settings
+
+    rows = run(read_settings(config, data, assignments or []), minutes=0).rows()
+    chosen, best = choose(rows, tolerance)
+    if as_json:
+        return _print_json({"suggested": asdict(chosen), "best": asdict(best)})
+    for what, row in (("best", best), (f"cheapest within {tolerance:g}", chosen)):
+        out.print(f"{what}: {row.row.name}, Dice {row.mean_dice:.3f}, {row.parameters:,} parameters", highlight=False)
+    missing = [row.row.name for row in rows if row.row.mode == "federated" and row.done < row.planned]
+    if missing:
+        notes.print(f"Not all cells are there, so this may change: {'; '.join(missing)}", highlight=False, soft_wrap=True)
 
 
 @app.command()

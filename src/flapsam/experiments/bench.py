@@ -163,6 +163,33 @@ class Bench:
         return compare(scores[first], scores[second], subjects)
 
 
+def front(rows: Sequence[RowSummary]) -> list[RowSummary]:
+    """The Pareto front: rows that travel, to which no other has both fewer parameters and a higher Dice; cheapest first."""
+    best, found = -1.0, []
+    for row in sorted(_measured(rows), key=lambda row: (row.parameters, -(row.mean_dice or 0))):
+        if row.mean_dice is not None and row.mean_dice > best:
+            best = row.mean_dice
+            found.append(row)
+    return found
+
+
+def suggest(rows: Sequence[RowSummary], tolerance: float) -> tuple[RowSummary, RowSummary]:
+    """The row with the fewest parameters whose Dice is within ``tolerance`` of the best, and the best.
+
+    Raises:
+        FlapsamError: no federated row is there.
+    """
+    candidates = front(rows)
+    if not candidates:
+        raise FlapsamError("no federated row is there yet, so there is nothing to suggest; run flapsam bench first")
+    best = candidates[-1]
+    return next(row for row in candidates if (row.mean_dice or 0) >= (best.mean_dice or 0) - tolerance), best
+
+
+def _measured(rows: Sequence[RowSummary]) -> list[RowSummary]:
+    return [row for row in rows if row.row.mode == "federated" and row.done]
+
+
 def cells_of(config: RunConfig) -> dict[Cell, RunConfig]:
     """The cells of a run's grids in their order, each with its own configuration.
 
