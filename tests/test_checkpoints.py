@@ -254,6 +254,30 @@ def test_the_masks_of_a_run_start_as_it_says():
     assert found == {"new": [False] * 3, "warm": [True] * 3}
 
 
+@pytest.mark.parametrize(
+    ("strategy", "frozen", "alike"),
+    [
+        ("flap", [], True),
+        ("flap", ["mask-tokens"], True),
+        ("lora", [], False),
+        ("flap", ["mask-tokens", "hypernetworks"], False),
+    ],
+)
+def test_masks_that_never_train_do_not_start_alike(strategy: str, frozen: list, alike: bool):
+    network = assemble(
+        Backbone(masks="warm"),
+        image_size=64,
+        classes=2,
+        strategy_name=strategy,
+        lora=Lora(rank=2),
+        frozen=frozen,
+        seed=0,
+    ).network
+    with torch.inference_mode():
+        logits = network(torch.rand(1, 3, 64, 64))
+    assert torch.equal(logits[:, 0], logits[:, 1]) == alike
+
+
 def test_the_shipped_weights_say_how_they_were_made_and_load_at_any_size():
     path = SHIPPED / "sam-tiny.safetensors"
     assert path.stat().st_size < 12e6

@@ -109,7 +109,7 @@ def test_learning_rate_stays_at_zero_after_its_end():
 def test_windows():
     tensors = golden("windows")
     volume = tensors["volume"].numpy()  # height, width, slices
-    stack = SliceStack(np.moveaxis(volume, 2, 0), Samples(), (float(volume.min()), float(volume.max())))
+    stack = SliceStack(np.moveaxis(volume, 2, 0), Samples(), ((float(volume.min()), float(volume.max())),))
     for centre, expected in enumerate(tensors["windows"]):
         window = stack.window(centre, depth=5)[:, 0].permute(1, 2, 0)
         torch.testing.assert_close(window, expected, atol=1e-6, rtol=0)

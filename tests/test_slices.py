@@ -16,10 +16,10 @@ from flapsam.slices import SliceStack, from_square, labels_to_square, prepare, s
 from flapsam.volumes import Volume
 
 
-def stack(values: Sequence[float], **fields) -> SliceStack:
-    """One-voxel slices of these intensities."""
-    images = np.array(values, np.float32).reshape(-1, 1, 1)
-    return SliceStack(images, Samples(**fields), (min(values), max(values)))
+def stack(values: Sequence[float], site: str = "", **fields) -> SliceStack:
+    """One-voxel slices of these intensities, or of these tuples of modalities."""
+    array = np.array(values, np.float32)
+    return stack_of(Volume(array[None, None], np.eye(4)), Samples(axis="axial", **fields), site)
 
 
 def test_a_slice_is_scaled_with_its_two_neighbours_either_side():
@@ -42,6 +42,39 @@ def test_clip_comes_before_scaling():
     assert stack(values, clip=(0, 100), scaling="volume").window(2).item() == pytest.approx(0.5)
 
 
+def test_a_sites_own_clip_is_as_good_as_its_z_score():
+    """Fed-KiTS19's site A: clip to (−66, 208), subtract 100.545, divide by 61.677, then scale by the window."""
+    values = np.array([-500.0, -70, 0, 150, 900])
+    scores = (values.clip(-66, 208) - 100.545) / 61.677
+    expected = (scores - scores.min()) / (scores.max() - scores.min() + 1e-8)
+    clips = {"clip": (-75, 296), "site_clip": {"A": (-66, 208)}}
+    window = stack(values.tolist(), site="A", **clips).window(2, depth=5).flatten()
+    torch.testing.assert_close(window, torch.from_numpy(expected).float(), atol=1e-6, rtol=0)
+    other = stack(values.tolist(), site="B", **clips).window(2, depth=5).flatten()
+    assert other[3].item() == pytest.approx((150 + 75) / (296 + 75))
+
+
+def test_clip_at_a_percentile_of_the_volume():
+    # Of 0 … 100 the 99th percentile is 99; the window of slice 99 is 97 … 99 99.
+    values = [float(value) for value in range(101)]
+    made = stack(values, clip_percentile=99)
+    assert made.clip == ((-np.inf, 99.0),)
+    torch.testing.assert_close(made.window(99, depth=5).flatten(), torch.tensor([0, 0.5, 1, 1, 1]))
+    assert stack(values, clip_percentile=99, scaling="volume").window(50).item() == pytest.approx(50 / 99)
+    assert stack(values, clip_percentile=99, clip=(0, 60)).clip == ((0, 60),)
+
+
+@pytest.mark.parametrize("channels", ["replicate", "adjacent"])
+def test_modalities_take_a_channel_each_and_are_scaled_apart(channels: str):
+    two = stack([(0, 500), (10, 400), (20, 300), (30, 200), (40, 100)], channels=channels)
+    torch.testing.assert_close(two.window(1).flatten(), torch.tensor([1 / 3, 2 / 3, 2 / 3]))
+    assert two.window(2, depth=3).shape == (3, 3, 1, 1)
+    three = stack([(0, 0, 8), (1, 0, 4)], channels=channels, scaling="volume")
+    torch.testing.assert_close(three.window(1).flatten(), torch.tensor([1.0, 0, 0]))
+    clipped = stack([(0, 0), (100, 1)], modalities=2, clip=(0, 50), scaling="volume")
+    torch.testing.assert_close(clipped.window(1).flatten(), torch.tensor([1.0, 1, 1]))
+
+
 def test_adjacent_puts_the_neighbours_into_the_outer_channels():
     window = stack([0, 10, 20, 30, 40], channels="adjacent").window(2)
     torch.testing.assert_close(window.flatten(), torch.tensor([0.25, 0.5, 0.75]))
@@ -53,7 +86,7 @@ def test_adjacent_puts_the_neighbours_into_the_outer_channels():
 @pytest.mark.parametrize("depth", [1, 3, 5, 9])
 def test_shapes_of_windows(channels: str, depth: int):
     images = np.random.default_rng(0).normal(size=(4, 6, 5)).astype(np.float32)
-    made = SliceStack(images, Samples.model_validate({"channels": channels}), (-3, 3))
+    made = SliceStack(images, Samples.model_validate({"channels": channels}), ((-3, 3),))
     for centre in range(4):
         window = made.window(centre, depth)
         assert window.shape == (depth, 3 if channels == "adjacent" else 1, 6, 5)

@@ -12,6 +12,7 @@ from flapsam.volumes import (
     Volume,
     canonical_slice_axis,
     case_name,
+    count_modalities,
     from_canonical,
     is_nifti,
     read_geometry,
@@ -143,7 +144,7 @@ def save_singular(path: Path) -> None:
 BROKEN = {
     "not a number": (lambda p: save(np.array([[[1.0, np.nan]]], np.float32), p), "1 voxels are NaN or infinite"),
     "two dimensions": (lambda p: save(np.zeros((4, 4), np.float32), p), "a 3-D volume is needed, this file has 2"),
-    "four dimensions": (lambda p: save(np.zeros((4, 4, 4, 2), np.float32), p), "a 3-D volume is needed, this file has 4"),
+    "four modalities": (lambda p: save(np.zeros((4, 4, 4, 4), np.float32), p), "has 4 modalities; the network has three"),
     "singular affine": (save_singular, "the affine is singular"),
     "colours": (lambda p: save(np.zeros((4, 4, 4), [("R", "u1"), ("G", "u1"), ("B", "u1")]), p), "one plain number"),
     "missing": (lambda p: None, "no such file"),
@@ -158,6 +159,45 @@ def test_broken_files(make, message: str, tmp_path: Path):
     with pytest.raises(FlapsamError, match=message) as error:
         read_image(path)
     assert str(path) in str(error.value)
+
+
+def test_a_label_map_has_three_dimensions(tmp_path: Path):
+    with pytest.raises(FlapsamError, match="a 3-D volume is needed, this file has 4"):
+        read_label(save(np.zeros((4, 4, 4, 2), np.uint8), tmp_path / "label.nii.gz"))
+
+
+def test_modalities_in_one_file_or_in_several(tmp_path: Path):
+    array = np.random.default_rng(0).normal(size=(4, 3, 2, 2)).astype(np.float32)
+    one = save(array, tmp_path / "both.nii.gz")
+    first, second = (save(array[..., index], tmp_path / f"case_000{index}.nii.gz") for index in (0, 1))
+    for paths in ([one], [first, second]):
+        assert count_modalities(paths) == 2
+        volume = read_image(*paths)
+        assert (volume.geometry[0], volume.modalities) == ((4, 3, 2), 2)
+        np.testing.assert_array_equal(volume.array, array)
+    assert count_modalities([first]) == read_image(first).modalities == 1
+    single = save(array[..., :1], tmp_path / "single.nii.gz")
+    assert read_image(single).array.shape == (4, 3, 2)
+    assert read_geometry(one, modalities=True)[0] == (4, 3, 2)
+    with pytest.raises(FlapsamError, match="the case has 4 modalities"):
+        read_image(first, first, first, first)
+    save(array[..., 1], tmp_path / "moved.nii.gz", np.diag([2.0, 1, 1, 1]))
+    with pytest.raises(FlapsamError, match=r"moved.nii.gz: it does not lie in the same place"):
+        read_image(first, tmp_path / "moved.nii.gz")
+
+
+def test_modalities_are_turned_with_the_volume(tmp_path: Path):
+    array = np.random.default_rng(0).normal(size=(4, 3, 2, 2)).astype(np.float32)
+    turned = Volume(array, np.array([[0, 0, 1.0, 0], [-1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]])).to_canonical()
+    for index in range(2):
+        alone = Volume(array[..., index], np.array([[0, 0, 1.0, 0], [-1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]]))
+        np.testing.assert_array_equal(turned.array[..., index], alone.to_canonical().array)
+
+
+def test_the_label_map_of_modalities_has_none(tmp_path: Path):
+    image = save(np.zeros((4, 3, 2, 2), np.float32), tmp_path / "image.nii.gz")
+    write_label_like(np.ones((4, 3, 2), np.uint8), image, tmp_path / "label.nii.gz")
+    assert read_label(tmp_path / "label.nii.gz").array.shape == (4, 3, 2)
 
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.9, 0.99])

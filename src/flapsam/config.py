@@ -88,18 +88,26 @@ class Samples(Options):
     """Slices are perpendicular to this axis; ``auto`` takes the largest spacing, and of equal ones the last."""
     clip: tuple[float, float] | None = None
     """Intensities are first cut to this range, such as [-80, 300] Hounsfield units for CT."""
+    site_clip: dict[str, tuple[float, float]] = {}
+    """Where one site's range differs."""
+    clip_percentile: Annotated[float, Field(gt=0, le=100)] | None = None
+    """Intensities above this percentile of the volume are cut to it, such as 99 for MRI with bright spots."""
     scaling: Literal["window", "volume"] = "window"
     """Minimum and maximum are taken over a slice and its two neighbours either side, or over the volume."""
     channels: Literal["replicate", "adjacent"] = "replicate"
-    """The slice three times, or the slices below and above it in channels 0 and 2."""
+    """The slice three times, or the slices below and above it in channels 0 and 2; two or three modalities take a channel
+    each instead, and of two the second takes two."""
+    modalities: Annotated[int, Field(ge=1, le=3)] = 1
+    """Of every case; read from the data where a run begins."""
     resize: Literal["stretch", "pad"] = "stretch"
     """How a slice becomes a square: stretched, or padded after scaling its longer side."""
 
-    @field_validator("clip")
+    @field_validator("clip", "site_clip")
     @classmethod
-    def _rising(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
-        if value is not None and value[0] >= value[1]:
-            raise ValueError("give the lower bound first, then the higher")
+    def _rising(cls, value: Any) -> Any:
+        for low, high in value.values() if isinstance(value, dict) else [value] if value else []:
+            if low >= high:
+                raise ValueError("give the lower bound first, then the higher")
         return value
 
 
@@ -114,7 +122,7 @@ class Backbone(Options):
     pixels: Literal["paper", "sam", "own"] = "paper"
     """Input normalisation: the paper's (mean 0, standard deviation 1), SAM's, or that of the backbone's makers."""
     masks: Literal["new", "warm"] = "new"
-    """How mask tokens and hypernetworks start: at random, or all from those of the checkpoint's first mask."""
+    """How mask tokens and hypernetworks start: at random, or, if either trains, all from the checkpoint's first mask."""
 
 
 class Lora(Options):

@@ -35,8 +35,8 @@ def predict_stack(
     network.eval()
     device = network.pixel_mean.device
     resize = stack.samples.resize
-    labels = np.empty(stack.images.shape, np.uint8)
-    height, width = stack.images.shape[1:]
+    labels = np.empty(stack.shape, np.uint8)
+    height, width = stack.shape[1:]
     for start in range(0, len(stack), batch):
         stop = min(start + batch, len(stack))
         images = torch.cat([stack.window(index) for index in range(start, stop)])
@@ -50,9 +50,9 @@ def predict_stack(
 
 
 def predict_volume(
-    network: Sam, volume: Volume, samples: Samples, *, batch: int, precision: str = "fp32"
+    network: Sam, volume: Volume, samples: Samples, *, batch: int, precision: str = "fp32", site: str = ""
 ) -> NDArray[np.uint8]:
-    """Class indices in the volume's own axes and shape, whatever its orientation."""
-    labels = predict_stack(network, stack_of(volume, samples), batch=batch, precision=precision)
+    """Class indices in the volume's own axes and shape, whatever its orientation; ``site`` where sites are clipped apart."""
+    labels = predict_stack(network, stack_of(volume, samples, site), batch=batch, precision=precision)
     axis = canonical_slice_axis(volume.affine, samples.axis)
     return np.ascontiguousarray(from_canonical(np.moveaxis(labels, 0, axis), volume.affine))

@@ -46,6 +46,9 @@ class Job:
 
     image: Path
     target: Path
+    others: tuple[Path, ...] = ()
+    """Files of further modalities."""
+    site: str = ""
 
 
 def find_images(path: Path, trained: Trained, split: Split | None = None) -> list[Job]:
@@ -80,7 +83,11 @@ def find_images(path: Path, trained: Trained, split: Split | None = None) -> lis
             raise FlapsamError(
                 f"{path}: its cases have no split; give the run's folder, which knows it, or leave out --split"
             )
-    jobs = [Job(case.image, Path(case.site) / f"{case.name}.nii.gz") for case in cases if case.split == split]
+    jobs = [
+        Job(case.image, Path(case.site) / f"{case.name}.nii.gz", case.other_images, case.site)
+        for case in cases
+        if case.split == split
+    ]
     if not jobs:
         raise FlapsamError(f"{path}: no case has the split '{split}'")
     return jobs
@@ -110,7 +117,12 @@ def predict_images(
     network, card = load_adapter(trained.folder, weights or backbone_of(trained))
     network.to(find_device(device))
     for job in jobs:
-        labels = predict_volume(network, read_image(job.image), card.samples, batch=batch)
+        volume = read_image(job.image, *job.others)
+        if volume.modalities != card.samples.modalities:
+            raise FlapsamError(
+                f"{job.image}: it has {volume.modalities} modalities, the adapter was trained on {card.samples.modalities}"
+            )
+        labels = predict_volume(network, volume, card.samples, batch=batch, site=job.site)
         target = output / job.target
         write_label_like(labels, job.image, target)
         on_case()

@@ -6,6 +6,7 @@ augmentation. Training and inference cut and scale slices with the same code, so
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,42 +23,60 @@ from flapsam.files import write_text, written_whole
 from flapsam.sites import IGNORED, Case, LabelMap
 from flapsam.volumes import Geometry, Volume, canonical_slice_axis, read_image, read_label, same_geometry
 
-RECORD = 2
+RECORD = 3
 """Version of what is noted beside an unpacked case."""
 REACH = 2
 """Neighbours either side that take part in scaling: the paper's windows have five slices."""
 
 
+Bounds = tuple[tuple[float, float], ...]
+"""Lowest and highest intensity, a pair a modality."""
+
+
 @dataclass(frozen=True)
 class SliceStack:
-    """A volume's slices in canonical axes, the slice axis first: ``images`` has shape (slices, height, width)."""
+    """A volume's slices in canonical axes: ``images`` has shape (slices, height, width), or (…, modality) at the end."""
 
     images: NDArray
     samples: Samples
-    bounds: tuple[float, float]
-    """Minimum and maximum of the volume, as stored."""
+    bounds: Bounds
+    """Of the volume as stored."""
+    clip: Bounds | None = None
+    """What intensities are cut to."""
 
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Slices, height, width."""
+        return self.images.shape[:3]  # pyright: ignore[reportReturnType]
+
     def window(self, centre: int, depth: int = 1) -> Tensor:
         """``depth`` adjacent slices around ``centre``; beyond the volume its outermost slice is repeated.
 
-        Scaled by (x − min) / (max − min + 1e-8) over the centre and its two neighbours either side, or over the volume.
+        Scaled by (x − min) / (max − min + 1e-8) over the centre and its two neighbours either side, or over the volume;
+        each modality apart.
 
         Returns:
-            Shape (depth, channels, height, width), in [0, 1]; three channels for ``adjacent``, else one.
+            Shape (depth, channels, height, width), in [0, 1]; one channel for ``replicate``, else three.
         """
         half = depth // 2
-        adjacent = self.samples.channels == "adjacent"
+        several = self.images.ndim == 4
+        adjacent = self.samples.channels == "adjacent" and not several
         taken = self._take(centre, max(half + adjacent, REACH))
         middle = len(taken) // 2
         if self.samples.scaling == "volume":
-            low, high = np.clip(self.bounds, *(self.samples.clip or (None, None)))
+            bounds = self.bounds if self.clip is None else _cut(self.bounds, self.clip)
         else:
-            low, high = _bounds(taken[middle - REACH : middle + REACH + 1])
+            bounds = _bounds(taken[middle - REACH : middle + REACH + 1])
+        low, high = (torch.tensor(side) for side in zip(*bounds, strict=True)) if several else bounds[0]
         scaled = (torch.from_numpy(taken) - low) / (high - low + 1e-8)
         first, last = middle - half, middle + half + 1
+        if several:
+            images = scaled[first:last].movedim(-1, 1)
+            # Neighbours in the window may lie outside the slices that set the scale.
+            return (images if images.shape[1] == 3 else images[:, [0, 1, 1]]).clamp(0, 1)
         if not adjacent:
             return scaled[first:last, None]
         channels = [scaled[first + shift : last + shift] for shift in (-1, 0, 1)]
@@ -67,14 +86,23 @@ class SliceStack:
     def _take(self, centre: int, reach: int) -> NDArray[np.float32]:
         indices = np.clip(np.arange(centre - reach, centre + reach + 1), 0, len(self) - 1)
         taken = np.asarray(self.images[indices], dtype=np.float32)
-        return taken if self.samples.clip is None else taken.clip(*self.samples.clip)
+        if self.clip is None:
+            return taken
+        low, high = np.array(self.clip, np.float32).T if self.images.ndim == 4 else self.clip[0]
+        return taken.clip(low, high)
 
 
-def stack_of(volume: Volume, samples: Samples) -> SliceStack:
-    """A volume in any orientation as a stack of slices."""
+def stack_of(volume: Volume, samples: Samples, site: str = "") -> SliceStack:
+    """A volume in any orientation as a stack of slices.
+
+    Args:
+        volume: the image.
+        samples: how it is cut and scaled.
+        site: whose it is, where sites are clipped differently.
+    """
     axis = canonical_slice_axis(volume.affine, samples.axis)
     images = np.moveaxis(volume.to_canonical().array, axis, 0)
-    return SliceStack(images, samples, _bounds(images))
+    return SliceStack(images, samples, _bounds(images), _clip(samples, site, _ceiling(images, samples)))
 
 
 @dataclass(frozen=True)
@@ -88,12 +116,15 @@ class PreparedCase:
     slices: int
     occupied: frozenset[int]
     """Slices that hold a class."""
-    bounds: tuple[float, float]
+    bounds: Bounds
+    ceiling: tuple[float, ...] | None
+    """The percentile that intensities are cut to, a modality each."""
     folder: Path
 
     def stack(self, samples: Samples) -> SliceStack:
         """The images, mapped from disk."""
-        return SliceStack(_mapped(_image_path(self.folder, self.name)), samples, self.bounds)
+        images = _mapped(_image_path(self.folder, self.name))
+        return SliceStack(images, samples, self.bounds, _clip(samples, self.site, self.ceiling))
 
     def labels(self) -> NDArray[np.int8]:
         """Class indices (slices, height, width), mapped from disk; −100 is ignored."""
@@ -132,7 +163,7 @@ def read_pair(case: Case, label_map: LabelMap) -> tuple[Volume, Volume]:
     Raises:
         FlapsamError: either file is broken, their geometry differs, or a label value belongs to no class.
     """
-    image, label = read_image(case.image), read_label(case.label)
+    image, label = read_image(*case.images), read_label(case.label)
     check_geometry(case, image.geometry, label.geometry)
     return image, Volume(label_map.apply(label.array, case.label), label.affine)
 
@@ -157,11 +188,18 @@ def prepare(case: Case, label_map: LabelMap, samples: Samples, folder: Path) -> 
                 np.save(file, np.ascontiguousarray(array))
         _mapped.cache_clear()
         occupied = np.flatnonzero((labels.images > 0).any(axis=(1, 2))).tolist()
-        known = {"key": key, "slices": len(stack), "occupied": occupied, "bounds": stack.bounds}
+        ceiling = _ceiling(stack.images, samples)
+        known = {"key": key, "slices": len(stack), "occupied": occupied, "bounds": stack.bounds, "ceiling": ceiling}
         write_text(record, json.dumps(known))
-    low, high = known["bounds"]
     return PreparedCase(
-        case.name, case.site, label_map.annotated, known["slices"], frozenset(known["occupied"]), (low, high), folder
+        name=case.name,
+        site=case.site,
+        annotated=label_map.annotated,
+        slices=known["slices"],
+        occupied=frozenset(known["occupied"]),
+        bounds=tuple((low, high) for low, high in known["bounds"]),
+        ceiling=tuple(known["ceiling"]) if known["ceiling"] else None,
+        folder=folder,
     )
 
 
@@ -190,8 +228,35 @@ def from_square(probabilities: Tensor, shape: tuple[int, int], resize: str) -> T
     return F.interpolate(inner, shape, mode="bilinear", antialias=True)
 
 
-def _bounds(images: NDArray) -> tuple[float, float]:
-    return float(images.min()), float(images.max())
+def _bounds(images: NDArray) -> Bounds:
+    return tuple((float(part.min()), float(part.max())) for part in _by_modality(images))
+
+
+def _by_modality(images: NDArray) -> list[NDArray]:
+    return [images] if images.ndim == 3 else [images[..., index] for index in range(images.shape[3])]
+
+
+def _ceiling(images: NDArray, samples: Samples) -> tuple[float, ...] | None:
+    """Where the volume itself says at what intensity it is cut."""
+    if samples.clip_percentile is None:
+        return None
+    return tuple(float(np.percentile(part, samples.clip_percentile)) for part in _by_modality(images))
+
+
+def _clip(samples: Samples, site: str, ceiling: tuple[float, ...] | None) -> Bounds | None:
+    """What a case's intensities are cut to: the site's range, the run's, the volume's percentile."""
+    given = samples.site_clip.get(site, samples.clip)
+    if ceiling is None:
+        return None if given is None else (given,) * samples.modalities
+    low, high = given or (-math.inf, math.inf)
+    return tuple((low, min(high, value)) for value in ceiling)
+
+
+def _cut(bounds: Bounds, clip: Bounds) -> Bounds:
+    return tuple(
+        (min(max(low, floor), top), min(max(high, floor), top))
+        for (low, high), (floor, top) in zip(bounds, clip, strict=True)
+    )
 
 
 def _inner_size(shape: tuple[int, ...], size: int, resize: str) -> tuple[int, int]:
@@ -204,13 +269,13 @@ def _inner_size(shape: tuple[int, ...], size: int, resize: str) -> tuple[int, in
 
 
 def _fingerprint(case: Case, label_map: LabelMap, samples: Samples) -> str:
-    files = [(str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size) for path in (case.image, case.label)]
+    files = [(str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size) for path in (*case.images, case.label)]
     reading = {
         **asdict(label_map),
         "annotated": sorted(label_map.annotated),
         "index_of": sorted(label_map.index_of.items()),
     }
-    return hashlib.sha256(json.dumps([RECORD, files, reading, samples.axis]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([RECORD, files, reading, samples.axis, samples.clip_percentile]).encode()).hexdigest()
 
 
 # To map a file anew for every window took a third to a half of the time that windows take; every map is an open file.

@@ -37,7 +37,7 @@ from flapsam.sam.sources import source
 from flapsam.sites import Site, hold_out_validation, label_map, read_sites
 from flapsam.slices import check_geometry, prepare, read_pair
 from flapsam.traffic import full_packet_bytes
-from flapsam.volumes import read_geometry, write_label_like
+from flapsam.volumes import count_modalities, read_geometry, write_label_like
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,7 @@ class _Simulation:
         sites = read_sites(config.data, config.seed)
         training = [site for site in sites if site.name not in config.data.unseen]
         _check_cases(sites, training)
+        config = self._count_modalities(sites)
         weights = client_weights(training, config)
         training = [hold_out_validation(site, config.data.validation_fraction, config.seed) for site in training]
         self.run_id = self._open_folder()
@@ -196,6 +197,17 @@ class _Simulation:
         run = uuid.uuid4().hex
         write_text(identity, json.dumps({"run": run, **environment()}, indent=2) + "\n")
         return run
+
+    def _count_modalities(self, sites: Sequence[Site]) -> RunConfig:
+        """The configuration with what the cases' headers say, which must be the same in all."""
+        counts = {case: count_modalities(case.images) for site in sites for case in site.cases}
+        first, number = next(iter(counts.items()))
+        for case, count in counts.items():
+            if count != number:
+                raise FlapsamError(f"{case.image}: the case has {count} modalities, {first.image} has {number}")
+        samples = self.config.samples.model_copy(update={"modalities": number})
+        self.config = self.config.model_copy(update={"samples": samples})
+        return self.config
 
     def _prepare(self, sites: Sequence[Site]) -> list[ClientData]:
         """Unpack every training and validation case."""
@@ -326,6 +338,7 @@ class _Simulation:
                     config.samples,
                     batch=config.inference_batch,
                     precision=config.precision,
+                    site=case.site,
                 )
                 target = self.folder / "predictions" / federation.mode / case.site / f"{case.name}.nii.gz"
                 write_label_like(predicted, case.image, target)
@@ -353,4 +366,4 @@ def _check_cases(sites: Sequence[Site], training: Sequence[Site]) -> None:
             raise FlapsamError(f"site {site.name}: it has no training case; give it one, or leave it out with data.sites")
     for site in sites:
         for case in site.cases:
-            check_geometry(case, read_geometry(case.image), read_geometry(case.label))
+            check_geometry(case, read_geometry(case.image, modalities=True), read_geometry(case.label))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from flapsam.config import RunConfig
 from flapsam.errors import FlapsamError
-from flapsam.sites import Site
+from flapsam.sites import Case, Site
 from flapsam.volumes import read_geometry, slice_count
 
 
@@ -26,11 +26,12 @@ def client_weights(sites: Sequence[Site], config: RunConfig) -> dict[str, float]
     elif kind == "cases":
         raw = {site.name: float(len(site.of("train"))) for site in sites}
     else:
-        raw = {
-            site.name: float(sum(slice_count(*read_geometry(case.image), config.samples.axis) for case in site.of("train")))
-            for site in sites
-        }
+        raw = {site.name: float(sum(_slices(case, config) for case in site.of("train"))) for site in sites}
     total = sum(raw.values())
     if total <= 0:
         raise FlapsamError("rounds.weights: no site has a weight above 0; does any have training cases?")
     return {name: weight / total for name, weight in raw.items()}
+
+
+def _slices(case: Case, config: RunConfig) -> int:
+    return slice_count(*read_geometry(case.image, modalities=True), config.samples.axis)

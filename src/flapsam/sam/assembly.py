@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 from flapsam.config import RANDOM, Backbone, Lora, OutputPart, Weights
 from flapsam.errors import FlapsamError
@@ -61,15 +62,17 @@ def assemble(
         seed=seed_for(seed, "network"),
     )
     weights = find_weights(backbone)
-    if weights == RANDOM:
-        about = "random weights, nothing is pretrained"
-    else:
-        state = read_checkpoint(weights)
+    state = None if weights == RANDOM else read_checkpoint(weights)
+    about = "random weights, nothing is pretrained"
+    if state is not None:
         found = infer_architecture(state)
         if found not in (None, known.architecture):
             raise FlapsamError(f"{weights}: this is a {found}; set backbone.name to it, it is {backbone.name} now")
-        about = f"{weights.name}: {load_weights(network, state, str(weights))}"
-        if backbone.masks == "warm":
-            warm_masks(network, state)
+        about = f"{Path(weights).name}: {load_weights(network, state, str(weights))}"
     apply_strategy(network, chosen, lora, frozen=frozen, seed=seed_for(seed, "adapters"))
+    # Warm masks are all alike, and stay alike where nothing trains that a class has for itself.
+    output = network.mask_decoder.output
+    apart = [*output.mask_tokens.parameters(), *output.hypernetworks.parameters()]
+    if state is not None and backbone.masks == "warm" and any(parameter.requires_grad for parameter in apart):
+        warm_masks(network, state)
     return Assembled(network, weights, f"{backbone.name} with {about}", frozen_checksum(network))

@@ -18,7 +18,14 @@ class Case:
     image: Path
     label: Path
     split: Split | None = None
-    """None until ``split.assign`` has drawn one."""
+    """None until ``split.draw_test`` has drawn one."""
+    other_images: tuple[Path, ...] = ()
+    """Of further modalities, a file each."""
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """All files of the image."""
+        return (self.image, *self.other_images)
 
 
 @dataclass(frozen=True)
@@ -31,3 +38,13 @@ class Site:
     def of(self, *splits: Split) -> list[Case]:
         """The cases of these splits."""
         return [case for case in self.cases if case.split in splits]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found in a data set's folder."""
+
+    cases: list[Case]
+    """In the order of site and name."""
+    problems: list[str]
+    """A sentence each: what keeps further cases from being used."""

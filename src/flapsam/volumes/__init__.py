@@ -2,6 +2,7 @@
 
 from flapsam.volumes.nifti import (
     case_name,
+    count_modalities,
     is_nifti,
     read_geometry,
     read_image,
@@ -16,6 +17,7 @@ __all__ = [
     "Volume",
     "canonical_slice_axis",
     "case_name",
+    "count_modalities",
     "from_canonical",
     "is_nifti",
     "read_geometry",

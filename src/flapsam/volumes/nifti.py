@@ -1,6 +1,7 @@
 """NIfTI files in and out."""
 
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel
@@ -10,9 +11,12 @@ from numpy.typing import NDArray
 
 from flapsam.errors import FlapsamError
 from flapsam.files import written_whole
-from flapsam.volumes.volume import Geometry, Volume
+from flapsam.volumes.volume import Geometry, Volume, same_geometry
 
 SUFFIXES = (".nii.gz", ".nii")
+MODALITIES = 3
+"""As many as the network has channels."""
+_TOO_MANY = "the network has three channels; leave some out"
 
 
 def is_nifti(path: Path) -> bool:
@@ -28,22 +32,54 @@ def case_name(path: Path) -> str:
     return path.stem
 
 
-def read_geometry(path: Path) -> Geometry:
+def read_geometry(path: Path, *, modalities: bool = False) -> Geometry:
     """Shape and affine, from the header alone.
+
+    Args:
+        path: a NIfTI file.
+        modalities: whether a fourth axis may hold up to three modalities, which the shape leaves out.
 
     Raises:
         FlapsamError: the file is missing, no NIfTI, not 3-D, or its affine is singular.
     """
-    return _open(path)[1]
+    return _open(path, modalities)[1]
 
 
-def read_image(path: Path) -> Volume:
-    """Read an image: integers as they are stored, everything else as float32.
+def count_modalities(paths: Sequence[Path]) -> int:
+    """Modalities of a case: one file each, or the fourth axis of a single one.
 
     Raises:
-        FlapsamError: as ``read_geometry``; or the data are truncated or hold NaN or infinity.
+        FlapsamError: as ``read_geometry``; or there are more than three.
     """
-    array, affine = _read(path)
+    if len(paths) > MODALITIES:
+        raise FlapsamError(f"{paths[0]}: the case has {len(paths)} modalities; {_TOO_MANY}")
+    image = _open(paths[0], len(paths) == 1)[0]
+    return len(paths) if len(paths) > 1 else max(image.shape[3:], default=1)
+
+
+def read_image(path: Path, *others: Path) -> Volume:
+    """Read an image: integers as they are stored, everything else as float32.
+
+    Args:
+        path: a 3-D file, or a 4-D one whose last axis holds up to three modalities.
+        others: 3-D files of further modalities in the same place.
+
+    Raises:
+        FlapsamError: as ``read_geometry``; the data are truncated or hold NaN or infinity; or the files do not lie in the
+            same place, or there are more than three.
+    """
+    count_modalities([path, *others])
+    array, affine = _read(path, modalities=not others)
+    if array.ndim == 4 and array.shape[3] == 1:
+        array = array[..., 0]
+    if others:
+        arrays = [array]
+        for other in others:
+            further, other_affine = _read(other)
+            if further.shape != array.shape or not same_geometry(affine, other_affine, array.shape):
+                raise FlapsamError(f"{other}: it does not lie in the same place as {path}; resample it to that")
+            arrays.append(further)
+        array = np.stack(arrays, axis=-1)
     if array.dtype.kind == "f":
         array = array.astype(np.float32)
         broken = int(array.size - np.count_nonzero(np.isfinite(array)))
@@ -73,7 +109,7 @@ def write_label_like(labels: NDArray, original: Path, path: Path) -> None:
         original: the NIfTI image that was segmented.
         path: where to; written whole or not at all.
     """
-    header = _open(original)[0].header.copy()
+    header = _open(original, modalities=True)[0].header.copy()
     header.set_data_dtype(np.uint8)
     header.set_slope_inter(1, 0)
     header["cal_min"] = header["cal_max"] = 0
@@ -92,7 +128,7 @@ def write_volume(volume: Volume, path: Path) -> None:
         nibabel.save(image, temporary)
 
 
-def _open(path: Path) -> tuple[nibabel.Nifti1Image, Geometry]:
+def _open(path: Path, modalities: bool = False) -> tuple[nibabel.Nifti1Image, Geometry]:
     try:
         image = nibabel.load(path)
     except FileNotFoundError as error:
@@ -101,19 +137,22 @@ def _open(path: Path) -> tuple[nibabel.Nifti1Image, Geometry]:
         raise FlapsamError(f"{path}: not a readable NIfTI file; is it truncated?") from error
     if not isinstance(image, nibabel.Nifti1Image):
         raise FlapsamError(f"{path}: not a NIfTI file; convert it to .nii.gz")
-    if len(image.shape) != 3:
+    if len(image.shape) == 4 and modalities:
+        if image.shape[3] > MODALITIES:
+            raise FlapsamError(f"{path}: the file has {image.shape[3]} modalities; {_TOO_MANY}")
+    elif len(image.shape) != 3:
         raise FlapsamError(f"{path}: a 3-D volume is needed, this file has {len(image.shape)} dimensions {image.shape}")
     if 0 in image.shape:
         raise FlapsamError(f"{path}: the volume is empty, its shape is {image.shape}")
     affine = image.affine
     if affine is None or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise FlapsamError(f"{path}: the affine is singular, so voxels have no place in space; repair the header")
-    i, j, k = image.shape
+    i, j, k = image.shape[:3]
     return image, ((i, j, k), affine)
 
 
-def _read(path: Path) -> tuple[NDArray, NDArray[np.float64]]:
-    image, (_, affine) = _open(path)
+def _read(path: Path, modalities: bool = False) -> tuple[NDArray, NDArray[np.float64]]:
+    image, (_, affine) = _open(path, modalities)
     try:
         array = np.asanyarray(image.dataobj)
     except (EOFError, zlib.error, OSError, ValueError) as error:

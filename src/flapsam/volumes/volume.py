@@ -16,15 +16,21 @@ Geometry = tuple[tuple[int, int, int], NDArray[np.float64]]
 
 @dataclass(frozen=True)
 class Volume:
-    """Voxels with shape (i, j, k) and the affine (4, 4) from voxel index to millimetres in RAS+ world space."""
+    """Voxels (i, j, k) or (i, j, k, modality), and the affine (4, 4) from voxel index to millimetres in RAS+ world space."""
 
     array: NDArray
     affine: NDArray[np.float64]
 
     @property
     def geometry(self) -> Geometry:
-        """Shape and affine."""
-        return self.array.shape, self.affine
+        """Shape, without modalities, and affine."""
+        i, j, k = self.array.shape[:3]
+        return (i, j, k), self.affine
+
+    @property
+    def modalities(self) -> int:
+        """Images of the same place in one volume, such as T1 and T2."""
+        return self.array.shape[3] if self.array.ndim == 4 else 1
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -35,7 +41,7 @@ class Volume:
         """The same voxels with axes permuted and flipped to be nearest to RAS+; nothing is interpolated."""
         orientation = orientations.io_orientation(self.affine)
         array = orientations.apply_orientation(self.array, orientation)
-        affine = self.affine @ orientations.inv_ornt_aff(orientation, self.array.shape)
+        affine = self.affine @ orientations.inv_ornt_aff(orientation, self.array.shape[:3])
         return Volume(array, affine)
 
 
