@@ -33,7 +33,7 @@ def cases(tmp_path: Path) -> list[PreparedCase]:
     """Three unpacked cases of six slices."""
     make_site(tmp_path / "a", 3)
     mapping = label_map(Data(path=tmp_path, labels={"ball": 1, "core": 2}), "a")
-    return [prepare(case, mapping, Samples(), tmp_path / "cache") for case in folders.read(tmp_path)]
+    return [prepare(case, mapping, Samples(), tmp_path / "cache") for case in folders.read(tmp_path).cases]
 
 
 def golden(name: str) -> dict[str, Tensor]:

@@ -1,5 +1,4 @@
 import csv
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from flapsam.config import Data, RunConfig
 from flapsam.errors import FlapsamError
 from flapsam.experiments.phantom import make_phantom
 from flapsam.federation.weights import client_weights
-from flapsam.sites import IGNORED, LAYOUTS, Case, Site, hold_out_validation, label_map, read_sites
+from flapsam.sites import IGNORED, Case, Site, hold_out_validation, label_map, read_sites
 
 
 def write_table(root: Path, rows: list[dict[str, str]]) -> None:
@@ -23,22 +22,6 @@ def write_table(root: Path, rows: list[dict[str, str]]) -> None:
 
 def data(path: Path, **fields) -> Data:
     return Data(path=path, **{"labels": {"ball": 1, "core": 2}, **fields})
-
-
-# Layout → a function that writes a miniature, and what must be read from it: site → number of cases.
-MINIATURES: dict[str, tuple[Callable[[Path], object], dict[str, int]]] = {
-    "folders": (make_sites, {"site_0": 4, "site_1": 4}),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_reads_its_miniature(layout: str, tmp_path: Path):
-    make, expected = MINIATURES[layout]
-    make(tmp_path)
-    cases = LAYOUTS[layout](tmp_path)
-    assert {site: sum(case.site == site for case in cases) for site in expected} == expected
-    assert len(cases) == sum(expected.values())
-    assert all(case.image.exists() and case.label.exists() for case in cases)
 
 
 def test_without_a_table_a_seeded_share_of_each_site_is_for_the_test(tmp_path: Path):
@@ -85,7 +68,7 @@ def table_row(**fields: str) -> dict[str, str]:
 
 
 WRONG_TABLES = {
-    "no such case": ([table_row(case="nobody")], "case nobody of site site_0 has no image"),
+    "no such case": ([table_row(case="nobody")], "the image of case .* is missing; sites.csv names it"),
     "no such split": ([table_row(split="holdout")], "use train, val or test"),
     "twice": ([table_row(), table_row()], "stands in two rows"),
     "column missing": ([{"case": "site_0_0"}], "column site is missing"),
@@ -105,7 +88,7 @@ def test_wrong_tables(rows: list[dict[str, str]], message: str, tmp_path: Path):
 def test_missing_label_map(tmp_path: Path):
     make_sites(tmp_path, sites=1, cases=2)
     (tmp_path / "site_0" / "labels" / "site_0_1.nii.gz").unlink()
-    with pytest.raises(FlapsamError, match=r"site_0_1\.nii\.gz is missing"):
+    with pytest.raises(FlapsamError, match=r"site_0_1\.nii\.gz: the label map of case site_0_1 of site site_0 is missing"):
         read_sites(data(tmp_path), 0)
 
 

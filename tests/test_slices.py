@@ -1,5 +1,6 @@
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from flapsam.slices import SliceStack, from_square, labels_to_square, prepare, s
 from flapsam.volumes import Volume
 
 
-def stack(values: Sequence[float], site: str = "", **fields) -> SliceStack:
+def stack(values: Sequence[Any], site: str = "", **fields) -> SliceStack:
     """One-voxel slices of these intensities, or of these tuples of modalities."""
     array = np.array(values, np.float32)
     return stack_of(Volume(array[None, None], np.eye(4)), Samples(axis="axial", **fields), site)
@@ -178,7 +179,7 @@ def test_erased_rectangles_have_the_size_asked_for():
 
 
 def read(site: Path, samples: Samples):
-    (case,) = folders.read(site.parent)
+    (case,) = folders.read(site.parent).cases
     return prepare(case, label_map(Data(path=site.parent, labels={"ball": 1, "core": 2}), "a"), samples, site / "cache")
 
 
@@ -186,7 +187,7 @@ def test_a_prepared_case_gives_the_windows_of_its_volume(tmp_path: Path):
     site = make_site(tmp_path / "a", 1)
     samples = Samples()
     prepared = read(site, samples)
-    (case,) = folders.read(tmp_path)
+    (case,) = folders.read(tmp_path).cases
     from flapsam.volumes import read_image, read_label
 
     expected, truth = stack_of(read_image(case.image), samples), stack_of(read_label(case.label), samples)
@@ -220,7 +221,7 @@ def test_labels_that_do_not_fit_their_image(tmp_path: Path):
 
 def test_unannotated_background_stays_ignored_through_preparation(tmp_path: Path):
     site = make_site(tmp_path / "a", 1)
-    (case,) = folders.read(tmp_path)
+    (case,) = folders.read(tmp_path).cases
     mapping = LabelMap(("ball", "core"), {0: 0, 1: 1, 2: 1}, frozenset({1}))
     labels = prepare(case, mapping, Samples(), tmp_path / "cache").labels()
     assert set(np.unique(labels)) == {IGNORED, 1}

@@ -33,7 +33,7 @@ RESERVED_LABELS = ("background", "ignore")
 """Names in ``labels`` that are no class: values joined to the background, and values left out of loss and scores."""
 
 
-PATHS = ("data.path", "backbone.weights", "output")
+PATHS = ("data.path", "data.table", "backbone.weights", "output")
 """Fields of a run that are paths."""
 
 
@@ -47,7 +47,12 @@ class Data(Options):
     """Which volumes, at which sites, with which labels."""
 
     path: Path
-    layout: str = "folders"
+    layout: str = "auto"
+    """A data set or layout as ``flapsam data list`` names it; ``auto`` takes the one that the folder looks like."""
+    table: Path | None = None
+    """A CSV with columns ``case,site`` and, if wanted, ``split`` and ``subject``: who holds which cases."""
+    simulated_sites: Positive | None = None
+    """Where the data come from one place: deal its subjects out to so many made-up sites."""
     labels: dict[str, ClassValues]
     """Class name → value or values in the label files. Order gives the class index, from 1."""
     site_labels: dict[str, dict[str, ClassValues | None]] = {}

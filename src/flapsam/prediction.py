@@ -10,7 +10,7 @@ from flapsam.device import default_threads, find_device, set_up_torch
 from flapsam.errors import FlapsamError
 from flapsam.files import check_writable
 from flapsam.inference import predict_volume
-from flapsam.sites import LAYOUTS, Split, read_sites
+from flapsam.sites import Split, find_dataset, read_sites
 from flapsam.volumes import case_name, is_nifti, read_image, write_label_like
 
 
@@ -78,7 +78,7 @@ def find_images(path: Path, trained: Trained, split: Split | None = None) -> lis
         data = trained.run.data.model_copy(update={"path": path})
         cases = [case for site in read_sites(data, trained.run.seed) for case in site.cases]
     else:
-        cases = LAYOUTS["folders"](path)
+        cases = find_dataset(path).read(path).cases
         if any(case.split is None for case in cases):
             raise FlapsamError(
                 f"{path}: its cases have no split; give the run's folder, which knows it, or leave out --split"

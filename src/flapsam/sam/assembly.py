@@ -2,7 +2,6 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 
 from flapsam.config import RANDOM, Backbone, Lora, OutputPart, Weights
 from flapsam.errors import FlapsamError
@@ -62,13 +61,13 @@ def assemble(
         seed=seed_for(seed, "network"),
     )
     weights = find_weights(backbone)
-    state = None if weights == RANDOM else read_checkpoint(weights)
-    about = "random weights, nothing is pretrained"
-    if state is not None:
+    state, about = None, "random weights, nothing is pretrained"
+    if weights != RANDOM:
+        state = read_checkpoint(weights)
         found = infer_architecture(state)
         if found not in (None, known.architecture):
             raise FlapsamError(f"{weights}: this is a {found}; set backbone.name to it, it is {backbone.name} now")
-        about = f"{Path(weights).name}: {load_weights(network, state, str(weights))}"
+        about = f"{weights.name}: {load_weights(network, state, str(weights))}"
     apply_strategy(network, chosen, lora, frozen=frozen, seed=seed_for(seed, "adapters"))
     # Warm masks are all alike, and stay alike where nothing trains that a class has for itself.
     output = network.mask_decoder.output

@@ -1,32 +1,61 @@
-"""Who holds which cases: sites, cases, splits and labels, and one small file per layout on disk."""
+"""Who holds which cases: sites, cases, splits and labels, and one small file per data set or layout."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
+
 from flapsam.config import Data
 from flapsam.errors import FlapsamError, choose
-from flapsam.sites import folders
-from flapsam.sites.case import Case, Site, Split
+from flapsam.seeds import seed_for
+from flapsam.sites import decathlon, fed_ixi, fed_kits19, fed_prostate, folders, hippocampus, nnunet
+from flapsam.sites.case import Case, Found, Site, Split
+from flapsam.sites.dataset import Dataset, Download
 from flapsam.sites.labels import IGNORED, LabelMap, label_map
-from flapsam.sites.split import draw_test, hold_out_validation
+from flapsam.sites.split import draw_test, hold_out_validation, split_problems
+from flapsam.sites.table import read_table
 
-LAYOUTS: Mapping[str, Callable[[Path], list[Case]]] = {
-    "folders": folders.read,
+DATASETS: Mapping[str, Dataset] = {
+    part.DATASET.name: part.DATASET for part in (fed_kits19, fed_ixi, fed_prostate, hippocampus, nnunet, decathlon, folders)
 }
-"""How data lie on disk: name → a function from the data's folder to its cases. A new layout is one entry here."""
+"""Name → data set or layout; a folder is the first that recognises it. A new one is a file and an entry here."""
 
 __all__ = [
+    "DATASETS",
     "IGNORED",
-    "LAYOUTS",
     "Case",
+    "Dataset",
+    "Download",
+    "Found",
     "LabelMap",
     "Site",
     "Split",
+    "find_dataset",
     "hold_out_validation",
     "label_map",
+    "read_found",
     "read_sites",
 ]
+
+
+def find_dataset(path: Path, layout: str = "auto") -> Dataset:
+    """The data set of this name, or the first that recognises the folder.
+
+    Raises:
+        FlapsamError: there is none of that name, no such folder, or none recognises it.
+    """
+    if not path.is_dir():
+        raise FlapsamError(f"{path}: no such folder; set data.path to the folder that holds the data")
+    if layout != "auto":
+        return choose("data.layout", layout, DATASETS)
+    for dataset in DATASETS.values():
+        if dataset.recognises(path):
+            return dataset
+    raise FlapsamError(
+        f"{path}: no SITE/images/CASE.nii.gz found, nor another layout that flapsam knows; `flapsam data list` shows them"
+    )
 
 
 def read_sites(data: Data, seed: int) -> list[Site]:
@@ -35,12 +64,30 @@ def read_sites(data: Data, seed: int) -> list[Site]:
     Validation cases are those that the data set's own table names; ``hold_out_validation`` draws others.
 
     Raises:
-        FlapsamError: the folder, the layout or a site's name is wrong.
+        FlapsamError: anything is wrong with the folder, its layout or its cases, or a site's name.
     """
-    if not data.path.is_dir():
-        raise FlapsamError(f"{data.path}: no such folder; set data.path to the folder that holds the sites")
-    layout = choose("data.layout", data.layout, LAYOUTS)
-    sites = [Site(name, tuple(cases)) for name, cases in groupby(layout(data.path), key=lambda case: case.site)]
+    sites, problems = read_found(data, seed)
+    if problems:
+        more = f" (and {len(problems) - 1} more problems: flapsam data check lists them)" if len(problems) > 1 else ""
+        raise FlapsamError(problems[0] + more)
+    return sites
+
+
+def read_found(data: Data, seed: int) -> tuple[list[Site], list[str]]:
+    """As ``read_sites``, with the problems of single cases in sentences of their own instead of an error.
+
+    Raises:
+        FlapsamError: the folder or its layout is wrong, or a site's name.
+    """
+    found = find_dataset(data.path, data.layout).read(data.path)
+    problems = list(found.problems)
+    cases = found.cases
+    if data.table is not None:
+        cases, missing = _by_table(cases, data.table)
+        problems += missing
+    if data.simulated_sites is not None:
+        cases = _dealt(cases, data.simulated_sites, seed)
+    sites = [Site(name, tuple(part)) for name, part in groupby(cases, key=lambda case: case.site)]
     names = {site.name for site in sites}
     for field, wanted in (
         ("data.sites", data.sites or []),
@@ -52,4 +99,31 @@ def read_sites(data: Data, seed: int) -> list[Site]:
                 raise FlapsamError(f"{field}: there is no site '{name}' in {data.path}; it has {', '.join(sorted(names))}")
     if data.sites is not None:
         sites = [site for site in sites if site.name in data.sites]
-    return [draw_test(site, data.test_fraction, seed) for site in sites]
+    problems += [problem for site in sites for problem in split_problems(site)]
+    return [draw_test(site, data.test_fraction, seed) for site in sites], problems
+
+
+def _by_table(cases: list[Case], table: Path) -> tuple[list[Case], list[str]]:
+    """Only the cases of the table, at the sites that it says."""
+    known = {case.name: case for case in cases}
+    taken, missing = [], []
+    for row in read_table(table):
+        case = known.get(row["case"])
+        if case is None:
+            missing.append(f"{table}: case {row['case']} is not among the data")
+            continue
+        subject, split = row.get("subject") or case.subject, row.get("split") or None
+        taken.append(replace(case, site=row["site"], subject=subject, split=split))
+    return sorted(taken, key=lambda case: (case.site, case.name)), missing
+
+
+def _dealt(cases: list[Case], count: int, seed: int) -> list[Case]:
+    """The subjects dealt out to so many sites."""
+    if len({case.site for case in cases}) > 1:
+        raise FlapsamError("data.simulated_sites: the data have sites of their own; leave it out")
+    subjects = np.random.default_rng(seed_for(seed, "simulated sites")).permutation(sorted({c.subject for c in cases}))
+    if len(subjects) < count:
+        raise FlapsamError(f"data.simulated_sites: {count} sites need as many subjects, there are {len(subjects)}")
+    site_of = {subject: f"site_{index % count + 1}" for index, subject in enumerate(subjects.tolist())}
+    dealt = [replace(case, site=site_of[case.subject]) for case in cases]
+    return sorted(dealt, key=lambda case: (case.site, case.name))

@@ -5,79 +5,51 @@ columns ``case,site`` and, if wanted, ``split`` (train, val, test) and ``subject
 cases in it are used.
 """
 
-import csv
 from pathlib import Path
-from typing import Any, get_args
 
 from flapsam.errors import FlapsamError
-from flapsam.sites.case import Case, Split
+from flapsam.sites.case import Found
+from flapsam.sites.dataset import Dataset
+from flapsam.sites.table import Row, found_by, read_table
 from flapsam.volumes import case_name, is_nifti
 
 TABLE = "sites.csv"
 
 
-def read(path: Path) -> list[Case]:
-    """All cases of the data set, in the order of site and name.
+def read(path: Path) -> Found:
+    """All cases of the data set.
 
     Raises:
-        FlapsamError: no site folder, an image without its label, or a table that does not fit the files.
+        FlapsamError: no site folder, or a table that cannot be read.
     """
-    images = {
-        (folder.parent.name, case_name(image)): image
-        for folder in sorted(path.glob("*/images"))
-        for image in sorted(folder.iterdir())
-        if is_nifti(image)
-    }
+    images, labels = _files(path, "images"), _files(path, "labels")
     if not images:
         raise FlapsamError(f"{path}: no SITE/images/CASE.nii.gz found; put one folder a site there")
     table = path / TABLE
-    rows: list[dict[str, Any]] = (
-        _read_table(table) if table.exists() else [{"site": site, "case": name} for site, name in images]
+    rows = read_table(table) if table.exists() else [{"site": site, "case": name} for site, name in images]
+
+    def files(row: Row) -> tuple[Path, Path]:
+        place, folder = (row["site"], row["case"]), path / row["site"]
+        name = f"{row['case']}.nii.gz"
+        return images.get(place) or folder / "images" / name, labels.get(place) or folder / "labels" / name
+
+    found = found_by(rows, files, f"{TABLE} names it" if table.exists() else "add it or leave the image out")
+    unused = [] if table.exists() else [labels[place] for place in labels if place not in images]
+    return Found(
+        found.cases, [*found.problems, *(f"{label}: its image is missing; add it or remove this" for label in unused)]
     )
-    cases = []
-    for row in rows:
-        site, name = row["site"], row["case"]
-        image = images.get((site, name))
-        if image is None:
-            raise FlapsamError(f"{table}: case {name} of site {site} has no image {site}/images/{name}.nii.gz")
-        cases.append(
-            Case(
-                name=name,
-                site=site,
-                subject=row.get("subject") or name,
-                image=image,
-                label=_label_of(image, name),
-                split=row.get("split") or None,
-            )
-        )
-    return sorted(cases, key=lambda case: (case.site, case.name))
 
 
-def _label_of(image: Path, name: str) -> Path:
-    folder = image.parent.parent / "labels"
-    for candidate in (folder / f"{name}.nii.gz", folder / f"{name}.nii"):
-        if candidate.exists():
-            return candidate
-    raise FlapsamError(f"{image}: its label map {folder / name}.nii.gz is missing; add it or leave the image out")
+def _files(path: Path, folder: str) -> dict[tuple[str, str], Path]:
+    """Site and case → file."""
+    found = (file for part in sorted(path.glob(f"*/{folder}")) for file in sorted(part.iterdir()) if is_nifti(file))
+    return {(file.parent.parent.name, case_name(file)): file for file in found}
 
 
-def _read_table(table: Path) -> list[dict[str, Any]]:
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise FlapsamError(f"{table}: cannot be read as CSV") from error
-    missing = {"case", "site"} - set(rows[0] if rows else ())
-    if missing:
-        raise FlapsamError(
-            f"{table}: column {', '.join(sorted(missing))} is missing; case,site[,split,subject] are expected"
-        )
-    seen = set()
-    for row in rows:
-        key = (row["site"], row["case"])
-        if key in seen:
-            raise FlapsamError(f"{table}: case {key[1]} of site {key[0]} stands in two rows; remove one")
-        seen.add(key)
-        if row.get("split") and row["split"] not in get_args(Split):
-            raise FlapsamError(f"{table}: split of case {key[1]} is '{row['split']}'; use train, val or test")
-    return rows
+DATASET = Dataset(
+    name="folders",
+    read=read,
+    recognises=lambda path: any(path.glob("*/images")),
+    layout="SITE/images/CASE.nii.gz, SITE/labels/CASE.nii.gz, optionally sites.csv",
+    sites="one folder each",
+)

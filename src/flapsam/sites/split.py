@@ -5,27 +5,30 @@ from dataclasses import replace
 
 import numpy as np
 
-from flapsam.errors import FlapsamError
 from flapsam.seeds import seed_for
 from flapsam.sites.case import Case, Site, Split
 
 
 def draw_test(site: Site, fraction: float, seed: int) -> Site:
-    """Where no case has a split yet, keep a seeded share of the subjects for the test; else check that all have one.
+    """Where no case has a split yet, keep a seeded share of the subjects for the test; else leave the splits as they are.
 
-    Raises:
-        FlapsamError: some cases of the site have a split and some have none, or a subject is in two splits' sides.
+    Where ``split_problems`` finds any, cases without a split stay without.
     """
-    without = [case.name for case in site.cases if case.split is None]
-    if len(without) == len(site.cases):
+    if all(case.split is None for case in site.cases):
         return _move(site, "train", "test", _drawn(site.cases, fraction, 0, seed_for(seed, site.name, "test split")))
-    if without:
-        raise FlapsamError(f"site {site.name}: case {without[0]} has no split although others have; give all or none")
-    tested = {case.subject for case in site.of("test")}
-    for case in site.of("train", "val"):
-        if case.subject in tested:
-            raise FlapsamError(f"site {site.name}: subject {case.subject} is in the test and in training; move one")
     return site
+
+
+def split_problems(site: Site) -> list[str]:
+    """A sentence for each case without a split where others have one, and each subject in the test and in training."""
+    without = [case.name for case in site.cases if case.split is None]
+    problems = []
+    if 0 < len(without) < len(site.cases):
+        problems = [f"site {site.name}: case {name} has no split although others have; give all or none" for name in without]
+    both = {case.subject for case in site.of("test")} & {case.subject for case in site.of("train", "val")}
+    return problems + [
+        f"site {site.name}: subject {subject} is in the test and in training; move one" for subject in sorted(both)
+    ]
 
 
 def hold_out_validation(site: Site, fraction: float, seed: int) -> Site:
