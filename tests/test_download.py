@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +17,7 @@ from safetensors.torch import save
 from flapsam.download import cache_folder, checksum, download
 from flapsam.errors import FlapsamError
 from flapsam.sam import sources
+from flapsam.sites import DATASETS, Download
 
 CONTENT = bytes(range(256)) * 10_000
 DIGITS = hashlib.sha256(CONTENT).hexdigest()
@@ -27,12 +29,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     requests: list[str | None] = []  # noqa: RUF012
     content = CONTENT
     break_after: int | None = None
+    path_served = "/sam.pth"
     ranges = True
 
     def do_GET(self):
         wanted = self.headers.get("Range")
         Handler.requests.append(wanted)
-        if self.path != "/sam.pth":
+        if self.path != Handler.path_served:
             return self.send_error(404)
         start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and Handler.ranges else 0
         if start >= len(Handler.content):
@@ -50,6 +53,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server() -> Iterator[str]:
     Handler.requests, Handler.break_after, Handler.ranges, Handler.content = [], None, True, CONTENT
+    Handler.path_served = "/sam.pth"
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as made:
         threading.Thread(target=made.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{made.server_port}/sam.pth"
@@ -147,3 +151,45 @@ def test_get_says_what_to_do_offline(tiny_on_server: sources.Source, monkeypatch
     assert f"{url}" in outcome.err
     assert "fetch it on a machine that is online and put it to" in outcome.err
     assert "choose" in flapsam(capfd, "backbone", "get", "tinier").err
+
+
+def archive(folder: Path, form: str, inside: str) -> bytes:
+    (folder / "made" / inside).mkdir(parents=True)
+    (folder / "made" / inside / "dataset.json").write_text("{}")
+    return Path(shutil.make_archive(str(folder / "archive"), form, folder / "made")).read_bytes()
+
+
+@pytest.mark.parametrize(("form", "suffix"), [("tar", ".tar"), ("zip", ".zip")])
+def test_data_are_fetched_and_unpacked(form: str, suffix: str, server: str, tmp_path: Path, capfd, monkeypatch):
+    Handler.content = archive(tmp_path, form, "Task04_Hippocampus")
+    Handler.path_served = f"/task{suffix}"
+    known = DATASETS["hippocampus"]
+    there = Download(
+        server.replace("/sam.pth", Handler.path_served), "Task04_Hippocampus", hashlib.md5(Handler.content).hexdigest()
+    )
+    monkeypatch.setitem(DATASETS, "hippocampus", replace(known, download=there))  # type: ignore[arg-type]
+    told = flapsam(capfd, "data", "get", "hippocampus", tmp_path / "data")
+    assert told.code == 0, told.err
+    assert [p.name for p in (tmp_path / "data").iterdir()] == ["Task04_Hippocampus"]
+    assert (tmp_path / "data" / "Task04_Hippocampus" / "dataset.json").exists()
+    assert "there already" in flapsam(capfd, "data", "get", "hippocampus", tmp_path / "data").err
+    wrong = replace(known, download=replace(there, md5="0" * 32))
+    monkeypatch.setitem(DATASETS, "hippocampus", wrong)  # type: ignore[arg-type]
+    told = flapsam(capfd, "data", "get", "hippocampus", tmp_path / "other")
+    assert (told.code, "the file's checksum is" in told.err) == (2, True)
+    assert not list((tmp_path / "other").iterdir())
+
+
+def test_data_behind_a_form_say_how_to_get_them(tmp_path: Path, capfd):
+    told = flapsam(capfd, "data", "get", "fed-prostate", tmp_path)
+    assert told.code == 2
+    assert "agree to the terms" in told.err
+    assert "data set 'x' is unknown" in flapsam(capfd, "data", "get", "x", tmp_path).err
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_data_info(name: str, capfd):
+    told = flapsam(capfd, "data", "info", name, "--json")
+    assert told.code == 0
+    assert all(json.loads(told.out).values())
+    assert name in flapsam(capfd, "data", "list", "--json").out

@@ -28,7 +28,7 @@ FLOORS = [
     ["flapsam.federation.ledger", "flapsam.federation.weights"],
     ["flapsam.federation.observer", "flapsam.federation.rounds"],
     ["flapsam.federation.engines"],
-    ["flapsam.prediction", "flapsam.check", "flapsam.backbones", "flapsam.export", "flapsam.model_card"],
+    ["flapsam.prediction", "flapsam.check", "flapsam.datasets", "flapsam.backbones", "flapsam.export", "flapsam.model_card"],
     ["flapsam.evaluation", "flapsam.experiments"],
     ["flapsam.report"],
     ["flapsam.cli"],

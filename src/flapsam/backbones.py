@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from flapsam.download import cache_folder, checksum, download
-from flapsam.federation.observer import Observer
+from flapsam.federation.observer import Observer, watched
 from flapsam.sam import architecture, infer_architecture, read_checkpoint
 from flapsam.sam.checkpoints import weights_of
 from flapsam.sam.naming import naming_of, to_own_names
@@ -38,16 +38,7 @@ def fetch(name: str, observer: Observer) -> Path:
     if path is None:
         known = source(name)
         path = cache_folder() / known.file
-        seen = 0
-
-        def progress(done: int, total: int) -> None:
-            nonlocal seen
-            if not seen:
-                observer.begin(f"{name} (MiB)", total >> 20)
-            observer.step((done >> 20) - (seen >> 20))
-            seen = done
-
-        download(known.url or "", path, sha256=known.sha256, on_bytes=progress)
+        download(known.url or "", path, sha256=known.sha256, on_bytes=watched(observer, name))
         observer.end()
         read_checkpoint(path)
     return path

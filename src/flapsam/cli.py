@@ -304,38 +304,67 @@ def doctor(as_json: Json = False) -> None:
         out.print(f"{name.replace('_', ' '):>16}  {text or 'none'}", highlight=False, soft_wrap=True)
 
 
+@data_app.command("list")
+def list_data(as_json: Json = False) -> None:
+    """Data sets and layouts that flapsam reads."""
+    from flapsam.report import tables
+    from flapsam.sites import DATASETS
+
+    rows = [{"name": d.name, "what": d.title, "modality": d.modality, "files": d.layout} for d in DATASETS.values()]
+    if as_json:
+        return _print_json(rows)
+    out.print(tables.plain_table(rows))
+
+
+@data_app.command("info")
+def info_of_data(
+    name: Annotated[str, typer.Argument(help="As `flapsam data list` names it.")], as_json: Json = False
+) -> None:
+    """What a data set is: its licence, source, size, sites and classes."""
+    from flapsam.datasets import about
+    from flapsam.report import tables
+
+    rows = about(name)
+    if as_json:
+        return _print_json(rows)
+    out.print(tables.plain_table([{"": key, name: value} for key, value in rows.items()]))
+
+
+@data_app.command("get")
+def get_data(
+    name: Annotated[str, typer.Argument(help="As `flapsam data list` names it.")],
+    folder: Annotated[Path, typer.Argument(help="Where it is unpacked.")],
+) -> None:
+    """Download a data set that anyone may have, or say how to get it."""
+    from flapsam.datasets import fetch_data
+
+    with _observer() as observer:
+        path = fetch_data(name, folder, observer)
+    out.print(f"{name} is in {path}", highlight=False, soft_wrap=True)
+
+
 @data_app.command()
 def check(
-    path: Annotated[Path, typer.Argument(help="A folder of sites.")],
+    path: Annotated[Path, typer.Argument(help="The data's folder, in any layout of `flapsam data list`.")],
     config: Annotated[Path | None, typer.Option(metavar="RUN.yaml", help="Says which label values are classes.")] = None,
     labels: Annotated[list[int] | None, typer.Option("--label", help="A label value that may occur; repeatable.")] = None,
     as_json: Json = False,
 ) -> None:
     """Read every case and list every problem, before any training."""
-    from flapsam.check import check_cases
-    from flapsam.config import Data, read_config
-    from flapsam.sites import read_sites
+    from flapsam.check import check_data
+    from flapsam.config import read_config
 
-    if config:
-        run = read_config(config)
-        data, seed = run.data.model_copy(update={"path": path}), run.seed
-    elif labels:
-        data, seed = Data(path=path, labels={str(value): value for value in labels}), 0
-    else:
-        raise FlapsamError("say which label values may occur: --label 1 --label 2, or --config RUN.yaml")
-    sites = read_sites(data, seed)
-    count = sum(len(site.cases) for site in sites)
     with _observer() as observer:
-        observer.begin("cases", count)
-        problems = check_cases(sites, data, observer.step)
-        observer.end()
+        sites, found = check_data(path, read_config(config) if config else None, labels or [], observer)
+    count, values = sum(sites.values()), sorted(found.values)
     if as_json:
-        _print_json({"sites": {site.name: len(site.cases) for site in sites}, "problems": problems})
+        _print_json({"sites": sites, "label_values": values, "problems": found.problems})
     else:
-        for problem in problems:
+        for problem in found.problems:
             out.print(problem, highlight=False, soft_wrap=True, markup=False)
-        out.print(f"{count} cases at {len(sites)} sites, {len(problems)} problems", highlight=False)
-    if problems:
+        out.print(f"label values: {', '.join(map(str, values)) or 'none'}", highlight=False, soft_wrap=True)
+        out.print(f"{count} cases at {len(sites)} sites, {len(found.problems)} problems", highlight=False)
+    if found.problems:
         raise typer.Exit(2)
 
 

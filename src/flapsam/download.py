@@ -23,7 +23,12 @@ def cache_folder() -> Path:
 
 
 def download(
-    url: str, target: Path, *, sha256: str = "", on_bytes: Callable[[int, int], None] = lambda done, total: None
+    url: str,
+    target: Path,
+    *,
+    sha256: str = "",
+    md5: str = "",
+    on_bytes: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Fetch a file; what a broken attempt left is gone on with.
 
@@ -31,6 +36,7 @@ def download(
         url: where from.
         target: where to; it appears when it is whole and right.
         sha256: the checksum's first digits, if they are known.
+        md5: the same in MD5, where a file's makers give no other.
         on_bytes: called with the bytes there are and the bytes there will be (0 if the server does not say).
 
     Raises:
@@ -66,14 +72,17 @@ def download(
         ) from error
     if total and there != total:
         raise FlapsamError(f"{url}: the connection broke after {there} of {total} bytes; run this again to go on")
-    found = checksum(part)
-    if not found.startswith(sha256):
-        part.unlink()
-        raise FlapsamError(f"{url}: the file's checksum is {found[:12]}…, not {sha256}…; it is removed, run this again")
+    for algorithm, expected in (("sha256", sha256), ("md5", md5)):
+        found = checksum(part, algorithm)
+        if not found.startswith(expected):
+            part.unlink()
+            raise FlapsamError(
+                f"{url}: the file's checksum is {found[:12]}…, not {expected}…; it is removed, run this again"
+            )
     part.replace(target)
 
 
-def checksum(path: Path) -> str:
-    """SHA-256 of a file."""
+def checksum(path: Path, algorithm: str = "sha256") -> str:
+    """A file's checksum in hexadecimal digits."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, algorithm).hexdigest()

@@ -1,5 +1,7 @@
 """What long work tells whoever is watching."""
 
+from collections.abc import Callable
+
 from flapsam.federation.ledger import Event
 
 
@@ -20,3 +22,18 @@ class Observer:
 
     def event(self, event: Event) -> None:
         """An event of the ledger."""
+
+
+def watched(observer: Observer, title: str) -> Callable[[int, int], None]:
+    """A function that tells the observer of a download: bytes there are, and bytes there will be."""
+    seen = -1
+
+    def progress(done: int, total: int) -> None:
+        nonlocal seen
+        if seen < 0:
+            observer.begin(f"{title} (MiB)", total >> 20)
+            seen = 0
+        observer.step((done >> 20) - (seen >> 20))
+        seen = done
+
+    return progress
