@@ -51,6 +51,30 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 @app.command()
+def init(
+    data: Annotated[Path, typer.Argument(help="The data's folder, in any layout of `flapsam data list`.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="RUN.yaml", help="What is written.")] = Path("run.yaml"),
+    as_json: Json = False,
+) -> None:
+    """Look at data and write a configuration for them, with a reason beside each choice."""
+    from dataclasses import asdict
+
+    from flapsam.experiments.init import initialise, minutes
+
+    with _observer() as observer:
+        seen, estimate = initialise(data, output, observer)
+    if as_json:
+        return _print_json({"run": str(output), **asdict(estimate)})
+    out.print(output.read_text(), highlight=False, markup=False, soft_wrap=True, end="")
+    out.print(
+        f"\n{output} is written for {seen.cases} cases; about {minutes(estimate.seconds)} here. Go on with: "
+        f"flapsam simulate {output}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
 def simulate(
     config: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run's configuration.")],
     assignments: Assignments = None,

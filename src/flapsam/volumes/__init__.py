@@ -10,9 +10,18 @@ from flapsam.volumes.nifti import (
     write_label_like,
     write_volume,
 )
-from flapsam.volumes.volume import Geometry, Volume, canonical_slice_axis, from_canonical, same_geometry, slice_count
+from flapsam.volumes.volume import (
+    CANONICAL_AXES,
+    Geometry,
+    Volume,
+    canonical_slice_axis,
+    from_canonical,
+    same_geometry,
+    slice_count,
+)
 
 __all__ = [
+    "CANONICAL_AXES",
     "Geometry",
     "Volume",
     "canonical_slice_axis",

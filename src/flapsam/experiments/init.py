@@ -1,0 +1,288 @@
+"""From a folder of data to a run's configuration: what can be seen in the files is not asked."""
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from flapsam.config import ClassValues, Data, RunConfig, read_config
+from flapsam.device import default_threads, set_up_torch
+from flapsam.errors import FlapsamError
+from flapsam.experiments.settings import SETTINGS, read_settings
+from flapsam.federation.observer import Observer
+from flapsam.files import write_text
+from flapsam.memory import windows_that_fit
+from flapsam.sam import Sam, architecture, assemble
+from flapsam.sam.sources import source
+from flapsam.sites import Site, find_dataset, read_sites
+from flapsam.slices import check_geometry
+from flapsam.traffic import BYTES, travelling_parameters
+from flapsam.training import Learner, loss_of
+from flapsam.volumes import CANONICAL_AXES, Volume, read_image, read_label
+
+AIR = -500
+"""Hounsfield units that only CT goes below."""
+STEPS = 25
+"""Of a round at a site: fewer, and a round teaches little."""
+SMALL, LARGE = 128, 224
+"""Sides of the network's input."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the files of a data set say."""
+
+    sites: list[Site]
+    layout: str
+    labels: dict[str, ClassValues]
+    modalities: int
+    spacing: tuple[float, ...]
+    """Median over the cases, in mm, along the canonical axes."""
+    shape: tuple[float, ...]
+    """Median over the cases, in voxels, along the canonical axes."""
+    ct: bool
+    foreground: tuple[float, float] | None
+    """The 0.5th and 99.5th percentile of the intensities inside the classes."""
+    occupied: float
+    """Share of the slices along the axis of the largest spacing that hold a class."""
+
+    @property
+    def axis(self) -> str:
+        """Slices lie across the largest spacing; where no axis stands out, across the body's."""
+        names = list(CANONICAL_AXES)
+        stands_out = max(self.spacing) >= 1.2 * min(self.spacing)
+        return names[int(np.argmax(self.spacing))] if stands_out else "axial"
+
+    @property
+    def plane(self) -> tuple[float, float]:
+        """Median shape of a slice."""
+        first, second = (length for name, length in zip(CANONICAL_AXES, self.shape, strict=True) if name != self.axis)
+        return first, second
+
+    @property
+    def slices(self) -> float:
+        """Median number of slices of a case."""
+        return self.shape[CANONICAL_AXES[self.axis]]
+
+    @property
+    def cases(self) -> int:
+        """Of all sites."""
+        return sum(len(site.cases) for site in self.sites)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take on this machine."""
+
+    seconds: float
+    """Of all fits, one after another."""
+    bytes_a_site: float
+    """Up and down over all rounds, before compression."""
+    windows: int
+    """Of a batch that fit into memory at once."""
+
+
+def initialise(path: Path, target: Path, observer: Observer) -> tuple[Look, Estimate]:
+    """Look at a data set and write a configuration for it.
+
+    Args:
+        path: the data's folder.
+        target: the configuration's file.
+        observer: is told of the cases.
+
+    Raises:
+        FlapsamError: the data are wrong, or the file is there already.
+    """
+    if target.exists():
+        raise FlapsamError(f"{target}: it is there already; remove it, or name another file with --output")
+    seen = look(path, observer)
+    tree = settings_for(seen)
+    place = (
+        os.path.relpath(path, target.parent) if path.resolve().is_relative_to(target.parent.resolve()) else path.resolve()
+    )
+    tree["data"] = {"path": str(place), **tree["data"]}
+    # Read back as the user's run will be, so that nothing is written that does not work.
+    write_text(target, yaml.safe_dump(tree, sort_keys=False))
+    try:
+        config = read_config(target)
+        estimate = estimate_of(config, seen)
+        tree["training"] |= {"micro_batch": estimate.windows} if estimate.windows < config.training.batch_size else {}
+        write_text(target, commented(tree, seen, estimate))
+    except BaseException:
+        target.unlink()
+        raise
+    return seen, estimate
+
+
+def look(path: Path, observer: Observer) -> Look:
+    """Read every case once.
+
+    Raises:
+        FlapsamError: a case cannot be read; ``flapsam data check`` lists every such case.
+    """
+    dataset = find_dataset(path)
+    labels: dict[str, ClassValues] = dict(dataset.labels(path))
+    sites = read_sites(Data(path=path, labels=labels or {"any": 1}), 0)
+    cases = [case for site in sites for case in site.cases]
+    spacings, shapes, lows, inside, occupied = [], [], [], [], []
+    values: set[int] = set()
+    rng = np.random.default_rng(0)
+    modalities = 1
+    observer.begin("cases", len(cases))
+    for case in cases:
+        image, label = read_image(*case.images), read_label(case.label)
+        check_geometry(case, image.geometry, label.geometry)
+        modalities = image.modalities
+        canonical, truth = image.to_canonical(), Volume(label.array, label.affine).to_canonical().array
+        spacings.append(canonical.spacing)
+        shapes.append(canonical.array.shape[:3])
+        lows.append(float(canonical.array.min()))
+        values |= set(np.unique(truth).tolist()) - {0}
+        voxels = canonical.array[truth > 0]
+        if len(voxels):
+            inside.append(rng.choice(voxels.ravel(), 1000))
+        across = tuple(axis for axis in range(3) if axis != int(np.argmax(canonical.spacing)))
+        occupied.append(float((truth > 0).any(axis=across).mean()))
+        observer.step()
+    observer.end()
+    percentiles = np.percentile(np.concatenate(inside), [0.5, 99.5]) if inside else None
+    return Look(
+        sites=sites,
+        layout=dataset.name,
+        labels=labels or {f"label_{value}": value for value in sorted(values)},
+        modalities=modalities,
+        spacing=tuple(median(column) for column in zip(*spacings, strict=True)),
+        shape=tuple(median(column) for column in zip(*shapes, strict=True)),
+        ct=median(lows) < AIR,
+        foreground=None if percentiles is None else (float(percentiles[0]), float(percentiles[1])),
+        occupied=sum(occupied) / len(occupied),
+    )
+
+
+def settings_for(seen: Look) -> dict[str, Any]:
+    """A run's fields, but the data's path.
+
+    Raises:
+        FlapsamError: no label map holds any class.
+    """
+    if not seen.labels:
+        raise FlapsamError("no label map holds a value above 0, so there is nothing to learn")
+    data: dict[str, Any] = {"labels": seen.labels}
+    subjects = len({case.subject for site in seen.sites for case in site.cases})
+    if len(seen.sites) == 1 and subjects >= 8:
+        data["simulated_sites"] = min(subjects // 4, 3)
+    longer, shorter = max(seen.plane), min(seen.plane)
+    samples: dict[str, Any] = {"size": SMALL if longer <= 1.25 * SMALL else LARGE, "axis": seen.axis}
+    if seen.layout in SETTINGS:
+        known = read_settings(seen.layout, Path())
+        samples |= known.samples.model_dump(
+            mode="json", exclude_defaults=True, include={"clip", "site_clip", "clip_percentile"}
+        )
+        data["layout"] = seen.layout
+    elif seen.ct and seen.foreground:
+        low, high = seen.foreground
+        samples["clip"] = [int(np.floor(low)), int(np.ceil(max(high, low + 1)))]
+    if longer > 1.5 * shorter:
+        samples["resize"] = "pad"
+    shown = _shown(seen, data.get("simulated_sites", len(seen.sites)))
+    return {
+        "preset": "fast",
+        "data": data,
+        "samples": samples,
+        "backbone": {"name": "sam-tiny"},
+        "training": {"batch_size": int(np.clip(round(shown / STEPS), 4, 12))},
+        "rounds": {"count": 20},
+        "modes": ["federated"],
+    }
+
+
+def estimate_of(config: RunConfig, seen: Look) -> Estimate:
+    """Time by measuring a step of this run's network, traffic by counting its parameters."""
+    set_up_torch(config.threads or default_threads(), deterministic=config.deterministic)
+    network = assemble(
+        config.backbone,
+        image_size=config.samples.size,
+        classes=len(config.data.classes),
+        strategy_name=config.strategy,
+        lora=config.lora,
+        seed=0,
+    ).network
+    windows = windows_that_fit(network, config.training)
+    sites = config.data.simulated_sites or len(seen.sites)
+    steps = sites * max(_shown(seen, sites) / config.training.batch_size, 1) * config.rounds.count * config.training.epochs
+    sizes = architecture(source(config.backbone.name).architecture)
+    parameters = travelling_parameters(
+        sizes, config.strategy, image_size=network.image_size, classes=len(config.data.classes), lora=config.lora
+    )
+    seconds = steps * _seconds_a_step(network, config, min(windows, config.training.batch_size))
+    return Estimate(seconds, parameters * BYTES * 2.0 * config.rounds.count, windows)
+
+
+def commented(tree: Mapping[str, Any], seen: Look, estimate: Estimate) -> str:
+    """The configuration with a reason beside each choice."""
+    sites = tree["data"].get("simulated_sites", len(seen.sites))
+    spacing = " × ".join(f"{value:.3g}" for value in seen.spacing)
+    why = {
+        "preset": "learns soonest; `paper` has the paper's values",
+        "simulated_sites": "the data come from one place: its subjects are dealt out; data.table says who really holds what",
+        "labels": "class: value or values in the label maps" + ("; name them" if "label_1" in seen.labels else ""),
+        "size": f"side of the network's input; a slice has about {seen.plane[0]:g} × {seen.plane[1]:g} voxels",
+        "axis": f"across the slices; the median spacing is {spacing} mm (right, front, up)",
+        "clip": "intensities inside the classes, 0.5th to 99.5th percentile; this is CT"
+        if seen.layout not in SETTINGS
+        else "as in the paper",
+        "resize": "slices are much longer than wide",
+        "name": "ships with flapsam; `sam-vit-b` with size 224 is Meta's: flapsam backbone get sam-vit-b",
+        "batch_size": f"slices a step; a round at a site has at least {STEPS} steps or batches of 4",
+        "micro_batch": "of them at once, as memory allows",
+        "count": "of one local epoch each",
+        "modes": "also local (each site alone) and centralised (pooled data), for comparison",
+    }
+    lines = [
+        f"# {seen.cases} cases at {sites} sites. On this machine about {minutes(estimate.seconds)}; a site sends and gets",
+        f"# about {estimate.bytes_a_site / 2**20:.0f} MiB in all. `flapsam data check` finds what is wrong with the data.",
+    ]
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            lines.append(f"{key}:")
+            lines += [_line(name, part, why, "  ") for name, part in value.items()]
+        else:
+            lines.append(_line(key, value, why, ""))
+    return "\n".join(lines) + "\n"
+
+
+def minutes(seconds: float) -> str:
+    """A time for people."""
+    return f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{max(round(seconds / 60), 1)} minutes"
+
+
+def _line(key: str, value: Any, why: Mapping[str, str], indent: str) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000).removesuffix("...\n").strip()
+    return f"{indent}{key}: {text}" + (f"  # {why[key]}" if key in why else "")
+
+
+def _shown(seen: Look, sites: int) -> float:
+    """Slices that an epoch shows at a site."""
+    training = seen.cases * 0.8 * 0.85 / sites
+    return training * seen.slices * (seen.occupied + 0.25 * (1 - seen.occupied))
+
+
+def _seconds_a_step(network: Sam, config: RunConfig, slices: int) -> float:
+    """Of a whole batch; measured on as many slices as go through the network at once, the second time."""
+    learner = Learner(network, config.training)
+    images = torch.rand(slices, 3, network.image_size, network.image_size)
+    labels = torch.zeros(slices, network.image_size, network.image_size, dtype=torch.int64)
+    seconds = 0.0
+    for _ in range(2):
+        began = time.perf_counter()
+        loss_of(network, (images, labels), network.pixel_mean.device, config.training, config.precision).total.backward()
+        learner.optimizer.step()
+        seconds = time.perf_counter() - began
+    return seconds * config.training.batch_size / slices
