@@ -5,8 +5,8 @@
 DATA is the hippocampus as one folder a site. MONAI's residual UNet, whole volumes in 48 × 64 × 48 voxels, z-scored, AdamW
 with a falling rate, Dice and cross-entropy, small affine changes and noise; six minutes of fitting on one thread, as
 FLAP-SAM's cells take (``benchmarks/results/hippocampus``). By FedAvg in 8 rounds, and in 2, which send about as many bytes
-as FLAP-SAM's 8. Test cases, 3-D Dice on their own grid. What is missing in ``results/unet_federated.json`` is computed until the
-minutes are over.
+as FLAP-SAM's 8. Test cases, 3-D Dice on their own grid. What is missing in ``results/unet_federated.json`` is computed until
+the minutes are over.
 """
 
 import json

@@ -15,6 +15,7 @@ from flapsam.experiments.init import initialise
 from flapsam.federation.observer import Observer
 from flapsam.sites import read_sites
 from flapsam.traffic import strategy_table
+from flapsam.volumes import read_label
 
 LAYOUTS: dict[str, tuple[Callable[[Path], object], dict, list[str]]] = {
     "a folder a site": (make_sites, {"label_1": 1, "label_2": 2}, ["site_0", "site_1"]),
@@ -41,6 +42,22 @@ def test_init_then_simulate(make, labels: dict, sites: list[str], tmp_path: Path
     told = flapsam(capfd, "simulate", "run.yaml", "--set", "rounds.count=1", "--set", "training.batch_size=12")
     assert told.code == 0, told.err
     assert (tmp_path / "runs" / "run" / "adapter" / "flapsam.json").exists()
+
+
+def test_several_modalities_are_predicted_as_they_were_learned(tmp_path: Path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    nnunet(tmp_path / "data", 2)
+    flapsam(capfd, "init", "data")
+    told = flapsam(capfd, "simulate", "run.yaml", "--set", "rounds.count=1", "--set", "samples.size=64")
+    assert told.code == 0, told.err
+    told = flapsam(capfd, "predict", "runs/run", "data/imagesTr", "-o", "out")
+    assert told.code == 0, told.err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"case_{i}.nii.gz" for i in range(5)]
+    test = next((tmp_path / "runs" / "run" / "predictions" / "federated" / "all").iterdir())
+    again = read_label(tmp_path / "out" / test.name)
+    np.testing.assert_array_equal(again.array, read_label(test).array)
+    alone = flapsam(capfd, "predict", "runs/run", "data/imagesTr/case_0_0000.nii.gz", "-o", "other")
+    assert (alone.code, "it has 1 modalities, the adapter was trained on 2" in alone.err) == (2, True)
 
 
 def ct(root: Path) -> None:

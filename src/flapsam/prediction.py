@@ -1,10 +1,11 @@
 """Folders of images → label maps, with a trained adapter."""
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from flapsam.adapter import CARD, load_adapter
+from flapsam.adapter import CARD, load_adapter, read_card
 from flapsam.config import RunConfig, Weights, read_config
 from flapsam.device import default_threads, find_device, set_up_torch
 from flapsam.errors import FlapsamError
@@ -12,6 +13,9 @@ from flapsam.files import check_writable
 from flapsam.inference import predict_volume
 from flapsam.sites import Split, find_dataset, read_sites
 from flapsam.volumes import case_name, is_nifti, read_image, write_label_like
+
+NUMBERED = re.compile(r"_\d{4}$")
+"""nnU-Net's number of a modality, at the end of a file's name."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ def find_images(path: Path, trained: Trained, split: Split | None = None) -> lis
         raise FlapsamError(f"{path}: no such file or folder")
     images = [image for image in sorted(path.iterdir()) if is_nifti(image)]
     if images:
-        return [Job(image, Path(f"{case_name(image)}.nii.gz")) for image in images]
+        return _by_case(images, read_card(trained.folder).samples.modalities)
     if split is None:
         images = [image for image in sorted(path.glob("*/images/*")) if is_nifti(image)]
         if not images:
@@ -91,6 +95,15 @@ def find_images(path: Path, trained: Trained, split: Split | None = None) -> lis
     if not jobs:
         raise FlapsamError(f"{path}: no case has the split '{split}'")
     return jobs
+
+
+def _by_case(images: list[Path], modalities: int) -> list[Job]:
+    """A job an image; where an adapter wants several modalities, files ``CASE_0000``, ``CASE_0001``, … are one case."""
+    cases: dict[str, list[Path]] = {}
+    for image in images:
+        name = case_name(image)
+        cases.setdefault(NUMBERED.sub("", name) if modalities > 1 else name, []).append(image)
+    return [Job(files[0], Path(f"{name}.nii.gz"), tuple(files[1:])) for name, files in cases.items()]
 
 
 def predict_images(

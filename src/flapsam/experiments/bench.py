@@ -166,7 +166,7 @@ class Bench:
 def front(rows: Sequence[RowSummary]) -> list[RowSummary]:
     """The Pareto front: rows that travel, to which no other has both fewer parameters and a higher Dice; cheapest first."""
     best, found = -1.0, []
-    for row in sorted(_measured(rows), key=lambda row: (row.parameters, -(row.mean_dice or 0))):
+    for row in sorted(measured(rows), key=lambda row: (row.parameters, -(row.mean_dice or 0))):
         if row.mean_dice is not None and row.mean_dice > best:
             best = row.mean_dice
             found.append(row)
@@ -186,7 +186,8 @@ def suggest(rows: Sequence[RowSummary], tolerance: float) -> tuple[RowSummary, R
     return next(row for row in candidates if (row.mean_dice or 0) >= (best.mean_dice or 0) - tolerance), best
 
 
-def _measured(rows: Sequence[RowSummary]) -> list[RowSummary]:
+def measured(rows: Sequence[RowSummary]) -> list[RowSummary]:
+    """The federated rows that are there."""
     return [row for row in rows if row.row.mode == "federated" and row.done]
 
 
