@@ -1,6 +1,9 @@
 """Many runs, one table."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -116,6 +119,27 @@ def test_a_stopped_bench_ends_in_the_table_of_one_that_was_not(finished: Path, d
         assert first[:2] == pytest.approx(second[:2], rel=0.01)
     assert tables[0] == tables[1]
     assert "cell 1" not in again.err, "nothing is computed twice"
+
+
+def test_killed_in_its_second_cell_it_goes_on(finished: Path, data: Path, tmp_path: Path, capfd):
+    path = write_bench(tmp_path, data)
+    process = subprocess.Popen([sys.executable, "-m", "flapsam.cli", "bench", str(path)], stderr=subprocess.DEVNULL)
+    cells = tmp_path / "bench" / "cells"
+    deadline = time.monotonic() + 120
+    # The second cell has written its first event, and its end is still far.
+    while not (len(list(cells.glob("*.json"))) == 1 and len(list(cells.glob("*/events.jsonl"))) == 2):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert flapsam(capfd, "bench", path).code == 0
+    scores = [
+        {cell.name: json.loads(cell.read_text())["scores"] for cell in (folder / "cells").glob("*.json")}
+        for folder in (tmp_path / "bench", finished)
+    ]
+    assert scores[0] == scores[1]
+    assert len(scores[0]) == len(NAMES)
 
 
 def test_a_cells_scores_are_those_of_the_simulation(finished: Path, data: Path, tmp_path: Path, capfd):
