@@ -260,7 +260,10 @@ def commented(tree: Mapping[str, Any], seen: Look, estimate: Estimate) -> str:
 
 def minutes(seconds: float) -> str:
     """A time for people."""
-    return f"{seconds / 3600:.1f} hours" if seconds > 5400 else f"{max(round(seconds / 60), 1)} minutes"
+    if seconds > 5400:
+        return f"{seconds / 3600:.1f} hours"
+    count = max(round(seconds / 60), 1)
+    return f"{count} minute{'s' if count > 1 else ''}"
 
 
 def _line(key: str, value: Any, why: Mapping[str, str], indent: str) -> str:
