@@ -22,7 +22,7 @@ from flapsam.federation.aggregation import aggregator
 from flapsam.federation.observer import Observer
 from flapsam.federation.packets import Contract, decode
 from flapsam.federation.rounds import score_cases
-from flapsam.sam import assemble, load_travelling, travelling_state
+from flapsam.sam import assemble_run, load_travelling, travelling_state
 
 RESULTS = HERE / "results" / "averaging.json"
 ROUNDS = 8
@@ -53,9 +53,7 @@ def compute(data: Path, seed: int) -> dict[str, Any]:
         keeper = Keeper(config.output)
         simulate(config, observer=keeper)
         cases = prepared(config, Path(folder), "val")
-        network = assemble(
-            config.backbone, image_size=None, classes=2, strategy_name="flap", lora=config.lora, seed=seed
-        ).network
+        network = assemble_run(config).network
         contract = Contract.of(travelling_state(network))
         dice: dict[str, dict[str, float]] = {}
         for end in ENDS:

@@ -19,7 +19,7 @@ from cells import HERE, Cells, arguments, hippocampus, paired, prepared, read_ce
 from flapsam.device import set_up_torch
 from flapsam.federation.rounds import score_cases
 from flapsam.presets import PRESETS
-from flapsam.sam import assemble
+from flapsam.sam import assemble_run
 from flapsam.training import Learner, batches_per_epoch, fit
 
 RESULTS = HERE / "results" / "measures.json"
@@ -67,9 +67,7 @@ def compute(data: Path, preset: str, changes: dict[str, Any], folder: Path) -> d
     config = hippocampus(data, {"preset": preset, **changes})
     set_up_torch(1, deterministic=True)
     train, val = prepared(config, folder, "train", TRAINED_ON), prepared(config, folder, "val")
-    network = assemble(
-        config.backbone, image_size=None, classes=2, strategy_name="flap", lora=config.lora, seed=config.seed
-    ).network
+    network = assemble_run(config).network
     options = config.training
     wanted = 5 * sum(case.slices for case in train)
     shown = batches_per_epoch(train, options) * options.batch_size * options.window

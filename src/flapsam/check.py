@@ -45,15 +45,15 @@ def check_data(path: Path, run: RunConfig | None, values: list[int], observer: O
     Raises:
         FlapsamError: the folder or its layout is wrong.
     """
+    labels: dict[str, ClassValues] = {str(value): value for value in values}
     if run:
         data = run.data.model_copy(update={"path": path})
     else:
-        labels: dict[str, ClassValues] = {str(value): value for value in values}
         labels = labels or dict(find_dataset(path).labels(path))
         data = Data(path=path, labels=labels or {"any": 1})
     sites, problems = read_found(data, run.seed if run else 0)
     observer.begin("cases", sum(len(site.cases) for site in sites))
-    found = check_sites(sites, problems, data if data.labels != {"any": 1} else None, observer.step)
+    found = check_sites(sites, problems, data if run or labels else None, observer.step)
     observer.end()
     return {site.name: len(site.cases) for site in sites}, found
 

@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -87,16 +89,8 @@ def simulate(
     from flapsam.report import tables
 
     configuration = read_config(config, assignments or [])
-    try:
-        with _observer() as observer:
-            results = run(configuration, resume=resume, observer=observer)
-    except KeyboardInterrupt:
-        notes.print(
-            f"Interrupted. What is done is kept in {configuration.output}; go on with --resume.",
-            highlight=False,
-            soft_wrap=True,
-        )
-        raise typer.Exit(130) from None
+    with _interruptible(f"What is done is kept in {configuration.output}; go on with --resume.") as observer:
+        results = run(configuration, resume=resume, observer=observer)
     if as_json:
         return _print_json(results.as_json())
     out.print(tables.dice_table(results))
@@ -124,22 +118,14 @@ def bench(
     from flapsam.report.bench_table import bench_table, write_tables
 
     configuration = read_settings(config, data, assignments or [])
-    try:
-        with _observer() as observer:
-            result = run(configuration, only=only, minutes=minutes, observer=observer)
-    except KeyboardInterrupt:
-        notes.print(
-            f"Interrupted. What is done is kept in {configuration.output}; the same command goes on.",
-            highlight=False,
-            soft_wrap=True,
-        )
-        raise typer.Exit(130) from None
+    with _interruptible(f"What is done is kept in {configuration.output}; the same command goes on.") as observer:
+        result = run(configuration, only=only, minutes=minutes, observer=observer)
     write_tables(result)
     draw(result)
     if as_json:
         from dataclasses import asdict
 
-        return _print_json([asdict(row) for row in result.rows()])
+        return _print_json([asdict(row) for row in result.rows])
     out.print(bench_table(result))
     out.print(
         f"All columns are in bench.md, .csv and .json, the picture in bench.svg, in {result.folder}",
@@ -159,11 +145,11 @@ def suggest(
     """Name the cheapest of a bench's choices whose Dice is close to the best."""
     from dataclasses import asdict
 
-    from flapsam.experiments.bench import bench as run
+    from flapsam.experiments.bench import read_bench
     from flapsam.experiments.bench import suggest as choose
     from flapsam.experiments.settings import read_settings
 
-    rows = run(read_settings(config, data, assignments or []), minutes=0).rows()
+    rows = read_bench(read_settings(config, data, assignments or [])).rows
     chosen, best = choose(rows, tolerance)
     if as_json:
         return _print_json({"suggested": asdict(chosen), "best": asdict(best)})
@@ -465,14 +451,8 @@ def pretrain(
     recipe = Recipe(steps=20, batch=4, warmup=5, seed=seed) if quick else Recipe(steps=steps, batch=batch, seed=seed)
     length = "--quick" if quick else f"--steps {steps} --batch {batch}"
     command = f"flapsam pretrain {length} --seed {seed}"
-    try:
-        with _observer() as observer:
-            scores = run(
-                folder, recipe, command=command, threads=threads or default_threads(), resume=resume, observer=observer
-            )
-    except KeyboardInterrupt:
-        notes.print(f"Interrupted. Go on with --resume from the last state in {folder}.", highlight=False, soft_wrap=True)
-        raise typer.Exit(130) from None
+    with _interruptible(f"Go on with --resume from the last state in {folder}.") as observer:
+        scores = run(folder, recipe, command=command, threads=threads or default_threads(), resume=resume, observer=observer)
     if as_json:
         return _print_json(scores)
     for task, value in scores.items():
@@ -483,6 +463,17 @@ def _observer() -> "ConsoleObserver":
     from flapsam.report.progress import ConsoleObserver
 
     return ConsoleObserver(notes)
+
+
+@contextmanager
+def _interruptible(advice: str) -> "Iterator[ConsoleObserver]":
+    """Shows long work; interrupted, it ends with the advice and exit code 130."""
+    try:
+        with _observer() as observer:
+            yield observer
+    except KeyboardInterrupt:
+        notes.print(f"Interrupted. {advice}", highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
 
 
 def _print_json(value: Any) -> None:

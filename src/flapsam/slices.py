@@ -157,14 +157,24 @@ def check_geometry(case: Case, image: Geometry, label: Geometry) -> None:
         )
 
 
+def read_files(case: Case) -> tuple[Volume, Volume]:
+    """Image and label map of a case as they are stored, checked against each other.
+
+    Raises:
+        FlapsamError: either file is broken, or their geometry differs.
+    """
+    image, label = read_image(*case.images), read_label(case.label)
+    check_geometry(case, image.geometry, label.geometry)
+    return image, label
+
+
 def read_pair(case: Case, label_map: LabelMap) -> tuple[Volume, Volume]:
     """Image and class indices of a case, checked against each other.
 
     Raises:
         FlapsamError: either file is broken, their geometry differs, or a label value belongs to no class.
     """
-    image, label = read_image(*case.images), read_label(case.label)
-    check_geometry(case, image.geometry, label.geometry)
+    image, label = read_files(case)
     return image, Volume(label_map.apply(label.array, case.label), label.affine)
 
 

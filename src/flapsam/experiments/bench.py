@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,7 @@ class Bench:
     cells: list[Cell]
     results: dict[Cell, CellResult]
 
+    @cached_property
     def rows(self) -> list[RowSummary]:
         """The table, in the order of the grids."""
         rows = list(dict.fromkeys(cell.row for cell in self.cells))
@@ -232,11 +234,25 @@ def bench(
     for number, cell in enumerate(wanted, start=1):
         if cell_file(config, cell).exists():
             continue
-        if time.monotonic() > end:
+        if time.monotonic() >= end:
             observer.say(f"{minutes:g} minutes are over; the same command goes on with cell {number} of {len(wanted)}")
             break
         observer.say(f"cell {number} of {len(wanted)}: {cell.name}")
         _compute(cell, cells[cell], cell_file(config, cell), observer)
+    return read_bench(config, cells)
+
+
+def read_bench(config: RunConfig, cells: Mapping[Cell, RunConfig] | None = None) -> Bench:
+    """What is there of a bench.
+
+    Args:
+        config: the run and its grids.
+        cells: the same as ``cells_of`` it, where they are known.
+
+    Raises:
+        FlapsamError: as ``cells_of`` and ``read_cell``.
+    """
+    cells = cells_of(config) if cells is None else cells
     results = {cell: read_cell(path, own) for cell, own in cells.items() if (path := cell_file(config, cell)).exists()}
     return Bench(config.output, config.data.classes, list(cells), results)
 

@@ -19,13 +19,13 @@ from flapsam.experiments.settings import SETTINGS, read_settings
 from flapsam.federation.observer import Observer
 from flapsam.files import write_text
 from flapsam.memory import windows_that_fit
-from flapsam.sam import Sam, architecture, assemble
+from flapsam.sam import Sam, architecture, assemble_run
 from flapsam.sam.sources import source
 from flapsam.sites import Site, find_dataset, read_sites
-from flapsam.slices import check_geometry
+from flapsam.slices import read_files
 from flapsam.traffic import BYTES, travelling_parameters
 from flapsam.training import Learner, loss_of
-from flapsam.volumes import CANONICAL_AXES, Volume, read_image, read_label
+from flapsam.volumes import CANONICAL_AXES, Volume
 
 AIR = -500
 """Hounsfield units that only CT goes below."""
@@ -42,7 +42,6 @@ class Look:
     sites: list[Site]
     layout: str
     labels: dict[str, ClassValues]
-    modalities: int
     spacing: tuple[float, ...]
     """Median over the cases, in mm, along the canonical axes."""
     shape: tuple[float, ...]
@@ -134,12 +133,9 @@ def look(path: Path, observer: Observer) -> Look:
     spacings, shapes, lows, inside, occupied = [], [], [], [], []
     values: set[int] = set()
     rng = np.random.default_rng(0)
-    modalities = 1
     observer.begin("cases", len(cases))
     for case in cases:
-        image, label = read_image(*case.images), read_label(case.label)
-        check_geometry(case, image.geometry, label.geometry)
-        modalities = image.modalities
+        image, label = read_files(case)
         canonical, truth = image.to_canonical(), Volume(label.array, label.affine).to_canonical().array
         spacings.append(canonical.spacing)
         shapes.append(canonical.array.shape[:3])
@@ -157,7 +153,6 @@ def look(path: Path, observer: Observer) -> Look:
         sites=sites,
         layout=dataset.name,
         labels=labels or {f"label_{value}": value for value in sorted(values)},
-        modalities=modalities,
         spacing=tuple(median(column) for column in zip(*spacings, strict=True)),
         shape=tuple(median(column) for column in zip(*shapes, strict=True)),
         ct=median(lows) < AIR,
@@ -206,14 +201,7 @@ def settings_for(seen: Look) -> dict[str, Any]:
 def estimate_of(config: RunConfig, seen: Look) -> Estimate:
     """Time by measuring a step of this run's network, traffic by counting its parameters."""
     set_up_torch(config.threads or default_threads(), deterministic=config.deterministic)
-    network = assemble(
-        config.backbone,
-        image_size=config.samples.size,
-        classes=len(config.data.classes),
-        strategy_name=config.strategy,
-        lora=config.lora,
-        seed=0,
-    ).network
+    network = assemble_run(config).network
     windows = windows_that_fit(network, config.training)
     sites = config.data.simulated_sites or len(seen.sites)
     steps = sites * max(_shown(seen, sites) / config.training.batch_size, 1) * config.rounds.count * config.training.epochs

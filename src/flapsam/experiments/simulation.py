@@ -30,7 +30,7 @@ from flapsam.inference import predict_volume
 from flapsam.memory import windows_that_fit
 from flapsam.metrics import CaseScores, Summary, by_site, score_case, summarise
 from flapsam.model_card import model_card
-from flapsam.sam import Assembled, architecture, assemble, load_travelling, strategy, travelling_state
+from flapsam.sam import Assembled, architecture, assemble_run, load_travelling, strategy, travelling_state
 from flapsam.sam.checkpoints import find_weights
 from flapsam.sam.encoder import checkpoint_layers
 from flapsam.sam.sources import source
@@ -229,15 +229,7 @@ class _Simulation:
 
     def _assemble(self) -> Assembled:
         config = self.config
-        assembled = assemble(
-            config.backbone,
-            image_size=config.samples.size,
-            classes=len(config.data.classes),
-            strategy_name=config.strategy,
-            lora=config.lora,
-            frozen=config.frozen,
-            seed=config.seed,
-        )
+        assembled = assemble_run(config)
         assembled.network.to(config.device)
         if config.training.checkpointing:
             checkpoint_layers(assembled.network.vision_encoder)

@@ -12,7 +12,7 @@ BLUE, GREY = "#0072B2", "#767676"
 
 def draw(bench: Bench) -> None:
     """Write ``bench.svg``: a point a federated row, the Pareto front marked; nothing where no such row is there."""
-    rows = bench.rows()
+    rows = bench.rows
     best = front(rows)
     if not best:
         return

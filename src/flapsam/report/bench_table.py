@@ -18,7 +18,7 @@ MISSING = "missing"
 
 def write_tables(bench: Bench) -> None:
     """Write ``bench.md``, ``bench.csv`` and ``bench.json`` into the bench's folder."""
-    rows = bench.rows()
+    rows = bench.rows
     parts = [_markdown(_main(rows, bench.classes))]
     if any(row.sites for row in rows):
         parts.append(_markdown(_sites(rows)))
@@ -31,7 +31,7 @@ def bench_table(bench: Bench) -> Table:
     """The table in short, for a terminal."""
     shown = ("", "seeds", "Dice", "gain over local", "difference to the first", "seconds")
     table = Table()
-    rows = _main(bench.rows(), bench.classes)
+    rows = _main(bench.rows, bench.classes)
     for column in shown:
         table.add_column(column, justify="right" if column else "left", min_width=0 if column else 24)
     for row in rows:

@@ -11,7 +11,7 @@ from flapsam.sam.adapters import (
     travelling_state,
 )
 from flapsam.sam.architecture import ARCHITECTURES, Architecture, architecture
-from flapsam.sam.assembly import Assembled, assemble
+from flapsam.sam.assembly import Assembled, assemble, assemble_run
 from flapsam.sam.checkpoints import LoadReport, infer_architecture, load_weights, read_checkpoint
 from flapsam.sam.network import PIXELS, Sam, build
 from flapsam.sam.strategies import STRATEGIES, Strategy, strategy
@@ -28,6 +28,7 @@ __all__ = [
     "apply_strategy",
     "architecture",
     "assemble",
+    "assemble_run",
     "build",
     "frozen_checksum",
     "infer_architecture",

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from flapsam.config import RANDOM, Backbone, Lora, OutputPart, Weights
+from flapsam.config import RANDOM, Backbone, Lora, OutputPart, RunConfig, Weights
 from flapsam.errors import FlapsamError
 from flapsam.sam.adapters import apply_strategy, frozen_checksum
 from flapsam.sam.architecture import architecture
@@ -75,3 +75,20 @@ def assemble(
     if state is not None and backbone.masks == "warm" and any(parameter.requires_grad for parameter in apart):
         warm_masks(network, state)
     return Assembled(network, weights, f"{backbone.name} with {about}", frozen_checksum(network))
+
+
+def assemble_run(config: RunConfig) -> Assembled:
+    """The network of a run, as ``assemble`` makes it.
+
+    Raises:
+        FlapsamError: as ``assemble``.
+    """
+    return assemble(
+        config.backbone,
+        image_size=config.samples.size,
+        classes=len(config.data.classes),
+        strategy_name=config.strategy,
+        lora=config.lora,
+        frozen=config.frozen,
+        seed=config.seed,
+    )

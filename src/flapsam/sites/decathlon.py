@@ -67,22 +67,24 @@ def read_description(path: Path, wanted: str) -> dict[str, Any]:
     return description
 
 
+def glance(path: Path) -> dict[str, Any]:
+    """``dataset.json``, or nothing where there is none that can be read."""
+    try:
+        description = json.loads((path / DESCRIPTION).read_text())
+    except (OSError, ValueError):
+        return {}
+    return description if isinstance(description, dict) else {}
+
+
 def plain(name: str) -> str:
     """A class's name as configurations have it."""
     return name.strip().lower().replace(" ", "_")
 
 
-def _recognises(path: Path) -> bool:
-    try:
-        return isinstance(read_description(path, "training")["training"], list)
-    except FlapsamError:
-        return False
-
-
 DATASET = Dataset(
     name="msd",
     read=read,
-    recognises=_recognises,
+    recognises=lambda path: isinstance(glance(path).get("training"), list),
     labels=labels,
     layout="dataset.json, imagesTr/CASE.nii.gz, labelsTr/CASE.nii.gz",
     sites="one; data.simulated_sites deals the subjects out, data.table says who holds what",

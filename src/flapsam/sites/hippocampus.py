@@ -8,7 +8,6 @@ Licence CC BY-SA 4.0. A. L. Simpson et al., arXiv 1902.09063 (2019); M. Antonell
 
 from pathlib import Path
 
-from flapsam.errors import FlapsamError
 from flapsam.sites import decathlon
 from flapsam.sites.case import Found
 from flapsam.sites.dataset import Dataset, Download
@@ -27,11 +26,12 @@ def read(path: Path) -> Found:
 
 
 def _recognises(path: Path) -> bool:
-    try:
-        name = decathlon.read_description(path, "training").get("name")
-    except FlapsamError:
-        return False
-    return name == "Hippocampus" and any((path / "imagesTr").glob("hippocampus_*.nii.gz"))
+    description = decathlon.glance(path)
+    return (
+        description.get("name") == "Hippocampus"
+        and "training" in description
+        and any((path / "imagesTr").glob("hippocampus_*.nii.gz"))
+    )
 
 
 DATASET = Dataset(

@@ -11,7 +11,7 @@ from flapsam.config import ClassValues
 from flapsam.errors import FlapsamError
 from flapsam.sites.case import Case, Found
 from flapsam.sites.dataset import Dataset
-from flapsam.sites.decathlon import DESCRIPTION, SITE, plain, read_description
+from flapsam.sites.decathlon import DESCRIPTION, SITE, glance, plain, read_description
 
 NUMBER = len("_0000")
 
@@ -70,17 +70,10 @@ def _place(path: Path, file: str) -> Path:
     return path / os.path.expandvars(file)
 
 
-def _recognises(path: Path) -> bool:
-    try:
-        return "channel_names" in read_description(path, "file_ending")
-    except FlapsamError:
-        return False
-
-
 DATASET = Dataset(
     name="nnunet",
     read=read,
-    recognises=_recognises,
+    recognises=lambda path: {"channel_names", "file_ending"} <= glance(path).keys(),
     labels=labels,
     layout="dataset.json, imagesTr/CASE_0000.nii.gz, labelsTr/CASE.nii.gz",
     sites="one; data.simulated_sites deals the subjects out, data.table says who holds what",
