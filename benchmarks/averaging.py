@@ -16,13 +16,14 @@ from statistics import mean
 from typing import Any
 
 from cells import HERE, Cells, arguments, hippocampus, paired, prepared, read_cells, write_cells
+from torch import Tensor
 
 from flapsam.experiments.simulation import simulate
-from flapsam.federation.aggregation import aggregator
+from flapsam.federation.aggregation import Reply, aggregator
 from flapsam.federation.observer import Observer
-from flapsam.federation.packets import Contract, decode
 from flapsam.federation.rounds import score_cases
-from flapsam.sam import assemble_run, load_travelling, travelling_state
+from flapsam.federation.state import ServerState
+from flapsam.sam import assemble_run, load_travelling
 
 RESULTS = HERE / "results" / "averaging.json"
 ROUNDS = 8
@@ -32,16 +33,18 @@ SEEDS = (0, 1)
 
 
 class Keeper(Observer):
-    """Keeps every round's global packet."""
+    """Keeps every round's global tensors."""
 
     def __init__(self, run: Path) -> None:
-        self.path = run / "state" / "federated" / "server" / "global.packet"
-        self.packets: dict[int, bytes] = {}
+        self.state = ServerState(run / "state" / "federated" / "server")
+        self.tensors: dict[int, dict[str, Tensor]] = {}
 
     def event(self, entry: dict[str, Any]) -> None:
         """Take one entry of the ledger."""
         if entry["event"] == "round":
-            self.packets[entry["round"]] = self.path.read_bytes()
+            newest = self.state.newest()
+            if newest is not None:
+                self.tensors[entry["round"]] = newest[1]["global"]
 
 
 def compute(data: Path, seed: int) -> dict[str, Any]:
@@ -54,14 +57,13 @@ def compute(data: Path, seed: int) -> dict[str, Any]:
         simulate(config, observer=keeper)
         cases = prepared(config, Path(folder), "val")
         network = assemble_run(config).network
-        contract = Contract.of(travelling_state(network))
         dice: dict[str, dict[str, float]] = {}
         for end in ENDS:
             for length in LENGTHS:
-                average = aggregator("flexlora", config.lora.rank)
-                for number in range(end - length + 1, end + 1):
-                    average.add(decode(keeper.packets[number], contract)[1], 1 / length)
-                load_travelling(network, average.result())
+                numbers = range(end - length + 1, end + 1)
+                replies = [Reply.of(keeper.tensors[number], 1 / length) for number in numbers]
+                average = aggregator("flexlora", config.lora.rank).aggregate(replies, keeper.tensors[end], end)
+                load_travelling(network, average)
                 scores = score_cases(network, cases, config)
                 dice[f"{end}/{length}"] = {s.case: mean(value or 0.0 for value in s.dice.values()) for s in scores}
     return dice

@@ -12,7 +12,7 @@ from sitemaker import make_sites, write_run
 
 from flapsam.federation.ledger import read_ledger
 
-# A flexlora that, where a signal file is named, touches it in its second round's result and waits to be killed.
+# A flexlora that, where a signal file is named, touches it in its second round's aggregation and waits to be killed.
 PROGRAM = """
 import signal, sys, time
 from pathlib import Path
@@ -25,13 +25,13 @@ signal_file = sys.argv.pop(1)
 results = 0
 
 class Slow(FlexLora):
-    def result(self):
+    def aggregate(self, *arguments):
         global results
         results += 1
         if signal_file and results == 2:
             Path(signal_file).touch()
             time.sleep(120)
-        return super().result()
+        return super().aggregate(*arguments)
 
 AGGREGATORS["slow"] = Slow
 cli.main()

@@ -7,6 +7,7 @@
 
 import json
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,7 +83,7 @@ def save_adapter(folder: Path, card: AdapterCard, tensors: Mapping[str, Tensor])
     """
     chosen = strategy(card.strategy)
     output_with_lora = chosen.lora and chosen.trains == (OUTPUT,) and not card.frozen
-    peft = {n: t.contiguous() for n, t in tensors.items() if chosen.lora and (output_with_lora or ".lora_" in n)}
+    peft = {n: t.contiguous() for n, t in tensors.items() if ".lora_" in n or (output_with_lora and fnmatchcase(n, OUTPUT))}
     plain = {n: t.contiguous() for n, t in tensors.items() if n not in peft}
     if peft:
         config = lora_config(card.lora, architecture(source(card.backbone.name).architecture).depth)

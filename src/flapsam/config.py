@@ -173,6 +173,8 @@ class Training(Options):
     """Weight of every foreground class in the cross-entropy, where background has 1."""
     moments: Literal["keep", "reset"] = "keep"
     """Whether Adam's moments stay at the client between rounds."""
+    proximal: Annotated[float, Field(ge=0)] = 0.0
+    """FedProx's μ (Li et al. 2020, arXiv 1812.06127): the loss grows by μ/2 · ‖θ − θ₀‖², θ₀ being what the server sent."""
 
     @field_validator("augment", mode="before")
     @classmethod
@@ -194,6 +196,34 @@ class Rounds(Options):
     weights: Literal["slices", "cases", "uniform"] | dict[str, Annotated[float, Field(ge=0)]] = "slices"
     """A client's weight in the mean: its share of training slices or cases, equal, or given by site."""
     validate_every: Positive = 1
+    patience: Positive | None = None
+    """Stop when the best Dice of so many validations is not above the best before them by more than ``settled``."""
+    settled: Annotated[float, Field(ge=0)] = 0.002
+
+
+class Compression(Options):
+    """How packets are written."""
+
+    codec: str = "fp32"
+    """``fp32`` sends the tensors, every other codec the difference to what the receiver has."""
+    density: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Share of each tensor's numbers that a codec with ``topk`` sends."""
+    step: Annotated[float, Field(gt=0, le=4)] = 1.0
+    """Of the codec ``steps``, in units of a row's root mean square: the larger, the fewer bytes."""
+    feedback: bool = True
+    """Whether what a site's packet lost is added to its next one."""
+
+
+class ServerOptions(Options):
+    """What the server does with the clients' mean."""
+
+    optimizer: str = "none"
+    """``none`` takes the mean; ``fedavgm``, ``fedadam`` and ``fedyogi`` treat the way to it as a gradient."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1.0
+    momentum: Fraction = 0.9
+    second_moment: Fraction = 0.99
+    floor: Annotated[float, Field(gt=0)] = 1e-3
+    """Added to the root of the second moment."""
 
 
 class Grid(Options):
@@ -225,6 +255,10 @@ class RunConfig(Options):
     training: Training = Training()
     rounds: Rounds = Rounds()
     aggregator: str = "flexlora"
+    server: ServerOptions = ServerOptions()
+    compression: Compression = Compression()
+    site_ranks: dict[str, Positive] = {}
+    """Sites whose adapters have a smaller rank than ``lora.rank``."""
     modes: Annotated[list[Mode], Field(min_length=1)] = ["federated"]
     """What to train: one model by all sites together, one by each site alone, one on the pooled data."""
     inference_batch: Positive = 16

@@ -248,6 +248,8 @@ def fit(
     features = Features(network, cases, samples, precision) if can_be_kept(network, options, samples) else None
     forward = network.logits if features else network
     device = network.pixel_mean.device
+    trained = [parameter for parameter in learner.parameters.values() if parameter.requires_grad]
+    start = [parameter.detach().clone() for parameter in trained] if options.proximal else []
     losses: list[Tensor] = []
     slices, waiting = 0, 0.0
     for epoch in range(options.epochs):
@@ -271,9 +273,18 @@ def fit(
                 (loss.total * share).backward()
                 terms.append(share * torch.stack([loss.total, loss.cross_entropy, loss.dice]).detach())
             losses.append(torch.stack(terms).sum(dim=0))
+            if options.proximal:
+                _pull_back(trained, start, options.proximal)
             learner.optimizer.step()
             learner.steps += 1
             slices += len(images)
             on_step()
     total, cross_entropy, dice = torch.stack(losses).mean(dim=0).tolist()
     return FitReport(len(losses), slices, total, cross_entropy, dice, time.perf_counter() - started, waiting)
+
+
+def _pull_back(parameters: Sequence[Tensor], start: Sequence[Tensor], strength: float) -> None:
+    """Add to the gradients that of FedProx's term μ/2 · ‖θ − θ_start‖²."""
+    for parameter, origin in zip(parameters, start, strict=True):
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter.detach() - origin, alpha=strength)

@@ -12,17 +12,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from flapsam.adapter import AdapterCard, BackboneCard, save_adapter
-from flapsam.config import RunConfig, write_config
+from flapsam.config import Compression, RunConfig, write_config
 from flapsam.device import default_threads, find_device, set_up_torch
 from flapsam.environment import environment
-from flapsam.errors import FlapsamError
-from flapsam.federation.aggregation import aggregator
+from flapsam.errors import FlapsamError, choose
+from flapsam.federation.aggregation import Aggregator, aggregator
+from flapsam.federation.agreement import Agreement
+from flapsam.federation.compression import codec
 from flapsam.federation.engines.local import run_rounds
 from flapsam.federation.ledger import Ledger, read_ledger
 from flapsam.federation.observer import Observer
-from flapsam.federation.packets import Contract
 from flapsam.federation.rounds import Client, ClientData, Server
+from flapsam.federation.server_optimizers import SERVER_OPTIMIZERS
 from flapsam.federation.state import ClientState, ServerState
 from flapsam.federation.weights import client_weights
 from flapsam.files import check_writable, write_text
@@ -30,7 +34,16 @@ from flapsam.inference import predict_volume
 from flapsam.memory import windows_that_fit
 from flapsam.metrics import CaseScores, Summary, by_site, score_case, summarise
 from flapsam.model_card import model_card
-from flapsam.sam import Assembled, architecture, assemble_run, load_travelling, strategy, travelling_state
+from flapsam.sam import (
+    Assembled,
+    adapted_weights,
+    architecture,
+    assemble_run,
+    load_tensors,
+    strategy,
+    tensors_of,
+    travelling_state,
+)
 from flapsam.sam.checkpoints import find_weights
 from flapsam.sam.encoder import checkpoint_layers
 from flapsam.sam.sources import source
@@ -42,7 +55,7 @@ from flapsam.volumes import count_modalities, read_geometry, write_label_like
 
 @dataclass(frozen=True)
 class Traffic:
-    """Measured bytes of the federated rounds, a round and a site."""
+    """Measured bytes of all federated packets, a round and a site."""
 
     up: float
     down: float
@@ -125,7 +138,16 @@ def resolve(config: RunConfig) -> RunConfig:
     strategy(config.strategy)
     size = config.samples.size or sizes.default_size
     sizes.tokens(size)
-    aggregator(config.aggregator, config.lora.rank)
+    method = aggregator(config.aggregator, config.lora.rank)
+    codec(config.compression)
+    if choose("server.optimizer", config.server.optimizer, SERVER_OPTIMIZERS) and not method.keeps_basis:
+        raise FlapsamError(
+            f"server.optimizer: {config.server.optimizer} needs adapters whose rows mean the same from round to round, and "
+            f"aggregator {config.aggregator} turns them; choose flexlora-aligned or fedavg"
+        )
+    larger = [site for site, rank in config.site_ranks.items() if rank > config.lora.rank]
+    if larger:
+        raise FlapsamError(f"site_ranks.{larger[0]}: larger than lora.rank, {config.lora.rank}; raise that one")
     return config.model_copy(
         update={
             "samples": config.samples.model_copy(update={"size": size}),
@@ -157,12 +179,12 @@ class _Simulation:
         self.assembled = self._assemble()
         self._measure_memory()
         self.initial = travelling_state(self.assembled.network)
-        self.contract = Contract.of(self.initial)
+        self.network_start = self._start(aggregator(config.aggregator, config.lora.rank))
         scores: dict[str, list[CaseScores]] = {}
         for federation in self._federations(training, clients, sites):
-            self._train(federation, weights)
+            rounds = self._train(federation, weights)
             self._test(federation)
-            text = model_card(self._card(federation), federation.name, read_ledger(self.ledger.path))
+            text = model_card(self._card(federation, rounds), federation.name, read_ledger(self.ledger.path))
             write_text(self.folder / federation.adapter / "README.md", text)
         for event in read_ledger(self.ledger.path):
             if event["event"] == "test":
@@ -268,35 +290,49 @@ class _Simulation:
                 ]
         return result
 
-    def _train(self, federation: Federation, weights: Mapping[str, float]) -> None:
-        """Run the rounds and save the adapter; the network holds it afterwards."""
+    def _train(self, federation: Federation, weights: Mapping[str, float]) -> int:
+        """Run the rounds and save the adapter, which the network holds afterwards; returns the number of rounds."""
         config, assembled = self.config, self.assembled
         state = self.folder / "state" / federation.name
-        # The mean of one client's tensors is those tensors: a site alone is never aggregated.
-        method = config.aggregator if federation.mode == "federated" else "fedavg"
-        server = Server(
+        together = federation.mode == "federated"
+        # The mean of one client's tensors is those tensors, and nothing travels: a site alone is never aggregated.
+        method = aggregator(config.aggregator if together else "fedavg", config.lora.rank)
+        load_tensors(assembled.network, self.network_start)
+        agreement = Agreement(
             self.run_id,
-            self.contract,
-            weights if federation.mode == "federated" else {data.site: 1.0 for data in federation.clients},
-            lambda: aggregator(method, config.lora.rank),
-            ServerState(state / "server"),
+            self._start(method),
+            self.initial.keys(),
+            method,
+            config.compression if together else Compression(codec="fp32"),
+            config.site_ranks if together else {},
         )
-        server.start(self.initial)
+        server = Server(
+            agreement,
+            weights if together else {data.site: 1.0 for data in federation.clients},
+            ServerState(state / "server"),
+            options=config.server if together else None,
+            seed=config.seed,
+        )
         clients = [
-            Client(assembled.network, data, config, self.run_id, self.contract, ClientState(state / "sites" / data.site))
+            Client(assembled.network, data, config, agreement, ClientState(state / "sites" / data.site))
             for data in federation.clients
         ]
-        run_rounds(federation.name, server, clients, config.rounds.count, self.ledger, self.observer)
-        tensors = server.tensors
-        save_adapter(self.folder / federation.adapter, self._card(federation), tensors)
-        load_travelling(assembled.network, tensors)
+        run_rounds(federation.name, server, clients, self.ledger, self.observer)
+        save_adapter(self.folder / federation.adapter, self._card(federation, server.rounds_done), server.tensors)
+        load_tensors(assembled.network, server.tensors)
+        return server.rounds_done
 
-    def _card(self, federation: Federation) -> AdapterCard:
+    def _start(self, method: Aggregator) -> dict[str, Tensor]:
+        """The global tensors that this aggregator begins with."""
+        more = adapted_weights(self.initial) if method.base_weights else set()
+        return self.initial | tensors_of(self.assembled.network, more - self.initial.keys())
+
+    def _card(self, federation: Federation, rounds: int) -> AdapterCard:
         config = self.config
         return AdapterCard(
             run=self.run_id,
             mode=federation.mode,
-            rounds=config.rounds.count,
+            rounds=rounds,
             strategy=config.strategy,
             lora=config.lora,
             frozen=config.frozen,
@@ -344,8 +380,9 @@ class _Simulation:
     def _traffic(self) -> Traffic | None:
         if "federated" not in self.config.modes:
             return None
-        fits = [e for e in read_ledger(self.ledger.path) if e["event"] == "fit" and e["federation"] == "federated"]
-        up, down = (sum(event[key] for event in fits) / len(fits) for key in ("bytes_up", "bytes_down"))
+        events = [event for event in read_ledger(self.ledger.path) if event.get("federation") == "federated"]
+        fits = sum(event["event"] == "fit" for event in events)
+        up, down = (sum(event.get(key, 0) for event in events) / fits for key in ("bytes_up", "bytes_down"))
         return Traffic(up, down, full_packet_bytes(self.config))
 
 

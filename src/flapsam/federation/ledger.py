@@ -10,7 +10,7 @@ from flapsam.errors import FlapsamError
 
 Event = dict[str, Any]
 IDENTITY = ("event", "federation", "round", "site", "case")
-"""Fields that say which event it is; a resumed run does not write the same event twice."""
+"""Fields that say which event it is; a resumed run does not write the same event twice, but every refusal is its own."""
 
 
 class Ledger:
@@ -39,7 +39,7 @@ class Ledger:
     def write(self, event: str, **fields: Any) -> Event:
         """Append an event with the time, unless it stands there already; returns it."""
         entry = {"event": event, "time": datetime.now(UTC).isoformat(timespec="seconds"), **fields}
-        if _identity(entry) not in self.known:
+        if event == "refused" or _identity(entry) not in self.known:
             self.known.add(_identity(entry))
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")

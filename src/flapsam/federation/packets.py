@@ -1,14 +1,15 @@
 """The packet: the only thing that crosses a site's border.
 
-Layout: ``FLAPSAM1``, the SHA-256 (32 bytes) of all that follows, then one zstandard frame. In it lies a safetensors file,
-whose metadata holds one entry ``flapsam``: the header as JSON. Nothing in a packet is trusted before it is checked.
+Layout: ``FLAPSAM2``, the SHA-256 (32 bytes) of all that follows, then one zstandard frame. In it lies a safetensors file with a
+codec's entries, whose metadata holds one entry ``flapsam``: the header as JSON. Nothing in a packet is trusted before it is
+checked.
 """
 
 import hashlib
 import io
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 import zstandard
@@ -17,8 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-MAGIC = b"FLAPSAM1"
+from flapsam.config import Compression
+from flapsam.federation.compression import codec
+from flapsam.federation.compression.codec import Codec
+
+MAGIC = b"FLAPSAM2"
 ENTRY = "flapsam"
+SMALL = 8 << 20
+"""Content up to so many bytes is compressed at zstandard's level 19, which saves up to a tenth; more at level 1, in little time."""
 FRAMING_BYTES = 1 << 20
 """What header and safetensors index may add to the tensors' own bytes."""
 
@@ -35,9 +42,11 @@ class Header(BaseModel):
     run: str = Field(max_length=64)
     round: int = Field(ge=0, lt=1 << 31)
     """Of a packet from the server: rounds that went into it. Of a site's: the round it answers, from 1."""
+    base: int | None = Field(default=None, ge=0, lt=1 << 31)
+    """Rounds that went into the tensors that these change; None: these are all of them."""
     sender: str = Field(max_length=256)
-    codec: str = Field(default="fp32", max_length=32)
-    contract: str = Field(max_length=64)
+    codec: str = Field(default="", max_length=32)
+    contract: str = Field(default="", max_length=64)
     samples: int = Field(default=0, ge=0)
     """Slices that went through the sender's network."""
     metrics: dict[str, float | None] = Field(default={}, max_length=256)
@@ -45,46 +54,85 @@ class Header(BaseModel):
 
 @dataclass(frozen=True)
 class Contract:
-    """What the tensors of a run's packets are called, and their shapes; all are float32. Agreed before the first round."""
+    """What a packet's tensors are called, their shapes, and how they are written. Agreed before the first round."""
 
     shapes: dict[str, tuple[int, ...]]
+    compression: Compression = Compression()
+    """With which options."""
+    start: str = ""
+    """Checksum of the tensors that every site begins with; they are made from checkpoint and seed, and never sent."""
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> "Contract":
-        """The contract that these tensors fulfil."""
-        return cls({name: tuple(tensor.shape) for name, tensor in sorted(tensors.items())})
+    def of(cls, tensors: Mapping[str, Tensor], compression: Compression | None = None) -> "Contract":
+        """The contract of a run that begins with these tensors."""
+        digest = hashlib.sha256()
+        for _, tensor in sorted(tensors.items()):
+            digest.update(tensor.contiguous().numpy().tobytes())
+        shapes = {name: tuple(tensor.shape) for name, tensor in sorted(tensors.items())}
+        return cls(shapes, compression or Compression(), digest.hexdigest())
+
+    def part(self, names: Collection[str]) -> "Contract":
+        """The contract of a packet with only these tensors."""
+        return replace(self, shapes={name: shape for name, shape in self.shapes.items() if name in names})
+
+    @property
+    def whole(self) -> "Contract":
+        """The contract of a packet with the tensors themselves, whatever the codec."""
+        return replace(self, compression=Compression(codec="fp32"))
 
     @property
     def hash(self) -> str:
-        """SHA-256 over names and shapes."""
-        return hashlib.sha256(repr(list(self.shapes.items())).encode()).hexdigest()
+        """SHA-256 over all of it."""
+        agreed = [list(self.shapes.items()), self.compression.model_dump_json(), self.start]
+        return hashlib.sha256(repr(agreed).encode()).hexdigest()
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of all tensors, uncompressed."""
+        """Bytes of all tensors as float32."""
         return sum(4 * torch.Size(shape).numel() for shape in self.shapes.values())
 
-    def check(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raise PacketRefused unless names, shapes and dtypes are the contract's and every number is finite."""
-        if tensors.keys() != self.shapes.keys():
-            odd = sorted(tensors.keys() ^ self.shapes.keys())
-            raise PacketRefused(f"tensor names differ from the contract, the first is {odd[0][:80]!r}")
-        for name, tensor in tensors.items():
-            if tuple(tensor.shape) != self.shapes[name] or tensor.dtype != torch.float32:
-                raise PacketRefused(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, agreed was {self.shapes[name]}")
-            if not torch.isfinite(tensor).all():
-                raise PacketRefused(f"{name} holds NaN or infinity")
+    @property
+    def coder(self) -> Codec:
+        """The codec itself."""
+        return codec(self.compression)
 
 
-def encode(header: Header, tensors: Mapping[str, Tensor]) -> bytes:
-    """A packet of these tensors. The same input gives the same bytes."""
-    plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    body = zstandard.ZstdCompressor(level=3).compress(save(plain, metadata={ENTRY: header.model_dump_json()}))
+def encode(header: Header, contract: Contract, tensors: Mapping[str, Tensor], seed: int = 0) -> bytes:
+    """A packet of these tensors. The same input gives the same bytes.
+
+    Args:
+        header: what it says about itself; codec and contract are filled in.
+        contract: whose tensors these are.
+        tensors: float32.
+        seed: of the codec's rounding.
+    """
+    return _seal(header, contract, contract.coder.encode(tensors, seed))
+
+
+def encode_lossy(
+    header: Header, contract: Contract, tensors: Mapping[str, Tensor], seed: int
+) -> tuple[bytes, dict[str, Tensor]]:
+    """As ``encode``; also the tensors that the receiver will find in it."""
+    coder = contract.coder
+    entries = coder.encode(tensors, seed)
+    # Numbers that are not finite are for the receiver to refuse, so nothing is checked here.
+    return _seal(header, contract, entries), coder.read(entries, contract.shapes)
+
+
+def _seal(header: Header, contract: Contract, entries: Mapping[str, Tensor]) -> bytes:
+    header = header.model_copy(update={"codec": contract.compression.codec, "contract": contract.hash})
+    content = save(dict(entries), metadata={ENTRY: header.model_dump_json()})
+    body = zstandard.ZstdCompressor(level=19 if len(content) <= SMALL else 1, write_checksum=True).compress(content)
     return MAGIC + hashlib.sha256(body).digest() + body
 
 
-def decode(data: bytes, contract: Contract) -> tuple[Header, dict[str, Tensor]]:
+def decode(data: bytes, agreed: Callable[[Header], Contract], limit: int) -> tuple[Header, dict[str, Tensor]]:
     """Check a packet and open it.
+
+    Args:
+        data: the packet.
+        agreed: gives the contract that a packet with this header must fulfil, or refuses it.
+        limit: bytes that its tensors may take.
 
     Raises:
         PacketRefused: it is damaged, too large, or does not fulfil the contract; nothing of it was used.
@@ -95,17 +143,26 @@ def decode(data: bytes, contract: Contract) -> tuple[Header, dict[str, Tensor]]:
         raise PacketRefused("not a flapsam packet")
     if hashlib.sha256(body).digest() != data[len(MAGIC) : prefix]:
         raise PacketRefused("damaged: the checksum differs")
-    content = _decompress(body, contract.tensor_bytes + FRAMING_BYTES)
+    content = _decompress(body, limit + FRAMING_BYTES)
     try:
-        tensors = load(content)
+        entries = load(content)
         header = Header.model_validate_json(_metadata(content))
-    except (SafetensorError, ValidationError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (SafetensorError, ValidationError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PacketRefused("not readable") from error
+    contract = agreed(header)
+    if header.codec != contract.compression.codec:
+        raise PacketRefused(f"codec {header.codec!r} is not the one agreed, which is {contract.compression.codec}")
     if header.contract != contract.hash:
         raise PacketRefused("made for another contract")
-    if header.codec != "fp32":
-        raise PacketRefused(f"codec {header.codec!r} is not this run's")
-    contract.check(tensors)
+    try:
+        contract.coder.check(entries, contract.shapes)
+        tensors = contract.coder.read(entries, contract.shapes)
+    except ValueError as error:
+        raise PacketRefused(str(error)) from error
+    # Scales of finite numbers can still multiply to infinity.
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise PacketRefused(f"{name} holds NaN or infinity")
     return header, tensors
 
 

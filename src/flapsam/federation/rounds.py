@@ -8,19 +8,19 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from flapsam.config import RunConfig
+from flapsam.config import RunConfig, ServerOptions
 from flapsam.errors import FlapsamError
-from flapsam.federation.aggregation import Aggregator
-from flapsam.federation.packets import Contract, Header, PacketRefused, decode, encode
+from flapsam.federation.agreement import SERVER, Agreement, cut, padded
+from flapsam.federation.packets import Contract, Header, PacketRefused, decode, encode, encode_lossy
+from flapsam.federation.server_optimizers import server_step
 from flapsam.federation.state import ClientState, ServerState
 from flapsam.inference import predict_stack
-from flapsam.metrics import CaseScores, score_case, summarise
-from flapsam.sam import Sam, load_travelling, travelling_state
+from flapsam.metrics import CaseScores, mean, score_case, summarise
+from flapsam.sam import Sam, load_tensors, only_these_train, tensors_of
 from flapsam.seeds import seed_for
 from flapsam.slices import PreparedCase
 from flapsam.training import Learner, fit
 
-SERVER = "server"
 VALIDATION = "validation."
 """Prefix of the validation metrics in a header; ``validation.mean`` is the mean over the classes."""
 
@@ -37,31 +37,39 @@ class ClientData:
 class Client:
     """A site's side of the algorithm."""
 
-    def __init__(
-        self, network: Sam, data: ClientData, config: RunConfig, run: str, contract: Contract, state: ClientState
-    ) -> None:
+    def __init__(self, network: Sam, data: ClientData, config: RunConfig, agreement: Agreement, state: ClientState) -> None:
         self.network = network
         self.data = data
         self.config = config
-        self.run = run
-        self.contract = contract
+        self.agreement = agreement
         self.state = state
+        self.rank = agreement.rank(data.site)
 
-    def fit(self, packet: bytes, on_step: Callable[[], None] = lambda: None) -> bytes:
+    @property
+    def held(self) -> int:
+        """Rounds that went into the tensors that this site has, which says what packets it needs."""
+        held = self.state.held()
+        return held[0] if held else 0
+
+    def fit(self, packets: Sequence[bytes], on_step: Callable[[], None] = lambda: None) -> bytes:
         """One round: validate what came, train it on this site's data, answer with the result.
 
         A round that was answered already is answered with the same bytes.
 
+        Args:
+            packets: the server's for this site, oldest first.
+            on_step: called after every training step.
+
         Raises:
-            PacketRefused: the server's packet is not right.
+            PacketRefused: a packet is not right.
         """
-        header = self._load(packet)
-        number = header.round + 1
+        done, start = self._receive(packets)
+        number = done + 1
         kept = self.state.reply(number)
         if kept is not None:
             return kept
         metrics: dict[str, float | None] = {}
-        if header.round > 0 and header.round % self.config.rounds.validate_every == 0:
+        if done > 0 and done % self.config.rounds.validate_every == 0:
             metrics |= self._scores()
         learner = Learner(self.network, self.config.training, self.config.rounds.count)
         moments = self.state.moments_before(number)
@@ -69,17 +77,20 @@ class Client:
             learner.load(moments)
         if self.config.training.moments == "reset":
             learner.reset_moments()
-        report = fit(
-            self.network,
-            learner,
-            self.data.train,
-            self.config.samples,
-            seed=seed_for(self.config.seed, number, self.data.site, "fit"),
-            precision=self.config.precision,
-            on_step=on_step,
-        )
-        result = travelling_state(self.network)
-        if all(tensor.isfinite().all() for tensor in result.values()):
+        contract = self.agreement.up(self.data.site, number)
+        with only_these_train(self.network, contract.shapes):
+            report = fit(
+                self.network,
+                learner,
+                self.data.train,
+                self.config.samples,
+                seed=seed_for(self.config.seed, number, self.data.site, "fit"),
+                precision=self.config.precision,
+                on_step=on_step,
+            )
+        result = cut(tensors_of(self.network, contract.shapes), self.rank)
+        whole = all(tensor.isfinite().all() for tensor in result.values())
+        if whole:
             learner.save(self.state.moments(number))
         metrics |= {
             "loss": report.loss,
@@ -89,35 +100,67 @@ class Client:
             "seconds": report.seconds,
             "waiting": report.waiting,
         }
-        reply = Header(
-            run=self.run,
+        header = Header(
+            run=self.agreement.run,
             round=number,
+            base=done,
             sender=self.data.site,
-            contract=self.contract.hash,
             samples=report.slices,
             metrics=metrics,
         )
-        answer = encode(reply, result)
+        answer = self._answer(header, contract, start, result, keep_unsent=whole)
         self.state.commit(number, answer)
         return answer
 
-    def validate(self, packet: bytes) -> dict[str, float | None]:
-        """Validation Dice of a global packet on this site: per class and mean, under ``validation.``.
+    def validate(self, packets: Sequence[bytes]) -> dict[str, float | None]:
+        """Validation Dice of the global tensors on this site: per class and mean, under ``validation.``.
 
         Raises:
-            PacketRefused: the server's packet is not right.
+            PacketRefused: a packet is not right.
         """
-        self._load(packet)
+        self._receive(packets)
         return self._scores()
 
-    def _load(self, packet: bytes) -> Header:
-        header, tensors = decode(packet, self.contract)
-        if header.run != self.run:
-            raise PacketRefused("of another run")
-        if header.sender != SERVER:
-            raise PacketRefused(f"sent by {header.sender!r}, not by the server")
-        load_travelling(self.network, tensors)
-        return header
+    def _receive(self, packets: Sequence[bytes]) -> tuple[int, dict[str, Tensor]]:
+        """Rounds done and the global tensors at this site's rank, which the network holds then."""
+        number, tensors = self.state.held() or (0, cut(self.agreement.start, self.rank))
+        for packet in packets:
+            header, part = decode(
+                packet, lambda header: self.agreement.from_server(header, self.rank), self.agreement.contract.tensor_bytes
+            )
+            if header.run != self.agreement.run:
+                raise PacketRefused("of another run")
+            if header.sender != SERVER:
+                raise PacketRefused(f"sent by {header.sender!r}, not by the server")
+            if header.base is None or header.round > number:
+                if header.base not in (None, number):
+                    raise PacketRefused(f"it changes what round {header.base} gave, this site has that of round {number}")
+                tensors = _changed(tensors, part, header.base is None or self.agreement.lossless)
+                number = header.round
+        if self.agreement.remembers:
+            self.state.hold(number, tensors)
+        load_tensors(self.network, padded(tensors, self.agreement.contract.shapes))
+        return number, tensors
+
+    def _answer(
+        self,
+        header: Header,
+        contract: Contract,
+        start: Mapping[str, Tensor],
+        result: Mapping[str, Tensor],
+        keep_unsent: bool,
+    ) -> bytes:
+        """The packet for the server; what the codec loses is kept, to be sent with the next (Seide et al. 2014)."""
+        seed = seed_for(self.config.seed, header.round, self.data.site, "codec")
+        if self.agreement.lossless:
+            return encode(header, contract, result, seed)
+        feedback = self.config.compression.feedback
+        unsent = self.state.unsent_before(header.round) if feedback else {}
+        change = {name: result[name] - start[name] + unsent.get(name, 0.0) for name in result}
+        packet, sent = encode_lossy(header, contract, change, seed)
+        if feedback and keep_unsent:
+            self.state.keep_unsent(header.round, {**unsent, **{name: change[name] - sent[name] for name in change}})
+        return packet
 
     def _scores(self) -> dict[str, float | None]:
         summary = summarise(score_cases(self.network, self.data.val, self.config))
@@ -135,74 +178,99 @@ def score_cases(network: Sam, cases: Sequence[PreparedCase], config: RunConfig) 
 
 
 class Server:
-    """The server's side of the algorithm."""
+    """The server's side of the algorithm.
+
+    It keeps the global tensors θ and, where packets hold differences, what the sites have of them, r: each round sends what
+    the codec makes of θ − r, so that what was lost before is in it, and the clients' changes are added to θ (DoubleSqueeze,
+    Tang et al. 2019, arXiv 1905.05957).
+    """
 
     def __init__(
         self,
-        run: str,
-        contract: Contract,
+        agreement: Agreement,
         weights: Mapping[str, float],
-        make_aggregator: Callable[[], Aggregator],
         state: ServerState,
+        *,
+        options: ServerOptions | None = None,
+        seed: int = 0,
     ) -> None:
-        """Take part in a run.
+        """Take part in a run, from its start or from where the state stands.
 
         Args:
-            run: its id.
-            contract: of its packets.
+            agreement: what was agreed with the sites.
             weights: by site, fixed before the first round, so that no site can raise its own later.
-            make_aggregator: gives a fresh aggregator for each round.
-            state: this server's folder; a run that it holds already is gone on with.
-        """
-        self.run = run
-        self.contract = contract
-        self.weights = weights
-        self.make_aggregator = make_aggregator
-        self.state = state
-        self.rounds_done = 0
-        """Rounds that went into the newest global packet."""
-
-    def start(self, tensors: Mapping[str, Tensor]) -> None:
-        """Begin with these tensors, or go on with the run that the state holds.
+            state: this server's folder.
+            options: what is done with the clients' mean.
+            seed: of the run, for the rounding of what is sent.
 
         Raises:
-            FlapsamError: the state is of another run.
+            FlapsamError: the state is of another run, or damaged.
         """
-        if self.state.packet is None:
-            self._commit(0, tensors)
-        self.rounds_done = self._open()[0].round
-        self.state.forget_replies()
+        self.agreement = agreement
+        self.weights = weights
+        self.state = state
+        self.options = options or ServerOptions()
+        self.seed = seed
+        ranks = {agreement.aggregator.rank, *(agreement.rank(site) for site in weights)}
+        self.streams = {str(rank): rank for rank in sorted(ranks)}
+        """Sites of one rank get the same packets."""
+        newest = state.newest()
+        if newest is None:
+            held = {stream: cut(agreement.start, rank) for stream, rank in self.streams.items()}
+            self._commit(0, dict(agreement.start), held, {}, [])
+        else:
+            self.rounds_done, groups, about = newest
+            if about["run"] != agreement.run:
+                raise FlapsamError(f"{state.folder}: this folder holds the state of another run")
+            self.globals = groups["global"]
+            self.held = {stream: groups.get(f"held-{stream}", {}) for stream in self.streams}
+            self.moments = {kind: groups[kind] for kind in ("m", "v") if kind in groups}
+            self.validation: list[float | None] = about["validation"]
+            state.forget_replies()
 
-    @property
-    def packet(self) -> bytes:
-        """The newest global packet, for every site."""
-        packet = self.state.packet
-        if packet is None:
-            raise FlapsamError(f"{self.state.folder}: the run has not begun")
-        return packet
+    def packets(self, site: str, held: int) -> list[bytes]:
+        """What a site needs that has the tensors of round ``held``: every packet since, or, if that is less, all tensors."""
+        rank, agreement = self.agreement.rank(site), self.agreement
+        header = Header(run=agreement.run, round=self.rounds_done, base=self.rounds_done, sender=SERVER)
+        if held == self.rounds_done and (agreement.remembers or held == 0):
+            return [encode(header, agreement.nothing(rank), {})]
+        if held < self.rounds_done:
+            numbers = range(held + 1 if agreement.remembers else self.rounds_done, self.rounds_done + 1)
+            chain = [self.state.packet(str(rank), number) for number in numbers]
+            if None not in chain:
+                return chain  # type: ignore[return-value]
+        return [encode(header.model_copy(update={"base": None}), agreement.whole(rank), self._held(str(rank)))]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The newest global tensors."""
-        return self._open()[1]
+        """The global tensors as sites of the run's own rank have them."""
+        return self._held(str(self.agreement.aggregator.rank))
 
-    def receive(self, packet: bytes) -> Header:
-        """Check one site's reply in the round under way and keep it.
+    def receive(self, packet: bytes, site: str) -> Header:
+        """Check the reply that came from a site in the round under way and keep it.
 
         Raises:
             PacketRefused: the reply is not right; the round goes on without it.
         """
-        header, _ = decode(packet, self.contract)
-        number = self.rounds_done + 1
-        if header.run != self.run:
-            raise PacketRefused("of another run")
-        if header.sender not in self.weights:
-            raise PacketRefused(f"sent by {header.sender!r}, who is not among the sites")
-        if header.round != number:
-            raise PacketRefused(f"of round {header.round}, the round is {number}")
-        if header.sender in self.state.replies():
-            raise PacketRefused(f"{header.sender} has answered this round already")
-        self.state.keep_reply(header.sender, packet)
+        agreement, number = self.agreement, self.rounds_done + 1
+
+        def agreed(header: Header) -> Contract:
+            if header.run != agreement.run:
+                raise PacketRefused("of another run")
+            if header.sender not in self.weights:
+                raise PacketRefused(f"sent by {header.sender!r}, who is not among the sites")
+            if header.sender != site:
+                raise PacketRefused(f"sent by {header.sender!r} in the place of {site!r}")
+            if header.round != number or header.base != self.rounds_done:
+                raise PacketRefused(f"of round {header.round}, the round is {number}")
+            if site in self.state.replied():
+                raise PacketRefused(f"{site} has answered this round already")
+            return agreement.up(site, number)
+
+        header, part = decode(packet, agreed, agreement.contract.tensor_bytes)
+        changed = _changed(cut(self.globals, agreement.rank(site)), part, agreement.lossless)
+        about = {"validation": header.metrics.get(f"{VALIDATION}mean")}
+        self.state.keep_reply(site, {name: changed[name] for name in part}, about)
         return header
 
     def close_round(self) -> int:
@@ -211,26 +279,72 @@ class Server:
         Raises:
             FlapsamError: no site answered.
         """
-        replies = self.state.replies()
         number = self.rounds_done + 1
-        if not any(self.weights[site] > 0 for site in replies):
+        kept = [self.state.reply(site, self.weights[site]) for site in self.state.replied()]
+        replies = [reply for reply, _ in kept]
+        if not any(reply.weight > 0 for reply in replies):
             raise FlapsamError(f"round {number}: no site with a weight above 0 answered; see the ledger for the reasons")
-        aggregator = self.make_aggregator()
-        for site, path in replies.items():
-            aggregator.add(decode(path.read_bytes(), self.contract)[1], self.weights[site])
-        self._commit(number, aggregator.result())
-        self.rounds_done = number
+        result = self.agreement.aggregator.aggregate(replies, self.globals, number)
+        result, moments = server_step(self.globals, result, self.moments, self.options)
+        held = dict(self.held)
+        packets = {}
+        for stream, rank in self.streams.items():
+            packets[stream], held[stream] = self._packet(stream, rank, number, result)
+        # Sites tell with a round's reply how the round before it did.
+        validation = [*self.validation, mean(about["validation"] for _, about in kept)]
+        self._commit(number, result, held, moments, validation, packets)
+        for stream in self.streams:
+            # Beyond that, all tensors are fewer bytes than the chain of packets.
+            self.state.forget_packets(stream, self.agreement.contract.tensor_bytes if self.agreement.remembers else 0)
         return number
 
-    def _commit(self, number: int, tensors: Mapping[str, Tensor]) -> None:
-        header = Header(run=self.run, round=number, sender=SERVER, contract=self.contract.hash)
-        self.state.commit(encode(header, tensors))
+    def _packet(self, stream: str, rank: int, number: int, tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, Tensor]]:
+        """What tells the sites of a rank the new global tensors, and what they have then."""
+        agreement = self.agreement
+        base = None if not agreement.remembers else number - 1
+        header = Header(run=agreement.run, round=number, base=base, sender=SERVER)
+        contract = agreement.from_server(header, rank)
+        target = {name: tensor for name, tensor in cut(tensors, rank).items() if name in contract.shapes}
+        if agreement.lossless:
+            return encode(header, contract, target), {}
+        change = {name: tensor - self.held[stream][name] for name, tensor in target.items()}
+        seed = seed_for(self.seed, number, SERVER, stream, "codec")
+        packet, sent = encode_lossy(header, contract, change, seed)
+        return packet, _changed(self.held[stream], sent, replace=False)
 
-    def _open(self) -> tuple[Header, dict[str, Tensor]]:
-        try:
-            header, tensors = decode(self.packet, self.contract)
-        except PacketRefused as reason:
-            raise FlapsamError(f"{self.state.folder}: the kept packet is not this run's: {reason}") from reason
-        if header.run != self.run:
-            raise FlapsamError(f"{self.state.folder}: this folder holds the state of another run")
-        return header, tensors
+    def _held(self, stream: str) -> dict[str, Tensor]:
+        """What the sites of a stream have."""
+        return cut(self.globals, self.streams[stream]) if self.agreement.lossless else dict(self.held[stream])
+
+    def _commit(
+        self,
+        number: int,
+        tensors: dict[str, Tensor],
+        held: Mapping[str, Mapping[str, Tensor]],
+        moments: Mapping[str, Mapping[str, Tensor]],
+        validation: list[float | None],
+        packets: Mapping[str, bytes] | None = None,
+    ) -> None:
+        groups = {"global": tensors, **moments}
+        if not self.agreement.lossless:
+            groups |= {f"held-{stream}": part for stream, part in held.items()}
+        self.state.commit(number, groups, {"run": self.agreement.run, "validation": validation}, packets or {})
+        self.rounds_done, self.globals, self.held = number, tensors, {stream: dict(part) for stream, part in held.items()}
+        self.moments, self.validation = {kind: dict(part) for kind, part in moments.items()}, validation
+
+
+def settled(validation: Sequence[float | None], patience: int | None, gain: float) -> bool:
+    """Whether the best validation Dice of the last ``patience`` times is not above the best before by more than ``gain``.
+
+    Args:
+        validation: mean Dice of each time, oldest first; None where there was none.
+        patience: times; None: it never has.
+        gain: of Dice.
+    """
+    known = [value for value in validation if value is not None]
+    return patience is not None and len(known) > patience and max(known[-patience:]) <= max(known[:-patience]) + gain
+
+
+def _changed(old: Mapping[str, Tensor], part: Mapping[str, Tensor], replace: bool) -> dict[str, Tensor]:
+    """The tensors with some of them replaced, or added to."""
+    return {**old, **(part if replace else {name: old[name] + change for name, change in part.items()})}

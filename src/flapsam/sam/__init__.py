@@ -1,12 +1,16 @@
 """The network: encoder, decoder, strategies with their adapters, checkpoints."""
 
 from flapsam.sam.adapters import (
+    adapted_weights,
     apply_strategy,
     frozen_checksum,
+    load_tensors,
     load_travelling,
     lora_config,
     merge_adapters,
     named_parameters,
+    only_these_train,
+    tensors_of,
     travelling,
     travelling_state,
 )
@@ -25,6 +29,7 @@ __all__ = [
     "LoadReport",
     "Sam",
     "Strategy",
+    "adapted_weights",
     "apply_strategy",
     "architecture",
     "assemble",
@@ -32,13 +37,16 @@ __all__ = [
     "build",
     "frozen_checksum",
     "infer_architecture",
+    "load_tensors",
     "load_travelling",
     "load_weights",
     "lora_config",
     "merge_adapters",
     "named_parameters",
+    "only_these_train",
     "read_checkpoint",
     "strategy",
+    "tensors_of",
     "travelling",
     "travelling_state",
 ]

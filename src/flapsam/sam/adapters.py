@@ -7,6 +7,7 @@ the same whether adapters sit on a layer or not.
 import hashlib
 import re
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -90,24 +91,53 @@ def travelling(network: nn.Module) -> dict[str, nn.Parameter]:
 
 def travelling_state(network: nn.Module) -> dict[str, Tensor]:
     """A copy on the CPU of the tensors that travel."""
-    return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in travelling(network).items()}
+    return tensors_of(network, travelling(network))
 
 
 def load_travelling(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Set the tensors that travel.
+    """Set the tensors that travel, and others if they are given.
 
     Raises:
-        ValueError: names or shapes are not exactly those of the network.
+        ValueError: one that travels is missing, or a name or shape is not the network's.
     """
-    parameters = travelling(network)
-    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    given = {name: tuple(t.shape) for name, t in tensors.items()}
-    if shapes != given:
-        odd = sorted(name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name))
-        raise ValueError(f"{len(odd)} tensors differ in name or shape, the first is {odd[0]}")
+    shapes = {name: tuple(parameter.shape) for name, parameter in named_parameters(network)}
+    odd = {name for name, tensor in tensors.items() if shapes.get(name) != tuple(tensor.shape)}
+    odd |= travelling(network).keys() - tensors.keys()
+    if odd:
+        raise ValueError(f"{len(odd)} tensors differ in name or shape, the first is {min(odd)}")
+    load_tensors(network, tensors)
+
+
+def load_tensors(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Set parameters by their public names."""
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
+        for name, parameter in named_parameters(network):
+            if name in tensors:
+                parameter.copy_(tensors[name])
+
+
+def tensors_of(network: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+    """A copy on the CPU of the parameters with these public names, in the order of the names."""
+    chosen = sorted((name, parameter) for name, parameter in named_parameters(network) if name in names)
+    return {name: parameter.detach().to("cpu", torch.float32, copy=True) for name, parameter in chosen}
+
+
+def adapted_weights(names: Collection[str]) -> set[str]:
+    """Names of the own weights of the layers whose adapters are among these."""
+    return {name.removesuffix(".lora_A.weight") + ".weight" for name in names if name.endswith(".lora_A.weight")}
+
+
+@contextmanager
+def only_these_train(network: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Of the parameters that train, let for a while only those with these public names do so."""
+    resting = [parameter for name, parameter in travelling(network).items() if name not in names]
+    for parameter in resting:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in resting:
+            parameter.requires_grad_(True)
 
 
 def merge_adapters(network: Sam) -> Sam:

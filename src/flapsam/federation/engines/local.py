@@ -7,20 +7,17 @@ from typing import Any
 from flapsam.federation.ledger import Ledger
 from flapsam.federation.observer import Observer
 from flapsam.federation.packets import PacketRefused
-from flapsam.federation.rounds import VALIDATION, Client, Server
+from flapsam.federation.rounds import VALIDATION, Client, Server, settled
 from flapsam.training import batches_per_epoch
 
 
-def run_rounds(
-    name: str, server: Server, clients: Sequence[Client], rounds: int, ledger: Ledger, observer: Observer
-) -> None:
-    """Carry packets until ``rounds`` rounds are done, going on where the server's state stands.
+def run_rounds(name: str, server: Server, clients: Sequence[Client], ledger: Ledger, observer: Observer) -> None:
+    """Carry packets until the rounds are done or validation has settled, going on where the server's state stands.
 
     Args:
         name: of this federation, in the ledger.
-        server: started.
+        server: at its start or in the middle of a run.
         clients: in the order of the sites' names.
-        rounds: in total.
         ledger: gets an event a fit, a refusal, a validation, a round.
         observer: is told of steps and events.
     """
@@ -33,17 +30,19 @@ def run_rounds(
         if scores:
             record("validation", round=number, site=site, dice=scores)
 
+    options = clients[0].config.rounds
     steps = sum(batches_per_epoch(client.data.train, client.config.training) for client in clients)
     steps *= clients[0].config.training.epochs
-    observer.begin(name, steps * rounds, steps * server.rounds_done)
-    for number in range(server.rounds_done + 1, rounds + 1):
+    observer.begin(name, steps * options.count, steps * server.rounds_done)
+    while server.rounds_done < options.count and not settled(server.validation, options.patience, options.settled):
+        number = server.rounds_done + 1
         started = time.perf_counter()
-        packet = server.packet
         for client in clients:
             site = client.data.site
-            answer = client.fit(packet, observer.step)
+            packets = server.packets(site, client.held)
+            answer = client.fit(packets, observer.step)
             try:
-                header = server.receive(answer)
+                header = server.receive(answer, site)
             except PacketRefused as reason:
                 record("refused", round=number, site=site, reason=str(reason), bytes_up=len(answer))
                 continue
@@ -53,7 +52,7 @@ def run_rounds(
                 "fit",
                 round=number,
                 site=site,
-                bytes_down=len(packet),
+                bytes_down=sum(map(len, packets)),
                 bytes_up=len(answer),
                 slices=header.samples,
                 **metrics,
@@ -62,8 +61,8 @@ def run_rounds(
         server.close_round()
         now = time.perf_counter()
         record("round", round=number, seconds=now - started, aggregation_seconds=now - aggregating)
-    packet = server.packet
     for client in clients:
-        record_validation(rounds, client.data.site, client.validate(packet))
-        record("delivery", round=rounds, site=client.data.site, bytes_down=len(packet))
+        packets = server.packets(client.data.site, client.held)
+        record_validation(server.rounds_done, client.data.site, client.validate(packets))
+        record("delivery", round=server.rounds_done, site=client.data.site, bytes_down=sum(map(len, packets)))
     observer.end()

@@ -1,0 +1,35 @@
+"""FedAvg of the factors, with B corrected for the product."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from flapsam.federation.aggregation.aggregator import A, B, Reply, mean_product
+from flapsam.federation.aggregation.fedavg import FedAvg
+
+RIDGE = 0.01
+"""λ, as a share of the mean diagonal of Ā·Āᵀ."""
+
+
+class LoraFair(FedAvg):
+    """Factors by mean, then B̄ + ΔB, where ΔB has the least ‖P − (B̄ + ΔB)·Ā‖² + λ·‖ΔB‖² (LoRA-FAIR, arXiv 2411.14961).
+
+    P is the mean product Σ w·B·A / Σ w. The paper asks for the greatest cosine similarity of the two products and goes
+    there by gradient steps; this is its least-squares form, which has a closed solution. Not exact: but for the ridge λ it
+    is the nearest to P that the row space of Ā allows. Traffic as with ``fedavg``.
+    """
+
+    def factors(
+        self, layer: str, replies: Sequence[Reply], previous: Mapping[str, Tensor], number: int
+    ) -> dict[str, Tensor]:
+        """B̄ + ΔB (out, rank) and Ā (rank, in)."""
+        result = super().factors(layer, replies, previous, number)
+        outward, inward = result[layer + B].double(), result[layer + A].double()
+        gram = inward @ inward.T
+        # Of A = 0 the smallest number keeps the system solvable, and ΔB = 0.
+        ridge = (RIDGE * gram.diagonal().mean()).clamp(min=torch.finfo(gram.dtype).tiny)
+        missing = (mean_product(layer, replies) - outward @ inward) @ inward.T
+        # ΔB·(Ā·Āᵀ + λ) = (P − B̄·Ā)·Āᵀ
+        change = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype), missing, left=False)
+        return {**result, layer + B: (outward + change).float()}

@@ -1,0 +1,157 @@
+"""How numbers are written: as floats, or as small integers with a scale a row."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from flapsam.federation.compression.codec import Codec, Entries, Shapes, as_rows, check_entries, from_rows, ordered
+
+Expected = dict[str, tuple[torch.dtype, int | None]]
+
+
+class Values(ABC):
+    """A way of writing numbers that come in rows, some of them left out."""
+
+    lossless = False
+
+    @abstractmethod
+    def write(self, values: Tensor, rows: Tensor, row_count: int, seed: int) -> Entries:
+        """The entries of flat float32 ``values``, where ``rows`` says which of ``row_count`` rows each belongs to."""
+
+    @abstractmethod
+    def expected(self, count: int, row_count: int) -> Expected:
+        """Dtype and length of each entry of so many values in so many rows."""
+
+    @abstractmethod
+    def read(self, entries: Mapping[str, Tensor], rows: Tensor) -> Tensor:
+        """The values again, of checked entries."""
+
+
+class Floats(Values):
+    """Floats of some dtype; float32 is exact, bfloat16 keeps 8 bits: |error| ≤ 2⁻⁸ |x|."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.lossless = dtype == torch.float32
+
+    def write(self, values: Tensor, rows: Tensor, row_count: int, seed: int) -> Entries:
+        return {"values": values.to(self.dtype)}
+
+    def expected(self, count: int, row_count: int) -> Expected:
+        return {"values": (self.dtype, count)}
+
+    def read(self, entries: Mapping[str, Tensor], rows: Tensor) -> Tensor:
+        return entries["values"].float()
+
+
+class Integers(Values):
+    """Integers of 8 or 4 bits times a scale a row, rounded up or down at random so that the mean is right.
+
+    Stochastic rounding as in QSGD (Alistarh et al. 2017, arXiv 1610.02132), with the row's largest magnitude at the largest
+    integer: the error has mean 0 and is below one step, 1.01 · max |row| / 127 or / 7. A scale is a bfloat16.
+    """
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+        self.largest = 2 ** (bits - 1) - 1
+
+    def write(self, values: Tensor, rows: Tensor, row_count: int, seed: int) -> Entries:
+        peaks = torch.zeros(row_count).scatter_reduce_(0, rows, values.abs(), "amax")
+        # Rounded so that no scale comes out below the exact one, and no value above the largest integer.
+        scales = (peaks * (1 + 2**-8) / self.largest).bfloat16()
+        draw = torch.rand(len(values), generator=torch.Generator().manual_seed(seed))
+        return self._entries(torch.floor(values / _divisors(scales, rows) + draw), scales)
+
+    def expected(self, count: int, row_count: int) -> Expected:
+        packed = (torch.int8, count) if self.bits == 8 else (torch.uint8, (count + 1) // 2)
+        return {"values": packed, "scales": (torch.bfloat16, row_count)}
+
+    def read(self, entries: Mapping[str, Tensor], rows: Tensor) -> Tensor:
+        return self._unpack(entries["values"], len(rows)).float() * entries["scales"].float()[rows]
+
+    def _entries(self, whole: Tensor, scales: Tensor) -> Entries:
+        # What is not finite shows in the scales, which the receiver checks.
+        whole = whole.nan_to_num().clamp(-self.largest, self.largest).to(torch.int8)
+        return {"values": self._pack(whole), "scales": scales}
+
+    def _pack(self, whole: Tensor) -> Tensor:
+        """4 bits: two values a byte, each with 8 added."""
+        if self.bits == 8:
+            return whole
+        pairs = torch.full((len(whole) + len(whole) % 2,), 8, dtype=torch.uint8)
+        pairs[: len(whole)] = (whole + 8).to(torch.uint8)
+        return pairs[0::2] | (pairs[1::2] << 4)
+
+    def _unpack(self, packed: Tensor, count: int) -> Tensor:
+        if self.bits == 8:
+            return packed
+        return (torch.stack([packed & 15, packed >> 4], dim=1).flatten()[:count].to(torch.int8)) - 8
+
+
+class Steps(Integers):
+    """Whole steps, at most 7 either way, where a step is ``step`` times the root mean square of its row; rounded to the nearest.
+
+    The error is at most half a step, but beyond 7.5 steps. Few steps come up often, so entropy coding makes them small: for
+    numbers from a normal distribution this comes within a quarter of a bit of what is possible (Gish & Pierce 1968), where
+    sending only the largest loses several times as much at the same rate. Meant for differences with feedback.
+    """
+
+    def __init__(self, step: float) -> None:
+        super().__init__(4)
+        self.step = step
+
+    def write(self, values: Tensor, rows: Tensor, row_count: int, seed: int) -> Entries:
+        squares = torch.zeros(row_count, dtype=torch.float64).index_add_(0, rows, values.double() ** 2)
+        counts = torch.bincount(rows, minlength=row_count).clamp(min=1)
+        scales = (self.step * (squares / counts).sqrt()).bfloat16()
+        return self._entries(torch.round(values / _divisors(scales, rows)), scales)
+
+
+def _divisors(scales: Tensor, rows: Tensor) -> Tensor:
+    """The scale of every number, and 1 where it is 0, as all numbers of that row are."""
+    steps = scales.float()[rows]
+    return steps.where(steps > 0, 1.0)
+
+
+class Dense(Codec):
+    """All numbers, written in one way."""
+
+    def __init__(self, values: Values) -> None:
+        self.values = values
+        self.lossless = values.lossless
+
+    def encode(self, tensors: Mapping[str, Tensor], seed: int) -> Entries:
+        matrices = [as_rows(tensors[name]) for name in sorted(tensors)]
+        rows = all_rows([tuple(matrix.shape) for matrix in matrices])
+        return self.values.write(flattened(matrices), rows, sum(len(matrix) for matrix in matrices), seed)
+
+    def check(self, entries: Mapping[str, Tensor], shapes: Shapes) -> None:
+        sizes = [size for _, size in ordered(shapes)]
+        count = sum(rows * columns for rows, columns in sizes)
+        check_entries(entries, self.values.expected(count, sum(rows for rows, _ in sizes)))
+
+    def read(self, entries: Mapping[str, Tensor], shapes: Shapes) -> dict[str, Tensor]:
+        return split(self.values.read(entries, all_rows([size for _, size in ordered(shapes)])), shapes)
+
+
+def flattened(matrices: Sequence[Tensor]) -> Tensor:
+    """All their numbers in a row."""
+    return torch.cat([torch.zeros(0), *(matrix.reshape(-1) for matrix in matrices)])
+
+
+def all_rows(sizes: Sequence[tuple[int, ...]]) -> Tensor:
+    """The row of every number of matrices of these sizes, counted over all matrices."""
+    lengths = [columns for rows, columns in sizes for _ in range(rows)]
+    return torch.repeat_interleave(torch.tensor(lengths, dtype=torch.long))
+
+
+def split(flat: Tensor, shapes: Shapes) -> dict[str, Tensor]:
+    """Tensors of these shapes from all their numbers in a row."""
+    tensors, start = {}, 0
+    for name, (rows, columns) in ordered(shapes):
+        matrix = flat[start : start + rows * columns].reshape(rows, columns)
+        tensors[name] = from_rows(matrix, shapes[name])
+        start += rows * columns
+    return tensors
