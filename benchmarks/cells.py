@@ -15,6 +15,8 @@ from flapsam.sites.case import Split
 from flapsam.slices import PreparedCase, prepare
 
 HERE = Path(__file__).parent
+UNCOMPRESSED = {"aggregator": "flexlora", "compression.codec": "fp32"}
+"""What these benchmarks were measured with."""
 Cells = dict[str, dict[str, Any]]
 
 
@@ -45,7 +47,7 @@ def paired(first: Mapping[str, float], second: Mapping[str, float]) -> tuple[str
 
 def hippocampus(data: Path, values: Mapping[str, Any]) -> RunConfig:
     """A run on the hippocampus at rank 16, with these fields set."""
-    fields = {"data.path": str(data.resolve()), "lora.rank": 16, **values}
+    fields = {"data.path": str(data.resolve()), "lora.rank": 16, **UNCOMPRESSED, **values}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.yaml"
         path.write_text("data: {labels: {anterior: 1, posterior: 2}}\n")

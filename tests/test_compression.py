@@ -11,11 +11,11 @@ from flapsam.federation.compression import CODECS, codec
 from flapsam.federation.compression.codec import as_rows, from_rows
 from flapsam.federation.compression.topk import from_gaps, to_gaps
 
-DENSITY, STEP = 0.2, 0.5
+DENSITY, BITS = 0.2, 2.5
 
 
 def options(name: str) -> Compression:
-    return Compression(codec=name, density=DENSITY, step=STEP)
+    return Compression(codec=name, density=DENSITY, bits=BITS)
 
 
 def tensors(seed: int = 0) -> dict[str, Tensor]:
@@ -53,7 +53,13 @@ def kept(matrix: np.ndarray) -> np.ndarray:
 
 
 def _step(matrix: np.ndarray) -> np.ndarray:
-    return STEP * np.sqrt((matrix**2).mean(axis=1, keepdims=True))
+    return step_in_entries() * np.sqrt((matrix**2).mean(axis=1, keepdims=True))
+
+
+def step_in_entries() -> float:
+    """Of codec ``steps``, in root mean squares: the first row's scale is the first of ``a``'s."""
+    scale = codec(options("steps")).encode(tensors(), 0)["scales"][0].double().item()
+    return scale / rows(tensors()["a"])[0].std().item()
 
 
 BOUNDS = {

@@ -134,5 +134,5 @@ def test_scales_that_multiply_to_infinity_are_refused():
         "values": torch.full((8,), 127, dtype=torch.int8),
         "scales": torch.full((3,), largest, dtype=torch.bfloat16),
     }
-    with pytest.raises(PacketRefused, match="a.weight holds NaN or infinity"):
+    with pytest.raises(PacketRefused, match=r"a\.weight holds NaN or infinity"):
         opened(packed(entries, codec="int8", contract=contract.hash), contract)

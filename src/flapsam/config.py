@@ -208,8 +208,8 @@ class Compression(Options):
     """``fp32`` sends the tensors, every other codec the difference to what the receiver has."""
     density: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Share of each tensor's numbers that a codec with ``topk`` sends."""
-    step: Annotated[float, Field(gt=0, le=4)] = 1.0
-    """Of the codec ``steps``, in units of a row's root mean square: the larger, the fewer bytes."""
+    bits: Annotated[float, Field(gt=0, le=3)] = 1.5
+    """Of every number that codec ``steps`` sends, on average."""
     feedback: bool = True
     """Whether what a site's packet lost is added to its next one."""
 

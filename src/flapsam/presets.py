@@ -24,16 +24,17 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
             "foreground_weight": 10.0,
         },
         "rounds": {"count": 20},
+        "aggregator": "flexlora-aligned",
+        "compression": {"codec": "steps"},
     },
 }
-"""Preset → group of fields → field → value."""
+"""Preset → field, or group of fields → field → value."""
 
 
 def with_preset(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A configuration's tree with a preset's values where the tree has none."""
     filled = dict(tree)
-    for group, values in PRESETS[name].items():
-        given = tree.get(group, {})
-        if isinstance(given, Mapping):
-            filled[group] = {**values, **given}
+    for field, value in PRESETS[name].items():
+        given = tree.get(field, {} if isinstance(value, Mapping) else value)
+        filled[field] = {**value, **given} if isinstance(value, Mapping) and isinstance(given, Mapping) else given
     return filled

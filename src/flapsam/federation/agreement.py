@@ -24,7 +24,7 @@ class Agreement:
     trained: Collection[str]
     """Names of those that clients train."""
     aggregator: Aggregator
-    compression: Compression = Compression()
+    compression: Compression = field(default_factory=Compression)
     """How packets are written."""
     ranks: Mapping[str, int] = field(default_factory=dict)
     """Sites whose adapters have a smaller rank than the run's."""

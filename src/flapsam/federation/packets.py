@@ -1,15 +1,15 @@
 """The packet: the only thing that crosses a site's border.
 
-Layout: ``FLAPSAM2``, the SHA-256 (32 bytes) of all that follows, then one zstandard frame. In it lies a safetensors file with a
-codec's entries, whose metadata holds one entry ``flapsam``: the header as JSON. Nothing in a packet is trusted before it is
-checked.
+Layout: ``FLAPSAM2``, the SHA-256 (32 bytes) of all that follows, then one zstandard frame. In it lies a safetensors file
+with a codec's entries, whose metadata holds one entry ``flapsam``: the header as JSON. Nothing in a packet is trusted before
+it is checked.
 """
 
 import hashlib
 import io
 import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import zstandard
@@ -24,8 +24,6 @@ from flapsam.federation.compression.codec import Codec
 
 MAGIC = b"FLAPSAM2"
 ENTRY = "flapsam"
-SMALL = 8 << 20
-"""Content up to so many bytes is compressed at zstandard's level 19, which saves up to a tenth; more at level 1, in little time."""
 FRAMING_BYTES = 1 << 20
 """What header and safetensors index may add to the tensors' own bytes."""
 
@@ -57,7 +55,7 @@ class Contract:
     """What a packet's tensors are called, their shapes, and how they are written. Agreed before the first round."""
 
     shapes: dict[str, tuple[int, ...]]
-    compression: Compression = Compression()
+    compression: Compression = field(default_factory=Compression)
     """With which options."""
     start: str = ""
     """Checksum of the tensors that every site begins with; they are made from checkpoint and seed, and never sent."""
@@ -122,7 +120,7 @@ def encode_lossy(
 def _seal(header: Header, contract: Contract, entries: Mapping[str, Tensor]) -> bytes:
     header = header.model_copy(update={"codec": contract.compression.codec, "contract": contract.hash})
     content = save(dict(entries), metadata={ENTRY: header.model_dump_json()})
-    body = zstandard.ZstdCompressor(level=19 if len(content) <= SMALL else 1, write_checksum=True).compress(content)
+    body = zstandard.ZstdCompressor(write_checksum=True).compress(content)
     return MAGIC + hashlib.sha256(body).digest() + body
 
 

@@ -1,7 +1,7 @@
 """What the server does with the clients' mean: take it, or treat the way to it as a gradient.
 
-Reddi et al. 2021 (Adaptive Federated Optimization, arXiv 2003.00295), algorithm 2; FedAvgM is Hsu et al. 2019 (arXiv 1909.06335).
-With θ the global tensor and Δ the clients' mean less θ: m ← β₁·m + (1 − β₁)·Δ, θ ← θ + η·m / (√v + τ).
+Reddi et al. 2021 (Adaptive Federated Optimization, arXiv 2003.00295), algorithm 2; FedAvgM is Hsu et al. 2019 (arXiv
+1909.06335). With θ the global tensor and Δ the clients' mean less θ: m ← β₁·m + (1 − β₁)·Δ, θ ← θ + η·m / (√v + τ).
 """
 
 from collections.abc import Callable, Mapping

@@ -104,7 +104,7 @@ class ServerState:
 
 
 class ClientState:
-    """A site's folder: what it received, and after its last round Adam's moments, what is still to be sent, and its reply."""
+    """A site's folder: what it received, and of its last round Adam's moments, what is still to be sent, and the reply."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

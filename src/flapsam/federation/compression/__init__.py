@@ -15,7 +15,7 @@ VALUES: dict[str, Callable[[Compression], Values]] = {
     "bf16": lambda options: Floats(torch.bfloat16),
     "int8": lambda options: Integers(8),
     "int4": lambda options: Integers(4),
-    "steps": lambda options: Steps(options.step),
+    "steps": lambda options: Steps(options.bits),
 }
 """Name → a way of writing numbers, made from the options of a run."""
 
@@ -33,7 +33,7 @@ CODECS: dict[str, Callable[[Compression], Codec]] = {
     "topk": _topk("fp32"),
     **{f"topk-{name}": _topk(name) for name in ("bf16", "int8", "int4")},
 }
-"""Name → a codec, made from the options of a run. A new way of writing numbers is an entry above, any other codec one here."""
+"""Name → a codec, made from the options of a run. Another way of writing numbers goes above, any other codec here."""
 
 __all__ = ["CODECS", "Codec", "codec"]
 

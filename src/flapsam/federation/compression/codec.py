@@ -27,7 +27,7 @@ class Codec(ABC):
 
     @abstractmethod
     def read(self, entries: Mapping[str, Tensor], shapes: Shapes) -> dict[str, Tensor]:
-        """The float32 tensors of these shapes from checked entries."""
+        """The float32 tensors of these shapes from checked entries; raises ValueError if a compressed one is damaged."""
 
 
 def ordered(shapes: Shapes) -> list[tuple[str, tuple[int, int]]]:

@@ -14,10 +14,10 @@ SKIP = 255
 
 
 class TopK(Codec):
-    """The share ``density`` of each tensor with the largest magnitudes; the rest is zero (Aji & Heafield 2017, arXiv 1704.05021).
+    """The share ``density`` of each tensor with the largest magnitudes; the rest is zero.
 
-    No number that is left out is larger than one that is kept. Places are sent as gaps, a byte each: places since the last
-    number, less one, with 255 for 255 places and no number.
+    As Aji & Heafield 2017 (arXiv 1704.05021) send gradients. No number that is left out is larger than one that is kept.
+    Places are sent as gaps, a byte each: places since the last number, less one, with 255 for 255 places and no number.
     """
 
     def __init__(self, values: Values, density: float) -> None:
