@@ -242,6 +242,10 @@ def evaluate(
 
 @app.command()
 def traffic(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[RUN.yaml]", help="A run, whose packets are weighed before it begins.")
+    ] = None,
+    assignments: Assignments = None,
     backbone: Annotated[str, typer.Option(help="sam-vit-b, -l, -h or sam-tiny.")] = "sam-vit-b",
     size: Annotated[int | None, typer.Option(help="Side of the network's input in pixels.")] = None,
     classes: Annotated[int, typer.Option(min=1, help="Without background.")] = 2,
@@ -249,12 +253,20 @@ def traffic(
     rounds: Annotated[int, typer.Option(min=1)] = 100,
     as_json: Json = False,
 ) -> None:
-    """What each strategy trains and sends: parameters, and GiB of one client in both directions, uncompressed."""
+    """Predict what a run will send; or, without one, what each strategy trains and sends uncompressed."""
     from dataclasses import asdict
 
     from flapsam.report import tables
-    from flapsam.traffic import strategy_table
+    from flapsam.traffic import predict_traffic, strategy_table
 
+    if config is not None:
+        from flapsam.config import read_config
+        from flapsam.experiments.simulation import resolve
+
+        predicted = predict_traffic(resolve(read_config(config, assignments or [])))
+        if as_json:
+            return _print_json([{**asdict(row), "ratio": row.ratio} for row in predicted])
+        return out.print(tables.prediction_table(predicted))
     rows = strategy_table(backbone, image_size=size, classes=classes, rank=rank, rounds=rounds)
     if as_json:
         return _print_json([asdict(row) for row in rows])

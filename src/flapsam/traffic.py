@@ -1,11 +1,27 @@
-"""What each strategy sends: counted from the network itself, without making its weights."""
+"""What travels: counted from the network itself, and predicted from what server and sites agree on, before anything runs."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from flapsam.config import Lora, RunConfig
-from flapsam.sam import STRATEGIES, Architecture, apply_strategy, architecture, build, strategy, travelling
+from flapsam.config import Lora, OutputPart, RunConfig
+from flapsam.federation.aggregation import aggregator
+from flapsam.federation.agreement import SERVER, Agreement
+from flapsam.federation.packets import Contract, Header, encode
+from flapsam.sam import (
+    STRATEGIES,
+    Architecture,
+    Sam,
+    adapted_weights,
+    apply_strategy,
+    architecture,
+    build,
+    named_parameters,
+    strategy,
+    travelling,
+)
 from flapsam.sam.sources import source
 
 BYTES = 4
@@ -25,11 +41,25 @@ class StrategyTraffic:
     """How many times less than ``full``."""
 
 
-def travelling_parameters(sizes: Architecture, name: str, *, image_size: int, classes: int, lora: Lora) -> int:
-    """Parameters that a strategy trains and sends."""
-    with torch.device("meta"):
-        network = apply_strategy(build(sizes, image_size=image_size, classes=classes), strategy(name), lora)
-    return sum(parameter.numel() for parameter in travelling(network).values())
+@dataclass(frozen=True)
+class RunTraffic:
+    """Predicted bytes of one site in a whole run."""
+
+    rank: int
+    """Of the site's adapters."""
+    rounds: int
+    """At most: a run may settle sooner."""
+    parameters: int
+    """That train."""
+    up: float
+    down: float
+    full: float
+    """What full fine-tuning would send as float32, both ways."""
+
+    @property
+    def ratio(self) -> float:
+        """How many times less travels than with full fine-tuning."""
+        return self.full / (self.up + self.down)
 
 
 def strategy_table(
@@ -43,7 +73,7 @@ def strategy_table(
     sizes = architecture(source(backbone).architecture)
     size = image_size or sizes.default_size
     lora = Lora(rank=rank)
-    counts = {name: travelling_parameters(sizes, name, image_size=size, classes=classes, lora=lora) for name in STRATEGIES}
+    counts = {name: _parameters(_outline(sizes, name, image_size=size, classes=classes, lora=lora)) for name in STRATEGIES}
     return [
         StrategyTraffic(name, STRATEGIES[name].paper_name, count, count * BYTES * 2 * rounds / 2**30, counts["full"] / count)
         for name, count in counts.items()
@@ -52,6 +82,79 @@ def strategy_table(
 
 def full_packet_bytes(config: RunConfig) -> int:
     """Bytes that the parameters of full fine-tuning would take one way."""
+    return BYTES * _parameters(_outline_of(config, "full"))
+
+
+def predict_traffic(config: RunConfig) -> list[RunTraffic]:
+    """Bytes of a site in a run, for each rank that sites have, largest first; without data and without a checkpoint.
+
+    Packets are made as in the run, of numbers from a normal distribution, and weighed.
+
+    Raises:
+        FlapsamError: a name in the configuration is unknown or the image size does not fit.
+    """
+    outline = _outline_of(config, config.strategy)
+    agreement = _agreement(config, outline)
+    full = 2.0 * full_packet_bytes(config) * config.rounds.count
+    parameters = _parameters(outline)
+    ranks = sorted({config.lora.rank, *config.site_ranks.values()}, reverse=True)
+    return [RunTraffic(rank, config.rounds.count, parameters, *_weighed(agreement, rank, config), full) for rank in ranks]
+
+
+def _outline(
+    sizes: Architecture, name: str, *, image_size: int, classes: int, lora: Lora, frozen: Collection[OutputPart] = ()
+) -> Sam:
+    """The network without its weights."""
+    with torch.device("meta"):
+        network = build(sizes, image_size=image_size, classes=classes)
+        return apply_strategy(network, strategy(name), lora, frozen=frozen)
+
+
+def _outline_of(config: RunConfig, strategy_name: str) -> Sam:
     sizes = architecture(source(config.backbone.name).architecture)
     size = config.samples.size or sizes.default_size
-    return BYTES * travelling_parameters(sizes, "full", image_size=size, classes=len(config.data.classes), lora=config.lora)
+    classes = len(config.data.classes)
+    return _outline(sizes, strategy_name, image_size=size, classes=classes, lora=config.lora, frozen=config.frozen)
+
+
+def _parameters(network: Sam) -> int:
+    """That train and travel."""
+    return sum(parameter.numel() for parameter in travelling(network).values())
+
+
+def _agreement(config: RunConfig, outline: Sam) -> Agreement:
+    """As in the run, over tensors that are made up."""
+    method = aggregator(config.aggregator, config.lora.rank)
+    trained = travelling(outline).keys()
+    names = {*trained, *(adapted_weights(trained) if method.base_weights else ())}
+    draw = torch.Generator().manual_seed(config.seed)
+    start = {name: _made_up(parameter.shape, draw) for name, parameter in sorted(named_parameters(outline)) if name in names}
+    run = "0" * 32
+    return Agreement(run, start, trained, method, config.compression, config.site_ranks)
+
+
+def _made_up(shape: torch.Size, draw: torch.Generator) -> Tensor:
+    """Numbers from a normal distribution, of another size in every tensor, as differences are."""
+    return torch.randn(shape, generator=draw) * torch.randn(1, generator=draw).exp()
+
+
+def _weighed(agreement: Agreement, rank: int, config: RunConfig) -> tuple[float, float]:
+    """Bytes up and down of a site of this rank in all rounds."""
+    site = next((site for site, own in config.site_ranks.items() if own == rank), SERVER)
+    told = ["loss", "cross_entropy", "dice_loss", "steps", "seconds", "waiting"]
+    told += [f"validation.{name}" for name in ("mean", *config.data.classes)]
+    header = Header(run=agreement.run, round=1, base=0, sender=site, samples=1000, metrics={name: 1 / 3 for name in told})
+    from_server = Header(run=agreement.run, round=1, base=0, sender=SERVER)
+    up, down = 0, len(encode(from_server, agreement.nothing(rank), {}))
+    for first in (1, 2):
+        # What travels may differ between odd and even rounds, and no further.
+        times = len(range(first, config.rounds.count + 1, 2))
+        if times:
+            up += times * _size(header, agreement.up(site, first), agreement.start)
+            down += times * _size(from_server, agreement.down(rank, first), agreement.start)
+    return up, down
+
+
+def _size(header: Header, contract: Contract, tensors: Mapping[str, Tensor]) -> int:
+    cut = {name: tensors[name][tuple(map(slice, shape))] for name, shape in contract.shapes.items()}
+    return len(encode(header, contract, cut))

@@ -19,11 +19,10 @@ from flapsam.experiments.settings import SETTINGS, read_settings
 from flapsam.federation.observer import Observer
 from flapsam.files import write_text
 from flapsam.memory import windows_that_fit
-from flapsam.sam import Sam, architecture, assemble_run
-from flapsam.sam.sources import source
+from flapsam.sam import Sam, assemble_run
 from flapsam.sites import Site, find_dataset, read_sites
 from flapsam.slices import read_files
-from flapsam.traffic import BYTES, travelling_parameters
+from flapsam.traffic import predict_traffic
 from flapsam.training import Learner, loss_of
 from flapsam.volumes import CANONICAL_AXES, Volume
 
@@ -199,18 +198,15 @@ def settings_for(seen: Look) -> dict[str, Any]:
 
 
 def estimate_of(config: RunConfig, seen: Look) -> Estimate:
-    """Time by measuring a step of this run's network, traffic by counting its parameters."""
+    """Time by measuring a step of this run's network, traffic by weighing packets like its own."""
     set_up_torch(config.threads or default_threads(), deterministic=config.deterministic)
     network = assemble_run(config).network
     windows = windows_that_fit(network, config.training)
     sites = config.data.simulated_sites or len(seen.sites)
     steps = sites * max(_shown(seen, sites) / config.training.batch_size, 1) * config.rounds.count * config.training.epochs
-    sizes = architecture(source(config.backbone.name).architecture)
-    parameters = travelling_parameters(
-        sizes, config.strategy, image_size=network.image_size, classes=len(config.data.classes), lora=config.lora
-    )
+    traffic = predict_traffic(config)[0]
     seconds = steps * _seconds_a_step(network, config, min(windows, config.training.batch_size))
-    return Estimate(seconds, parameters * BYTES * 2.0 * config.rounds.count, windows)
+    return Estimate(seconds, traffic.up + traffic.down, windows)
 
 
 def commented(tree: Mapping[str, Any], seen: Look, estimate: Estimate) -> str:

@@ -7,7 +7,7 @@ from rich.table import Table
 from flapsam.experiments.simulation import Results
 from flapsam.memory import StepMemory
 from flapsam.metrics import CaseScores, Summary, by_site, summarise
-from flapsam.traffic import StrategyTraffic
+from flapsam.traffic import RunTraffic, StrategyTraffic
 
 NONE = "–"
 
@@ -93,6 +93,18 @@ def strategy_table(rows: Sequence[StrategyTraffic]) -> Table:
         table.add_column(column, justify="left" if column in ("strategy", "in the paper") else "right")
     for row in rows:
         table.add_row(row.strategy, row.paper_name, f"{row.parameters:,}", f"{row.gib:.3f}", f"{row.less:.1f}")
+    return table
+
+
+def prediction_table(rows: Sequence[RunTraffic]) -> Table:
+    """What a site will send and get, a row a rank."""
+    first = rows[0]
+    table = Table(title=f"A site in {first.rounds} rounds, predicted; {first.parameters:,} parameters train")
+    for column in ("rank", "up a round", "down a round", "in all", "full fine-tuning in fp32", "times less"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        rounds = (size(row.up / row.rounds), size(row.down / row.rounds), size(row.up + row.down), size(row.full))
+        table.add_row(str(row.rank), *rounds, f"{row.ratio:.1f}×")
     return table
 
 
