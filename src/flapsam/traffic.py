@@ -143,7 +143,7 @@ def _weighed(agreement: Agreement, rank: int, config: RunConfig) -> tuple[float,
     site = next((site for site, own in config.site_ranks.items() if own == rank), SERVER)
     told = ["loss", "cross_entropy", "dice_loss", "steps", "seconds", "waiting"]
     told += [f"validation.{name}" for name in ("mean", *config.data.classes)]
-    header = Header(run=agreement.run, round=1, base=0, sender=site, samples=1000, metrics={name: 1 / 3 for name in told})
+    header = Header(run=agreement.run, round=1, base=0, sender=site, samples=1000, metrics=dict.fromkeys(told, 1 / 3))
     from_server = Header(run=agreement.run, round=1, base=0, sender=SERVER)
     up, down = 0, len(encode(from_server, agreement.nothing(rank), {}))
     for first in (1, 2):
