@@ -31,8 +31,7 @@ def compressed(content: bytes) -> bytes:
 
 def packed(entries: dict[str, Tensor], **fields: Any) -> bytes:
     """A packet of these entries, whether or not its contract asks for them."""
-    header = HEADER.model_copy(update={"codec": "fp32", "contract": CONTRACT.hash, **fields})
-    return sealed(compressed(save(entries, metadata={"flapsam": header.model_dump_json()})))
+    return sealed(compressed(save(entries, metadata={"flapsam": packed_header(**fields)})))
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -67,9 +66,18 @@ def test_a_contract_is_all_that_was_agreed():
     assert CONTRACT.part(["b.bias"]).shapes == {"b.bias": (2,)}
 
 
-def test_not_a_number_in_the_metrics_is_left_open():
-    header = HEADER.model_copy(update={"metrics": {"loss": float("nan")}})
-    assert opened(encode(header, CONTRACT, TENSORS))[0].metrics == {"loss": None}
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "1e999", "null"])
+def test_not_a_number_in_the_metrics_is_left_open(value: str):
+    text = packed_header().replace('"loss":0.5', f'"loss":{value}')
+    packet = sealed(compressed(save({"values": VALUES}, metadata={"flapsam": text})))
+    assert opened(packet)[0].metrics["loss"] is None
+    assert Header(run="r", round=1, sender="s", metrics={"loss": float(value.replace("null", "nan"))}).metrics == {
+        "loss": None
+    }
+
+
+def packed_header(**fields: Any) -> str:
+    return HEADER.model_copy(update={"codec": "fp32", "contract": CONTRACT.hash, **fields}).model_dump_json()
 
 
 VALUES = torch.arange(8.0)
@@ -85,6 +93,8 @@ REFUSED = {
     "no frame": (sealed(b"garbage"), "not readable"),
     "no safetensors": (sealed(compressed(b"garbage")), "not readable"),
     "no header": (sealed(compressed(save({"values": VALUES}))), "not readable"),
+    "something after the frame": (sealed(compressed(PLAIN) + b"more"), "not readable"),
+    "another frame after it": (sealed(compressed(PLAIN) * 2), "not readable"),
     "frame cut short": (sealed(compressed(PLAIN)[:-8]), "not readable"),
     "odd header": (sealed(compressed(save({"values": VALUES}, metadata={"flapsam": '{"run": 3}'}))), "not readable"),
     "unknown header field": (

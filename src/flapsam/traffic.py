@@ -10,6 +10,7 @@ from flapsam.config import Lora, OutputPart, RunConfig
 from flapsam.federation.aggregation import aggregator
 from flapsam.federation.agreement import SERVER, Agreement
 from flapsam.federation.packets import Contract, Header, encode
+from flapsam.federation.rounds import FIT, VALIDATION
 from flapsam.sam import (
     STRATEGIES,
     Architecture,
@@ -141,8 +142,7 @@ def _made_up(shape: torch.Size, draw: torch.Generator) -> Tensor:
 def _weighed(agreement: Agreement, rank: int, config: RunConfig) -> tuple[float, float]:
     """Bytes up and down of a site of this rank in all rounds."""
     site = next((site for site, own in config.site_ranks.items() if own == rank), SERVER)
-    told = ["loss", "cross_entropy", "dice_loss", "steps", "seconds", "waiting"]
-    told += [f"validation.{name}" for name in ("mean", *config.data.classes)]
+    told = [*FIT, *(VALIDATION + name for name in ("mean", *config.data.classes))]
     header = Header(run=agreement.run, round=1, base=0, sender=site, samples=1000, metrics=dict.fromkeys(told, 1 / 3))
     from_server = Header(run=agreement.run, round=1, base=0, sender=SERVER)
     up, down = 0, len(encode(from_server, agreement.nothing(rank), {}))

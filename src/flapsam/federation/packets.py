@@ -6,14 +6,15 @@ it is checked.
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from math import isfinite
+from typing import Annotated
 
 import torch
 import zstandard
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -26,8 +27,12 @@ MAGIC = b"FLAPSAM2"
 ENTRY = "flapsam"
 SMALL = 8 << 20
 """Content up to so many bytes is compressed at zstandard's level 19, which saves some hundredths; more at level 1."""
+PIECE = 1 << 12
+"""Bytes that are decompressed at a time."""
+HEADER_BYTES = 1 << 16
+"""That header and safetensors index may take."""
 FRAMING_BYTES = 1 << 20
-"""What header and safetensors index may add to the tensors' own bytes."""
+"""What is not the tensors' own bytes: the header, and a codec's scales and gaps."""
 
 
 class PacketRefused(Exception):  # noqa: N818 (it is a verdict, said in the ledger)
@@ -47,9 +52,15 @@ class Header(BaseModel):
     sender: str = Field(max_length=256)
     codec: str = Field(default="", max_length=32)
     contract: str = Field(default="", max_length=64)
-    samples: int = Field(default=0, ge=0)
+    samples: int = Field(default=0, ge=0, lt=1 << 53)
     """Slices that went through the sender's network."""
-    metrics: dict[str, float | None] = Field(default={}, max_length=256)
+    metrics: dict[Annotated[str, Field(max_length=256)], float | None] = Field(default={}, max_length=256)
+
+    @field_validator("metrics")
+    @classmethod
+    def _finite(cls, value: dict[str, float | None]) -> dict[str, float | None]:
+        """What is no number is left open: the ledger is JSON."""
+        return {name: one if one is not None and isfinite(one) else None for name, one in value.items()}
 
 
 @dataclass(frozen=True)
@@ -167,22 +178,28 @@ def decode(data: bytes, agreed: Callable[[Header], Contract], limit: int) -> tup
 
 
 def _decompress(body: bytes, limit: int) -> bytes:
-    """The one zstandard frame in ``body``, which must declare its size, at most ``limit``, and keep to it."""
+    """The one zstandard frame that ``body`` is, which must declare its size, at most ``limit``, and keep to it."""
     try:
         declared = zstandard.get_frame_parameters(body).content_size
         if declared > limit:
             raise PacketRefused(f"too large: {limit} bytes are allowed")
-        # A stream, because decompress() believes the declared size and ignores its own limit.
-        with zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(io.BytesIO(body)) as stream:
-            content = stream.read(declared + 1)
+        frame = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
+        content = bytearray()
+        # Piece by piece: four bytes can become 128 KiB, and zstandard believes the declared size.
+        for start in range(0, len(body), PIECE):
+            content += frame.decompress(body[start : start + PIECE])
+            if len(content) > declared:
+                break
     except (zstandard.ZstdError, MemoryError) as error:
         raise PacketRefused("not readable") from error
-    if len(content) != declared:
+    if len(content) != declared or not frame.eof or frame.unused_data:
         raise PacketRefused("not readable: its size is not the declared one")
-    return content
+    return bytes(content)
 
 
 def _metadata(content: bytes) -> str:
     """The header's JSON from the metadata of a safetensors file."""
     length = int.from_bytes(content[:8], "little")
+    if length > HEADER_BYTES:
+        raise ValueError("too long")
     return json.loads(content[8 : 8 + length])["__metadata__"][ENTRY]

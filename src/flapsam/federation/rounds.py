@@ -23,6 +23,8 @@ from flapsam.training import Learner, fit
 
 VALIDATION = "validation."
 """Prefix of the validation metrics in a header; ``validation.mean`` is the mean over the classes."""
+FIT = ("loss", "cross_entropy", "dice_loss", "steps", "seconds", "waiting")
+"""What a header tells of the fit, beside that."""
 
 
 @dataclass(frozen=True)
@@ -92,14 +94,7 @@ class Client:
         whole = all(tensor.isfinite().all() for tensor in result.values())
         if whole:
             learner.save(self.state.moments(number))
-        metrics |= {
-            "loss": report.loss,
-            "cross_entropy": report.cross_entropy,
-            "dice_loss": report.dice_loss,
-            "steps": float(report.steps),
-            "seconds": report.seconds,
-            "waiting": report.waiting,
-        }
+        metrics |= {name: float(getattr(report, name)) for name in FIT}
         header = Header(
             run=self.agreement.run,
             round=number,
@@ -268,6 +263,9 @@ class Server:
             return agreement.up(site, number)
 
         header, part = decode(packet, agreed, agreement.contract.tensor_bytes)
+        for name, value in header.metrics.items():
+            if name.startswith(VALIDATION) and value is not None and not 0 <= value <= 1:
+                raise PacketRefused(f"a validation Dice of {value}")
         changed = _changed(cut(self.globals, agreement.rank(site)), part, agreement.lossless)
         about = {"validation": header.metrics.get(f"{VALIDATION}mean")}
         self.state.keep_reply(site, {name: changed[name] for name in part}, about)

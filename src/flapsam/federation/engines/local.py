@@ -7,7 +7,7 @@ from typing import Any
 from flapsam.federation.ledger import Ledger
 from flapsam.federation.observer import Observer
 from flapsam.federation.packets import PacketRefused
-from flapsam.federation.rounds import VALIDATION, Client, Server, settled
+from flapsam.federation.rounds import FIT, VALIDATION, Client, Server, settled
 from flapsam.training import batches_per_epoch
 
 
@@ -27,7 +27,7 @@ def run_rounds(name: str, server: Server, clients: Sequence[Client], ledger: Led
 
     def record_validation(number: int, site: str, metrics: Mapping[str, float | None]) -> None:
         scores = {key.removeprefix(VALIDATION): value for key, value in metrics.items() if key.startswith(VALIDATION)}
-        if scores:
+        if "mean" in scores:
             record("validation", round=number, site=site, dice=scores)
 
     options = clients[0].config.rounds
@@ -47,7 +47,6 @@ def run_rounds(name: str, server: Server, clients: Sequence[Client], ledger: Led
                 record("refused", round=number, site=site, reason=str(reason), bytes_up=len(answer))
                 continue
             record_validation(number - 1, site, header.metrics)
-            metrics = {key: value for key, value in header.metrics.items() if not key.startswith(VALIDATION)}
             record(
                 "fit",
                 round=number,
@@ -55,7 +54,7 @@ def run_rounds(name: str, server: Server, clients: Sequence[Client], ledger: Led
                 bytes_down=sum(map(len, packets)),
                 bytes_up=len(answer),
                 slices=header.samples,
-                **metrics,
+                **{key: header.metrics.get(key) for key in FIT},
             )
         aggregating = time.perf_counter()
         server.close_round()
