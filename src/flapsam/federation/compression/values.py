@@ -101,10 +101,12 @@ class Integers(Values):
 class Steps(Integers):
     """Whole steps, at most 7 either way, of a size that makes the packet's numbers take ``bits`` each on average.
 
-    A step is so many times the root mean square of its row, the same for all rows; numbers are rounded to the nearest, so
-    the error is at most half a step, but beyond 7.5 steps. A Huffman code makes use of how seldom most steps are: for
-    numbers from a normal distribution this comes within a third of a bit of what is possible (Gish & Pierce 1968), where
-    sending only the largest loses several times as much at the same rate. Meant for differences with feedback.
+    A step is so many times the root mean square of its row, the same for all rows; numbers are rounded to the nearest. What
+    is sent as a row's scale is not the step, but what makes the row's error least, as numbers lie thicker towards zero: a
+    row's error is below its own norm, and below that of half a step for every number, but beyond 7.5 steps. A Huffman code
+    makes use of how seldom most steps are. For numbers from a normal distribution this comes within a third of a bit of
+    what is possible (Gish & Pierce 1968), where sending only the largest loses several times as much at the same rate.
+    Meant for differences with feedback.
     """
 
     def __init__(self, bits: float) -> None:
@@ -115,11 +117,13 @@ class Steps(Integers):
         return {**super().expected(count, row_count), "values": (torch.uint8, None)}
 
     def write(self, values: Tensor, rows: Tensor, row_count: int, seed: int) -> Entries:
-        squares = torch.zeros(row_count, dtype=torch.float64).index_add_(0, rows, values.double() ** 2)
         counts = torch.bincount(rows, minlength=row_count).clamp(min=1)
-        spread = (squares / counts).sqrt().float()
-        scales = (self._step(values / _divisors(spread, rows)) * spread).bfloat16()
-        return self._entries(torch.round(values / _divisors(scales, rows)), scales)
+        spread = (_row_sums(values**2, rows, row_count) / counts).sqrt().float()
+        relative = values / _divisors(spread, rows)
+        whole = torch.round(relative / self._step(relative)).clamp(-self.largest, self.largest)
+        # Of all scales s the one with the least Σ (x − s·q)²: s = Σ x·q / Σ q².
+        scales = _row_sums(values * whole, rows, row_count) / _row_sums(whole**2, rows, row_count).clamp(min=1)
+        return self._entries(whole, scales.bfloat16())
 
     def _pack(self, whole: Tensor) -> Tensor:
         # zstandard looks for repetitions, finds them by chance, and needs a tenth more bytes than Huffman's code alone.
@@ -155,6 +159,10 @@ class Steps(Integers):
 
 def _bytes(data: bytes) -> Tensor:
     return torch.from_numpy(np.frombuffer(bytearray(data), np.uint8))
+
+
+def _row_sums(values: Tensor, rows: Tensor, row_count: int) -> Tensor:
+    return torch.zeros(row_count, dtype=torch.float64).index_add_(0, rows, values.double())
 
 
 def _divisors(scales: Tensor, rows: Tensor) -> Tensor:
