@@ -115,11 +115,22 @@ def test_unknown_key(tmp_path: Path, capfd):
 NAMES = {
     "strategy": ("strategy=best", "strategy 'best' is unknown; choose one of full, attention"),
     "aggregator": ("aggregator=krum", "aggregator 'krum' is unknown"),
+    "codec": ("compression.codec=zip", "compression.codec 'zip' is unknown; choose one of fp32, bf16"),
+    "server optimizer": ("server.optimizer=sgd", "server.optimizer 'sgd' is unknown; choose one of none, fedavgm"),
+    "rank of a site": ("site_ranks={site_0: 3}", "site_ranks.site_0: larger than lora.rank, 2"),
+    "rank of no site": ("site_ranks={site_7: 1}", "site_ranks.site_7: there is no such site; there are site_0, site_1"),
     "backbone": ("backbone.name=sam-3", "backbone 'sam-3' is unknown"),
     "device": ("device=tpu9", "device 'tpu9' is not to be had here"),
     "size": ("samples.size=100", "samples.size 100 is not a multiple of 16"),
     "checkpoint": ("backbone.weights=sam.pth", "sam.pth: no such checkpoint"),
 }
+
+
+def test_a_server_optimizer_needs_rows_that_stay_what_they_are(tmp_path: Path, capfd):
+    run = write_run(tmp_path / "run.yaml", make_sites(tmp_path / "data"), aggregator="flexlora")
+    outcome = flapsam(capfd, "simulate", run, "--set", "server.optimizer=fedadam")
+    assert outcome.code == 2
+    assert "aggregator flexlora turns them; choose flexlora-aligned or fedavg" in one_sentence(outcome.err)
 
 
 @pytest.mark.parametrize(("assignment", "message"), NAMES.values(), ids=NAMES)

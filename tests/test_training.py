@@ -12,7 +12,7 @@ from flapsam.sam import assemble, travelling, travelling_state
 from flapsam.sam.encoder import checkpoint_layers
 from flapsam.seeds import seed_for
 from flapsam.sites import IGNORED
-from flapsam.training import Learner, batches, batches_per_epoch, fit, learning_rate, segmentation_loss
+from flapsam.training import Learner, _pull_back, batches, batches_per_epoch, fit, learning_rate, segmentation_loss
 
 
 def scene(ignored: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,6 +136,13 @@ def test_a_damaged_learner_is_refused(tmp_path: Path):
     with pytest.raises(FlapsamError, match="cannot be read"):
         path.write_bytes(path.read_bytes()[:-1] + b"" if path.stat().st_size < 9 else b"broken")
         Learner(network("lora"), OPTIONS).load(path)
+
+
+def test_the_proximal_term_by_hand():
+    theta = torch.nn.Parameter(torch.tensor([3.0, -1.0]))
+    theta.grad = torch.tensor([0.5, 0.5])
+    _pull_back([theta], [torch.tensor([1.0, 1.0])], 0.1)
+    assert theta.grad.tolist() == pytest.approx([0.7, 0.3])  # 0.5 + 0.1 · (3 − 1), 0.5 + 0.1 · (−1 − 1)
 
 
 def test_the_report_counts(cases):

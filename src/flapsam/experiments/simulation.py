@@ -169,6 +169,7 @@ class _Simulation:
         sites = read_sites(config.data, config.seed)
         training = [site for site in sites if site.name not in config.data.unseen]
         _check_cases(sites, training)
+        _check_ranks(training, config)
         config = self._count_modalities(sites)
         weights = client_weights(training, config)
         training = [hold_out_validation(site, config.data.validation_fraction, config.seed) for site in training]
@@ -384,6 +385,13 @@ class _Simulation:
         fits = sum(event["event"] == "fit" for event in events)
         up, down = (sum(event.get(key, 0) for event in events) / fits for key in ("bytes_up", "bytes_down"))
         return Traffic(up, down, full_packet_bytes(self.config))
+
+
+def _check_ranks(training: Sequence[Site], config: RunConfig) -> None:
+    names = [site.name for site in training]
+    odd = [site for site in config.site_ranks if site not in names]
+    if odd:
+        raise FlapsamError(f"site_ranks.{odd[0]}: there is no such site; there are {', '.join(names)}")
 
 
 def _check_cases(sites: Sequence[Site], training: Sequence[Site]) -> None:
