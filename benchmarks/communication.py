@@ -1,0 +1,185 @@
+"""What travels against what it is worth: strategies, codecs, aggregators and ranks on the hippocampus; packets of ViT-B.
+
+    flapsam bench communication --data DATA --set output=benchmarks/results/communication
+    python benchmarks/communication.py
+
+The first command computes the cells that are missing, in ``results/communication/cells`` (about six minutes each on one
+core); the second writes ``tables.md`` and ``communication.png`` beside them. Bytes are those that the ledger counted, of one
+site in all rounds, up and down; ViT-B's are those of packets with its tensors' names and shapes and numbers made up.
+"""
+
+from pathlib import Path
+
+from cells import HERE
+from matplotlib.figure import Figure
+
+from flapsam.config import RunConfig, changed
+from flapsam.experiments.bench import Bench, RowSummary, cells_of, read_bench
+from flapsam.experiments.settings import read_settings
+from flapsam.files import write_text, written_whole
+from flapsam.traffic import RunTraffic, predict_traffic, strategy_table
+
+RESULTS = HERE / "results" / "communication"
+MIB, GIB = 2**20, 2**30
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#767676"
+PAPER_DICE = {"decoder": 50.7, "partial-decoder": 45.4, "lora": 36.9, "lora-decoder": 59.8, "flap": 60.5}
+"""Fed-KiTS19 after 25 rounds, in percent (arXiv 2407.21739, Figure 1)."""
+VIT_B = {
+    "fp32": {"aggregator": "flexlora", "compression.codec": "fp32"},
+    "bf16": {"compression.codec": "bf16"},
+    "int8": {"compression.codec": "int8"},
+    "int4": {"compression.codec": "int4"},
+    "topk-int4, a fifth of the numbers": {"compression.codec": "topk-int4", "compression.density": 0.2},
+    "3 bits": {"compression.bits": 3},
+    "2 bits": {"compression.bits": 2},
+    "1.5 bits, the default": {},
+    "1.25 bits": {"compression.bits": 1.25},
+    "1 bit": {"compression.bits": 1},
+    "1.5 bits, ffa-lora": {"aggregator": "ffa-lora"},
+    "1.5 bits, rolora": {"aggregator": "rolora"},
+    "1.5 bits, rank 16": {"lora.rank": 16},
+    "1.5 bits, rank 8": {"lora.rank": 8},
+    "1.5 bits, rank 4": {"lora.rank": 4},
+    "1.5 bits, half the rounds": {"rounds.count": 50},
+    "1.5 bits, lora-decoder": {"strategy": "lora-decoder"},
+    "1.5 bits, full": {"strategy": "full"},
+}
+"""Name → what is changed in a run of ``flap`` with ViT-B, rank 32, 224 pixels, 2 classes, 100 rounds, preset ``fast``."""
+
+
+def vit_b() -> dict[str, RunTraffic]:
+    """The bytes of each."""
+    data = {"path": "unread", "labels": {"kidney": 1, "tumour": 2}}
+    run = RunConfig.model_validate({"data": data, "backbone": {"name": "sam-vit-b"}, "rounds": {"count": 100}})
+    return {name: predict_traffic(changed(run, changes))[0] for name, changes in VIT_B.items()}
+
+
+def predictions(config: RunConfig) -> dict[str, float]:
+    """Row of the hippocampus → bytes that ``flapsam traffic`` says, up and down."""
+    found: dict[str, float] = {}
+    for cell, own in cells_of(config).items():
+        if cell.row.name not in found:
+            row = predict_traffic(own)[0]
+            found[cell.row.name] = row.up + row.down
+    return found
+
+
+def hippocampus_table(bench: Bench, config: RunConfig) -> list[str]:
+    rows, rounds = bench.rows, config.rounds.count
+    dense = 2 * rounds * 4
+    flap = dense * next(row.parameters or 0 for row in rows if row.done)
+    predicted = predictions(config)
+    full = 2 * rounds * 4 * next(row.parameters for row in strategy_table("sam-tiny") if row.strategy == "full")
+    lines = [
+        "| | seeds | Dice | difference to the first (95 %) | MiB | "
+        f"× below {flap / MIB:.1f} MiB, `flap` as fp32 | × below `full` | predicted |",
+        "|---|" + "---:|" * 7,
+    ]
+    for row in rows:
+        name = row.row.name.replace(", federated", "")
+        if not row.done:
+            lines.append(f"| {name} | – | missing | | | | | |")
+            continue
+        sent = total(row)
+        off = predicted[row.row.name] / sent - 1
+        lines.append(
+            f"| {name} | {row.done} | {row.mean_dice:.4f} | {difference(row)} | {sent / MIB:.2f} | {flap / sent:.1f} | "
+            f"{full / sent:.0f} | {off:+.1%} |"
+        )
+    return lines
+
+
+def total(row: RowSummary) -> float:
+    """Bytes of a site in all rounds."""
+    return (row.bytes_up or 0.0) + (row.bytes_down or 0.0)
+
+
+def difference(row: RowSummary) -> str:
+    if row.difference is None:
+        return "–"
+    return f"{row.difference.mean:+.4f} ({row.difference.low:+.4f} to {row.difference.high:+.4f})"
+
+
+def vit_b_table(found: dict[str, RunTraffic]) -> list[str]:
+    lines = [
+        "| | parameters | KiB a round, up | KiB a round, down | MiB in 100 rounds | × below `full` in fp32 |",
+        "|---|" + "---:|" * 5,
+    ]
+    for name, row in found.items():
+        sides = [f"{side / row.rounds / 1024:,.0f}" for side in (row.up, row.down)]
+        # Of full fine-tuning in 100 rounds, whatever the run's own number.
+        less = row.full * 100 / row.rounds / (row.up + row.down)
+        lines.append(
+            f"| {name} | {row.parameters:,} | {sides[0]} | {sides[1]} | {(row.up + row.down) / MIB:,.1f} | {less:,.0f} |"
+        )
+    return lines
+
+
+def draw(bench: Bench, found: dict[str, RunTraffic], path: Path) -> None:
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    shown = [row for row in bench.rows if row.done]
+    for number, row in enumerate(sorted(shown, key=total), start=1):
+        colour = BLUE if row.row.strategy == "flap" else ORANGE
+        name = ", ".join(part for part in row.row.name.split(", ") if part not in ("federated", "flap", "flexlora-aligned"))
+        place = (total(row) / MIB, row.mean_dice or 0)
+        left.plot(*place, "o", color=colour, label=f"{number}  {name or 'fp32'}")
+        left.annotate(str(number), place, (-3, 6), textcoords="offset points", color=colour, fontsize=8)
+    left.set_title("sam-tiny on the hippocampus, 8 rounds: measured", fontsize=10)
+    left.set_xlabel("MiB of one site, up and down, all rounds")
+    left.set_ylabel("mean test Dice")
+    left.legend(fontsize=7, frameon=False, loc="lower right")
+    counts = {row.strategy: row for row in strategy_table("sam-vit-b")}
+    for name, dice in PAPER_DICE.items():
+        place = (counts[name].gib * 1024, dice)
+        right.plot(*place, "s", color=BLUE if name == "flap" else GREY)
+        right.annotate(counts[name].paper_name, place, (6, 4), textcoords="offset points", fontsize=8)
+    default = found["1.5 bits, the default"]
+    right.axvline((default.up + default.down) / MIB, color=BLUE, linestyle="--")
+    right.annotate(
+        "FLAP-SAM in 1.5 bits,\nbytes of ViT-B's packets\n(its Dice is not known here)",
+        ((default.up + default.down) / MIB, 52),
+        (5, 0),
+        textcoords="offset points",
+        fontsize=8,
+        color=BLUE,
+    )
+    right.axvline(counts["full"].gib * 1024, color=GREY, linestyle=":")
+    right.annotate("FullFT", (counts["full"].gib * 1024, 38), (-34, 0), textcoords="offset points", fontsize=8)
+    right.set_title("ViT-B, the paper's points: Fed-KiTS19, bytes by the formula, 100 rounds", fontsize=10)
+    right.set_xlabel("MiB of one client, up and down, 100 rounds")
+    right.set_ylabel("Dice (%)")
+    for axes in (left, right):
+        axes.set_xscale("log")
+        axes.spines[["top", "right"]].set_visible(False)
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, dpi=130, metadata={"Software": None})
+
+
+def main() -> None:
+    config = read_settings("communication", Path("unread"), [f"output={RESULTS}"])
+    bench = read_bench(config)
+    found = vit_b()
+    lines = [
+        "# Tables of communication",
+        "",
+        "Written by `python benchmarks/communication.py`; its head says how, `../communication.md` what follows from them.",
+        "",
+        "## Hippocampus, `sam-tiny`, rank 16, 8 rounds: measured",
+        "",
+        "`predicted` is how far `flapsam traffic` is from the bytes measured.",
+        "",
+        *hippocampus_table(bench, config),
+        "",
+        "## ViT-B, rank 32, 100 rounds",
+        "",
+        *vit_b_table(found),
+        "",
+        "![Dice against bytes](communication.png)",
+    ]
+    write_text(RESULTS / "tables.md", "\n".join(lines) + "\n")
+    draw(bench, found, RESULTS / "communication.png")
+
+
+if __name__ == "__main__":
+    main()
