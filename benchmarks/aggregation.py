@@ -27,8 +27,6 @@ from typing import Any
 
 import torch
 from cells import HERE, Cells, read_cells, write_cells
-from safetensors import safe_open
-from safetensors.torch import save_file
 from sklearn.utils.extmath import randomized_svd
 from threadpoolctl import threadpool_limits
 from torch import Tensor
@@ -36,6 +34,7 @@ from torch import Tensor
 from flapsam.config import Lora
 from flapsam.federation.aggregation import Reply, aggregator
 from flapsam.federation.aggregation.aggregator import A, B, lora_layers
+from flapsam.federation.state import ServerState
 from flapsam.files import write_text
 from flapsam.sam import apply_strategy, architecture, build, strategy, travelling
 from flapsam.sam.sources import source
@@ -127,20 +126,11 @@ def speed(backbone: str, threads: int) -> dict[str, Any]:
 
 
 def write_replies(folder: Path, count: int) -> None:
-    """One file for each client."""
+    """One of each client, as the server keeps them."""
     shapes = sizes("sam-vit-b")
+    state = ServerState(folder)
     for number in range(count):
-        save_file(client(shapes, number), folder / f"{number:03d}.safetensors")
-
-
-def reply(path: Path, names: frozenset[str]) -> Reply:
-    """A client's reply as the server reads it: the file is opened for each read, so that its pages do not add up."""
-
-    def read(name: str, rows: slice) -> Tensor:
-        with safe_open(path, framework="pt") as file:
-            return file.get_slice(name)[rows]
-
-    return Reply(1.0, names, read)
+        state.keep_reply(f"{number:03d}", client(shapes, number), {})
 
 
 def status(field: str) -> float:
@@ -151,9 +141,8 @@ def status(field: str) -> float:
 
 def peak(name: str, count: int, folder: Path) -> dict[str, float]:
     """MiB above the start while an aggregator works: all, with pages of mapped files, and without these."""
-    paths = sorted(folder.iterdir())[:count]
+    state = ServerState(folder)
     previous = client(sizes("sam-vit-b"), 0)
-    replies = [reply(path, frozenset(previous)) for path in paths]
     small = {"x" + A: torch.ones(2, 8), "x" + B: torch.ones(8, 2), "y": torch.ones(3)}
     for clients in (1, 10):  # loads the libraries' code for both of flexlora's ways
         aggregator(name, 2).aggregate([Reply.of(small, 1.0)] * clients, small, 1)
@@ -168,6 +157,7 @@ def peak(name: str, count: int, folder: Path) -> dict[str, float]:
     start = status("VmRSS")
     watcher.start()
     began = time.perf_counter()
+    replies = [state.reply(site, 1.0)[0] for site in list(state.replied())[:count]]
     aggregator(name, RANK).aggregate(replies, previous, 1)
     seconds = time.perf_counter() - began
     done.set()
@@ -216,9 +206,8 @@ def table(cells: Cells) -> str:
         "## Memory",
         "",
         f"MiB above the start at the peak, ViT-B, strategy `flap`, one thread, medians of {PROCESSES} processes. Anonymous",
-        "memory is without the pages of the one file that is mapped at a time. By default the C library keeps freed memory",
-        "for later, how much is chance; the first two figures are taken with the setting that returns it",
-        "(`MALLOC_MMAP_THRESHOLD_=131072`), the third without.",
+        "memory is without pages of files. By default the C library keeps freed memory for later, how much is chance; the",
+        "first two figures are taken with the setting that returns it (`MALLOC_MMAP_THRESHOLD_=131072`), the third without.",
         "",
         "| aggregator | clients | all | anonymous | all, by default | seconds, by default |",
         "|---|" + "---:|" * 5,

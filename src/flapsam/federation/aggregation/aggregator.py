@@ -1,7 +1,7 @@
 """What every aggregator is: it reads clients' tensors one at a time and gives the global ones."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,14 +16,14 @@ class Reply:
     """One client's tensors, which need not be in memory."""
 
     weight: float
-    names: frozenset[str]
+    names: Collection[str]
     read: Callable[[str, slice], Tensor]
     """Some rows of a tensor, by its name."""
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], weight: float) -> "Reply":
         """A reply that is in memory."""
-        return cls(weight, frozenset(tensors), lambda name, rows: tensors[name][rows])
+        return cls(weight, tensors.keys(), lambda name, rows: tensors[name][rows])
 
 
 class Aggregator(ABC):
