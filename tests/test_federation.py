@@ -14,6 +14,8 @@ from flapsam.experiments.simulation import resolve, simulate
 from flapsam.federation.aggregation import AGGREGATORS
 from flapsam.federation.compression import CODECS
 from flapsam.federation.ledger import Event, read_ledger
+from flapsam.federation.server_optimizers import SERVER_OPTIMIZERS
+from flapsam.sam import assemble_run, travelling_state
 from flapsam.traffic import predict_traffic
 
 
@@ -72,6 +74,17 @@ def test_traffic_of_a_run_as_a_table(data: Path, tmp_path: Path, capfd):
     finer = json.loads(flapsam(capfd, "traffic", config, "--json", "--set", "compression.bits=3").out)
     assert finer[0]["up"] > 1.5 * rows[0]["up"]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("optimizer", SERVER_OPTIMIZERS)
+def test_every_server_optimizer_runs_and_moves_about_as_far(optimizer: str, data: Path, tmp_path: Path):
+    config = read_config(write_run(tmp_path / "run.yaml", data, server={"optimizer": optimizer}, rounds={"count": 3}))
+    simulate(config)
+    start = travelling_state(assemble_run(config).network)
+    ended = read_tensors(tmp_path / "run" / "adapter")
+    moved = sum(float((ended[name] - start[name]).square().sum()) for name in start) ** 0.5
+    # Three rounds of the mean alone move the tensors by 1.5.
+    assert 0.2 < moved < 5
 
 
 def test_a_run_that_has_settled_ends(data: Path, tmp_path: Path):

@@ -219,7 +219,8 @@ class ServerOptions(Options):
 
     optimizer: str = "none"
     """``none`` takes the mean; ``fedavgm``, ``fedadam`` and ``fedyogi`` treat the way to it as a gradient."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1.0
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """1 for ``fedavgm`` and 0.01 for the others if not given."""
     momentum: Fraction = 0.9
     second_moment: Fraction = 0.99
     floor: Annotated[float, Field(gt=0)] = 1e-3

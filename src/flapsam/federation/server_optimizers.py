@@ -18,12 +18,12 @@ Moments = dict[str, dict[str, Tensor]]
 
 def _fedavgm(old: Tensor, change: Tensor, state: dict[str, Tensor], options: ServerOptions) -> Tensor:
     state["m"] = options.momentum * state["m"] + change
-    return old + options.learning_rate * state["m"]
+    return old + (options.learning_rate or 1.0) * state["m"]
 
 
 def _adaptive(old: Tensor, change: Tensor, state: dict[str, Tensor], options: ServerOptions) -> Tensor:
     state["m"] = options.momentum * state["m"] + (1 - options.momentum) * change
-    return old + options.learning_rate * state["m"] / (state["v"].sqrt() + options.floor)
+    return old + (options.learning_rate or 0.01) * state["m"] / (state["v"].sqrt() + options.floor)
 
 
 def _fedadam(old: Tensor, change: Tensor, state: dict[str, Tensor], options: ServerOptions) -> Tensor:
