@@ -1,13 +1,13 @@
 """Only the largest numbers of every tensor, with the gaps between them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from flapsam.federation.compression.codec import Codec, Entries, Shapes, as_rows, check_entries, ordered
-from flapsam.federation.compression.values import Values, all_rows, flattened, split
+from flapsam.federation.compression.values import Values, flattened, row_lengths, split
 
 SKIP = 255
 """A gap's byte that stands for 255 places without a number."""
@@ -37,8 +37,7 @@ class TopK(Codec):
             places.append(start + order[: self.kept(matrix.numel())].sort().values)
             start += matrix.numel()
         kept, flat = torch.cat(places), flattened(matrices)
-        rows = all_rows([tuple(matrix.shape) for matrix in matrices])
-        written = self.values.write(flat[kept], rows[kept], sum(len(matrix) for matrix in matrices), seed)
+        written = self.values.write(flat[kept], _kept_lengths(kept, [matrix.shape for matrix in matrices]), seed)
         return {"gaps": to_gaps(kept), **written}
 
     def check(self, entries: Mapping[str, Tensor], shapes: Shapes) -> None:
@@ -52,8 +51,14 @@ class TopK(Codec):
         sizes = [size for _, size in ordered(shapes)]
         places = from_gaps(entries["gaps"])
         flat = torch.zeros(sum(rows * columns for rows, columns in sizes))
-        flat[places] = self.values.read(entries, all_rows(sizes)[places])
+        flat[places] = self.values.read(entries, _kept_lengths(places, sizes))
         return split(flat, shapes)
+
+
+def _kept_lengths(places: Tensor, sizes: Sequence[Sequence[int]]) -> Tensor:
+    """How many of these rising places lie in each row."""
+    ends = row_lengths(sizes).cumsum(0)
+    return torch.diff(torch.searchsorted(places, ends), prepend=torch.tensor([0]))
 
 
 def to_gaps(places: Tensor) -> Tensor:

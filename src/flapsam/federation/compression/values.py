@@ -25,15 +25,15 @@ class Values(ABC):
     lossless = False
 
     @abstractmethod
-    def write(self, values: Tensor, rows: Tensor, row_count: int, seed: int) -> Entries:
-        """The entries of flat float32 ``values``, where ``rows`` says which of ``row_count`` rows each belongs to."""
+    def write(self, values: Tensor, lengths: Tensor, seed: int) -> Entries:
+        """The entries of flat float32 ``values``, row after row; ``lengths`` says how many of them each row has."""
 
     @abstractmethod
     def expected(self, count: int, row_count: int) -> Expected:
         """Dtype and length of each entry of so many values in so many rows."""
 
     @abstractmethod
-    def read(self, entries: Mapping[str, Tensor], rows: Tensor) -> Tensor:
+    def read(self, entries: Mapping[str, Tensor], lengths: Tensor) -> Tensor:
         """The values again, of checked entries; raises ValueError if compressed ones are damaged."""
 
 
@@ -44,13 +44,13 @@ class Floats(Values):
         self.dtype = dtype
         self.lossless = dtype == torch.float32
 
-    def write(self, values: Tensor, rows: Tensor, row_count: int, seed: int) -> Entries:
+    def write(self, values: Tensor, lengths: Tensor, seed: int) -> Entries:
         return {"values": values.to(self.dtype)}
 
     def expected(self, count: int, row_count: int) -> Expected:
         return {"values": (self.dtype, count)}
 
-    def read(self, entries: Mapping[str, Tensor], rows: Tensor) -> Tensor:
+    def read(self, entries: Mapping[str, Tensor], lengths: Tensor) -> Tensor:
         return entries["values"].float()
 
 
@@ -65,19 +65,20 @@ class Integers(Values):
         self.bits = bits
         self.largest = 2 ** (bits - 1) - 1
 
-    def write(self, values: Tensor, rows: Tensor, row_count: int, seed: int) -> Entries:
-        peaks = torch.zeros(row_count).scatter_reduce_(0, rows, values.abs(), "amax")
+    def write(self, values: Tensor, lengths: Tensor, seed: int) -> Entries:
+        peaks = _by_row("max", values.abs(), lengths)
         # Rounded so that no scale comes out below the exact one, and no value above the largest integer.
         scales = (peaks * (1 + 2**-8) / self.largest).bfloat16()
         draw = torch.rand(len(values), generator=torch.Generator().manual_seed(seed))
-        return self._entries(torch.floor(values / _divisors(scales, rows) + draw), scales)
+        return self._entries(torch.floor(values / _divisors(scales, lengths) + draw), scales)
 
     def expected(self, count: int, row_count: int) -> Expected:
         packed = (torch.int8, count) if self.bits == 8 else (torch.uint8, (count + 1) // 2)
         return {"values": packed, "scales": (torch.bfloat16, row_count)}
 
-    def read(self, entries: Mapping[str, Tensor], rows: Tensor) -> Tensor:
-        return self._unpack(entries["values"], len(rows)).float() * entries["scales"].float()[rows]
+    def read(self, entries: Mapping[str, Tensor], lengths: Tensor) -> Tensor:
+        scales = torch.repeat_interleave(entries["scales"].float(), lengths)
+        return self._unpack(entries["values"], len(scales)).float() * scales
 
     def _entries(self, whole: Tensor, scales: Tensor) -> Entries:
         # What is not finite shows in the scales, which the receiver checks.
@@ -116,13 +117,12 @@ class Steps(Integers):
     def expected(self, count: int, row_count: int) -> Expected:
         return {**super().expected(count, row_count), "values": (torch.uint8, None)}
 
-    def write(self, values: Tensor, rows: Tensor, row_count: int, seed: int) -> Entries:
-        counts = torch.bincount(rows, minlength=row_count).clamp(min=1)
-        spread = (_row_sums(values**2, rows, row_count) / counts).sqrt().float()
-        relative = values / _divisors(spread, rows)
+    def write(self, values: Tensor, lengths: Tensor, seed: int) -> Entries:
+        spread = (_row_sums(values**2, lengths) / lengths.clamp(min=1)).sqrt().float()
+        relative = values / _divisors(spread, lengths)
         whole = torch.round(relative / self._step(relative)).clamp(-self.largest, self.largest)
         # Of all scales s the one with the least Σ (x − s·q)²: s = Σ x·q / Σ q².
-        scales = _row_sums(values * whole, rows, row_count) / _row_sums(whole**2, rows, row_count).clamp(min=1)
+        scales = _row_sums(values * whole, lengths) / _row_sums(whole**2, lengths).clamp(min=1)
         return self._entries(whole, scales.bfloat16())
 
     def _pack(self, whole: Tensor) -> Tensor:
@@ -161,14 +161,19 @@ def _bytes(data: bytes) -> Tensor:
     return torch.from_numpy(np.frombuffer(bytearray(data), np.uint8))
 
 
-def _row_sums(values: Tensor, rows: Tensor, row_count: int) -> Tensor:
-    return torch.zeros(row_count, dtype=torch.float64).index_add_(0, rows, values.double())
+def _row_sums(values: Tensor, lengths: Tensor) -> Tensor:
+    return _by_row("sum", values.double(), lengths)
 
 
-def _divisors(scales: Tensor, rows: Tensor) -> Tensor:
+def _by_row(reduction: str, values: Tensor, lengths: Tensor) -> Tensor:
+    # Of no rows at all, segment_reduce makes nothing but an error.
+    return torch.segment_reduce(values, reduction, lengths=lengths, initial=0.0) if len(lengths) else values.new_zeros(0)
+
+
+def _divisors(scales: Tensor, lengths: Tensor) -> Tensor:
     """The scale of every number, and 1 where it is 0, as all numbers of that row are."""
-    steps = scales.float()[rows]
-    return steps.where(steps > 0, 1.0)
+    steps = scales.float()
+    return torch.repeat_interleave(steps.where(steps != 0, 1.0), lengths)
 
 
 class Dense(Codec):
@@ -180,8 +185,7 @@ class Dense(Codec):
 
     def encode(self, tensors: Mapping[str, Tensor], seed: int) -> Entries:
         matrices = [as_rows(tensors[name]) for name in sorted(tensors)]
-        rows = all_rows([tuple(matrix.shape) for matrix in matrices])
-        return self.values.write(flattened(matrices), rows, sum(len(matrix) for matrix in matrices), seed)
+        return self.values.write(flattened(matrices), row_lengths([matrix.shape for matrix in matrices]), seed)
 
     def check(self, entries: Mapping[str, Tensor], shapes: Shapes) -> None:
         sizes = [size for _, size in ordered(shapes)]
@@ -189,7 +193,7 @@ class Dense(Codec):
         check_entries(entries, self.values.expected(count, sum(rows for rows, _ in sizes)))
 
     def read(self, entries: Mapping[str, Tensor], shapes: Shapes) -> dict[str, Tensor]:
-        return split(self.values.read(entries, all_rows([size for _, size in ordered(shapes)])), shapes)
+        return split(self.values.read(entries, row_lengths([size for _, size in ordered(shapes)])), shapes)
 
 
 def flattened(matrices: Sequence[Tensor]) -> Tensor:
@@ -197,10 +201,9 @@ def flattened(matrices: Sequence[Tensor]) -> Tensor:
     return torch.cat([torch.zeros(0), *(matrix.reshape(-1) for matrix in matrices)])
 
 
-def all_rows(sizes: Sequence[tuple[int, ...]]) -> Tensor:
-    """The row of every number of matrices of these sizes, counted over all matrices."""
-    lengths = [columns for rows, columns in sizes for _ in range(rows)]
-    return torch.repeat_interleave(torch.tensor(lengths, dtype=torch.long))
+def row_lengths(sizes: Sequence[Sequence[int]]) -> Tensor:
+    """Of all rows of matrices of these sizes, one matrix after another."""
+    return torch.tensor([columns for rows, columns in sizes for _ in range(rows)], dtype=torch.long)
 
 
 def split(flat: Tensor, shapes: Shapes) -> dict[str, Tensor]:
