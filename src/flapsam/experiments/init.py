@@ -231,7 +231,7 @@ def commented(tree: Mapping[str, Any], seen: Look, estimate: Estimate) -> str:
     }
     lines = [
         f"# {seen.cases} cases at {sites} sites. On this machine about {minutes(estimate.seconds)}; a site sends and gets",
-        f"# about {estimate.bytes_a_site / 2**20:.0f} MiB in all. `flapsam data check` finds what is wrong with the data.",
+        f"# about {estimate.bytes_a_site / 2**20:.1f} MiB in all. `flapsam data check` finds what is wrong with the data.",
     ]
     for key, value in tree.items():
         if isinstance(value, dict):
