@@ -25,13 +25,13 @@ GRIDS = [
     {"strategies": ["lora"], "leave_one_out": True},
 ]
 NAMES = [
-    "lora, federated, flexlora, seed 0",
-    "partial-decoder, federated, flexlora, seed 0",
+    "lora, federated, flexlora-aligned, seed 0",
+    "partial-decoder, federated, flexlora-aligned, seed 0",
     "lora, local, seed 0",
     "partial-decoder, local, seed 0",
-    "lora, federated, flexlora, seed 1",
-    "lora, federated, flexlora, seed 0, without site_0",
-    "lora, federated, flexlora, seed 0, without site_1",
+    "lora, federated, flexlora-aligned, seed 1",
+    "lora, federated, flexlora-aligned, seed 0, without site_0",
+    "lora, federated, flexlora-aligned, seed 0, without site_1",
 ]
 
 
@@ -56,8 +56,8 @@ def test_a_variant_changes_fields(data: Path, tmp_path: Path):
     variants = {"small": {"lora.rank": 1}, "": {}}
     cells = cells_of(read_config(write_bench(tmp_path, data, bench=[{"variants": variants}])))
     assert {cell.name: own.lora.rank for cell, own in cells.items()} == {
-        "flap, small, federated, flexlora, seed 0": 1,
-        "flap, federated, flexlora, seed 0": 2,
+        "flap, small, federated, flexlora-aligned, seed 0": 1,
+        "flap, federated, flexlora-aligned, seed 0": 2,
     }
 
 
@@ -230,7 +230,7 @@ def test_what_is_missing_says_so(data: Path, tmp_path: Path, capfd):
     assert told.code == 0
     assert "goes on with cell 1 of 7" in told.err
     table = (tmp_path / "bench" / "bench.md").read_text().splitlines()
-    assert table[2].startswith("| lora, federated, flexlora | missing | missing |")
+    assert table[2].startswith("| lora, federated, flexlora-aligned | missing | missing |")
 
 
 @pytest.mark.parametrize(

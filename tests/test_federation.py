@@ -59,8 +59,8 @@ def test_predicted_bytes_are_about_those_of_the_ledger(codec: str, data: Path, t
         up, down = (sum(event.get(key, 0) for event in told) for key in ("bytes_up", "bytes_down"))
         # Large numbers next to one another make small gaps, which made-up numbers do not know of.
         least = 0.65 if codec.startswith("topk") else 0.93
-        assert least < up / row.up < 1.04, (site, up, row)
-        assert least < down / row.down < 1.04, (site, down, row)
+        assert least < up / row.up < 1.06, (site, up, row)
+        assert least < down / row.down < 1.06, (site, down, row)
 
 
 def test_traffic_of_a_run_as_a_table(data: Path, tmp_path: Path, capfd):

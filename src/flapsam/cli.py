@@ -81,6 +81,7 @@ def simulate(
     config: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run's configuration.")],
     assignments: Assignments = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Sites that are fitted side by side.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Fine-tune SAM across sites on this machine: volumes → adapter, label maps and scores."""
@@ -90,7 +91,7 @@ def simulate(
 
     configuration = read_config(config, assignments or [])
     with _interruptible(f"What is done is kept in {configuration.output}; go on with --resume.") as observer:
-        results = run(configuration, resume=resume, observer=observer)
+        results = run(configuration, resume=resume, workers=workers, observer=observer)
     if as_json:
         return _print_json(results.as_json())
     out.print(tables.dice_table(results))

@@ -8,7 +8,9 @@ import json
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from flapsam.federation.aggregation import Aggregator, aggregator
 from flapsam.federation.agreement import Agreement
 from flapsam.federation.compression import codec
 from flapsam.federation.engines.local import run_rounds
+from flapsam.federation.engines.workers import Workers
 from flapsam.federation.ledger import Ledger, read_ledger
 from flapsam.federation.observer import Observer
 from flapsam.federation.rounds import Client, ClientData, Server
@@ -36,6 +39,7 @@ from flapsam.metrics import CaseScores, Summary, by_site, score_case, summarise
 from flapsam.model_card import model_card
 from flapsam.sam import (
     Assembled,
+    Sam,
     adapted_weights,
     architecture,
     assemble_run,
@@ -113,18 +117,22 @@ class Federation:
     """Where its adapter goes, relative to the run's folder."""
 
 
-def simulate(config: RunConfig, *, resume: bool = False, observer: Observer | None = None) -> Results:
+def simulate(config: RunConfig, *, resume: bool = False, workers: int = 1, observer: Observer | None = None) -> Results:
     """Run a configuration to its end.
 
     Args:
         config: the run.
         resume: go on with the run in ``config.output`` where a crash or an interruption stopped it.
+        workers: sites that are fitted side by side, each on ``config.threads`` threads, or an equal part of all cores if
+            these are not given. The result depends on the threads, not on the workers.
         observer: is told what happens.
 
     Raises:
         FlapsamError: the configuration, the data or the output folder is wrong.
     """
-    return _Simulation(resolve(config), resume=resume, observer=observer or Observer()).run()
+    if workers > 1 and config.threads is None:
+        config = config.model_copy(update={"threads": max(1, default_threads() // workers)})
+    return _Simulation(resolve(config), resume=resume, workers=workers, observer=observer or Observer()).run()
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -158,10 +166,11 @@ def resolve(config: RunConfig) -> RunConfig:
 
 
 class _Simulation:
-    def __init__(self, config: RunConfig, *, resume: bool, observer: Observer) -> None:
+    def __init__(self, config: RunConfig, *, resume: bool, workers: int, observer: Observer) -> None:
         self.config = config
         self.folder = config.output
         self.resume = resume
+        self.workers = workers
         self.observer = observer
 
     def run(self) -> Results:
@@ -176,8 +185,8 @@ class _Simulation:
         self.run_id = self._open_folder()
         self.ledger = Ledger(self.folder / "events.jsonl")
         clients = self._prepare(training)
-        set_up_torch(config.threads or 1, deterministic=config.deterministic)
-        self.assembled = self._assemble()
+        self.assembled = _assemble(config)
+        self.observer.say(self.assembled.about)
         self._measure_memory()
         self.initial = travelling_state(self.assembled.network)
         self.network_start = self._start(aggregator(config.aggregator, config.lora.rank))
@@ -250,15 +259,6 @@ class _Simulation:
         self.observer.end()
         return clients
 
-    def _assemble(self) -> Assembled:
-        config = self.config
-        assembled = assemble_run(config)
-        assembled.network.to(config.device)
-        if config.training.checkpointing:
-            checkpoint_layers(assembled.network.vision_encoder)
-        self.observer.say(assembled.about)
-        return assembled
-
     def _measure_memory(self) -> None:
         """Put a number in the place of ``micro_batch: auto``; a run that is gone on with keeps its first."""
         training = self.config.training
@@ -302,7 +302,7 @@ class _Simulation:
         agreement = Agreement(
             self.run_id,
             self._start(method),
-            self.initial.keys(),
+            list(self.initial),
             method,
             config.compression if together else Compression(codec="fp32"),
             config.site_ranks if together else {},
@@ -314,11 +314,14 @@ class _Simulation:
             options=config.server if together else None,
             seed=config.seed,
         )
-        clients = [
-            Client(assembled.network, data, config, agreement, ClientState(state / "sites" / data.site))
-            for data in federation.clients
-        ]
-        run_rounds(federation.name, server, clients, self.ledger, self.observer)
+        description = (config, agreement, federation.clients, state / "sites")
+        clients = list(_clients(assembled.network, *description).values())
+        with ExitStack() as stack:
+            side_by_side = min(self.workers, len(clients)) > 1
+            workers = (
+                stack.enter_context(Workers(self.workers, partial(_own_clients, *description))) if side_by_side else None
+            )
+            run_rounds(federation.name, server, clients, self.ledger, self.observer, workers)
         save_adapter(self.folder / federation.adapter, self._card(federation, server.rounds_done), server.tensors)
         load_tensors(assembled.network, server.tensors)
         return server.rounds_done
@@ -385,6 +388,28 @@ class _Simulation:
         fits = sum(event["event"] == "fit" for event in events)
         up, down = (sum(event.get(key, 0) for event in events) / fits for key in ("bytes_up", "bytes_down"))
         return Traffic(up, down, full_packet_bytes(self.config))
+
+
+def _assemble(config: RunConfig) -> Assembled:
+    """The network where and as the run wants it."""
+    set_up_torch(config.threads or 1, deterministic=config.deterministic)
+    assembled = assemble_run(config)
+    assembled.network.to(config.device)
+    if config.training.checkpointing:
+        checkpoint_layers(assembled.network.vision_encoder)
+    return assembled
+
+
+def _clients(
+    network: Sam, config: RunConfig, agreement: Agreement, data: Sequence[ClientData], folder: Path
+) -> dict[str, Client]:
+    """Site → client; all share the network."""
+    return {one.site: Client(network, one, config, agreement, ClientState(folder / one.site)) for one in data}
+
+
+def _own_clients(config: RunConfig, agreement: Agreement, data: Sequence[ClientData], folder: Path) -> dict[str, Client]:
+    """The same in a worker, on a network of its own."""
+    return _clients(_assemble(config).network, config, agreement, data, folder)
 
 
 def _check_ranks(training: Sequence[Site], config: RunConfig) -> None:
