@@ -8,7 +8,7 @@ from flapsam.federation.aggregation.fedavg import FedAvg
 from flapsam.federation.aggregation.fedex_lora import FedExLora
 from flapsam.federation.aggregation.ffa_lora import FfaLora
 from flapsam.federation.aggregation.flexlora import FlexLora
-from flapsam.federation.aggregation.flexlora_aligned import FlexLoraAligned, FlexLoraBalanced, FlexLoraRotated
+from flapsam.federation.aggregation.flexlora_aligned import FlexLoraAligned
 from flapsam.federation.aggregation.lora_fair import LoraFair
 from flapsam.federation.aggregation.median import Median
 from flapsam.federation.aggregation.rolora import RoLora
@@ -17,8 +17,6 @@ from flapsam.federation.aggregation.trimmed_mean import TrimmedMean
 AGGREGATORS: dict[str, Callable[[int], Aggregator]] = {
     "fedavg": FedAvg,
     "flexlora": FlexLora,
-    "flexlora-balanced": FlexLoraBalanced,
-    "flexlora-rotated": FlexLoraRotated,
     "flexlora-aligned": FlexLoraAligned,
     "ffa-lora": FfaLora,
     "rolora": RoLora,

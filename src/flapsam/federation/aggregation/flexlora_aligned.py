@@ -9,36 +9,6 @@ from flapsam.federation.aggregation.aggregator import A, B, Reply
 from flapsam.federation.aggregation.flexlora import FlexLora
 
 
-class FlexLoraBalanced(FlexLora):
-    """As ``flexlora``, with √S given to both factors: B = U·√S, A = √S·Vᵀ. The same product and traffic."""
-
-    def factors(
-        self, layer: str, replies: Sequence[Reply], previous: Mapping[str, Tensor], number: int
-    ) -> dict[str, Tensor]:
-        u, s, vt = self.decomposed(layer, replies, previous)
-        return {layer + B: u * s.sqrt(), layer + A: s.sqrt()[:, None] * vt}
-
-
-class FlexLoraRotated(FlexLora):
-    """As ``flexlora-balanced``, then turned towards the previous factors. The same product and traffic.
-
-    Of all B·Q, Qᵀ·A with Q orthogonal the closest to the previous B and A together (orthogonal Procrustes, Schönemann
-    1966): Q = W·Zᵀ from the SVD W·Σ·Zᵀ of Bᵀ·B' + A·A'ᵀ, where primes are the previous factors. Factors that nobody changed
-    come back if they are balanced, Bᵀ·B = A·Aᵀ. What this class gives is balanced; the first round's start, where B = 0, is
-    not.
-    """
-
-    keeps_basis = True
-
-    def factors(
-        self, layer: str, replies: Sequence[Reply], previous: Mapping[str, Tensor], number: int
-    ) -> dict[str, Tensor]:
-        u, s, vt = self.decomposed(layer, replies, previous)
-        outward, inward = u * s.sqrt(), s.sqrt()[:, None] * vt
-        w, _, zt = torch.linalg.svd(outward.T @ previous[layer + B] + inward @ previous[layer + A].T)
-        return {layer + B: outward @ (w @ zt), layer + A: (w @ zt).T @ inward}
-
-
 class FlexLoraAligned(FlexLora):
     """As ``flexlora``, in the basis of the clients' mean A. The same product, if Ā·V is not near singular; the same traffic.
 
