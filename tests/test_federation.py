@@ -44,6 +44,8 @@ def test_every_aggregator_runs_with_ranks_that_differ_and_its_adapter_is_whole(n
     # The base weights of the adapted layers are in the adapter where they change, and only there.
     changed = [key for key in read_tensors(run / "adapter") if key.endswith("q_proj.weight")]
     assert bool(changed) == (name == "fedex-lora")
+    # PEFT would load a part of such an adapter, so there is nothing for it to find.
+    assert (run / "adapter" / "adapter_config.json").exists() == (name != "fedex-lora")
 
 
 @pytest.mark.parametrize("codec", CODECS)

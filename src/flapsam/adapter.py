@@ -20,7 +20,7 @@ from flapsam import __version__
 from flapsam.config import RANDOM, Backbone, ClassValues, Lora, OutputPart, Samples, Weights
 from flapsam.errors import FlapsamError
 from flapsam.files import write_text, written_whole
-from flapsam.sam import Sam, architecture, assemble, load_travelling, lora_config, strategy
+from flapsam.sam import Sam, adapted_weights, architecture, assemble, load_travelling, lora_config, strategy
 from flapsam.sam.sources import source
 from flapsam.sam.strategies import OUTPUT
 
@@ -84,6 +84,9 @@ def save_adapter(folder: Path, card: AdapterCard, tensors: Mapping[str, Tensor])
     chosen = strategy(card.strategy)
     output_with_lora = chosen.lora and chosen.trains == (OUTPUT,) and not card.frozen
     peft = {n: t.contiguous() for n, t in tensors.items() if ".lora_" in n or (output_with_lora and fnmatchcase(n, OUTPUT))}
+    if any(name in tensors and not chosen.selects(name) for name in adapted_weights(tensors.keys())):
+        # An aggregator changed the adapted layers' own weights too: PEFT shall not find a part of the adapter.
+        peft = {}
     plain = {n: t.contiguous() for n, t in tensors.items() if n not in peft}
     if peft:
         config = lora_config(card.lora, architecture(source(card.backbone.name).architecture).depth)
