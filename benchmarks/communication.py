@@ -122,13 +122,18 @@ def draw(bench: Bench, found: dict[str, RunTraffic], path: Path) -> None:
     for number, row in enumerate(sorted(shown, key=total), start=1):
         colour = BLUE if row.row.strategy == "flap" else ORANGE
         name = ", ".join(part for part in row.row.name.split(", ") if part not in ("federated", "flap", "flexlora-aligned"))
-        place = (total(row) / MIB, row.mean_dice or 0)
-        left.plot(*place, "o", color=colour, label=f"{number}  {name or 'fp32'}")
-        left.annotate(str(number), place, (-3, 6), textcoords="offset points", color=colour, fontsize=8)
+        change = row.difference
+        place = (total(row) / MIB, change.mean if change else 0.0)
+        spread = [[place[1] - (change.low or 0)], [(change.high or 0) - place[1]]] if change else None
+        left.errorbar(*place, yerr=spread, fmt="o", color=colour, elinewidth=0.8, label=f"{number}  {name or 'fp32'}")
+        # To either side in turn: many have the same bytes.
+        offset = (6, -3) if number % 2 else (-6, -3)
+        align = "left" if number % 2 else "right"
+        left.annotate(str(number), place, offset, textcoords="offset points", color=colour, fontsize=8, ha=align)
     left.set_title("sam-tiny on the hippocampus, 8 rounds: measured", fontsize=10)
     left.set_xlabel("MiB of one site, up and down, all rounds")
-    left.set_ylabel("mean test Dice")
-    left.legend(fontsize=7, frameon=False, loc="lower right")
+    left.set_ylabel("difference of test Dice to fp32, by case (95 %)")
+    left.legend(fontsize=7, frameon=False, loc="best")
     counts = {row.strategy: row for row in strategy_table("sam-vit-b")}
     for name, dice in PAPER_DICE.items():
         place = (counts[name].gib * 1024, dice)
