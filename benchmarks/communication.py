@@ -8,19 +8,20 @@ core); the second writes ``tables.md`` and ``communication.png`` beside them. By
 site in all rounds, up and down; ViT-B's are those of packets with its tensors' names and shapes and numbers made up.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from cells import HERE
 from matplotlib.figure import Figure
 
 from flapsam.config import RunConfig, changed
-from flapsam.experiments.bench import Bench, RowSummary, cells_of, read_bench
+from flapsam.experiments.bench import Bench, Cell, Row, RowSummary, cells_of, read_bench
 from flapsam.experiments.settings import read_settings
 from flapsam.files import write_text, written_whole
 from flapsam.traffic import RunTraffic, predict_traffic, strategy_table
 
 RESULTS = HERE / "results" / "communication"
-MIB, GIB = 2**20, 2**30
+MIB = 2**20
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#767676"
 PAPER_DICE = {"decoder": 50.7, "partial-decoder": 45.4, "lora": 36.9, "lora-decoder": 59.8, "flap": 60.5}
 """Fed-KiTS19 after 25 rounds, in percent (arXiv 2407.21739, Figure 1)."""
@@ -54,22 +55,15 @@ def vit_b() -> dict[str, RunTraffic]:
     return {name: predict_traffic(changed(run, changes))[0] for name, changes in VIT_B.items()}
 
 
-def predictions(config: RunConfig) -> dict[str, float]:
-    """Row of the hippocampus → bytes that ``flapsam traffic`` says, up and down."""
-    found: dict[str, float] = {}
-    for cell, own in cells_of(config).items():
-        if cell.row.name not in found:
-            row = predict_traffic(own)[0]
-            found[cell.row.name] = row.up + row.down
-    return found
+def predictions(cells: Mapping[Cell, RunConfig]) -> dict[Row, RunTraffic]:
+    """Row of the hippocampus → what ``flapsam traffic`` says."""
+    configs = {cell.row: own for cell, own in cells.items()}
+    return {row: predict_traffic(own)[0] for row, own in configs.items()}
 
 
-def hippocampus_table(bench: Bench, config: RunConfig) -> list[str]:
-    rows, rounds = bench.rows, config.rounds.count
-    dense = 2 * rounds * 4
-    flap = dense * next(row.parameters or 0 for row in rows if row.done)
-    predicted = predictions(config)
-    full = 2 * rounds * 4 * next(row.parameters for row in strategy_table("sam-tiny") if row.strategy == "full")
+def hippocampus_table(bench: Bench, predicted: Mapping[Row, RunTraffic]) -> list[str]:
+    rows = bench.rows
+    flap = next(2 * told.rounds * 4 * told.parameters for told in predicted.values())
     lines = [
         "| | seeds | Dice | difference to the first (95 %) | MiB | "
         f"× below {flap / MIB:.1f} MiB, `flap` as fp32 | × below `full` | predicted |",
@@ -80,11 +74,11 @@ def hippocampus_table(bench: Bench, config: RunConfig) -> list[str]:
         if not row.done:
             lines.append(f"| {name} | – | missing | | | | | |")
             continue
-        sent = total(row)
-        off = predicted[row.row.name] / sent - 1
+        sent, told = total(row), predicted[row.row]
+        off = (told.up + told.down) / sent - 1
         lines.append(
             f"| {name} | {row.done} | {row.mean_dice:.4f} | {difference(row)} | {sent / MIB:.2f} | {flap / sent:.1f} | "
-            f"{full / sent:.0f} | {off:+.1%} |"
+            f"{told.full / sent:.0f} | {off:+.1%} |"
         )
     return lines
 
@@ -163,7 +157,8 @@ def draw(bench: Bench, found: dict[str, RunTraffic], path: Path) -> None:
 
 def main() -> None:
     config = read_settings("communication", Path("unread"), [f"output={RESULTS}"])
-    bench = read_bench(config)
+    cells = cells_of(config)
+    bench = read_bench(config, cells)
     found = vit_b()
     lines = [
         "# Tables of communication",
@@ -174,7 +169,7 @@ def main() -> None:
         "",
         "`predicted` is how far `flapsam traffic` is from the bytes measured.",
         "",
-        *hippocampus_table(bench, config),
+        *hippocampus_table(bench, predictions(cells)),
         "",
         "## ViT-B, rank 32, 100 rounds",
         "",

@@ -57,9 +57,12 @@ class Honest:
         return sealed(compressed(self.content(entries, text, **fields)))
 
     def content(self, entries: dict[str, Tensor] | None = None, text: str | None = None, **fields: Any) -> bytes:
-        told = {"codec": self.contract.compression.codec, "contract": self.contract.hash, **fields}
-        text = self.header.model_copy(update=told).model_dump_json() if text is None else text
+        text = self.header_text(**fields) if text is None else text
         return save(self.entries if entries is None else entries, metadata={"flapsam": text})
+
+    def header_text(self, **fields: Any) -> str:
+        told = {"codec": self.contract.compression.codec, "contract": self.contract.hash, **fields}
+        return self.header.model_copy(update=told).model_dump_json()
 
 
 def sealed(body: bytes) -> bytes:
@@ -120,12 +123,7 @@ def names(honest: Honest, draw: random.Random) -> bytes:
     if kind == 2:
         return honest.packed({**entries, name.upper(): tensor})
     field = draw.choice(["run", "round", "base", "sender", "codec", "contract", "samples", "metrics"])
-    return honest.packed(text=header_text(honest).replace(f'"{field}"', f'"{field}s"', 1))
-
-
-def header_text(honest: Honest) -> str:
-    told = {"codec": honest.contract.compression.codec, "contract": honest.contract.hash}
-    return honest.header.model_copy(update=told).model_dump_json()
+    return honest.packed(text=honest.header_text().replace(f'"{field}"', f'"{field}s"', 1))
 
 
 def shapes(honest: Honest, draw: random.Random) -> bytes:
@@ -178,7 +176,7 @@ def another(honest: Honest, draw: random.Random) -> bytes:
 
 def odd_header(honest: Honest, draw: random.Random) -> bytes:
     values = [-1, 1 << 80, 1.5, "x", None, [], {}, True, [[[]]], {"a": {"b": 1}}, "9" * 5000]
-    tree = json.loads(header_text(honest))
+    tree = json.loads(honest.header_text())
     field = draw.choice(["run", "round", "sender", "samples", "metrics", "codec", "contract"])
     fitting = {"metrics": [{}], "run": ["x"], "sender": ["x"], "codec": ["x"], "contract": ["x"]}.get(field, [])
     tree[field] = draw.choice([value for value in values if value not in fitting])
@@ -187,7 +185,7 @@ def odd_header(honest: Honest, draw: random.Random) -> bytes:
     kinds = [
         json.dumps(tree),
         draw.choice(odd),
-        header_text(honest).replace('"metrics":{', f'"metrics":{json.dumps(dice)[:-1]},'),
+        honest.header_text().replace('"metrics":{', f'"metrics":{json.dumps(dice)[:-1]},'),
     ]
     return honest.packed(text=draw.choice(kinds))
 
@@ -197,7 +195,7 @@ def oversized(honest: Honest, draw: random.Random) -> bytes:
     kinds = [
         lambda: honest.packed({**honest.entries, "more": torch.zeros(count)}),
         lambda: honest.packed({name: torch.zeros(count, dtype=tensor.dtype) for name, tensor in honest.entries.items()}),
-        lambda: honest.packed(text="{" + " " * count + header_text(honest)[1:]),
+        lambda: honest.packed(text="{" + " " * count + honest.header_text()[1:]),
         lambda: honest.packed(metrics={f"m{i}": 0.0 for i in range(draw.choice([257, 10_000]))}),
         lambda: honest.packed(metrics={"m" * draw.choice([300, 100_000]): 0.0}),
         lambda: honest.packet + bytes(count),

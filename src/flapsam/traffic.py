@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flapsam.config import Lora, OutputPart, RunConfig
 from flapsam.federation.aggregation import aggregator
-from flapsam.federation.agreement import SERVER, Agreement
+from flapsam.federation.agreement import SERVER, Agreement, cut
 from flapsam.federation.packets import Contract, Header, encode
 from flapsam.federation.rounds import FIT, VALIDATION
 from flapsam.sam import (
@@ -145,16 +145,16 @@ def _weighed(agreement: Agreement, rank: int, config: RunConfig) -> tuple[float,
     told = [*FIT, *(VALIDATION + name for name in ("mean", *config.data.classes))]
     header = Header(run=agreement.run, round=1, base=0, sender=site, samples=1000, metrics=dict.fromkeys(told, 1 / 3))
     from_server = Header(run=agreement.run, round=1, base=0, sender=SERVER)
+    tensors = cut(agreement.start, rank)
     up, down = 0, len(encode(from_server, agreement.nothing(rank), {}))
     for first in (1, 2):
         # What travels may differ between odd and even rounds, and no further.
         times = len(range(first, config.rounds.count + 1, 2))
         if times:
-            up += times * _size(header, agreement.up(site, first), agreement.start)
-            down += times * _size(from_server, agreement.down(rank, first), agreement.start)
+            up += times * _size(header, agreement.up(site, first), tensors)
+            down += times * _size(from_server, agreement.down(rank, first), tensors)
     return up, down
 
 
 def _size(header: Header, contract: Contract, tensors: Mapping[str, Tensor]) -> int:
-    cut = {name: tensors[name][tuple(map(slice, shape))] for name, shape in contract.shapes.items()}
-    return len(encode(header, contract, cut))
+    return len(encode(header, contract, {name: tensors[name] for name in contract.shapes}))

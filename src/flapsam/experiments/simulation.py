@@ -8,7 +8,7 @@ import json
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -316,11 +316,8 @@ class _Simulation:
         )
         description = (config, agreement, federation.clients, state / "sites")
         clients = list(_clients(assembled.network, *description).values())
-        with ExitStack() as stack:
-            side_by_side = min(self.workers, len(clients)) > 1
-            workers = (
-                stack.enter_context(Workers(self.workers, partial(_own_clients, *description))) if side_by_side else None
-            )
+        side_by_side = min(self.workers, len(clients)) > 1
+        with Workers(self.workers, partial(_own_clients, *description)) if side_by_side else nullcontext() as workers:
             run_rounds(federation.name, server, clients, self.ledger, self.observer, workers)
         save_adapter(self.folder / federation.adapter, self._card(federation, server.rounds_done), server.tensors)
         load_tensors(assembled.network, server.tensors)

@@ -72,7 +72,7 @@ class ServerState:
 
     def keep_reply(self, site: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """Keep what one site answered until the round is committed."""
-        _write(self._replies / f"{site}.safetensors", {"": tensors}, about)
+        _write(self._reply(site), {"": tensors}, about)
 
     def replied(self) -> dict[str, Path]:
         """Sites that answered, in the order of their names, and where that is kept."""
@@ -81,7 +81,7 @@ class ServerState:
 
     def reply(self, site: str, weight: float) -> tuple[Reply, dict[str, Any]]:
         """What a site answered, its tensors left on the disk, and what was kept with them."""
-        path = self.replied()[site]
+        path = self._reply(site)
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             index = json.loads(file.read(length))
@@ -105,6 +105,9 @@ class ServerState:
 
     def _packet(self, stream: str, number: int) -> Path:
         return self.folder / f"packet-{stream}-{number:06d}"
+
+    def _reply(self, site: str) -> Path:
+        return self._replies / f"{site}.safetensors"
 
     @property
     def _replies(self) -> Path:
