@@ -55,15 +55,16 @@ def vit_b() -> dict[str, RunTraffic]:
     return {name: predict_traffic(changed(run, changes))[0] for name, changes in VIT_B.items()}
 
 
-def predictions(cells: Mapping[Cell, RunConfig]) -> dict[Row, RunTraffic]:
+def predictions(cells: dict[Cell, RunConfig]) -> dict[Row, RunTraffic]:
     """Row of the hippocampus → what ``flapsam traffic`` says."""
-    configs = {cell.row: own for cell, own in cells.items()}
+    # Of a row's cells, which differ in their seeds, the first.
+    configs = {cell.row: own for cell, own in reversed(cells.items())}
     return {row: predict_traffic(own)[0] for row, own in configs.items()}
 
 
 def hippocampus_table(bench: Bench, predicted: Mapping[Row, RunTraffic]) -> list[str]:
     rows = bench.rows
-    flap = next(2 * told.rounds * 4 * told.parameters for told in predicted.values())
+    flap = next(2 * told.rounds * 4 * told.parameters for row, told in predicted.items() if row == rows[0].row)
     lines = [
         "| | seeds | Dice | difference to the first (95 %) | MiB | "
         f"× below {flap / MIB:.1f} MiB, `flap` as fp32 | × below `full` | predicted |",
