@@ -10,10 +10,11 @@ from sitemaker import make_sites, write_run
 
 from flapsam.adapter import read_card, read_tensors
 from flapsam.config import read_config
-from flapsam.experiments.simulation import resolve, simulate
+from flapsam.experiments.simulation import simulate
 from flapsam.federation.aggregation import AGGREGATORS
 from flapsam.federation.compression import CODECS
 from flapsam.federation.ledger import Event, read_ledger
+from flapsam.federation.preparation import resolve
 from flapsam.federation.server_optimizers import SERVER_OPTIMIZERS
 from flapsam.sam import assemble_run, travelling_state
 from flapsam.traffic import predict_traffic

@@ -262,7 +262,7 @@ def traffic(
 
     if config is not None:
         from flapsam.config import read_config
-        from flapsam.experiments.simulation import resolve
+        from flapsam.federation.preparation import resolve
 
         predicted = predict_traffic(resolve(read_config(config, assignments or [])))
         if as_json:

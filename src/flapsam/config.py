@@ -199,6 +199,10 @@ class Rounds(Options):
     patience: Positive | None = None
     """Stop when the best Dice of so many validations is not above the best before them by more than ``settled``."""
     settled: Annotated[float, Field(ge=0)] = 0.002
+    min_sites: Positive = 2
+    """Between hospitals: a round that fewer answer is not closed. The mean of one site's tensors would show them to all."""
+    deadline: Annotated[float, Field(gt=0)] = 3600
+    """Between hospitals: seconds that a round waits for its answers."""
 
 
 class Compression(Options):

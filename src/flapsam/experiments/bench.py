@@ -20,9 +20,10 @@ from flapsam.config import Grid, RunConfig, changed, fingerprint
 from flapsam.environment import forget_peak, peak_bytes
 from flapsam.errors import FlapsamError
 from flapsam.experiments.comparison import Difference, compare
-from flapsam.experiments.simulation import Results, resolve, simulate
+from flapsam.experiments.simulation import Results, simulate
 from flapsam.federation.ledger import read_ledger
 from flapsam.federation.observer import Observer
+from flapsam.federation.preparation import resolve
 from flapsam.files import write_text
 from flapsam.metrics import CaseScores, by_site, mean, summarise
 from flapsam.sites import read_sites

@@ -1,15 +1,14 @@
 """The engine for one machine: clients fit one after another on one network, or side by side in workers."""
 
-import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from flapsam.federation.conduct import Answer, Work, deliver, rounds
 from flapsam.federation.engines.workers import Workers
 from flapsam.federation.ledger import Ledger
 from flapsam.federation.observer import Observer
-from flapsam.federation.packets import PacketRefused
-from flapsam.federation.rounds import FIT, VALIDATION, Client, Server, settled
+from flapsam.federation.rounds import Client, Server
 from flapsam.training import batches_per_epoch
 
 
@@ -35,46 +34,27 @@ def run_rounds(
     def record(event: str, **fields: Any) -> None:
         observer.event(ledger.write(event, federation=name, **fields))
 
-    def record_validation(number: int, site: str, metrics: Mapping[str, float | None]) -> None:
-        scores = {key.removeprefix(VALIDATION): value for key, value in metrics.items() if key.startswith(VALIDATION)}
-        if "mean" in scores:
-            record("validation", round=number, site=site, dice=scores)
+    def carry(work: Work) -> Iterator[Answer]:
+        for client, packets, answer in _answers(work, server, clients, observer, workers):
+            down = sum(map(len, packets))
+            if work == "fit":
+                yield Answer(client.data.site, down, fitted=answer)
+            else:
+                yield Answer(client.data.site, down, scores=answer)
 
     options = clients[0].config.rounds
+    # Every site of a simulation answers, so there are never too few.
+    options = options.model_copy(update={"min_sites": 1})
     steps = sum(map(_steps, clients))
     observer.begin(name, steps * options.count, steps * server.rounds_done)
-    while server.rounds_done < options.count and not settled(server.validation, options.patience, options.settled):
-        number = server.rounds_done + 1
-        started = time.perf_counter()
-        for client, packets, answer in _answers("fit", server, clients, observer, workers):
-            site = client.data.site
-            try:
-                header = server.receive(answer, site)
-            except PacketRefused as reason:
-                record("refused", round=number, site=site, reason=str(reason), bytes_up=len(answer))
-                continue
-            record_validation(number - 1, site, header.metrics)
-            record(
-                "fit",
-                round=number,
-                site=site,
-                bytes_down=sum(map(len, packets)),
-                bytes_up=len(answer),
-                slices=header.samples,
-                **{key: header.metrics.get(key) for key in FIT},
-            )
-        aggregating = time.perf_counter()
-        server.close_round()
-        now = time.perf_counter()
-        record("round", round=number, seconds=now - started, aggregation_seconds=now - aggregating)
-    for client, packets, scores in _answers("validate", server, clients, observer, workers):
-        record_validation(server.rounds_done, client.data.site, scores)
-        record("delivery", round=server.rounds_done, site=client.data.site, bytes_down=sum(map(len, packets)))
+    for _ in rounds(server, options, carry, record):
+        pass
+    deliver(server, carry, record)
     observer.end()
 
 
 def _answers(
-    work: str, server: Server, clients: Sequence[Client], observer: Observer, workers: Workers | None
+    work: Work, server: Server, clients: Sequence[Client], observer: Observer, workers: Workers | None
 ) -> Iterator[tuple[Client, list[bytes], Any]]:
     """Each client with the packets that it got and what its ``fit`` or ``validate`` made of them, in their order."""
     if workers is None:
