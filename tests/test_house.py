@@ -28,12 +28,15 @@ FLOORS = [
     ["flapsam.federation.packets", "flapsam.federation.state"],
     ["flapsam.federation.agreement", "flapsam.federation.ledger", "flapsam.federation.weights"],
     ["flapsam.federation.observer", "flapsam.federation.rounds", "flapsam.federation.folder"],
+    ["flapsam.federation.handshake", "flapsam.federation.site_file", "flapsam.model_card"],
     ["flapsam.federation.conduct", "flapsam.federation.preparation"],
-    ["flapsam.federation.site"],
+    ["flapsam.federation.site", "flapsam.federation.coordinator"],
     ["flapsam.federation.engines", "flapsam.traffic"],
-    ["flapsam.prediction", "flapsam.check", "flapsam.datasets", "flapsam.backbones", "flapsam.export", "flapsam.model_card"],
+    ["flapsam.prediction", "flapsam.check", "flapsam.datasets", "flapsam.backbones", "flapsam.export"],
     ["flapsam.evaluation", "flapsam.experiments"],
     ["flapsam.report"],
+    ["flapsam.console"],
+    ["flapsam.cli_federation"],
     ["flapsam.cli"],
 ]
 """From the ground up: a module imports from its own package and from floors below."""

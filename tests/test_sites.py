@@ -6,10 +6,10 @@ import pytest
 from conftest import SHARED
 from sitemaker import make_site, make_sites
 
-from flapsam.config import Data, RunConfig
+from flapsam.config import Data, Rounds, RunConfig
 from flapsam.errors import FlapsamError
 from flapsam.experiments.phantom import make_phantom
-from flapsam.federation.weights import client_weights
+from flapsam.federation.weights import client_weights, training_size
 from flapsam.sites import IGNORED, Case, Site, hold_out_validation, label_map, read_sites
 
 
@@ -128,10 +128,8 @@ def test_a_value_of_no_class_is_an_error_that_names_file_and_value():
         label_map(data(Path()), "a").apply(np.array([0, 3]), Path("file.nii"))
 
 
-def config(path: Path, weights: object = "slices") -> RunConfig:
-    return RunConfig.model_validate(
-        {"data": {"path": path, "labels": {"ball": 1, "core": 2}}, "rounds": {"weights": weights}}
-    )
+def config(path: Path) -> RunConfig:
+    return RunConfig.model_validate({"data": {"path": path, "labels": {"ball": 1, "core": 2}}})
 
 
 def test_weights(tmp_path: Path):
@@ -139,13 +137,13 @@ def test_weights(tmp_path: Path):
     make_site(tmp_path / "b", 3, shape=(4, 4, 2))
     rows = [{"case": f"{s}_{i}", "site": s, "split": "train"} for s, i in (("a", 0), ("b", 0), ("b", 1), ("b", 2))]
     write_table(tmp_path, rows)
-    sites = read_sites(data(tmp_path), 0)
+    sizes = {site.name: training_size(site, config(tmp_path)) for site in read_sites(data(tmp_path), 0)}
     expected = {"slices": (0.5, 0.5), "cases": (0.25, 0.75), "uniform": (0.5, 0.5)}
     for kind, (a, b) in expected.items():
-        assert client_weights(sites, config(tmp_path, kind)) == pytest.approx({"a": a, "b": b})
-    assert client_weights(sites, config(tmp_path, {"a": 3, "b": 1})) == pytest.approx({"a": 0.75, "b": 0.25})
+        assert client_weights(sizes, Rounds.model_validate({"weights": kind})) == pytest.approx({"a": a, "b": b})
+    assert client_weights(sizes, Rounds(weights={"a": 3, "b": 1})) == pytest.approx({"a": 0.75, "b": 0.25})
     with pytest.raises(FlapsamError, match="give one for each of a, b"):
-        client_weights(sites, config(tmp_path, {"a": 1}))
+        client_weights(sizes, Rounds(weights={"a": 1}))
 
 
 @pytest.mark.skipif(not (SHARED / "facts").exists(), reason="the facts tables are not here")

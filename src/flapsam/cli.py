@@ -1,20 +1,15 @@
 """The commands. Each reads its arguments, calls one function and prints its result; heavy imports happen inside."""
 
-import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from flapsam import __version__
+from flapsam.cli_federation import federation_app
+from flapsam.console import Assignments, Json, escaped, interruptible, notes, observing, out, print_json
 from flapsam.errors import FlapsamError
-
-if TYPE_CHECKING:
-    from flapsam.report.progress import ConsoleObserver
 
 app = typer.Typer(
     help="Federated, parameter-efficient fine-tuning of the Segment Anything Model for medical volumes.",
@@ -26,13 +21,8 @@ data_app = typer.Typer(help="Check data, or make some up.", no_args_is_help=True
 app.add_typer(data_app, name="data")
 backbone_app = typer.Typer(help="Segment Anything Models to build on.", no_args_is_help=True)
 app.add_typer(backbone_app, name="backbone")
+app.add_typer(federation_app, name="federation")
 
-out, notes = Console(), Console(stderr=True)
-
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Assignments = Annotated[
-    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, such as rounds.count=5.")
-]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads; all cores by default.")]
 
 
@@ -41,7 +31,7 @@ def main() -> None:
     try:
         app()
     except FlapsamError as error:
-        notes.print(f"[bold red]Error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+        notes.print(f"[bold red]Error:[/] {escaped(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
 
 
@@ -63,10 +53,10 @@ def init(
 
     from flapsam.experiments.init import initialise, minutes
 
-    with _observer() as observer:
+    with observing() as observer:
         seen, estimate = initialise(data, output, observer)
     if as_json:
-        return _print_json({"run": str(output), **asdict(estimate)})
+        return print_json({"run": str(output), **asdict(estimate)})
     out.print(output.read_text(), highlight=False, markup=False, soft_wrap=True, end="")
     out.print(
         f"\n{output} is written for {seen.cases} cases; about {minutes(estimate.seconds)} here. Go on with: "
@@ -90,10 +80,10 @@ def simulate(
     from flapsam.report import tables
 
     configuration = read_config(config, assignments or [])
-    with _interruptible(f"What is done is kept in {configuration.output}; go on with --resume.") as observer:
+    with interruptible(f"What is done is kept in {configuration.output}; go on with --resume.") as observer:
         results = run(configuration, resume=resume, workers=workers, observer=observer)
     if as_json:
-        return _print_json(results.as_json())
+        return print_json(results.as_json())
     out.print(tables.dice_table(results))
     out.print(tables.class_table({mode: sites["pooled"] for mode, sites in results.summaries().items()}))
     if results.traffic:
@@ -119,14 +109,14 @@ def bench(
     from flapsam.report.bench_table import bench_table, write_tables
 
     configuration = read_settings(config, data, assignments or [])
-    with _interruptible(f"What is done is kept in {configuration.output}; the same command goes on.") as observer:
+    with interruptible(f"What is done is kept in {configuration.output}; the same command goes on.") as observer:
         result = run(configuration, only=only, minutes=minutes, observer=observer)
     write_tables(result)
     draw(result)
     if as_json:
         from dataclasses import asdict
 
-        return _print_json([asdict(row) for row in result.rows])
+        return print_json([asdict(row) for row in result.rows])
     out.print(bench_table(result))
     out.print(
         f"All columns are in bench.md, .csv and .json, the picture in bench.svg, in {result.folder}",
@@ -153,7 +143,7 @@ def suggest(
     rows = read_bench(read_settings(config, data, assignments or [])).rows
     chosen, best = choose(rows, tolerance)
     if as_json:
-        return _print_json({"suggested": asdict(chosen), "best": asdict(best)})
+        return print_json({"suggested": asdict(chosen), "best": asdict(best)})
     for what, row in (("best", best), (f"cheapest within {tolerance:g}", chosen)):
         out.print(f"{what}: {row.row.name}, Dice {row.mean_dice:.3f}, {row.parameters:,} parameters", highlight=False)
     missing = [row.row.name for row in rows if row.row.mode == "federated" and row.done < row.planned]
@@ -179,14 +169,14 @@ def predict(
 
     found = find_trained(trained)
     jobs = find_images(images, found, split)  # type: ignore[arg-type]
-    with _observer() as observer:
+    with observing() as observer:
         observer.begin("label maps", len(jobs))
         written = list(
             predict_images(found, jobs, output, weights=weights, device=device, threads=threads, on_case=observer.step)
         )
         observer.end()
     if as_json:
-        return _print_json({"written": [str(path) for path in written]})
+        return print_json({"written": [str(path) for path in written]})
     out.print(f"{len(written)} label maps written to {output}", highlight=False, soft_wrap=True)
 
 
@@ -207,7 +197,7 @@ def export(
     found = find_trained(trained)
     written = write(found.folder, output, form=form, weights=weights or backbone_of(found))
     if as_json:
-        return _print_json({"written": [str(path) for path in written]})
+        return print_json({"written": [str(path) for path in written]})
     for path in written:
         out.print(str(path), highlight=False, soft_wrap=True)
 
@@ -230,14 +220,14 @@ def evaluate(
     from flapsam.prediction import find_trained
     from flapsam.report import tables
 
-    with _observer() as observer:
+    with observing() as observer:
         observer.begin("scores", 0)
         scores = score(predictions, labels, find_trained(trained) if trained else None, on_case=observer.step)
         observer.end()
     if as_json:
         sites = {site: asdict(summarise(part)) for site, part in by_site(scores).items()}
         cases = [asdict(case) for case in scores]
-        return _print_json({"pooled": asdict(summarise(scores)), "sites": sites, "cases": cases})
+        return print_json({"pooled": asdict(summarise(scores)), "sites": sites, "cases": cases})
     out.print(tables.scores_table(scores))
 
 
@@ -266,11 +256,11 @@ def traffic(
 
         predicted = predict_traffic(resolve(read_config(config, assignments or [])))
         if as_json:
-            return _print_json([{**asdict(row), "ratio": row.ratio} for row in predicted])
+            return print_json([{**asdict(row), "ratio": row.ratio} for row in predicted])
         return out.print(tables.prediction_table(predicted))
     rows = strategy_table(backbone, image_size=size, classes=classes, rank=rank, rounds=rounds)
     if as_json:
-        return _print_json([asdict(row) for row in rows])
+        return print_json([asdict(row) for row in rows])
     out.print(f"{backbone}, {classes} classes, rank {rank}, {rounds} rounds, one client, up and down", highlight=False)
     out.print(tables.strategy_table(rows))
 
@@ -297,7 +287,7 @@ def memory(
     place = find_device(device)
     rows = memory_table(backbone, image_size=size, strategy=strategy, rank=rank, device=place, precision=precision)
     if as_json:
-        return _print_json([asdict(row) for row in rows])
+        return print_json([asdict(row) for row in rows])
     out.print(tables.memory_table(rows))
 
 
@@ -321,7 +311,7 @@ def doctor(as_json: Json = False) -> None:
     }
     del found["command"]
     if as_json:
-        return _print_json(found)
+        return print_json(found)
     for name, value in found.items():
         text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
         out.print(f"{name.replace('_', ' '):>16}  {text or 'none'}", highlight=False, soft_wrap=True)
@@ -335,7 +325,7 @@ def list_data(as_json: Json = False) -> None:
 
     rows = [{"name": d.name, "what": d.title, "modality": d.modality, "files": d.layout} for d in DATASETS.values()]
     if as_json:
-        return _print_json(rows)
+        return print_json(rows)
     out.print(tables.plain_table(rows))
 
 
@@ -349,7 +339,7 @@ def info_of_data(
 
     rows = about(name)
     if as_json:
-        return _print_json(rows)
+        return print_json(rows)
     out.print(tables.plain_table([{"": key, name: value} for key, value in rows.items()]))
 
 
@@ -361,7 +351,7 @@ def get_data(
     """Download a data set that anyone may have, or say how to get it."""
     from flapsam.datasets import fetch_data
 
-    with _observer() as observer:
+    with observing() as observer:
         path = fetch_data(name, folder, observer)
     out.print(f"{name} is in {path}", highlight=False, soft_wrap=True)
 
@@ -377,11 +367,11 @@ def check(
     from flapsam.check import check_data
     from flapsam.config import read_config
 
-    with _observer() as observer:
+    with observing() as observer:
         sites, found = check_data(path, read_config(config) if config else None, labels or [], observer)
     count, values = sum(sites.values()), sorted(found.values)
     if as_json:
-        _print_json({"sites": sites, "label_values": values, "problems": found.problems})
+        print_json({"sites": sites, "label_values": values, "problems": found.problems})
     else:
         for problem in found.problems:
             out.print(problem, highlight=False, soft_wrap=True, markup=False)
@@ -401,7 +391,7 @@ def phantom(
     """Make up sites: CT-like abdomens with kidneys and tumours."""
     from flapsam.experiments.phantom import make_phantom
 
-    with _observer() as observer:
+    with observing() as observer:
         observer.begin("phantoms", sites * cases)
         make_phantom(folder, sites=sites, cases=cases, seed=seed, on_case=observer.step)
         observer.end()
@@ -416,7 +406,7 @@ def list_backbones(as_json: Json = False) -> None:
 
     rows = found()
     if as_json:
-        return _print_json(rows)
+        return print_json(rows)
     out.print(tables.plain_table(rows))
 
 
@@ -425,7 +415,7 @@ def get(name: Annotated[str, typer.Argument(help="As `flapsam backbone list` nam
     """Download a backbone's weights; a broken download is gone on with."""
     from flapsam.backbones import fetch
 
-    with _observer() as observer:
+    with observing() as observer:
         path = fetch(name, observer)
     out.print(f"{name} is in {path}", highlight=False, soft_wrap=True)
 
@@ -441,7 +431,7 @@ def info(
 
     description = describe(checkpoint)
     if as_json:
-        return _print_json(description)
+        return print_json(description)
     out.print(tables.plain_table([{"": name, checkpoint.name: str(value)} for name, value in description.items()]))
 
 
@@ -464,39 +454,12 @@ def pretrain(
     recipe = Recipe(steps=20, batch=4, warmup=5, seed=seed) if quick else Recipe(steps=steps, batch=batch, seed=seed)
     length = "--quick" if quick else f"--steps {steps} --batch {batch}"
     command = f"flapsam pretrain {length} --seed {seed}"
-    with _interruptible(f"Go on with --resume from the last state in {folder}.") as observer:
+    with interruptible(f"Go on with --resume from the last state in {folder}.") as observer:
         scores = run(folder, recipe, command=command, threads=threads or default_threads(), resume=resume, observer=observer)
     if as_json:
-        return _print_json(scores)
+        return print_json(scores)
     for task, value in scores.items():
         out.print(f"{task:>16}  held-out IoU {value:.3f}", highlight=False)
-
-
-def _observer() -> "ConsoleObserver":
-    from flapsam.report.progress import ConsoleObserver
-
-    return ConsoleObserver(notes)
-
-
-@contextmanager
-def _interruptible(advice: str) -> "Iterator[ConsoleObserver]":
-    """Shows long work; interrupted, it ends with the advice and exit code 130."""
-    try:
-        with _observer() as observer:
-            yield observer
-    except KeyboardInterrupt:
-        notes.print(f"Interrupted. {advice}", highlight=False, soft_wrap=True)
-        raise typer.Exit(130) from None
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 if __name__ == "__main__":

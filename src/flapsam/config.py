@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -41,6 +41,9 @@ class Options(BaseModel):
     """A part of the configuration; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Described = TypeVar("Described", bound=Options)
 
 
 class Data(Options):
@@ -303,6 +306,21 @@ def read_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     Raises:
         FlapsamError: the file is missing or no YAML, or a field is unknown or wrong; the message names the field.
     """
+    return read_options(path, RunConfig, PATHS, overrides)
+
+
+def read_options(path: Path, model: type[Described], paths: Iterable[str] = (), overrides: Iterable[str] = ()) -> Described:
+    """Read a file that describes something else than a run, in the same way.
+
+    Args:
+        path: a YAML file.
+        model: what it describes.
+        paths: its fields that are paths.
+        overrides: as for ``read_config``.
+
+    Raises:
+        FlapsamError: as ``read_config``.
+    """
     try:
         tree = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -311,14 +329,23 @@ def read_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise FlapsamError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise FlapsamError(f"{path}: a configuration is a mapping of fields; see the README for an example")
-    for field in PATHS:
+    for field in paths:
         _make_relative(tree, field, path.parent)
     for override in overrides:
         _set(tree, override)
+    return validated(tree, model, str(path))
+
+
+def validated(tree: Any, model: type[Described], where: str) -> Described:
+    """A description from its fields.
+
+    Raises:
+        FlapsamError: a field is unknown or wrong; the message begins with ``where``.
+    """
     try:
-        return RunConfig.model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
-        raise FlapsamError(f"{path}: {'; '.join(_describe(problem) for problem in error.errors())}") from error
+        raise FlapsamError(f"{where}: {'; '.join(_describe(problem) for problem in error.errors())}") from error
 
 
 def write_config(config: RunConfig) -> str:
@@ -338,10 +365,7 @@ def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     tree = config.model_dump()
     for field, value in changes.items():
         _put(tree, field, value, field)
-    try:
-        return RunConfig.model_validate(tree)
-    except ValidationError as error:
-        raise FlapsamError(f"bench: {'; '.join(_describe(problem) for problem in error.errors())}") from error
+    return validated(tree, RunConfig, "bench")
 
 
 def fingerprint(config: RunConfig) -> str:

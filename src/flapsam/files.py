@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from flapsam.errors import FlapsamError
 
@@ -46,8 +47,8 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def make_folder(path: Path) -> None:
-    """Make ``path`` and its parents.
+def make_folder(path: Path) -> Path:
+    """Make ``path`` and its parents; returns it.
 
     Raises:
         FlapsamError: it cannot be made.
@@ -56,6 +57,7 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FlapsamError(f"{path}: cannot make this folder ({error.strerror}); choose another output folder") from error
+    return path
 
 
 def check_writable(folder: Path) -> None:
@@ -67,6 +69,27 @@ def check_writable(folder: Path) -> None:
     probe = folder / ".writable"
     write_bytes(probe, b"")
     probe.unlink()
+
+
+def alone(path: Path, *, wait: bool = True) -> IO[bytes]:
+    """Lock a file until what is returned is closed or the process ends.
+
+    Args:
+        path: of the file.
+        wait: until no other process has it locked.
+
+    Raises:
+        FlapsamError: another has it locked, and it is not waited for.
+    """
+    import fcntl
+
+    make_folder(path.parent)
+    file = path.open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError as error:
+        raise FlapsamError(f"{path.parent}: another process is at work here; end that one first") from error
+    return file
 
 
 def _umask() -> int:

@@ -38,7 +38,7 @@ from flapsam.federation.preparation import (
 )
 from flapsam.federation.rounds import Client, ClientData, Server
 from flapsam.federation.state import ClientState, ServerState
-from flapsam.federation.weights import client_weights
+from flapsam.federation.weights import client_weights, training_size
 from flapsam.files import write_text
 from flapsam.inference import predict_volume
 from flapsam.metrics import CaseScores, Summary, by_site, score_case, summarise
@@ -143,7 +143,7 @@ class _Simulation:
         _check_cases(sites, training)
         _check_ranks(training, config)
         config = self.config = with_modalities(config, [case for site in sites for case in site.cases])
-        weights = client_weights(training, config)
+        weights = client_weights({site.name: training_size(site, config) for site in training}, config.rounds)
         training = [hold_out_validation(site, config.data.validation_fraction, config.seed) for site in training]
         self.run_id = self._open_folder()
         self.ledger = Ledger(self.folder / LEDGER)

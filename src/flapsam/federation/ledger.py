@@ -10,7 +10,9 @@ from flapsam.errors import FlapsamError
 
 Event = dict[str, Any]
 IDENTITY = ("event", "federation", "round", "site", "case")
-"""Fields that say which event it is; a resumed run does not write the same event twice, but every refusal is its own."""
+"""Fields that say which event it is; a resumed run does not write the same event twice."""
+REPEATED = ("refused", "missing", "excluded", "job", "job_end")
+"""Events that are each their own."""
 
 
 class Ledger:
@@ -39,21 +41,26 @@ class Ledger:
     def write(self, event: str, **fields: Any) -> Event:
         """Append an event with the time, unless it stands there already; returns it."""
         entry = {"event": event, "time": datetime.now(UTC).isoformat(timespec="seconds"), **fields}
-        if event == "refused" or _identity(entry) not in self.known:
+        if event in REPEATED or _identity(entry) not in self.known:
             self.known.add(_identity(entry))
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
         return entry
 
 
-def read_ledger(path: Path) -> list[Event]:
+def read_ledger(path: Path, *, whole_lines: bool = False) -> list[Event]:
     """All events of a ledger.
+
+    Args:
+        path: of its file.
+        whole_lines: leave out a last line that is not whole, because another process is writing it.
 
     Raises:
         FlapsamError: it is missing or damaged.
     """
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        text = path.read_text(encoding="utf-8")
+        return [json.loads(line) for line in (text[: text.rfind("\n") + 1] if whole_lines else text).splitlines()]
     except OSError as error:
         raise FlapsamError(f"{path}: there is no ledger here; is this the folder of a run?") from error
     except ValueError as error:

@@ -39,7 +39,27 @@ class ClientData:
 class Client:
     """A site's side of the algorithm."""
 
-    def __init__(self, network: Sam, data: ClientData, config: RunConfig, agreement: Agreement, state: ClientState) -> None:
+    def __init__(
+        self,
+        network: Sam,
+        data: ClientData,
+        config: RunConfig,
+        agreement: Agreement,
+        state: ClientState,
+        *,
+        tells_metrics: bool = True,
+    ) -> None:
+        """Take part in a run, from its start or from where the state stands.
+
+        Args:
+            network: on which the site fits.
+            data: of the site.
+            config: of the run.
+            agreement: what was agreed with the server.
+            state: this site's folder.
+            tells_metrics: whether losses and validation Dice are in what leaves the site.
+        """
+        self.tells_metrics = tells_metrics
         self.network = network
         self.data = data
         self.config = config
@@ -71,7 +91,7 @@ class Client:
         if kept is not None:
             return kept
         metrics: dict[str, float | None] = {}
-        if done > 0 and done % self.config.rounds.validate_every == 0:
+        if self.tells_metrics and done > 0 and done % self.config.rounds.validate_every == 0:
             metrics |= self._scores()
         learner = Learner(self.network, self.config.training, self.config.rounds.count)
         moments = self.state.moments_before(number)
@@ -94,7 +114,8 @@ class Client:
         whole = all(tensor.isfinite().all() for tensor in result.values())
         if whole:
             learner.save(self.state.moments(number))
-        metrics |= {name: float(getattr(report, name)) for name in FIT}
+        if self.tells_metrics:
+            metrics |= {name: float(getattr(report, name)) for name in FIT}
         header = Header(
             run=self.agreement.run,
             round=number,
@@ -114,7 +135,7 @@ class Client:
             PacketRefused: a packet is not right.
         """
         self._receive(packets)
-        return self._scores()
+        return self._scores() if self.tells_metrics else {}
 
     def _receive(self, packets: Sequence[bytes]) -> tuple[int, dict[str, Tensor]]:
         """Rounds done and the global tensors at this site's rank, which the network holds then."""
@@ -206,7 +227,7 @@ class Server:
         self.state = state
         self.options = options or ServerOptions()
         self.seed = seed
-        ranks = {agreement.aggregator.rank, *(agreement.rank(site) for site in weights)}
+        ranks = {agreement.aggregator.rank, *agreement.ranks.values()}
         self.streams = {str(rank): rank for rank in sorted(ranks)}
         """Sites of one rank get the same packets."""
         newest = state.newest()

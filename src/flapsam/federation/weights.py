@@ -1,32 +1,45 @@
 """How much each client counts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from flapsam.config import RunConfig
+from flapsam.config import Rounds, RunConfig
 from flapsam.errors import FlapsamError
 from flapsam.sites import Case, Site
 from flapsam.volumes import read_geometry, slice_count
 
 
-def client_weights(sites: Sequence[Site], config: RunConfig) -> dict[str, float]:
-    """Each site's weight in the mean, normalised to 1; counted before validation cases are held out.
+@dataclass(frozen=True)
+class TrainingSize:
+    """What a site brings, counted before validation cases are held out."""
+
+    cases: int
+    slices: int
+
+
+def training_size(site: Site, config: RunConfig) -> TrainingSize:
+    """What a site brings, from its files' headers."""
+    cases = site.of("train")
+    return TrainingSize(len(cases), sum(_slices(case, config) for case in cases))
+
+
+def client_weights(sizes: Mapping[str, TrainingSize], options: Rounds) -> dict[str, float]:
+    """Each site's weight in the mean, normalised to 1.
 
     Counting slices this way gives the weights that the paper's code holds as numbers for Fed-KiTS19.
 
     Raises:
         FlapsamError: given weights do not name exactly the sites, or are all 0.
     """
-    kind = config.rounds.weights
+    kind = options.weights
     if isinstance(kind, dict):
-        if kind.keys() != {site.name for site in sites}:
-            raise FlapsamError(f"rounds.weights: give one for each of {', '.join(site.name for site in sites)}")
+        if kind.keys() != sizes.keys():
+            raise FlapsamError(f"rounds.weights: give one for each of {', '.join(sizes)}")
         raw = dict(kind)
     elif kind == "uniform":
-        raw = {site.name: 1.0 for site in sites}
-    elif kind == "cases":
-        raw = {site.name: float(len(site.of("train"))) for site in sites}
+        raw = dict.fromkeys(sizes, 1.0)
     else:
-        raw = {site.name: float(sum(_slices(case, config) for case in site.of("train"))) for site in sites}
+        raw = {name: float(getattr(size, kind)) for name, size in sizes.items()}
     total = sum(raw.values())
     if total <= 0:
         raise FlapsamError("rounds.weights: no site has a weight above 0; does any have training cases?")

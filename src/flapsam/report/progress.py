@@ -59,6 +59,12 @@ class ConsoleObserver(Observer):
             self.validation.setdefault(event["round"], []).append(event["dice"]["mean"])
         elif event["event"] == "refused":
             self.say(f"round {event['round']}: the packet of {event['site']} is refused: {event['reason']}")
+        elif event["event"] == "missing":
+            self.say(f"round {event['round']}: nothing from {event['site']}: {event['reason']}")
+        elif event["event"] == "excluded":
+            self.say(f"{event['site']} does not take part: {event['reason']}")
+        elif event["event"] == "job_end" and "reason" in event:
+            self.say(event["reason"])
         elif event["event"] == "round":
             self._show(f"round {event['round']} in {event['seconds']:.0f} s")
 

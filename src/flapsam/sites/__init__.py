@@ -36,6 +36,7 @@ __all__ = [
     "hold_out_validation",
     "label_map",
     "read_found",
+    "read_site",
     "read_sites",
 ]
 
@@ -67,10 +68,30 @@ def read_sites(data: Data, seed: int) -> list[Site]:
         FlapsamError: anything is wrong with the folder, its layout or its cases, or a site's name.
     """
     sites, problems = read_found(data, seed)
-    if problems:
-        more = f" (and {len(problems) - 1} more problems: flapsam data check lists them)" if len(problems) > 1 else ""
-        raise FlapsamError(problems[0] + more)
+    _raise_first(problems)
     return sites
+
+
+def read_site(data: Data, seed: int, name: str, known_as: str | None = None) -> Site:
+    """A federation's site from its own data, under its name there, with the splits that it would have in a simulation.
+
+    Args:
+        data: where it is; the fields that name sites are not used.
+        seed: of the run.
+        name: of the site in the federation.
+        known_as: its name in the data, if it has another there and is not alone.
+
+    Raises:
+        FlapsamError: as ``read_sites``, or it is not clear which cases are the site's.
+    """
+    cases, problems = _found_cases(data, seed)
+    names = sorted({case.site for case in cases})
+    chosen = known_as or (name if name in names else names[0] if len(names) == 1 else None)
+    if chosen not in names:
+        raise FlapsamError(f"{data.path}: there are {', '.join(names)}; say with data.site which of them is {name}")
+    site = Site(name, tuple(replace(case, site=name) for case in cases if case.site == chosen))
+    _raise_first([*problems, *split_problems(site)])
+    return draw_test(site, data.test_fraction, seed)
 
 
 def read_found(data: Data, seed: int) -> tuple[list[Site], list[str]]:
@@ -79,14 +100,7 @@ def read_found(data: Data, seed: int) -> tuple[list[Site], list[str]]:
     Raises:
         FlapsamError: the folder or its layout is wrong, or a site's name.
     """
-    found = find_dataset(data.path, data.layout).read(data.path)
-    problems = list(found.problems)
-    cases = found.cases
-    if data.table is not None:
-        cases, missing = _by_table(cases, data.table)
-        problems += missing
-    if data.simulated_sites is not None:
-        cases = _dealt(cases, data.simulated_sites, seed)
+    cases, problems = _found_cases(data, seed)
     sites = [Site(name, tuple(part)) for name, part in groupby(cases, key=lambda case: case.site)]
     names = {site.name for site in sites}
     for field, wanted in (
@@ -101,6 +115,25 @@ def read_found(data: Data, seed: int) -> tuple[list[Site], list[str]]:
         sites = [site for site in sites if site.name in data.sites]
     problems += [problem for site in sites for problem in split_problems(site)]
     return [draw_test(site, data.test_fraction, seed) for site in sites], problems
+
+
+def _found_cases(data: Data, seed: int) -> tuple[list[Case], list[str]]:
+    """Cases at their sites, and the problems of others."""
+    found = find_dataset(data.path, data.layout).read(data.path)
+    problems = list(found.problems)
+    cases = found.cases
+    if data.table is not None:
+        cases, missing = _by_table(cases, data.table)
+        problems += missing
+    if data.simulated_sites is not None:
+        cases = _dealt(cases, data.simulated_sites, seed)
+    return cases, problems
+
+
+def _raise_first(problems: list[str]) -> None:
+    if problems:
+        more = f" (and {len(problems) - 1} more problems: flapsam data check lists them)" if len(problems) > 1 else ""
+        raise FlapsamError(problems[0] + more)
 
 
 def _by_table(cases: list[Case], table: Path) -> tuple[list[Case], list[str]]:

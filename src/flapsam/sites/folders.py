@@ -1,8 +1,8 @@
 """The plain layout: one folder a site.
 
-``SITE/images/CASE.nii.gz`` with ``SITE/labels/CASE.nii.gz``, and optionally ``sites.csv`` beside the site folders with
-columns ``case,site`` and, if wanted, ``split`` (train, val, test) and ``subject``. Where the table is present, only the
-cases in it are used.
+``SITE/images/CASE.nii.gz`` with ``SITE/labels/CASE.nii.gz``, or for one site alone the same without ``SITE``; and optionally
+``sites.csv`` beside them with columns ``case,site`` and, if wanted, ``split`` (train, val, test) and ``subject``. Where the
+table is present, only the cases in it are used.
 """
 
 from pathlib import Path
@@ -29,7 +29,7 @@ def read(path: Path) -> Found:
     rows = read_table(table) if table.exists() else [{"site": site, "case": name} for site, name in images]
 
     def files(row: Row) -> tuple[Path, Path]:
-        place, folder = (row["site"], row["case"]), path / row["site"]
+        place, folder = (row["site"], row["case"]), path if _is_one_site(path) else path / row["site"]
         name = f"{row['case']}.nii.gz"
         return images.get(place) or folder / "images" / name, labels.get(place) or folder / "labels" / name
 
@@ -42,14 +42,19 @@ def read(path: Path) -> Found:
 
 def _files(path: Path, folder: str) -> dict[tuple[str, str], Path]:
     """Site and case → file."""
-    found = (file for part in sorted(path.glob(f"*/{folder}")) for file in sorted(part.iterdir()) if is_nifti(file))
+    parts = [part for part in (path / folder,) if part.is_dir()] if _is_one_site(path) else sorted(path.glob(f"*/{folder}"))
+    found = (file for part in parts for file in sorted(part.iterdir()) if is_nifti(file))
     return {(file.parent.parent.name, case_name(file)): file for file in found}
+
+
+def _is_one_site(path: Path) -> bool:
+    return (path / "images").is_dir()
 
 
 DATASET = Dataset(
     name="folders",
     read=read,
-    recognises=lambda path: any(path.glob("*/images")),
+    recognises=lambda path: _is_one_site(path) or any(path.glob("*/images")),
     layout="SITE/images/CASE.nii.gz, SITE/labels/CASE.nii.gz, optionally sites.csv",
     sites="one folder each",
 )

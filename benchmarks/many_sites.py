@@ -1,0 +1,108 @@
+"""Many sites on one machine: time, memory and ledger of a simulation with two workers, at 20 and at 200 sites.
+
+    python benchmarks/many_sites.py [--sites 20 200]
+
+Phantoms of four cases a site, `sam-tiny`, the preset `fast`, two rounds, two workers on one thread each. A fresh process a
+run; memory is the largest sum of the resident memory of all its processes, and of each, looked at ten times a second (pages
+that processes share are counted in each). `results/many_sites.json` keeps what was measured, `results/many_sites.md` is
+written anew.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import yaml
+from cells import HERE
+
+from flapsam.experiments.phantom import make_phantom
+from flapsam.federation.ledger import read_ledger
+from flapsam.files import write_text
+
+RESULTS = HERE / "results"
+ROUNDS, WORKERS, CASES = 2, 2, 4
+
+
+def measure(sites: int, folder: Path) -> dict:
+    """Run a simulation; returns its figures."""
+    make_phantom(folder / "sites", sites=sites, cases=CASES, seed=0, on_case=lambda: None)
+    tree = {
+        "data": {"path": str(folder / "sites"), "labels": {"kidney": 1, "tumour": 2}},
+        "rounds": {"count": ROUNDS},
+        "threads": 1,
+        "output": str(folder / "run"),
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(tree))
+    command = [sys.executable, "-c", "from flapsam import cli; cli.main()", "simulate", str(folder / "run.yaml")]
+    started = time.perf_counter()
+    process = psutil.Popen([*command, "--workers", str(WORKERS), "--json"], stdout=subprocess.DEVNULL)
+    together, server, worker = 0, 0, 0
+    while process.poll() is None:
+        try:
+            own = process.memory_info().rss
+            others = [child.memory_info().rss for child in process.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            continue
+        together, server, worker = max(together, own + sum(others)), max(server, own), max(worker, *others, 0)
+        time.sleep(0.1)
+    assert process.returncode == 0
+    events = read_ledger(folder / "run/events.jsonl")
+    fits = [event for event in events if event["event"] == "fit"]
+    rounds = [event for event in events if event["event"] == "round"]
+    return {
+        "sites": sites,
+        "seconds": time.perf_counter() - started,
+        "round_seconds": [event["seconds"] for event in rounds],
+        "aggregation_seconds": [event["aggregation_seconds"] for event in rounds],
+        "fit_seconds": sum(event["seconds"] for event in fits),
+        "mib": {"together": together >> 20, "server": server >> 20, "worker": worker >> 20},
+        "kib_up": sum(event["bytes_up"] for event in fits) / len(fits) / 1024,
+        "ledger": {"bytes": (folder / "run/events.jsonl").stat().st_size, **Counter(event["event"] for event in events)},
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """The figures as markdown."""
+    lines = [
+        "# Many sites on one machine",
+        "",
+        f"`benchmarks/many_sites.py`: {CASES} phantom cases a site, `sam-tiny`, preset `fast`, {ROUNDS} rounds, {WORKERS} "
+        "workers on one thread each, two cores. MiB are the peaks of resident memory.",
+        "",
+        "| sites | whole run, s | a round, s | of that aggregation | all processes, MiB | server | a worker | KiB up a fit "
+        "| ledger, KiB | fits in it | refused |",
+        "|---:" * 11 + "|",
+    ]
+    for row in rows:
+        mib, ledger = row["mib"], row["ledger"]
+        lines.append(
+            f"| {row['sites']} | {row['seconds']:.0f} | {', '.join(f'{s:.0f}' for s in row['round_seconds'])} "
+            f"| {', '.join(f'{s:.1f}' for s in row['aggregation_seconds'])} | {mib['together']} | {mib['server']} "
+            f"| {mib['worker']} | {row['kib_up']:.0f} | {ledger['bytes'] / 1024:.0f} | {ledger['fit']} "
+            f"| {ledger.get('refused', 0)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sites", type=int, nargs="+", default=[20, 200])
+    kept = RESULTS / "many_sites.json"
+    rows = {row["sites"]: row for row in json.loads(kept.read_text())} if kept.exists() else {}
+    for sites in parser.parse_args().sites:
+        with tempfile.TemporaryDirectory() as folder:
+            rows[sites] = measure(sites, Path(folder))
+        ordered = [rows[key] for key in sorted(rows)]
+        write_text(kept, json.dumps(ordered, indent=1) + "\n")
+        write_text(RESULTS / "many_sites.md", table(ordered))
+        print(table(ordered), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""What NVFLARE runs at the server: it sends each site its packets and collects the answers."""
+
+import queue
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nvflare.apis.client import Client
+from nvflare.apis.controller_spec import ClientTask, Task
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.impl.controller import Controller
+from nvflare.apis.shareable import ReturnCode, Shareable
+from nvflare.apis.signal import Signal
+
+from flapsam.errors import FlapsamError
+from flapsam.federation.conduct import Answer, Work
+from flapsam.federation.coordinator import Coordinator
+from flapsam.federation.handshake import REASONS
+
+ANSWER, CODE, SECONDS, NUMBER, PACKETS = "answer", "code", "seconds", "number", "packets"
+"""Entries of what travels."""
+REGROUP = "flapsam.regroup"
+"""The administrator's command to end the job after the round under way."""
+JOIN_SECONDS = 900
+"""A site unpacks its volumes before it answers the handshake."""
+
+
+@dataclass(frozen=True)
+class Received:
+    """An answer as it came."""
+
+    site: str
+    number: int
+    """Of the request that it answers; -1 if it does not say."""
+    content: bytes | memoryview = b""
+    problem: str = ""
+    seconds: float | None = None
+
+
+@dataclass
+class Post:
+    """Sends requests to sites and gives the answers one after another."""
+
+    controller: "FlapsamController"
+    context: FLContext
+    abort: Signal
+    number: int = 0
+    """Of the newest request."""
+    tasks: dict[str, Task] = field(default_factory=dict)
+
+    def ask(self, name: str, requests: Iterator[tuple[str, Shareable]], deadline: float) -> Iterator[Received]:
+        """Send requests; give every answer that comes until all have answered or are gone, or the time is up."""
+        self.number += 1
+        for site, data in requests:
+            data[NUMBER] = self.number
+            task = Task(name=name, data=data, timeout=0, result_received_cb=self.controller.receive)
+            self.controller.send(task, self.context, targets=[site])
+            self.tasks[site] = task
+        until = time.monotonic() + deadline
+        while self.tasks:
+            try:
+                received = self.controller.answers.get(timeout=0.05)
+                if received.number == self.number:
+                    self.tasks.pop(received.site, None)
+                yield received
+                continue
+            except queue.Empty:
+                pass
+            if self.abort.triggered:
+                raise Aborted
+            for site in list(self.tasks):
+                if self.controller.get_client_disconnect_time(site):
+                    yield self._give_up(site, "it is gone")
+                elif time.monotonic() > until:
+                    yield self._give_up(site, f"no answer within {deadline:g} s")
+
+    def _give_up(self, site: str, reason: str) -> Received:
+        self.controller.cancel_task(self.tasks.pop(site))
+        return Received(site, self.number, problem=reason)
+
+
+class Aborted(Exception):  # noqa: N818 (nothing is wrong)
+    """The job was ended from outside."""
+
+
+class FlapsamController(Controller):
+    """The server's side of one job: a part of a run, from a handshake to the run's end or to the next handshake."""
+
+    def __init__(self, folder: str) -> None:
+        """Know the run.
+
+        Args:
+            folder: of a run that was begun at the server.
+        """
+        super().__init__(task_check_period=0.1)
+        self.folder = folder
+        self.answers: queue.SimpleQueue[Received] = queue.SimpleQueue()
+        self.regroup = False
+
+    def start_controller(self, fl_ctx: FLContext) -> None:  # noqa: D102
+        fl_ctx.get_engine().register_app_command(REGROUP, self._regroup)  # type: ignore[union-attr]
+
+    def stop_controller(self, fl_ctx: FLContext) -> None:  # noqa: D102
+        pass
+
+    def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:  # noqa: D102
+        coordinator = Coordinator(Path(self.folder))
+        post = Post(self, fl_ctx, abort_signal)
+        sites = sorted(client.name for client in fl_ctx.get_engine().get_clients())  # type: ignore[union-attr]
+        job = {"job": fl_ctx.get_job_id()}
+        coordinator.record("job", sites=sites, **job)
+        try:
+            self._shake_hands(coordinator, post, sites)
+            coordinator.open()
+            done = coordinator.conduct(lambda work: self._carry(coordinator, post, work), lambda: self.regroup)
+            coordinator.record("job_end", outcome="done" if done else "regroup", **job)
+        except FlapsamError as error:
+            coordinator.record("job_end", outcome="stopped", reason=str(error), **job)
+        except Aborted:
+            coordinator.record("job_end", outcome="aborted", **job)
+
+    def process_result_of_unknown_task(  # noqa: D102
+        self, client: Client, task_name: str, client_task_id: str, result: Shareable, fl_ctx: FLContext
+    ) -> None:
+        self.answers.put(read_answer(client.name, result))
+
+    def receive(self, client_task: ClientTask, fl_ctx: FLContext) -> None:
+        """Take an answer, and let NVFLARE forget it."""
+        self.answers.put(read_answer(client_task.client.name, client_task.result or Shareable()))
+        client_task.result = None
+
+    def _regroup(self, topic: str, data: Any, fl_ctx: FLContext) -> dict[str, Any]:
+        self.regroup = True
+        return {}
+
+    def _shake_hands(self, coordinator: Coordinator, post: Post, sites: list[str]) -> None:
+        def requests() -> Iterator[tuple[str, Shareable]]:
+            for site in sites:
+                data = Shareable()
+                data[PACKETS] = [np.frombuffer(coordinator.proposal, np.uint8)]
+                yield site, data
+
+        for received in post.ask("join", requests(), JOIN_SECONDS):
+            if received.problem:
+                coordinator.exclude(received.site, received.problem)
+            elif received.number == post.number:
+                coordinator.admit(received.site, bytes(received.content))
+
+    def _carry(self, coordinator: Coordinator, post: Post, work: Work) -> Iterator[Answer]:
+        bytes_down: dict[str, int] = {}
+
+        def requests() -> Iterator[tuple[str, Shareable]]:
+            # Sites that need the same packets share them in memory.
+            made: dict[tuple[int, int], list[np.ndarray]] = {}
+            for site in coordinator.held:
+                key = coordinator.agreement.rank(site), coordinator.held[site]
+                if key not in made:
+                    made[key] = [np.frombuffer(packet, np.uint8) for packet in coordinator.packets(site)]
+                bytes_down[site] = sum(packet.nbytes for packet in made[key])
+                data = Shareable()
+                data[PACKETS] = made[key]
+                yield site, data
+
+        for received in post.ask(work, requests(), coordinator.config.rounds.deadline):
+            down = bytes_down.get(received.site, 0)
+            if received.problem:
+                yield Answer(received.site, down, missing=received.problem)
+            elif work == "fit":
+                yield Answer(received.site, down, fitted=bytes(received.content), seconds=received.seconds)
+            elif received.number == post.number:
+                scores = coordinator.read_scores(bytes(received.content))
+                missing = "" if scores is not None else "scores that cannot be read"
+                yield Answer(received.site, down, scores=scores, missing=missing)
+
+
+def read_answer(site: str, result: Shareable) -> Received:
+    """What a site answered; what cannot be read is a problem."""
+    number = result.get(NUMBER)
+    number = number if isinstance(number, int) else -1
+    if result.get_return_code() != ReturnCode.OK:
+        return Received(site, number, problem=REASONS["error"])
+    code, content, seconds = result.get(CODE), result.get(ANSWER), result.get(SECONDS)
+    if code:
+        return Received(site, number, problem=REASONS.get(code, REASONS["error"]) if isinstance(code, str) else "error")
+    if not isinstance(content, np.ndarray) or content.dtype != np.uint8 or content.ndim != 1:
+        return Received(site, number, problem="an answer that cannot be read")
+    return Received(site, number, content.data, seconds=float(seconds) if isinstance(seconds, float) else None)

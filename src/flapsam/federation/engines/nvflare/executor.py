@@ -1,0 +1,67 @@
+"""What NVFLARE runs at a site: it hands packets to the process that fits, and says nothing of what goes wrong but a code."""
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+from nvflare.apis.event_type import EventType
+from nvflare.apis.executor import Executor
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable
+from nvflare.apis.signal import Signal
+
+from flapsam.federation.engines.site_process import SiteProcess
+from flapsam.federation.handshake import SiteFailed
+
+SITE_FILE = "FLAPSAM_SITE_FILE"
+"""Environment variable: the site's own file. It is the site's to set, so no job can choose another."""
+
+
+class FlapsamExecutor(Executor):
+    """Lives as long as the job, and so does the process that fits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.process: SiteProcess | None = None
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:  # noqa: D102
+        if event_type == EventType.END_RUN and self.process is not None:
+            self.process.stop()
+
+    def execute(  # noqa: D102
+        self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal
+    ) -> Shareable:
+        started = time.perf_counter()
+        reply = Shareable()
+        reply["number"] = shareable.get("number")
+        done = threading.Event()
+        try:
+            process = self._process(str(fl_ctx.get_identity_name()))
+            threading.Thread(target=_stop_if, args=(abort_signal, done, process), daemon=True).start()
+            packets = [memoryview(packet) for packet in shareable["packets"]]
+            answer = process.join(bytes(packets[0])) if task_name == "join" else process.ask(task_name, packets)
+            reply["code"], reply["answer"] = "", np.frombuffer(answer, np.uint8)
+        except SiteFailed as failure:
+            reply["code"] = str(failure)
+        except Exception as error:
+            self.log_exception(fl_ctx, f"{type(error).__name__} in task {task_name}")
+            reply["code"] = "error"
+        finally:
+            done.set()
+        reply["seconds"] = time.perf_counter() - started
+        return reply
+
+    def _process(self, name: str) -> SiteProcess:
+        if self.process is None:
+            self.process = SiteProcess(name, Path(os.environ[SITE_FILE]))
+        return self.process
+
+
+def _stop_if(abort: Signal, done: threading.Event, process: SiteProcess) -> None:
+    """End the fit when the job is aborted."""
+    while not done.wait(0.2):
+        if abort.triggered:
+            process.stop()
+            return

@@ -1,0 +1,177 @@
+"""A server or a site in the foreground: NVFLARE's process, started with what its kit says, and ended with all it started."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+import psutil
+from cryptography.x509.oid import NameOID
+
+from flapsam.errors import FlapsamError
+from flapsam.federation.engines.nvflare.executor import SITE_FILE
+from flapsam.federation.engines.nvflare.kits import HEARTBEAT_SECONDS, Kit
+from flapsam.federation.site_file import read_site_file
+from flapsam.files import alone, write_text
+
+LOG, OUTPUT = "log.txt", "output.txt"
+ENVIRONMENT = {
+    # A site that was given up by the server is taken for gone by the job after so many seconds more.
+    "NVFLARE_DEAD_CLIENT_GRACE_PERIOD": "5",
+    "NVFLARE_DEAD_CLIENT_CHECK_LEAD_TIME": "5",
+}
+NEWS = (
+    (r"Server started", "The server is up."),
+    (r"Successfully registered client", "Connected to the server."),
+    (r"Client: New client (\S+)@\S+ joined", "{0} has connected."),
+    (r"Client Name:(\S+) left", "{0} has left."),
+    (r"Job: \S+ child process exit with return code", "A job has ended badly; the log says why."),
+    (r"BYOC not permitted", "A job with code of its own was refused."),
+    (r"is not in allow_list", "A job with a component that this kit does not allow was refused."),
+    (r"failed to verify client identity|missing client cert", "Somebody with a wrong certificate was refused."),
+    (r"Error verifying|CERTIFICATE_VERIFY_FAILED|certificate verify failed|CERTIFICATE_UNKNOWN|UNKNOWN_CA",
+     "The other side's certificate is not of this federation."),
+)  # fmt: skip
+"""What is worth saying of NVFLARE's log: a pattern and a sentence."""
+
+
+def serve(kit: Kit, say: Callable[[str], None], *, site_file: Path | None = None) -> int:
+    """Run a participant until it is ended or ends.
+
+    Args:
+        kit: of a server or a site.
+        say: is told what is worth reading.
+        site_file: a site's own file.
+
+    Returns:
+        NVFLARE's exit code; 0 if it was ended from here.
+
+    Raises:
+        FlapsamError: another process runs from this kit, or the site's file is not right.
+    """
+    environment = {**os.environ, **ENVIRONMENT}
+    if kit.card.role == "site":
+        path = site_file or kit.folder / "site.yaml"
+        file = read_site_file(path)
+        if not file.data.path.is_dir():
+            raise FlapsamError(f"{path}: data.path: there is no folder {file.data.path}")
+        environment[SITE_FILE] = str(path.absolute())
+    with alone(kit.folder / "running.lock", wait=False):
+        _place_storage(kit)
+        log = kit.folder / LOG
+        begin = log.stat().st_size if log.exists() else 0
+        say(f"{kit.card.name} of {kit.card.federation}, server {kit.card.server}. Log: {log}. Ctrl-C ends it.")
+        if kit.days_left < 30:
+            say(f"The certificate expires in {kit.days_left} days: ask for a new kit.")
+        with (kit.folder / OUTPUT).open("ab") as output:
+            process = subprocess.Popen(
+                command(kit), stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
+            )
+        # Ended by systemd as by the user.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            with _opened(log, begin, process) as lines:
+                while process.poll() is None:
+                    _tell(lines, say)
+                    time.sleep(0.3)
+                _tell(lines, say)
+            return process.returncode
+        except KeyboardInterrupt:
+            return 0
+        finally:
+            end_all(process.pid)
+            process.wait()
+
+
+def command(kit: Kit) -> list[str]:
+    """What NVFLARE is started with."""
+    organisation = kit.certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)[0].value
+    site = kit.card.role == "site"
+    module = "client.client_train" if site else "server.server_train"
+    own = [f"uid={kit.card.name}", f"heart_beat_interval={HEARTBEAT_SECONDS // 6}"] if site else []
+    return [
+        *(sys.executable, "-u", "-m", f"nvflare.private.fed.app.{module}", "-m", str(kit.folder)),
+        *("-s", "fed_client.json" if site else "fed_server.json"),
+        *("--set", "secure_train=true", f"org={organisation}", "config_folder=config", *own),
+    ]
+
+
+def unit(kit: Kit, site_file: Path | None) -> str:
+    """A systemd unit that keeps a participant running."""
+    role = kit.card.role
+    arguments = [sys.executable, "-m", "flapsam.cli", "federation", role, str(kit.folder)]
+    if site_file is not None:
+        arguments += ["--data", str(site_file.absolute())]
+    return f"""\
+# /etc/systemd/system/flapsam-{kit.card.name}.service; then: systemctl enable --now flapsam-{kit.card.name}
+[Unit]
+Description=flapsam {role} {kit.card.name} of {kit.card.federation}
+After=network-online.target
+Wants=network-online.target
+
+[Service]
+User=flapsam
+ExecStart={" ".join(f'"{part}"' if " " in part else part for part in arguments)}
+Restart=always
+RestartSec=5
+KillMode=control-group
+NoNewPrivileges=yes
+PrivateTmp=yes
+ProtectSystem=full
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def end_all(pid: int) -> None:
+    """End a process and all that it started."""
+    try:
+        process = psutil.Process(pid)
+        family = [*process.children(recursive=True), process]
+    except psutil.NoSuchProcess:
+        return
+    for member in family:
+        try:
+            member.terminate()
+        except psutil.NoSuchProcess:
+            continue
+    _, left = psutil.wait_procs(family, timeout=3)
+    for member in left:
+        member.kill()
+
+
+def _place_storage(kit: Kit) -> None:
+    """NVFLARE wants absolute paths for a server's jobs, and a kit may have been moved."""
+    if kit.card.role != "server":
+        return
+    path = kit.folder / "local" / "resources.json"
+    tree = json.loads(path.read_text())
+    tree["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(kit.folder / "snapshots")
+    for part in tree["components"]:
+        if part["id"] == "job_manager":
+            part["args"]["uri_root"] = str(kit.folder / "jobs" / "store")
+    write_text(path, json.dumps(tree, indent=1) + "\n")
+
+
+def _opened(log: Path, begin: int, process: subprocess.Popen[bytes]) -> IO[str]:
+    """The log, from where it stood when the process began."""
+    while not log.exists() and process.poll() is None:
+        time.sleep(0.1)
+    log.touch()
+    lines = log.open(encoding="utf-8", errors="replace")
+    lines.seek(begin)
+    return lines
+
+
+def _tell(lines: IO[str], say: Callable[[str], None]) -> None:
+    for line in lines:
+        for pattern, sentence in NEWS:
+            if found := re.search(pattern, line):
+                say(sentence.format(*found.groups()))

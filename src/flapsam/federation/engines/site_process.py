@@ -1,0 +1,149 @@
+"""The process in which a site fits: its network stays loaded from round to round, and if it dies the engine goes on."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import cast
+
+from flapsam.federation.handshake import REASONS, SiteFailed
+
+
+class SiteProcess:
+    """The engine's side. Nothing here loads torch."""
+
+    def __init__(self, name: str, site_file: Path) -> None:
+        """Know the site; the process begins with the first ``join``.
+
+        Args:
+            name: of the site in the federation.
+            site_file: its own file.
+        """
+        self.name = name
+        self.site_file = site_file
+        self.process: subprocess.Popen[bytes] | None = None
+        self.pipe: Connection | None = None
+        self.proposal: bytes | None = None
+
+    def join(self, proposal: bytes) -> bytes:
+        """As ``Participant.join``.
+
+        Raises:
+            SiteFailed: with the code.
+        """
+        self.proposal = proposal
+        self._ensure()
+        return self._ask("join", [proposal])
+
+    def ask(self, work: str, packets: Sequence[bytes]) -> bytes:
+        """``fit`` or ``validate``, as ``Participant`` does it. A process that has died before is begun anew.
+
+        Raises:
+            SiteFailed: with the code.
+        """
+        if self.proposal is None:
+            raise SiteFailed("error")
+        if self._ensure():
+            self._ask("join", [self.proposal])
+        return self._ask(work, packets)
+
+    def stop(self) -> None:
+        """End the process, whatever it is at. What it has written stays."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+        if self.pipe is not None:
+            self.pipe.close()
+        self.process = self.pipe = None
+
+    def _ensure(self) -> bool:
+        """Let there be a process; returns whether it is new."""
+        if self.process is not None and self.process.poll() is None:
+            return False
+        self.stop()
+        ours, theirs = get_context("spawn").Pipe()
+        self.pipe = cast(Connection, ours)
+        handle = theirs.fileno()
+        command = [sys.executable, "-m", __name__, self.name, str(self.site_file.absolute()), str(handle)]
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+        self.process = subprocess.Popen(command, pass_fds=[handle], stdin=subprocess.DEVNULL, env=environment)
+        theirs.close()
+        return True
+
+    def _ask(self, work: str, parts: Sequence[bytes]) -> bytes:
+        assert self.pipe is not None
+        try:
+            self.pipe.send_bytes(json.dumps([work, [len(part) for part in parts]]).encode())
+            for part in parts:
+                self.pipe.send_bytes(part)
+            code, size = json.loads(self.pipe.recv_bytes(1 << 10))
+            if code:
+                raise SiteFailed(code if code in REASONS else "error")
+            return received(self.pipe, size)
+        except (EOFError, OSError) as error:
+            self.stop()
+            raise SiteFailed("died") from error
+
+
+def received(pipe: Connection, size: int) -> bytearray:
+    """So many bytes, in one place: ``recv_bytes`` would hold them twice."""
+    data = bytearray(size)
+    pipe.recv_bytes_into(data)
+    return data
+
+
+def main(name: str, site_file: Path, handle: int) -> None:
+    """Serve an engine until it is gone."""
+    parent = os.getppid()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    pipe = Connection(handle)
+    from flapsam.federation.site import Participant, failing_as
+    from flapsam.federation.site_file import read_site_file
+    from flapsam.files import alone
+
+    participant: Participant | None = None
+    locks = []
+    while True:
+        try:
+            work, sizes = json.loads(pipe.recv_bytes(1 << 20))
+            parts = [received(pipe, size) for size in sizes]
+        except EOFError:
+            return
+        try:
+            if participant is None:
+                with failing_as("data"):
+                    file = read_site_file(site_file)
+                    _log_to(file.state / "site.log")
+                    locks.append(alone(file.state / "lock"))
+                    participant = Participant(name, file)
+            answer: bytes = participant.join(bytes(parts[0])) if work == "join" else getattr(participant, work)(parts)
+            code = ""
+        except SiteFailed as failure:
+            code, answer = str(failure), b""
+        pipe.send_bytes(json.dumps([code, len(answer)]).encode())
+        if not code:
+            pipe.send_bytes(answer)
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the one that began it is gone, in the middle of a fit if need be."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _log_to(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    form = "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(filename=path, level=logging.INFO, format=form, force=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,176 @@
+"""A hospital's side of a run, whatever the engine: its own file is asked first, and what goes wrong leaves as a code."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from flapsam import __version__
+from flapsam.adapter import save_adapter
+from flapsam.config import RunConfig, validated
+from flapsam.errors import FlapsamError
+from flapsam.federation.handshake import Presence, Proposal, SiteFailed, read_message, version_in
+from flapsam.federation.packets import PacketRefused
+from flapsam.federation.preparation import (
+    agree,
+    assembled_for,
+    card_of,
+    check_pairs,
+    prepare_site,
+    resolve,
+    with_modalities,
+    with_windows,
+)
+from flapsam.federation.rounds import Client
+from flapsam.federation.site_file import SiteFile
+from flapsam.federation.state import ClientState
+from flapsam.federation.weights import training_size
+from flapsam.files import write_text
+from flapsam.sam import Sam, tensors_of
+from flapsam.sites import hold_out_validation, read_site
+
+Result = TypeVar("Result")
+log = logging.getLogger(__name__)
+
+
+class Participant:
+    """A site in the runs of a federation, one at a time."""
+
+    def __init__(self, name: str, file: SiteFile) -> None:
+        """Know the site.
+
+        Args:
+            name: in the federation.
+            file: its own.
+        """
+        self.name = name
+        self.file = file
+
+    def join(self, message: bytes) -> bytes:
+        """Take part in a run.
+
+        Args:
+            message: the server's proposal.
+
+        Returns:
+            The presence.
+
+        Raises:
+            SiteFailed: it does not.
+        """
+        version = version_in(message)
+        if version != __version__:
+            log.error("the server runs flapsam %s, this site %s", version, __version__)
+            raise SiteFailed("version")
+        with failing_as("configuration"):
+            proposal = read_message(Proposal, message)
+            config = self._own(proposal.config)
+        self._ask_own_file(config)
+        with failing_as("backbone"):
+            config = resolve(config)
+        with failing_as("data"):
+            own = self.file.data
+            site = read_site(config.data, config.seed, self.name, own.site)
+            check_pairs([site])
+            size = training_size(site, config)
+            if size.cases < max(self.file.min_cases, 1):
+                log.error("%d training cases, min_cases is %d", size.cases, self.file.min_cases)
+                raise SiteFailed("cases")
+            config = with_modalities(config, site.cases)
+            site = hold_out_validation(site, config.data.validation_fraction, config.seed)
+            data = prepare_site(site, config, self.file.state / "volumes")
+        with failing_as("backbone"):
+            self.assembled = assembled_for(config)
+        self.folder = self.file.state / "runs" / proposal.run
+        with failing_as("state"):
+            self.config = self._with_windows(config, self.assembled.network)
+            agreement = agree(proposal.run, self.config, self.assembled.network)
+            state = ClientState(self.folder / "site")
+            self.client = Client(
+                self.assembled.network, data, self.config, agreement, state, tells_metrics=self.file.metrics
+            )
+            held = self.client.held
+        log.info("takes part in run %s with %d training cases, from round %d", proposal.run, size.cases, held + 1)
+        presence = Presence(
+            contract=agreement.contract.hash,
+            backbone=self.assembled.checksum,
+            modalities=self.config.samples.modalities,
+            cases={split: len(site.of(split)) for split in ("train", "val", "test")},
+            training_cases=size.cases,
+            training_slices=size.slices,
+            held=held,
+        )
+        return presence.model_dump_json().encode()
+
+    def fit(self, packets: Sequence[bytes]) -> bytes:
+        """As ``Client.fit``.
+
+        Raises:
+            SiteFailed: it cannot.
+        """
+        with failing_as("error"):
+            return self.client.fit(packets)
+
+    def validate(self, packets: Sequence[bytes]) -> bytes:
+        """As ``Client.validate``, the scores as JSON; the adapter is kept for the site's own use."""
+        with failing_as("error"):
+            scores = self.client.validate(packets)
+            card = card_of(self.client.agreement.run, "federated", self.client.held, self.config, self.assembled)
+            names = self.client.agreement.contract.shapes
+            save_adapter(self.folder / "adapter", card, tensors_of(self.assembled.network, names))
+            log.info("the adapter is in %s", self.folder / "adapter")
+            return json.dumps(scores).encode()
+
+    def _own(self, tree: Mapping[str, Any]) -> RunConfig:
+        """The run with this site's data, weights and machine in it."""
+        file, data = self.file, dict(tree["data"])
+        data |= {"path": file.data.path, "layout": file.data.layout, "table": file.data.table}
+        # Other sites' are not here.
+        data["site_labels"] = {name: labels for name, labels in data["site_labels"].items() if name == self.name}
+        backbone = dict(tree["backbone"])
+        if backbone.get("weights") != "random":
+            backbone["weights"] = file.weights
+        own = {"device": file.device, "threads": file.threads, "output": file.state, "modes": ["federated"]}
+        return validated({**tree, **own, "data": data, "backbone": backbone}, RunConfig, "the proposed run")
+
+    def _ask_own_file(self, config: RunConfig) -> None:
+        file = self.file
+        if file.strategies is not None and config.strategy not in file.strategies:
+            log.error("the run's strategy is %s, strategies has %s", config.strategy, ", ".join(file.strategies))
+            raise SiteFailed("strategy")
+        if file.aggregators is not None and config.aggregator not in file.aggregators:
+            log.error("the run's aggregator is %s, aggregators has %s", config.aggregator, ", ".join(file.aggregators))
+            raise SiteFailed("aggregator")
+        if file.max_rounds is not None and config.rounds.count > file.max_rounds:
+            log.error("the run has %d rounds, max_rounds is %d", config.rounds.count, file.max_rounds)
+            raise SiteFailed("rounds")
+
+    def _with_windows(self, config: RunConfig, network: Sam) -> RunConfig:
+        """``micro_batch: auto`` as a number, the same in all of a run."""
+        known = self.folder / "micro_batch.json"
+        if config.training.micro_batch == "auto" and known.exists():
+            training = config.training.model_copy(update={"micro_batch": json.loads(known.read_text())})
+            return config.model_copy(update={"training": training})
+        measured = with_windows(config, network)
+        if measured is not config:
+            write_text(known, json.dumps(measured.training.micro_batch))
+        return measured
+
+
+@contextmanager
+def failing_as(code: str):
+    """Whatever goes wrong within is told as this code; all of it stands in the site's own log."""
+    try:
+        yield
+    except SiteFailed:
+        raise
+    except PacketRefused as reason:
+        log.error("the server's packet is refused: %s", reason)
+        raise SiteFailed("packet") from reason
+    except FlapsamError as error:
+        log.error("%s", error)
+        raise SiteFailed(code) from error
+    except Exception as error:
+        log.exception("unexpected")
+        raise SiteFailed("error") from error
