@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from monai.metrics.hausdorff_distance import compute_hausdorff_distance
 from numpy.typing import NDArray
 
 
@@ -32,6 +31,9 @@ def hd95(predicted: NDArray[np.bool_], truth: NDArray[np.bool_], spacing: Sequen
     """95 % Hausdorff distance in mm, the larger of the two directions (MONAI); None if either is empty."""
     if not predicted.any() or not truth.any():
         return None
+    # MONAI takes a second to load, which most commands and a federation's processes need not wait for.
+    from monai.metrics.hausdorff_distance import compute_hausdorff_distance
+
     box = _box(predicted | truth)
     pair = [torch.from_numpy(np.ascontiguousarray(mask[box]))[None, None].float() for mask in (predicted, truth)]
     with warnings.catch_warnings():

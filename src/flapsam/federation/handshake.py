@@ -26,6 +26,8 @@ REASONS: Mapping[str, str] = {
 }
 """All that a site says of what went wrong: a code. The sentences are the receiver's."""
 
+GONE = "it is gone"
+"""What the ledger says of a site from which nothing is heard any more."""
 HEX = r"^[0-9a-f]{32}$"
 LIMIT = 1 << 20
 """Bytes of a message."""

@@ -20,7 +20,7 @@ class SiteProcess:
     """The engine's side. Nothing here loads torch."""
 
     def __init__(self, name: str, site_file: Path) -> None:
-        """Know the site; the process begins with the first ``join``.
+        """Know the site.
 
         Args:
             name: of the site in the federation.
@@ -32,39 +32,8 @@ class SiteProcess:
         self.pipe: Connection | None = None
         self.proposal: bytes | None = None
 
-    def join(self, proposal: bytes) -> bytes:
-        """As ``Participant.join``.
-
-        Raises:
-            SiteFailed: with the code.
-        """
-        self.proposal = proposal
-        self._ensure()
-        return self._ask("join", [proposal])
-
-    def ask(self, work: str, packets: Sequence[bytes]) -> bytes:
-        """``fit`` or ``validate``, as ``Participant`` does it. A process that has died before is begun anew.
-
-        Raises:
-            SiteFailed: with the code.
-        """
-        if self.proposal is None:
-            raise SiteFailed("error")
-        if self._ensure():
-            self._ask("join", [self.proposal])
-        return self._ask(work, packets)
-
-    def stop(self) -> None:
-        """End the process, whatever it is at. What it has written stays."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-        if self.pipe is not None:
-            self.pipe.close()
-        self.process = self.pipe = None
-
-    def _ensure(self) -> bool:
-        """Let there be a process; returns whether it is new."""
+    def start(self) -> bool:
+        """Let there be a process; returns whether it is new. It takes seconds until it is ready."""
         if self.process is not None and self.process.poll() is None:
             return False
         self.stop()
@@ -76,6 +45,37 @@ class SiteProcess:
         self.process = subprocess.Popen(command, pass_fds=[handle], stdin=subprocess.DEVNULL, env=environment)
         theirs.close()
         return True
+
+    def join(self, proposal: bytes) -> bytes:
+        """As ``Participant.join``.
+
+        Raises:
+            SiteFailed: with the code.
+        """
+        self.proposal = proposal
+        self.start()
+        return self._ask("join", [proposal])
+
+    def ask(self, work: str, packets: Sequence[bytes]) -> bytes:
+        """``fit`` or ``validate``, as ``Participant`` does it. A process that has died before is begun anew.
+
+        Raises:
+            SiteFailed: with the code.
+        """
+        if self.proposal is None:
+            raise SiteFailed("error")
+        if self.start():
+            self._ask("join", [self.proposal])
+        return self._ask(work, packets)
+
+    def stop(self) -> None:
+        """End the process, whatever it is at. What it has written stays."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+        if self.pipe is not None:
+            self.pipe.close()
+        self.process = self.pipe = None
 
     def _ask(self, work: str, parts: Sequence[bytes]) -> bytes:
         assert self.pipe is not None

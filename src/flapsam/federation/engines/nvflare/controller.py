@@ -12,13 +12,15 @@ from nvflare.apis.client import Client
 from nvflare.apis.controller_spec import ClientTask, Task
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.impl.controller import Controller
-from nvflare.apis.shareable import ReturnCode, Shareable
+from nvflare.apis.shareable import ReturnCode, Shareable, make_reply
 from nvflare.apis.signal import Signal
 
 from flapsam.errors import FlapsamError
 from flapsam.federation.conduct import Answer, Work
 from flapsam.federation.coordinator import Coordinator
-from flapsam.federation.handshake import REASONS
+from flapsam.federation.engines.nvflare.executor import ALIVE
+from flapsam.federation.engines.nvflare.kits import HEARTBEAT_SECONDS
+from flapsam.federation.handshake import GONE, REASONS
 
 ANSWER, CODE, SECONDS, NUMBER, PACKETS = "answer", "code", "seconds", "number", "packets"
 """Entries of what travels."""
@@ -26,6 +28,8 @@ REGROUP = "flapsam.regroup"
 """The administrator's command to end the job after the round under way."""
 JOIN_SECONDS = 900
 """A site unpacks its volumes before it answers the handshake."""
+GONE_SECONDS = 2 * HEARTBEAT_SECONDS
+"""Of silence, after which a site is taken for gone. The server itself has forgotten it by then, if it is not back."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,8 @@ class Post:
             if self.abort.triggered:
                 raise Aborted
             for site in list(self.tasks):
-                if self.controller.get_client_disconnect_time(site):
-                    yield self._give_up(site, "it is gone")
+                if self.controller.silence(site) > GONE_SECONDS:
+                    yield self._give_up(site, GONE)
                 elif time.monotonic() > until:
                     yield self._give_up(site, f"no answer within {deadline:g} s")
 
@@ -99,9 +103,14 @@ class FlapsamController(Controller):
         self.folder = folder
         self.answers: queue.SimpleQueue[Received] = queue.SimpleQueue()
         self.regroup = False
+        self.started = time.monotonic()
+        self.heard: dict[str, float] = {}
 
     def start_controller(self, fl_ctx: FLContext) -> None:  # noqa: D102
-        fl_ctx.get_engine().register_app_command(REGROUP, self._regroup)  # type: ignore[union-attr]
+        engine: Any = fl_ctx.get_engine()
+        engine.register_app_command(REGROUP, self._regroup)
+        engine.register_aux_message_handler(ALIVE, self._hear)
+        self.started = time.monotonic()
 
     def stop_controller(self, fl_ctx: FLContext) -> None:  # noqa: D102
         pass
@@ -131,6 +140,16 @@ class FlapsamController(Controller):
         """Take an answer, and let NVFLARE forget it."""
         self.answers.put(read_answer(client_task.client.name, client_task.result or Shareable()))
         client_task.result = None
+
+    def silence(self, site: str) -> float:
+        """Seconds since a site was heard of."""
+        return time.monotonic() - self.heard.get(site, self.started)
+
+    def _hear(self, topic: str, request: Shareable, fl_ctx: FLContext) -> Shareable:
+        peer = fl_ctx.get_peer_context()
+        if peer is not None:
+            self.heard[str(peer.get_identity_name())] = time.monotonic()
+        return make_reply(ReturnCode.OK)
 
     def _regroup(self, topic: str, data: Any, fl_ctx: FLContext) -> dict[str, Any]:
         self.regroup = True

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from flapsam.federation.coordinator import NAME
 from flapsam.federation.engines.nvflare.controller import REGROUP
 from flapsam.federation.engines.nvflare.kits import ADMINISTRATOR, Kit
 from flapsam.federation.folder import LEDGER, begin_run, found_run, is_begun
+from flapsam.federation.handshake import GONE
 from flapsam.federation.ledger import Event, read_ledger
 from flapsam.federation.observer import Observer
 from flapsam.federation.preparation import resolve
@@ -42,6 +44,8 @@ class Line:
 
     def __init__(self, kit: Kit) -> None:
         self.kit = kit
+        # What NVFLARE logs is said here in other words.
+        logging.getLogger().addHandler(logging.NullHandler())
         self.session: Session | None = None
 
     def __enter__(self) -> "Line":
@@ -149,7 +153,6 @@ class Run:
             self._read_ledger()
             end = next((e for e in self.events if e["event"] == "job_end" and e["job"] == job.identity), None)
             if end is not None:
-                self._let_finish(job)
                 return end["outcome"]
             if time.monotonic() - asked < POLL_SECONDS:
                 continue
@@ -174,8 +177,14 @@ class Run:
 
     def _regroup_if_back(self, job: Job, connected: Sequence[str]) -> None:
         """Let the job end after its round if a site is there that does not take part in it."""
-        gone = {e["site"] for e in self._of_job(job) if e["event"] == "missing" and e["reason"] == "it is gone"}
-        excluded = {e["site"] for e in self._of_job(job) if e["event"] == "excluded"}
+        gone, excluded = set[str](), set[str]()
+        for event in self._of_job(job):
+            if event["event"] == "missing" and event["reason"] == GONE:
+                gone.add(event["site"])
+            elif event["event"] == "fit":
+                gone.discard(event["site"])
+            elif event["event"] == "excluded":
+                excluded.add(event["site"])
         back = [site for site in self._wanted(connected) if site in gone or site not in job.sites]
         back = [site for site in back if site not in excluded]
         if back and not job.regrouped and any(e["event"] == "job" for e in self._of_job(job)):
@@ -190,14 +199,6 @@ class Run:
             if event["event"] == "job" and event["job"] == job.identity:
                 return self.events[index:]
         return []
-
-    def _let_finish(self, job: Job) -> None:
-        """Until NVFLARE, too, says that the job is over."""
-        for _ in range(60):
-            meta = self._patiently(lambda session: session.get_job_meta(job.identity))
-            if str(meta.get("status", "")).startswith(ENDED):
-                return
-            time.sleep(0.5)
 
     def _wait_for_sites(self) -> list[str]:
         """The sites of the next job: all, or after a while those that are there, if they are enough."""

@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from nvflare.apis.event_type import EventType
@@ -15,6 +16,10 @@ from nvflare.apis.signal import Signal
 from flapsam.federation.engines.site_process import SiteProcess
 from flapsam.federation.handshake import SiteFailed
 
+ALIVE = "flapsam.alive"
+"""What a site says all the while: NVFLARE does not notice that one has died which is back at once."""
+ALIVE_SECONDS = 3
+"""Between two signs of life."""
 SITE_FILE = "FLAPSAM_SITE_FILE"
 """Environment variable: the site's own file. It is the site's to set, so no job can choose another."""
 
@@ -22,12 +27,19 @@ SITE_FILE = "FLAPSAM_SITE_FILE"
 class FlapsamExecutor(Executor):
     """Lives as long as the job, and so does the process that fits."""
 
+    process: SiteProcess
+
     def __init__(self) -> None:
         super().__init__()
-        self.process: SiteProcess | None = None
+        self.ended = threading.Event()
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:  # noqa: D102
-        if event_type == EventType.END_RUN and self.process is not None:
+        if event_type == EventType.START_RUN:
+            self.process = SiteProcess(str(fl_ctx.get_identity_name()), Path(os.environ[SITE_FILE]))
+            self.process.start()
+            threading.Thread(target=self._say_alive, args=(fl_ctx.get_engine(),), daemon=True).start()
+        elif event_type == EventType.END_RUN:
+            self.ended.set()
             self.process.stop()
 
     def execute(  # noqa: D102
@@ -38,7 +50,7 @@ class FlapsamExecutor(Executor):
         reply["number"] = shareable.get("number")
         done = threading.Event()
         try:
-            process = self._process(str(fl_ctx.get_identity_name()))
+            process = self.process
             threading.Thread(target=_stop_if, args=(abort_signal, done, process), daemon=True).start()
             packets = [memoryview(packet) for packet in shareable["packets"]]
             answer = process.join(bytes(packets[0])) if task_name == "join" else process.ask(task_name, packets)
@@ -53,10 +65,10 @@ class FlapsamExecutor(Executor):
         reply["seconds"] = time.perf_counter() - started
         return reply
 
-    def _process(self, name: str) -> SiteProcess:
-        if self.process is None:
-            self.process = SiteProcess(name, Path(os.environ[SITE_FILE]))
-        return self.process
+    def _say_alive(self, engine: Any) -> None:
+        while not self.ended.wait(ALIVE_SECONDS):
+            with engine.new_context() as context:
+                engine.fire_and_forget_aux_request(ALIVE, Shareable(), context, optional=True)
 
 
 def _stop_if(abort: Signal, done: threading.Event, process: SiteProcess) -> None:

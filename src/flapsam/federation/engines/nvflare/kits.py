@@ -33,7 +33,7 @@ ALLOWED = ["flapsam.federation.engines.nvflare."]
 """Classes that a job may name."""
 AUTHORITY_DAYS = 3600
 """For which the federation's own root certificate is valid; those of participants are for 360."""
-HEARTBEAT_SECONDS = 30
+HEARTBEAT_SECONDS = 15
 """Without a sign of life, after which the server takes a site for gone."""
 Port = Annotated[int, Field(ge=1, le=65535)]
 Role = Literal["server", "site", "coordinator"]

@@ -21,11 +21,6 @@ from flapsam.federation.site_file import read_site_file
 from flapsam.files import alone, write_text
 
 LOG, OUTPUT = "log.txt", "output.txt"
-ENVIRONMENT = {
-    # A site that was given up by the server is taken for gone by the job after so many seconds more.
-    "NVFLARE_DEAD_CLIENT_GRACE_PERIOD": "5",
-    "NVFLARE_DEAD_CLIENT_CHECK_LEAD_TIME": "5",
-}
 NEWS = (
     (r"Server started", "The server is up."),
     (r"Successfully registered client", "Connected to the server."),
@@ -55,7 +50,7 @@ def serve(kit: Kit, say: Callable[[str], None], *, site_file: Path | None = None
     Raises:
         FlapsamError: another process runs from this kit, or the site's file is not right.
     """
-    environment = {**os.environ, **ENVIRONMENT}
+    environment = dict(os.environ)
     if kit.card.role == "site":
         path = site_file or kit.folder / "site.yaml"
         file = read_site_file(path)
@@ -94,7 +89,7 @@ def command(kit: Kit) -> list[str]:
     organisation = kit.certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)[0].value
     site = kit.card.role == "site"
     module = "client.client_train" if site else "server.server_train"
-    own = [f"uid={kit.card.name}", f"heart_beat_interval={HEARTBEAT_SECONDS // 6}"] if site else []
+    own = [f"uid={kit.card.name}", f"heart_beat_interval={HEARTBEAT_SECONDS // 5}"] if site else []
     return [
         *(sys.executable, "-u", "-m", f"nvflare.private.fed.app.{module}", "-m", str(kit.folder)),
         *("-s", "fed_client.json" if site else "fed_server.json"),
