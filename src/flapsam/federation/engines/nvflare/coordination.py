@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from nvflare.fuel.flare_api.api_spec import AuthenticationError, AuthorizationError, InvalidJobDefinition
 from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
 from flapsam.config import RunConfig
@@ -59,6 +60,7 @@ class Line:
 
         Raises:
             Unreachable: it does not answer.
+            FlapsamError: it refuses.
         """
         # NVFLARE prints what it does.
         with contextlib.redirect_stdout(io.StringIO()):
@@ -66,6 +68,9 @@ class Line:
                 if self.session is None:
                     self.session = new_secure_session(ADMINISTRATOR, str(self.kit.folder), timeout=5.0)
                 return question(self.session)
+            except (AuthenticationError, AuthorizationError, InvalidJobDefinition) as error:
+                self._drop()
+                raise FlapsamError(f"the server at {self.kit.card.server} refuses: {error}") from error
             except Exception as error:
                 self._drop()
                 raise Unreachable(str(error)) from error

@@ -287,6 +287,7 @@ AUTHORIZATION = {
         "project_admin": {
             "submit_job": "any",
             "manage_job": "any",
+            "app_command": "any",
             "view": "any",
             "clone_job": "none",
             "download_job": "none",
