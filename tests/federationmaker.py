@@ -1,5 +1,6 @@
 """A real federation on loopback, as its people would run it: processes of ``flapsam federation``, each with its own kit."""
 
+import json
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import yaml
+from recording_proxy import RecordingProxy
 from sitemaker import make_site
 
 from flapsam.federation.ledger import Event, read_ledger
@@ -43,10 +45,14 @@ def kill_all(process: subprocess.Popen) -> None:
 
 @dataclass
 class Hospitals:
-    """Kits, data and running processes, all in one folder."""
+    """Kits, data and running processes, all in one folder. Sites reach the server through a proxy that records."""
 
     folder: Path
     sites: list[str]
+    own: str = "own"
+    """Name of the folder that holds all that is the sites' own."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Of the sites."""
     running: dict[str, subprocess.Popen] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -55,16 +61,33 @@ class Hospitals:
         about = {"name": "test", "server": server, "sites": self.sites}
         (self.folder / "federation.yaml").write_text(yaml.safe_dump(about))
         self.flapsam("provision", self.folder / "federation.yaml", "-o", self.folder / "kits")
+        proxy_port = free_port()
+        for site in self.sites:
+            (self.folder / self.own / "kits").mkdir(parents=True, exist_ok=True)
+            (self.folder / "kits" / site).rename(self.kit(site))
+            self.point(site, proxy_port)
+        self.proxy = RecordingProxy(proxy_port, self.port, self.kit("server"), self.kit)
 
     def kit(self, name: str) -> Path:
-        return self.folder / "kits" / name
+        return self.folder / (self.own if name in self.sites else "") / "kits" / name
 
-    def data_of(self, site: str) -> Path:
-        return self.folder / "data" / site
+    def point(self, site: str, port: int) -> None:
+        """Let a site look for the server at another port."""
+        path = self.kit(site) / "startup" / "fed_client.json"
+        tree = json.loads(path.read_text())
+        tree["servers"][0]["service"]["target"] = f"localhost:{port}"
+        path.write_text(json.dumps(tree))
+
+    @property
+    def data(self) -> Path:
+        return self.folder / self.own / "data"
+
+    def state_of(self, site: str) -> Path:
+        return self.folder / self.own / "state" / site
 
     def make_data(self, cases: int = 3) -> None:
         for number, site in enumerate(self.sites):
-            make_site(self.data_of(site), cases, seed=number)
+            make_site(self.data / site, cases, seed=number)
 
     def flapsam(self, *arguments: str | Path, code: int = 0, seconds: float = 120) -> str:
         """``flapsam federation …`` to its end; returns what it printed."""
@@ -97,9 +120,10 @@ class Hospitals:
 
     def start_site(self, site: str, environment: Mapping[str, str] | None = None, **own: object) -> None:
         """Start a site, whose file says what is given beside its data."""
-        path = self.folder / f"{site}.yaml"
-        about = {"data": {"path": str(self.data_of(site))}, "state": f"state/{site}", "threads": 1, **own}
+        path = self.folder / self.own / f"{site}.yaml"
+        about = {"data": {"path": str(self.data / site)}, "state": str(self.state_of(site)), "threads": 1, **own}
         path.write_text(yaml.safe_dump(about))
+        environment = {**self.environment, **(environment or {})}
         self.start(site, "site", self.kit(site), "--data", path, environment=environment)
 
     def start_all(self) -> None:
@@ -127,6 +151,7 @@ class Hospitals:
             if process.poll() is None:
                 kill_all(process)
         self.running.clear()
+        self.proxy.close()
 
 
 def events(run: Path, kind: str | None = None) -> list[Event]:
