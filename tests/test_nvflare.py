@@ -2,8 +2,12 @@
 
 import importlib.util
 import json
+import shutil
+import socket
+import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import nibabel
@@ -14,14 +18,18 @@ from federationmaker import Hospitals, adapter_of, events, kill_all, rounds_done
 from safetensors import safe_open
 from sitemaker import load, write_run
 
+from flapsam import __version__
 from flapsam.config import read_config
 from flapsam.experiments.simulation import simulate
 from flapsam.federation.handshake import REASONS
 
-pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("nvflare") is None, reason="flapsam[nvflare] is not installed"),
-    pytest.mark.timeout(240),
-]
+if importlib.util.find_spec("nvflare") is None:
+    pytest.skip("flapsam[nvflare] is not installed", allow_module_level=True)
+
+from flapsam.federation.engines.nvflare.coordination import Line, write_job
+from flapsam.federation.engines.nvflare.kits import read_kit
+
+pytestmark = pytest.mark.timeout(240)
 
 
 CASE, PATIENT, PATH, USER = "mueller-knee", "PATIENT-4711", "st-elsewhere", "drhouse"
@@ -39,11 +47,24 @@ def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hospitals]:
         image.header["descrip"] = PATIENT.encode()
         nibabel.save(image, path.with_name(f"{CASE}-{path.name}"))
         path.unlink()
+    # A server that lets everything through, as a malicious one would: what is refused below, the sites refuse themselves.
+    make_careless(made.kit("server"))
     try:
         made.start_all()
         yield made
     finally:
         made.stop_all()
+
+
+def make_careless(kit: Path) -> None:
+    for name, change in (
+        ("authorization.json", lambda tree: tree["permissions"].update(project_admin="any")),
+        ("resources.json", lambda tree: tree.update(class_allow_list=["*"])),
+    ):
+        path = kit / "local" / name
+        tree = json.loads(path.read_text())
+        change(tree)
+        path.write_text(json.dumps(tree))
 
 
 @pytest.fixture(autouse=True)
@@ -186,3 +207,98 @@ def test_a_server_that_is_killed_while_it_writes_its_state_does_too(hospitals: H
     hospitals.start_server()
     hospitals.follow(config)
     assert adapter_of(run) == simulated(config)
+
+
+def submit(hospitals: Hospitals, folder: Path, change: Callable[[Path], None]) -> str:
+    """A job of the coordinator's that was changed; returns how it ended."""
+    job = write_job(folder, "0" * 32, folder, hospitals.sites, 1)
+    change(job)
+    with Line(read_kit(hospitals.kit("coordinator"), "coordinator")) as line:
+        identity = line.ask(lambda session: session.submit_job(str(job)))
+        until(lambda: str(line.ask(lambda s: s.get_job_meta(identity))["status"]).startswith("FINISHED"))
+        return json.dumps(line.ask(lambda session: session.get_job_meta(identity)))
+
+
+def test_a_site_refuses_a_job_with_code_in_it(hospitals: Hospitals, tmp_path: Path):
+    def add_code(job: Path) -> None:
+        (job / "site" / "custom").mkdir()
+        (job / "site" / "custom" / "spy.py").write_text("open('/tmp/spied', 'w')")
+
+    ended = submit(hospitals, tmp_path, add_code)
+    assert "FINISHED:COMPLETED" not in ended and ended.count("BYOC not permitted") == len(hospitals.sites)
+    until(lambda: "Refused: a job with code of its own." in hospitals.said("server"))
+    assert not [path for site in hospitals.sites for path in hospitals.kit(site).rglob("spy.py")]
+
+
+def test_a_site_refuses_a_job_that_names_a_class_which_it_does_not_allow(hospitals: Hospitals, tmp_path: Path):
+    other = "nvflare.app_common.executors.statistics.statistics_executor.StatisticsExecutor"
+
+    def name_another(job: Path) -> None:
+        path = job / "site/config/config_fed_client.json"
+        path.write_text(path.read_text().replace("flapsam.federation.engines.nvflare.executor.FlapsamExecutor", other))
+
+    assert "FINISHED:COMPLETED" not in submit(hospitals, tmp_path, name_another)
+    for site in hospitals.sites:
+        logs = [path.read_text() for path in hospitals.kit(site).rglob("log.txt")]
+        assert any(other in log and "is not in allow_list" in log for log in logs)
+
+
+def test_who_has_no_certificate_gets_nothing(hospitals: Hospitals):
+    context = ssl.create_default_context(cafile=str(hospitals.kit("server") / "startup/rootCA.pem"))
+    context.set_alpn_protocols(["h2"])
+    with (
+        suppress(ConnectionResetError, ssl.SSLError),
+        socket.create_connection(("localhost", hospitals.port)) as raw,
+        context.wrap_socket(raw, server_hostname="localhost") as caller,
+    ):
+        caller.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        assert caller.recv(100) == b""
+    until(lambda: "Refused: somebody without a certificate." in hospitals.said("server"))
+
+
+def test_a_certificate_of_another_federation_is_refused(hospitals: Hospitals, tmp_path: Path):
+    other = Hospitals(tmp_path, ["site_a"])
+    other.make_data()
+    other.point("site_a", hospitals.port)
+    other.start_site("site_a")
+    before = hospitals.said("server").count("site_a has connected")
+    refused = "Refused: the other side's certificate is not of this federation."
+    until(lambda: refused in other.said("site_a"))
+    other.stop_all()
+    assert "Connected" not in other.said("site_a")
+    assert hospitals.said("server").count("site_a has connected") == before
+
+
+def test_a_sites_certificate_is_refused_under_another_name(hospitals: Hospitals, tmp_path: Path):
+    thief = Hospitals(tmp_path, ["site_b"])
+    thief.make_data()
+    shutil.rmtree(thief.kit("site_b"))
+    shutil.copytree(hospitals.kit("site_b"), thief.kit("site_b"))
+    for name in ("client.crt", "client.key"):
+        shutil.copy(hospitals.kit("site_a") / "startup" / name, thief.kit("site_b") / "startup" / name)
+    thief.point("site_b", hospitals.port)
+    thief.start_site("site_b")
+    until(lambda: "Refused: site_a's certificate, used as site_b." in hospitals.said("server"))
+    thief.stop_all()
+    assert "Connected" not in thief.said("site_b")
+
+
+def test_a_site_refuses_a_strategy_that_its_file_forbids_and_a_server_of_another_version(
+    hospitals: Hospitals, tmp_path: Path
+):
+    (tmp_path / "sitecustomize.py").write_text("import flapsam\nflapsam.__version__ = '0.0.1'\n")
+    for site in ("site_b", "site_c"):
+        kill_all(hospitals.running[site])
+    hospitals.start_site("site_b", strategies=["lora"])
+    hospitals.start_site("site_c", environment={"PYTHONPATH": str(tmp_path)})
+    until(lambda: all(hospitals.said(site).rstrip().endswith("Connected to the server.") for site in ("site_b", "site_c")))
+    config = write_run(tmp_path / "run.yaml", hospitals.data, rounds={"count": 1, "min_sites": 1})
+    hospitals.start_run(config)
+    said = hospitals.follow(config)
+    assert f"site_b does not take part: {REASONS['strategy']}" in said
+    assert f"site_c does not take part: it runs flapsam 0.0.1, the server {__version__}" in said
+    assert {event["site"] for event in events(tmp_path / "run", "fit")} == {"site_a"}
+    assert "the run's strategy is flap, strategies has lora" in (hospitals.state_of("site_b") / "site.log").read_text()
+    assert (
+        f"the server runs flapsam {__version__}, this site 0.0.1" in (hospitals.state_of("site_c") / "site.log").read_text()
+    )

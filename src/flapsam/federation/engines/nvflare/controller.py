@@ -1,5 +1,6 @@
 """What NVFLARE runs at the server: it sends each site its packets and collects the answers."""
 
+import json
 import queue
 import time
 from collections.abc import Iterator
@@ -15,15 +16,14 @@ from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import ReturnCode, Shareable, make_reply
 from nvflare.apis.signal import Signal
 
+from flapsam import __version__
 from flapsam.errors import FlapsamError
 from flapsam.federation.conduct import Answer, Work
 from flapsam.federation.coordinator import Coordinator
-from flapsam.federation.engines.nvflare.executor import ALIVE
+from flapsam.federation.engines.nvflare.executor import ALIVE, ANSWER, CODE, NUMBER, PACKETS, SECONDS, VERSION
 from flapsam.federation.engines.nvflare.kits import HEARTBEAT_SECONDS
-from flapsam.federation.handshake import GONE, REASONS
+from flapsam.federation.handshake import GONE, REASONS, version_in
 
-ANSWER, CODE, SECONDS, NUMBER, PACKETS = "answer", "code", "seconds", "number", "packets"
-"""Entries of what travels."""
 REGROUP = "flapsam.regroup"
 """The administrator's command to end the job after the round under way."""
 JOIN_SECONDS = 900
@@ -202,8 +202,10 @@ def read_answer(site: str, result: Shareable) -> Received:
     if result.get_return_code() != ReturnCode.OK:
         return Received(site, number, problem=REASONS["error"])
     code, content, seconds = result.get(CODE), result.get(ANSWER), result.get(SECONDS)
+    if code == "version" and (version := version_in(json.dumps({"version": result.get(VERSION)}).encode())):
+        return Received(site, number, problem=f"it runs flapsam {version}, the server {__version__}")
     if code:
-        return Received(site, number, problem=REASONS.get(code, REASONS["error"]) if isinstance(code, str) else "error")
+        return Received(site, number, problem=REASONS.get(code if isinstance(code, str) else "", REASONS["error"]))
     if not isinstance(content, np.ndarray) or content.dtype != np.uint8 or content.ndim != 1:
         return Received(site, number, problem="an answer that cannot be read")
     return Received(site, number, content.data, seconds=float(seconds) if isinstance(seconds, float) else None)

@@ -13,9 +13,12 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
+from flapsam import __version__
 from flapsam.federation.engines.site_process import SiteProcess
 from flapsam.federation.handshake import SiteFailed
 
+ANSWER, CODE, SECONDS, NUMBER, PACKETS, VERSION = "answer", "code", "seconds", "number", "packets", "version"
+"""Entries of what travels."""
 ALIVE = "flapsam.alive"
 """What a site says all the while: NVFLARE does not notice that one has died which is back at once."""
 ALIVE_SECONDS = 3
@@ -47,22 +50,22 @@ class FlapsamExecutor(Executor):
     ) -> Shareable:
         started = time.perf_counter()
         reply = Shareable()
-        reply["number"] = shareable.get("number")
+        reply[NUMBER], reply[VERSION] = shareable.get(NUMBER), __version__
         done = threading.Event()
         try:
             process = self.process
             threading.Thread(target=_stop_if, args=(abort_signal, done, process), daemon=True).start()
-            packets = [memoryview(packet) for packet in shareable["packets"]]
+            packets = [memoryview(packet) for packet in shareable[PACKETS]]
             answer = process.join(bytes(packets[0])) if task_name == "join" else process.ask(task_name, packets)
-            reply["code"], reply["answer"] = "", np.frombuffer(answer, np.uint8)
+            reply[CODE], reply[ANSWER] = "", np.frombuffer(answer, np.uint8)
         except SiteFailed as failure:
-            reply["code"] = str(failure)
+            reply[CODE] = str(failure)
         except Exception as error:
             self.log_exception(fl_ctx, f"{type(error).__name__} in task {task_name}")
-            reply["code"] = "error"
+            reply[CODE] = "error"
         finally:
             done.set()
-        reply["seconds"] = time.perf_counter() - started
+        reply[SECONDS] = time.perf_counter() - started
         return reply
 
     def _say_alive(self, engine: Any) -> None:

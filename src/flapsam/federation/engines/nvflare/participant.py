@@ -7,9 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO
 
 import psutil
 from cryptography.x509.oid import NameOID
@@ -26,14 +25,16 @@ NEWS = (
     (r"Successfully registered client", "Connected to the server."),
     (r"Client: New client (\S+)@\S+ joined", "{0} has connected."),
     (r"Client Name:(\S+) left", "{0} has left."),
-    (r"Job: \S+ child process exit with return code", "A job has ended badly; the log says why."),
-    (r"BYOC not permitted", "A job with code of its own was refused."),
-    (r"is not in allow_list", "A job with a component that this kit does not allow was refused."),
-    (r"failed to verify client identity|missing client cert", "Somebody with a wrong certificate was refused."),
-    (r"Error verifying|CERTIFICATE_VERIFY_FAILED|certificate verify failed|CERTIFICATE_UNKNOWN|UNKNOWN_CA",
-     "The other side's certificate is not of this federation."),
-)  # fmt: skip
+    (r"BYOC not permitted", "Refused: a job with code of its own."),
+    (r"Component '(\S+)' at .* is not in allow_list", "Refused: a job that names {0}, which this kit does not allow."),
+    (r"authenticated as '(\S+)' but claimed endpoint '(\S+)'", "Refused: {0}'s certificate, used as {1}."),
+    (r"failed to verify client identity", "Refused: somebody whose certificate is not that of its name."),
+    (r"PEER_DID_NOT_RETURN_A_CERTIFICATE", "Refused: somebody without a certificate."),
+    (r"CERTIFICATE_VERIFY_FAILED", "Refused: the other side's certificate is not of this federation."),
+)
 """What is worth saying of NVFLARE's log: a pattern and a sentence."""
+PATIENCE_SECONDS = 20
+"""Until a site is told that it is not connected yet."""
 
 
 def serve(kit: Kit, say: Callable[[str], None], *, site_file: Path | None = None) -> int:
@@ -59,9 +60,11 @@ def serve(kit: Kit, say: Callable[[str], None], *, site_file: Path | None = None
         environment[SITE_FILE] = str(path.absolute())
     with alone(kit.folder / "running.lock", wait=False):
         _place_storage(kit)
-        log = kit.folder / LOG
-        begin = log.stat().st_size if log.exists() else 0
-        say(f"{kit.card.name} of {kit.card.federation}, server {kit.card.server}. Log: {log}. Ctrl-C ends it.")
+        logs = [kit.folder / name for name in (LOG, OUTPUT)]
+        for log in logs:
+            log.touch()
+        news = News(logs, say)
+        say(f"{kit.card.name} of {kit.card.federation}, server {kit.card.server}. Log: {logs[0]}. Ctrl-C ends it.")
         if kit.days_left < 30:
             say(f"The certificate expires in {kit.days_left} days: ask for a new kit.")
         with (kit.folder / OUTPUT).open("ab") as output:
@@ -70,18 +73,48 @@ def serve(kit: Kit, say: Callable[[str], None], *, site_file: Path | None = None
             )
         # Ended by systemd as by the user.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        since = time.monotonic()
         try:
-            with _opened(log, begin, process) as lines:
-                while process.poll() is None:
-                    _tell(lines, say)
-                    time.sleep(0.3)
-                _tell(lines, say)
+            while process.poll() is None:
+                news.tell()
+                if not news.said and time.monotonic() - since > PATIENCE_SECONDS:
+                    news.say_once(
+                        f"Not connected yet; trying on. flapsam federation check {kit.folder} looks for the reason."
+                    )
+                time.sleep(0.3)
+            news.tell()
             return process.returncode
         except KeyboardInterrupt:
             return 0
         finally:
             end_all(process.pid)
             process.wait()
+
+
+class News:
+    """Tells what is new in NVFLARE's logs."""
+
+    def __init__(self, logs: Sequence[Path], say: Callable[[str], None]) -> None:
+        self.files = [log.open(encoding="utf-8", errors="replace") for log in logs]
+        for file in self.files:
+            file.seek(0, os.SEEK_END)
+        self.say = say
+        self.said = ""
+        """The last sentence. NVFLARE tries on and on, so it is not said again at once."""
+
+    def tell(self) -> None:
+        """Say what has come since the last time."""
+        for file in self.files:
+            for line in file:
+                for pattern, sentence in NEWS:
+                    if found := re.search(pattern, line):
+                        self.say_once(sentence.format(*found.groups()))
+
+    def say_once(self, sentence: str) -> None:
+        """Say it, unless it was the last that was said."""
+        if sentence != self.said:
+            self.say(sentence)
+        self.said = sentence
 
 
 def command(kit: Kit) -> list[str]:
@@ -153,20 +186,3 @@ def _place_storage(kit: Kit) -> None:
         if part["id"] == "job_manager":
             part["args"]["uri_root"] = str(kit.folder / "jobs" / "store")
     write_text(path, json.dumps(tree, indent=1) + "\n")
-
-
-def _opened(log: Path, begin: int, process: subprocess.Popen[bytes]) -> IO[str]:
-    """The log, from where it stood when the process began."""
-    while not log.exists() and process.poll() is None:
-        time.sleep(0.1)
-    log.touch()
-    lines = log.open(encoding="utf-8", errors="replace")
-    lines.seek(begin)
-    return lines
-
-
-def _tell(lines: IO[str], say: Callable[[str], None]) -> None:
-    for line in lines:
-        for pattern, sentence in NEWS:
-            if found := re.search(pattern, line):
-                say(sentence.format(*found.groups()))
