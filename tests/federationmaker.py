@@ -53,6 +53,7 @@ class Hospitals:
     """Name of the folder that holds all that is the sites' own."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Of the sites."""
+    proxied: bool = True
     running: dict[str, subprocess.Popen] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -61,12 +62,14 @@ class Hospitals:
         about = {"name": "test", "server": server, "sites": self.sites}
         (self.folder / "federation.yaml").write_text(yaml.safe_dump(about))
         self.flapsam("provision", self.folder / "federation.yaml", "-o", self.folder / "kits")
-        proxy_port = free_port()
         for site in self.sites:
             (self.folder / self.own / "kits").mkdir(parents=True, exist_ok=True)
             (self.folder / "kits" / site).rename(self.kit(site))
-            self.point(site, proxy_port)
-        self.proxy = RecordingProxy(proxy_port, self.port, self.kit("server"), self.kit)
+        if self.proxied:
+            port = free_port()
+            for site in self.sites:
+                self.point(site, port)
+            self.proxy = RecordingProxy(port, self.port, self.kit("server"), self.kit)
 
     def kit(self, name: str) -> Path:
         return self.folder / (self.own if name in self.sites else "") / "kits" / name
@@ -151,7 +154,8 @@ class Hospitals:
             if process.poll() is None:
                 kill_all(process)
         self.running.clear()
-        self.proxy.close()
+        if self.proxied:
+            self.proxy.close()
 
 
 def events(run: Path, kind: str | None = None) -> list[Event]:

@@ -33,7 +33,7 @@ FLOORS = [
     ["flapsam.federation.site", "flapsam.federation.coordinator"],
     ["flapsam.federation.engines", "flapsam.traffic"],
     ["flapsam.prediction", "flapsam.check", "flapsam.datasets", "flapsam.backbones", "flapsam.export"],
-    ["flapsam.evaluation", "flapsam.experiments"],
+    ["flapsam.evaluation", "flapsam.experiments", "flapsam.site_check"],
     ["flapsam.report"],
     ["flapsam.console"],
     ["flapsam.cli_federation"],
@@ -83,6 +83,16 @@ def test_only_checkpoints_touch_files_in_the_network():
         if module.startswith("flapsam.sam.") and module != "flapsam.sam.checkpoints":
             names = {node.id for node in ast.walk(ast.parse(MODULES[module].read_text())) if isinstance(node, ast.Name)}
             assert not names & {"open", "Path", "load_file", "save_file", "safe_open"}, module
+
+
+def test_only_its_engine_imports_nvflare():
+    for module, path in MODULES.items():
+        names = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            names |= {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+            names |= {node.module or ""} if isinstance(node, ast.ImportFrom) else set()
+        if any(name.split(".")[0] == "nvflare" for name in names):
+            assert module.startswith("flapsam.federation.engines.nvflare."), module
 
 
 def test_help_answers_in_under_a_second():

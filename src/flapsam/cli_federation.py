@@ -18,6 +18,8 @@ SiteFileOption = Annotated[
 ]
 Unit = Annotated[bool, typer.Option("--unit", help="Print a systemd unit instead.")]
 COORDINATOR = Path("kits/coordinator")
+FIXED = ["data.path=.", "modes=[federated]", "data.table=null", "data.simulated_sites=null"]
+"""Where the data are is each site's own to say, and a federation trains one model together."""
 
 
 @federation_app.callback()
@@ -66,6 +68,35 @@ def site(kit: KitArgument, data: SiteFileOption = None, unit: Unit = False) -> N
 
 
 @federation_app.command()
+def check(
+    kit: KitArgument,
+    data: SiteFileOption = None,
+    config: Annotated[Path | None, typer.Option(metavar="RUN.yaml", help="A run whose beginning is tried out.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell a site in advance whether certificate, network, data and memory will do."""
+    from dataclasses import asdict
+
+    from flapsam.config import read_config
+    from flapsam.federation.engines.nvflare.kits import read_kit
+    from flapsam.federation.site_file import read_site_file
+    from flapsam.report import tables
+    from flapsam.site_check import check_site
+
+    found = read_kit(kit, "site")
+    proposed = read_config(config, FIXED) if config else None
+    with interruptible("Nothing was changed.") as observer:
+        findings = list(check_site(found, read_site_file(data or kit / "site.yaml"), proposed, observer))
+    if as_json:
+        print_json([asdict(finding) for finding in findings])
+    else:
+        rows = [{"": "ok" if one.fine else "problem", "what": one.what, "about": one.about} for one in findings]
+        out.print(tables.plain_table(rows))
+    if not all(finding.fine for finding in findings):
+        raise typer.Exit(2)
+
+
+@federation_app.command()
 def run(
     config: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run, as for flapsam simulate.")],
     kit: CoordinatorKit = COORDINATOR,
@@ -78,9 +109,7 @@ def run(
     from flapsam.federation.engines.nvflare.coordination import run as conduct
     from flapsam.federation.engines.nvflare.kits import read_kit
 
-    # Where the data are is each site's own to say, and a federation trains one model together.
-    fixed = ["data.path=.", "modes=[federated]", "data.table=null", "data.simulated_sites=null"]
-    configuration = read_config(config, [*(assignments or []), *fixed])
+    configuration = read_config(config, [*(assignments or []), *FIXED])
     advice = "The server goes on with the round; the same command follows it, and flapsam federation stop ends it."
     with interruptible(advice) as observer:
         adapter = conduct(configuration, read_kit(kit, "coordinator"), observer, wait=wait)

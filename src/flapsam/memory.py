@@ -75,6 +75,13 @@ def windows_that_fit(network: Sam, options: Training, precision: str = "fp32", f
     return min(max(int(available / a_slice / options.window), 1), options.batch_size)
 
 
+def training_bytes(network: Sam, options: Training, precision: str = "fp32") -> int:
+    """Bytes that fitting takes beyond the parameters: gradients, moments, and the slices that are at once in a step."""
+    constant, a_slice = _line(network, options, precision)
+    windows = options.micro_batch if isinstance(options.micro_batch, int) else options.batch_size
+    return learned_bytes(network) + constant + a_slice * windows * options.window
+
+
 def learned_bytes(network: Sam) -> int:
     """Bytes of the gradients and of Adam's two moments."""
     return 3 * sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad)

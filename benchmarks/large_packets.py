@@ -1,0 +1,138 @@
+"""Large packets between hospitals: memory and time of a federation on NVFLARE with `full` on ViT-B, 345 MiB each way.
+
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/large_packets.py [--sites 2]
+
+Real processes over mutual TLS on loopback: a server and sites with three small cases each, random weights, codec `fp32`,
+two rounds. Peaks are the kernel's own (VmHWM), by process: NVFLARE's at the server and at a site, the server's job (network,
+aggregation, state), a site's job (carries packets), and the process that fits. `results/large_packets.json` keeps them,
+`results/large_packets.md` is written anew.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+from cells import HERE
+
+sys.path.insert(0, str(HERE.parent / "tests"))
+from federationmaker import Hospitals
+from sitemaker import write_run
+
+from flapsam.federation.ledger import read_ledger
+from flapsam.files import write_text
+
+RESULTS = HERE / "results"
+ROLES = {
+    "site_process": "a site's fit",
+    "worker_process": "a site's job",
+    "runner_process": "the server's job",
+    "client_train": "a site's NVFLARE",
+    "server_train": "the server's NVFLARE",
+}
+
+
+def peaks(hospitals: Hospitals, seen: dict[str, int]) -> None:
+    """Take down what each kind of process has held at most."""
+    for name, process in hospitals.running.items():
+        if name.startswith("run-") or process.poll() is not None:
+            continue
+        for child in psutil.Process(process.pid).children(recursive=True):
+            try:
+                command = " ".join(child.cmdline())
+                lines = Path(f"/proc/{child.pid}/status").read_text().splitlines()
+            except (psutil.NoSuchProcess, OSError):
+                continue
+            role = next((role for part, role in ROLES.items() if part in command), None)
+            peak = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
+            if role:
+                seen[role] = max(seen.get(role, 0), peak >> 10)
+
+
+def measure(sites: int, folder: Path) -> dict:
+    """Run the federation; returns its figures."""
+    hospitals = Hospitals(folder, [f"site_{number}" for number in range(sites)], proxied=False)
+    hospitals.make_data()
+    config = write_run(
+        folder / "run.yaml",
+        hospitals.data,
+        backbone={"name": "sam-vit-b", "weights": "random"},
+        samples={"size": 224},
+        strategy="full",
+        aggregator="fedavg",
+        compression={"codec": "fp32"},
+        training={"window": 1, "batch_size": 2, "warmup_steps": 2},
+        rounds={"count": 2, "min_sites": 1, "validate_every": 2},
+    )
+    seen: dict[str, int] = {}
+    try:
+        hospitals.start_all()
+        started = time.perf_counter()
+        hospitals.start_run(config)
+        while hospitals.running["run-run"].poll() is None:
+            peaks(hospitals, seen)
+            time.sleep(0.1)
+        assert hospitals.running["run-run"].returncode == 0, hospitals.said("run-run")
+        seconds = time.perf_counter() - started
+    finally:
+        hospitals.stop_all()
+    events = read_ledger(folder / "run/events.jsonl")
+    rounds = [event for event in events if event["event"] == "round"]
+    fits = [event for event in events if event["event"] == "fit"]
+    slowest = {r["round"]: max(fit["site_seconds"] for fit in fits if fit["round"] == r["round"]) for r in rounds}
+    return {
+        "sites": sites,
+        "packet_mib": max(fit["bytes_up"] for fit in fits) >> 20,
+        "down_mib": max(fit["bytes_down"] for fit in fits) >> 20,
+        "peak_mib": dict(sorted(seen.items())),
+        "seconds": seconds,
+        "round_seconds": [event["seconds"] for event in rounds],
+        "slowest_site_seconds": list(slowest.values()),
+        "aggregation_seconds": [event["aggregation_seconds"] for event in rounds],
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """The figures as markdown."""
+    lines = [
+        "# Packets of ViT-B with `full` between hospitals",
+        "",
+        "`benchmarks/large_packets.py`: two rounds over mutual TLS on loopback, two cores. Peaks of resident "
+        "memory in MiB, and as multiples of the packet.",
+        "",
+    ]
+    for row in rows:
+        packet = row["packet_mib"]
+        lines += [
+            f"{row['sites']} sites, packets of {packet} MiB up and {row['down_mib']} MiB down; rounds "
+            f"{', '.join(f'{s:.0f}' for s in row['round_seconds'])} s, of that the slowest site "
+            f"{', '.join(f'{s:.0f}' for s in row['slowest_site_seconds'])} s and aggregation "
+            f"{', '.join(f'{s:.1f}' for s in row['aggregation_seconds'])} s:",
+            "",
+            "| process | peak, MiB | × packet |",
+            "|---|---:|---:|",
+            *(f"| {role} | {peak} | {peak / packet:.1f} |" for role, peak in row["peak_mib"].items()),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sites", type=int, nargs="+", default=[2])
+    kept = RESULTS / "large_packets.json"
+    rows = {row["sites"]: row for row in json.loads(kept.read_text())} if kept.exists() else {}
+    for sites in parser.parse_args().sites:
+        with tempfile.TemporaryDirectory() as folder:
+            rows[sites] = measure(sites, Path(folder))
+        ordered = [rows[key] for key in sorted(rows)]
+        write_text(kept, json.dumps(ordered, indent=1) + "\n")
+        write_text(RESULTS / "large_packets.md", table(ordered))
+        print(table(ordered), flush=True)
+
+
+if __name__ == "__main__":
+    main()
