@@ -28,7 +28,7 @@ def trained(
         lora=lora,
         frozen=list(frozen),
         backbone=BackboneCard(
-            name=backbone.name, pixels="paper", weights="random", masks="new", seed=seed, checksum=assembled.checksum
+            name=backbone.name, pixels="paper", weights="random", masks="new", seed=seed, checksum=assembled.origin.checksum
         ),
         samples=Samples(size=size),
         classes=["kidney", "tumour"],

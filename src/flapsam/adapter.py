@@ -187,10 +187,11 @@ def load_adapter(folder: Path, weights: Weights | None = None) -> tuple[Sam, Ada
         frozen=card.frozen,
         seed=card.backbone.seed,
     )
-    if assembled.checksum != card.backbone.checksum:
+    if assembled.origin.checksum != card.backbone.checksum:
         raise FlapsamError(
             f"{folder}: this adapter belongs to another backbone: {card.backbone.name} from {card.backbone.weights} with "
-            f"checksum {card.backbone.checksum[:12]}, not {assembled.checksum[:12]}; give that checkpoint with --weights"
+            f"checksum {card.backbone.checksum[:12]}, not {assembled.origin.checksum[:12]}; give that checkpoint with "
+            "--weights"
         )
     try:
         load_travelling(assembled.network, read_tensors(folder))

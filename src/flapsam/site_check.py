@@ -128,7 +128,7 @@ def _rehearsal(name: str, file: SiteFile, run: RunConfig, free: float) -> Iterat
         )
         yield Finding("run", True, f"takes part with {brings}…")
         config = participant.config
-        needed = training_bytes(participant.assembled.network, config.training, config.precision) / 2**30
+        needed = training_bytes(participant.network, config.training, config.precision) / 2**30
         yield Finding("memory", needed < free, f"a step takes {needed:.1f} GiB, {free:.1f} GiB are free on {file.device}")
 
 

@@ -149,14 +149,14 @@ class _Simulation:
         self.ledger = Ledger(self.folder / LEDGER)
         clients = self._prepare(training)
         self.assembled = assembled_for(config)
-        self.observer.say(self.assembled.about)
+        self.observer.say(self.assembled.origin.about)
         self._measure_memory()
         self.start = start_of(self.assembled.network, aggregator(config.aggregator, config.lora.rank))
         scores: dict[str, list[CaseScores]] = {}
         for federation in self._federations(training, clients, sites):
             rounds = self._train(federation, weights)
             self._test(federation)
-            card = card_of(self.run_id, federation.mode, rounds, config, self.assembled)
+            card = card_of(self.run_id, federation.mode, rounds, config, self.assembled.origin)
             text = model_card(card, federation.name, read_ledger(self.ledger.path))
             write_text(self.folder / federation.adapter / "README.md", text)
         for event in read_ledger(self.ledger.path):
@@ -247,7 +247,7 @@ class _Simulation:
         side_by_side = min(self.workers, len(clients)) > 1
         with Workers(self.workers, partial(_own_clients, *description)) if side_by_side else nullcontext() as workers:
             run_rounds(federation.name, server, clients, self.ledger, self.observer, workers)
-        card = card_of(self.run_id, federation.mode, server.rounds_done, config, assembled)
+        card = card_of(self.run_id, federation.mode, server.rounds_done, config, assembled.origin)
         save_adapter(self.folder / federation.adapter, card, server.tensors)
         load_tensors(assembled.network, server.tensors)
         return server.rounds_done

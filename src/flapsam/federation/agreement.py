@@ -44,6 +44,13 @@ class Agreement:
         """Whether a site must keep what it received, because no packet says it all."""
         return not self.lossless or any(not self.aggregator.down(name, number) for name in self.start for number in (1, 2))
 
+    def without_start(self) -> "Agreement":
+        """The same without the memory of its start, of which only names and shapes are left."""
+        shapes_only = {name: tensor.new_zeros(()).expand(tensor.shape) for name, tensor in self.start.items()}
+        slim = replace(self, start=shapes_only)
+        slim.__dict__["contract"] = self.contract
+        return slim
+
     def rank(self, site: str) -> int:
         """Of a site's adapters."""
         return self.ranks.get(site, self.aggregator.rank)

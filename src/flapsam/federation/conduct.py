@@ -21,7 +21,7 @@ class Answer:
     site: str
     bytes_down: int
     """Of the packets that it got."""
-    fitted: bytes = b""
+    fitted: bytes | memoryview = b""
     """Its packet, if it was asked for a fit."""
     scores: Scores | None = None
     """If it was asked to validate."""

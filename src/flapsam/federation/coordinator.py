@@ -53,8 +53,10 @@ class Coordinator:
         self.config = read_config(folder / DESCRIPTION)
         self.run: str = json.loads((folder / IDENTITY).read_text())["run"]
         self.ledger = Ledger(folder / LEDGER)
-        self.assembled = assembled_for(self.config)
-        self.agreement = agree(self.run, self.config, self.assembled.network)
+        # The network itself is not needed any more then.
+        assembled = assembled_for(self.config)
+        self.origin = assembled.origin
+        self.agreement = agree(self.run, self.config, assembled.network)
         self.proposal = Proposal.of(self.run, self.config).model_dump_json().encode()
         self.known = self._read_known()
         self.held: dict[str, int] = {}
@@ -76,7 +78,7 @@ class Coordinator:
         except FlapsamError as error:
             return self.exclude(site, str(error))
         modalities = next((known.modalities for known in self.known.values()), None)
-        reason = differences(presence, self.agreement.contract.hash, self.assembled.checksum, modalities)
+        reason = differences(presence, self.agreement.contract.hash, self.origin.checksum, modalities)
         if reason:
             return self.exclude(site, reason)
         if site not in self.known:
@@ -95,8 +97,8 @@ class Coordinator:
         """
         self.record("excluded", site=site, reason=REASONS.get(reason, reason))
 
-    def open(self) -> Server:
-        """The server, when all that take part were admitted.
+    def open(self) -> None:
+        """Begin, or go on, when all that take part were admitted.
 
         Raises:
             FlapsamError: they are too few, or the state is damaged.
@@ -108,7 +110,7 @@ class Coordinator:
         state = ServerState(self.folder / "state" / NAME / "server")
         weights = client_weights(sizes, self.config.rounds)
         self.server = Server(self.agreement, weights, state, options=self.config.server, seed=self.config.seed)
-        return self.server
+        self.agreement = self.server.agreement = self.agreement.without_start()
 
     def packets(self, site: str) -> list[bytes]:
         """What a site needs now."""
@@ -141,7 +143,7 @@ class Coordinator:
             if stopped() and self.server.rounds_done < self.config.rounds.count:
                 return False
         deliver(self.server, carry, self._recorded)
-        card = card_of(self.run, NAME, self.server.rounds_done, self._with_modalities(), self.assembled)
+        card = card_of(self.run, NAME, self.server.rounds_done, self._with_modalities(), self.origin)
         save_adapter(self.folder / "adapter", card, self.server.tensors)
         write_text(self.folder / "adapter" / "README.md", model_card(card, NAME, read_ledger(self.ledger.path)))
         self.on_event(self.ledger.write("end"))

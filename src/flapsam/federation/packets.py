@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from io import BytesIO
 from math import isfinite
 from typing import Annotated
 
@@ -133,11 +134,14 @@ def encode_lossy(
 def _seal(header: Header, contract: Contract, entries: Mapping[str, Tensor]) -> bytes:
     header = header.model_copy(update={"codec": contract.compression.codec, "contract": contract.hash})
     content = save(dict(entries), metadata={ENTRY: header.model_dump_json()})
+    # A packet may be large, so nothing is held longer than it is needed, here and below.
+    del entries
     body = zstandard.ZstdCompressor(level=19 if len(content) <= SMALL else 1, write_checksum=True).compress(content)
+    del content
     return MAGIC + hashlib.sha256(body).digest() + body
 
 
-def decode(data: bytes, agreed: Callable[[Header], Contract], limit: int) -> tuple[Header, dict[str, Tensor]]:
+def decode(data: bytes | memoryview, agreed: Callable[[Header], Contract], limit: int) -> tuple[Header, dict[str, Tensor]]:
     """Check a packet and open it.
 
     Args:
@@ -149,15 +153,17 @@ def decode(data: bytes, agreed: Callable[[Header], Contract], limit: int) -> tup
         PacketRefused: it is damaged, too large, or does not fulfil the contract; nothing of it was used.
     """
     prefix = len(MAGIC) + hashlib.sha256().digest_size
-    body = data[prefix:]
-    if not data.startswith(MAGIC):
+    view = memoryview(data)
+    body = view[prefix:]
+    if view[: len(MAGIC)] != MAGIC:
         raise PacketRefused("not a flapsam packet")
-    if hashlib.sha256(body).digest() != data[len(MAGIC) : prefix]:
+    if hashlib.sha256(body).digest() != view[len(MAGIC) : prefix]:
         raise PacketRefused("damaged: the checksum differs")
     content = _decompress(body, limit + FRAMING_BYTES)
     try:
         entries = load(content)
         header = Header.model_validate_json(_metadata(content))
+        del content
     except (SafetensorError, ValidationError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PacketRefused("not readable") from error
     contract = agreed(header)
@@ -177,24 +183,25 @@ def decode(data: bytes, agreed: Callable[[Header], Contract], limit: int) -> tup
     return header, tensors
 
 
-def _decompress(body: bytes, limit: int) -> bytes:
+def _decompress(body: memoryview, limit: int) -> bytes:
     """The one zstandard frame that ``body`` is, which must declare its size, at most ``limit``, and keep to it."""
     try:
         declared = zstandard.get_frame_parameters(body).content_size
         if declared > limit:
             raise PacketRefused(f"too large: {limit} bytes are allowed")
         frame = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
-        content = bytearray()
+        # It gives its bytes away at the end without copying them.
+        content = BytesIO()
         # Piece by piece: four bytes can become 128 KiB, and zstandard believes the declared size.
         for start in range(0, len(body), PIECE):
-            content += frame.decompress(body[start : start + PIECE])
-            if len(content) > declared:
+            content.write(frame.decompress(body[start : start + PIECE]))
+            if content.tell() > declared:
                 break
     except (zstandard.ZstdError, MemoryError) as error:
         raise PacketRefused("not readable") from error
-    if len(content) != declared or not frame.eof or frame.unused_data:
+    if content.tell() != declared or not frame.eof or frame.unused_data:
         raise PacketRefused("not readable: its size is not the declared one")
-    return bytes(content)
+    return content.getvalue()
 
 
 def _metadata(content: bytes) -> str:

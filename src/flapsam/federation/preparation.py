@@ -17,6 +17,7 @@ from flapsam.federation.server_optimizers import SERVER_OPTIMIZERS
 from flapsam.memory import windows_that_fit
 from flapsam.sam import (
     Assembled,
+    Origin,
     Sam,
     adapted_weights,
     architecture,
@@ -154,7 +155,7 @@ def prepare_site(site: Site, config: RunConfig, cache: Path, on_case: Callable[[
     return ClientData(site.name, unpacked(site.of("train")), unpacked(site.of("val")))
 
 
-def card_of(run: str, mode: str, rounds: int, config: RunConfig, assembled: Assembled) -> AdapterCard:
+def card_of(run: str, mode: str, rounds: int, config: RunConfig, origin: Origin) -> AdapterCard:
     """What is written beside a run's adapter."""
     return AdapterCard(
         run=run,
@@ -166,10 +167,10 @@ def card_of(run: str, mode: str, rounds: int, config: RunConfig, assembled: Asse
         backbone=BackboneCard(
             name=config.backbone.name,
             pixels=config.backbone.pixels,
-            weights=Path(assembled.weights).name,
+            weights=Path(origin.weights).name,
             masks=config.backbone.masks,
             seed=config.seed,
-            checksum=assembled.checksum,
+            checksum=origin.checksum,
         ),
         samples=config.samples,
         classes=config.data.classes,

@@ -3,7 +3,7 @@
 Engines only carry the bytes, so a simulation on a laptop and a federation of hospitals do the same arithmetic.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -73,7 +73,7 @@ class Client:
         held = self.state.held()
         return held[0] if held else 0
 
-    def fit(self, packets: Sequence[bytes], on_step: Callable[[], None] = lambda: None) -> bytes:
+    def fit(self, packets: Iterable[bytes], on_step: Callable[[], None] = lambda: None) -> bytes:
         """One round: validate what came, train it on this site's data, answer with the result.
 
         A round that was answered already is answered with the same bytes.
@@ -128,7 +128,7 @@ class Client:
         self.state.commit(number, answer)
         return answer
 
-    def validate(self, packets: Sequence[bytes]) -> dict[str, float | None]:
+    def validate(self, packets: Iterable[bytes]) -> dict[str, float | None]:
         """Validation Dice of the global tensors on this site: per class and mean, under ``validation.``.
 
         Raises:
@@ -137,7 +137,7 @@ class Client:
         self._receive(packets)
         return self._scores() if self.tells_metrics else {}
 
-    def _receive(self, packets: Sequence[bytes]) -> tuple[int, dict[str, Tensor]]:
+    def _receive(self, packets: Iterable[bytes]) -> tuple[int, dict[str, Tensor]]:
         """Rounds done and the global tensors at this site's rank, which the network holds then."""
         number, tensors = self.state.held() or (0, cut(self.agreement.start, self.rank))
         for packet in packets:
@@ -262,7 +262,7 @@ class Server:
         """The global tensors as sites of the run's own rank have them."""
         return self._held(str(self.agreement.aggregator.rank))
 
-    def receive(self, packet: bytes, site: str) -> Header:
+    def receive(self, packet: bytes | memoryview, site: str) -> Header:
         """Check the reply that came from a site in the round under way and keep it.
 
         Raises:

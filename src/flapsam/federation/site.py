@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ from flapsam.federation.state import ClientState
 from flapsam.federation.weights import training_size
 from flapsam.files import write_text
 from flapsam.sam import Sam, tensors_of
+from flapsam.sam.checkpoints import find_weights
 from flapsam.sites import hold_out_validation, read_site
 
 Result = TypeVar("Result")
@@ -68,6 +69,8 @@ class Participant:
             config = self._own(proposal.config)
         self._ask_own_file(config)
         with failing_as("backbone"):
+            find_weights(config.backbone)
+        with failing_as("configuration"):
             config = resolve(config)
         with failing_as("data"):
             own = self.file.data
@@ -81,20 +84,19 @@ class Participant:
             site = hold_out_validation(site, config.data.validation_fraction, config.seed)
             data = prepare_site(site, config, self.file.state / "volumes")
         with failing_as("backbone"):
-            self.assembled = assembled_for(config)
+            assembled = assembled_for(config)
+            self.network, self.origin = assembled.network, assembled.origin
         self.folder = self.file.state / "runs" / proposal.run
         with failing_as("state"):
-            self.config = self._with_windows(config, self.assembled.network)
-            agreement = agree(proposal.run, self.config, self.assembled.network)
+            self.config = self._with_windows(config, self.network)
+            agreement = agree(proposal.run, self.config, self.network)
             state = ClientState(self.folder / "site")
-            self.client = Client(
-                self.assembled.network, data, self.config, agreement, state, tells_metrics=self.file.metrics
-            )
+            self.client = Client(self.network, data, self.config, agreement, state, tells_metrics=self.file.metrics)
             held = self.client.held
         log.info("takes part in run %s with %d training cases, from round %d", proposal.run, size.cases, held + 1)
         presence = Presence(
             contract=agreement.contract.hash,
-            backbone=self.assembled.checksum,
+            backbone=self.origin.checksum,
             modalities=self.config.samples.modalities,
             cases={split: len(site.of(split)) for split in ("train", "val", "test")},
             training_cases=size.cases,
@@ -103,7 +105,7 @@ class Participant:
         )
         return presence.model_dump_json().encode()
 
-    def fit(self, packets: Sequence[bytes]) -> bytes:
+    def fit(self, packets: Iterable[bytes]) -> bytes:
         """As ``Client.fit``.
 
         Raises:
@@ -112,22 +114,25 @@ class Participant:
         with failing_as("error"):
             return self.client.fit(packets)
 
-    def validate(self, packets: Sequence[bytes]) -> bytes:
+    def validate(self, packets: Iterable[bytes]) -> bytes:
         """As ``Client.validate``, the scores as JSON; the adapter is kept for the site's own use."""
         with failing_as("error"):
             scores = self.client.validate(packets)
-            card = card_of(self.client.agreement.run, "federated", self.client.held, self.config, self.assembled)
+            card = card_of(self.client.agreement.run, "federated", self.client.held, self.config, self.origin)
             names = self.client.agreement.contract.shapes
-            save_adapter(self.folder / "adapter", card, tensors_of(self.assembled.network, names))
+            save_adapter(self.folder / "adapter", card, tensors_of(self.network, names))
             log.info("the adapter is in %s", self.folder / "adapter")
             return json.dumps(scores).encode()
 
     def _own(self, tree: Mapping[str, Any]) -> RunConfig:
         """The run with this site's data, weights and machine in it."""
+        if not isinstance(tree.get("data"), dict) or not isinstance(tree.get("backbone"), dict):
+            raise FlapsamError("the proposed run has no data or no backbone")
         file, data = self.file, dict(tree["data"])
         data |= {"path": file.data.path, "layout": file.data.layout, "table": file.data.table}
         # Other sites' are not here.
-        data["site_labels"] = {name: labels for name, labels in data["site_labels"].items() if name == self.name}
+        labels = data.get("site_labels")
+        data["site_labels"] = {self.name: labels[self.name]} if isinstance(labels, dict) and self.name in labels else {}
         backbone = dict(tree["backbone"])
         if backbone.get("weights") != "random":
             backbone["weights"] = file.weights

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 from torch import Tensor
 
 from flapsam.errors import FlapsamError
@@ -181,9 +181,9 @@ def _places(index: str) -> dict[str, tuple[int, tuple[int, ...]]]:
 
 
 def _write(path: Path, groups: Groups, about: Mapping[str, Any]) -> None:
-    # Copies, because safetensors refuses tensors that share memory.
+    # As arrays, because safetensors refuses torch's tensors that share memory, and copies of all would take as much again.
     tensors = {
-        f"{group}/{name}": tensor.detach().clone(memory_format=torch.contiguous_format)
+        f"{group}/{name}": np.ascontiguousarray(tensor.detach().numpy())
         for group, part in groups.items()
         for name, tensor in part.items()
     }

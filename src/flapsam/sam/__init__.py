@@ -15,7 +15,7 @@ from flapsam.sam.adapters import (
     travelling_state,
 )
 from flapsam.sam.architecture import ARCHITECTURES, Architecture, architecture
-from flapsam.sam.assembly import Assembled, assemble, assemble_run
+from flapsam.sam.assembly import Assembled, Origin, assemble, assemble_run
 from flapsam.sam.checkpoints import LoadReport, infer_architecture, load_weights, read_checkpoint
 from flapsam.sam.network import PIXELS, Sam, build
 from flapsam.sam.strategies import STRATEGIES, Strategy, strategy
@@ -27,6 +27,7 @@ __all__ = [
     "Architecture",
     "Assembled",
     "LoadReport",
+    "Origin",
     "Sam",
     "Strategy",
     "adapted_weights",

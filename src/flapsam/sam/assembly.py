@@ -15,15 +15,22 @@ from flapsam.seeds import seed_for
 
 
 @dataclass(frozen=True)
-class Assembled:
-    """A network and where its weights come from."""
+class Origin:
+    """Where a network's weights come from."""
 
-    network: Sam
     weights: Weights
     about: str
     """The same in words."""
     checksum: str
     """SHA-256 of the weights that stay."""
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A network and where its weights come from."""
+
+    network: Sam
+    origin: Origin
 
 
 def assemble(
@@ -74,7 +81,7 @@ def assemble(
     apart = [*output.mask_tokens.parameters(), *output.hypernetworks.parameters()]
     if state is not None and backbone.masks == "warm" and any(parameter.requires_grad for parameter in apart):
         warm_masks(network, state)
-    return Assembled(network, weights, f"{backbone.name} with {about}", frozen_checksum(network))
+    return Assembled(network, Origin(weights, f"{backbone.name} with {about}", frozen_checksum(network)))
 
 
 def assemble_run(config: RunConfig) -> Assembled:

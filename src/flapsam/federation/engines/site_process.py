@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -41,7 +40,9 @@ class SiteProcess:
         self.pipe = cast(Connection, ours)
         handle = theirs.fileno()
         command = [sys.executable, "-m", __name__, self.name, str(self.site_file.absolute()), str(handle)]
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+        # What an engine sets so as to carry packets in little memory would make a fit slow.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self.process = subprocess.Popen(command, pass_fds=[handle], stdin=subprocess.DEVNULL, env=environment)
         theirs.close()
         return True
@@ -54,10 +55,14 @@ class SiteProcess:
         """
         self.proposal = proposal
         self.start()
-        return self._ask("join", [proposal])
+        return self._ask("join", [memoryview(proposal)])
 
-    def ask(self, work: str, packets: Sequence[bytes]) -> bytes:
+    def ask(self, work: str, packets: list[memoryview]) -> bytes:
         """``fit`` or ``validate``, as ``Participant`` does it. A process that has died before is begun anew.
+
+        Args:
+            work: which.
+            packets: each is taken out when it has been handed over, so that it need not be held meanwhile.
 
         Raises:
             SiteFailed: with the code.
@@ -65,7 +70,7 @@ class SiteProcess:
         if self.proposal is None:
             raise SiteFailed("error")
         if self.start():
-            self._ask("join", [self.proposal])
+            self._ask("join", [memoryview(self.proposal)])
         return self._ask(work, packets)
 
     def stop(self) -> None:
@@ -77,12 +82,12 @@ class SiteProcess:
             self.pipe.close()
         self.process = self.pipe = None
 
-    def _ask(self, work: str, parts: Sequence[bytes]) -> bytes:
+    def _ask(self, work: str, parts: list[memoryview]) -> bytes:
         assert self.pipe is not None
         try:
             self.pipe.send_bytes(json.dumps([work, [len(part) for part in parts]]).encode())
-            for part in parts:
-                self.pipe.send_bytes(part)
+            while parts:
+                self.pipe.send_bytes(parts.pop(0))
             code, size = json.loads(self.pipe.recv_bytes(1 << 10))
             if code:
                 raise SiteFailed(code if code in REASONS else "error")
@@ -101,6 +106,8 @@ def received(pipe: Connection, size: int) -> bytearray:
 
 def main(name: str, site_file: Path, handle: int) -> None:
     """Serve an engine until it is gone."""
+    # What is kept of a site's data and state is for its owner alone.
+    os.umask(0o077)
     parent = os.getppid()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     pipe = Connection(handle)
@@ -123,7 +130,9 @@ def main(name: str, site_file: Path, handle: int) -> None:
                     _log_to(file.state / "site.log")
                     locks.append(alone(file.state / "lock"))
                     participant = Participant(name, file)
-            answer: bytes = participant.join(bytes(parts[0])) if work == "join" else getattr(participant, work)(parts)
+            # Each packet is let go when it has been read: a fit follows.
+            read = (parts.pop(0) for _ in sizes)
+            answer: bytes = participant.join(bytes(next(read))) if work == "join" else getattr(participant, work)(read)
             code = ""
         except SiteFailed as failure:
             code, answer = str(failure), b""

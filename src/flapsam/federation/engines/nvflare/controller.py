@@ -2,9 +2,10 @@
 
 import json
 import queue
+import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from flapsam.federation.coordinator import Coordinator
 from flapsam.federation.engines.nvflare.executor import ALIVE, ANSWER, CODE, NUMBER, PACKETS, SECONDS, VERSION
 from flapsam.federation.engines.nvflare.kits import HEARTBEAT_SECONDS
 from flapsam.federation.handshake import GONE, REASONS, version_in
+from flapsam.files import make_folder
 
 REGROUP = "flapsam.regroup"
 """The administrator's command to end the job after the round under way."""
@@ -39,9 +41,18 @@ class Received:
     site: str
     number: int
     """Of the request that it answers; -1 if it does not say."""
-    content: bytes | memoryview = b""
+    content: Path | None = None
+    """Where it waits, on the disk: many may come while one is worked at."""
     problem: str = ""
     seconds: float | None = None
+
+    def take(self) -> bytes:
+        """What it holds; once."""
+        if self.content is None:
+            return b""
+        data = self.content.read_bytes()
+        self.content.unlink()
+        return data
 
 
 @dataclass
@@ -60,7 +71,7 @@ class Post:
         self.number += 1
         for site, data in requests:
             data[NUMBER] = self.number
-            task = Task(name=name, data=data, timeout=0, result_received_cb=self.controller.receive)
+            task = Task(name, data, timeout=0, after_task_sent_cb=forget_data, result_received_cb=self.controller.receive)
             self.controller.send(task, self.context, targets=[site])
             self.tasks[site] = task
         until = time.monotonic() + deadline
@@ -86,6 +97,11 @@ class Post:
         return Received(site, self.number, problem=reason)
 
 
+def forget_data(client_task: ClientTask, fl_ctx: FLContext) -> None:
+    """A packet need not be held until its answer comes; NVFLARE has it by now."""
+    client_task.task.data = Shareable()
+
+
 class Aborted(Exception):  # noqa: N818 (nothing is wrong)
     """The job was ended from outside."""
 
@@ -101,6 +117,8 @@ class FlapsamController(Controller):
         """
         super().__init__(task_check_period=0.1)
         self.folder = folder
+        self.arrivals = Path(folder) / "state" / "arrived"
+        self.arrived = 0
         self.answers: queue.SimpleQueue[Received] = queue.SimpleQueue()
         self.regroup = False
         self.started = time.monotonic()
@@ -117,6 +135,7 @@ class FlapsamController(Controller):
 
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:  # noqa: D102
         coordinator = Coordinator(Path(self.folder))
+        shutil.rmtree(self.arrivals, ignore_errors=True)
         post = Post(self, fl_ctx, abort_signal)
         sites = sorted(client.name for client in fl_ctx.get_engine().get_clients())  # type: ignore[union-attr]
         job = {"job": fl_ctx.get_job_id()}
@@ -134,12 +153,21 @@ class FlapsamController(Controller):
     def process_result_of_unknown_task(  # noqa: D102
         self, client: Client, task_name: str, client_task_id: str, result: Shareable, fl_ctx: FLContext
     ) -> None:
-        self.answers.put(read_answer(client.name, result))
+        self._keep(client.name, result)
 
     def receive(self, client_task: ClientTask, fl_ctx: FLContext) -> None:
         """Take an answer, and let NVFLARE forget it."""
-        self.answers.put(read_answer(client_task.client.name, client_task.result or Shareable()))
+        self._keep(client_task.client.name, client_task.result or Shareable())
         client_task.result = None
+
+    def _keep(self, site: str, result: Shareable) -> None:
+        received, content = read_answer(site, result)
+        if content is not None:
+            self.arrived += 1
+            path = make_folder(self.arrivals) / f"{self.arrived}"
+            content.tofile(path)
+            received = replace(received, content=path)
+        self.answers.put(received)
 
     def silence(self, site: str) -> float:
         """Seconds since a site was heard of."""
@@ -166,7 +194,7 @@ class FlapsamController(Controller):
             if received.problem:
                 coordinator.exclude(received.site, received.problem)
             elif received.number == post.number:
-                coordinator.admit(received.site, bytes(received.content))
+                coordinator.admit(received.site, received.take())
 
     def _carry(self, coordinator: Coordinator, post: Post, work: Work) -> Iterator[Answer]:
         bytes_down: dict[str, int] = {}
@@ -188,24 +216,24 @@ class FlapsamController(Controller):
             if received.problem:
                 yield Answer(received.site, down, missing=received.problem)
             elif work == "fit":
-                yield Answer(received.site, down, fitted=bytes(received.content), seconds=received.seconds)
+                yield Answer(received.site, down, fitted=received.take(), seconds=received.seconds)
             elif received.number == post.number:
-                scores = coordinator.read_scores(bytes(received.content))
+                scores = coordinator.read_scores(received.take())
                 missing = "" if scores is not None else "scores that cannot be read"
                 yield Answer(received.site, down, scores=scores, missing=missing)
 
 
-def read_answer(site: str, result: Shareable) -> Received:
-    """What a site answered; what cannot be read is a problem."""
+def read_answer(site: str, result: Shareable) -> tuple[Received, np.ndarray | None]:
+    """What a site answered, and its bytes; what cannot be read is a problem."""
     number = result.get(NUMBER)
     number = number if isinstance(number, int) else -1
     if result.get_return_code() != ReturnCode.OK:
-        return Received(site, number, problem=REASONS["error"])
+        return Received(site, number, problem=REASONS["error"]), None
     code, content, seconds = result.get(CODE), result.get(ANSWER), result.get(SECONDS)
     if code == "version" and (version := version_in(json.dumps({"version": result.get(VERSION)}).encode())):
-        return Received(site, number, problem=f"it runs flapsam {version}, the server {__version__}")
+        return Received(site, number, problem=f"it runs flapsam {version}, the server {__version__}"), None
     if code:
-        return Received(site, number, problem=REASONS.get(code if isinstance(code, str) else "", REASONS["error"]))
+        return Received(site, number, problem=REASONS.get(code if isinstance(code, str) else "", REASONS["error"])), None
     if not isinstance(content, np.ndarray) or content.dtype != np.uint8 or content.ndim != 1:
-        return Received(site, number, problem="an answer that cannot be read")
-    return Received(site, number, content.data, seconds=float(seconds) if isinstance(seconds, float) else None)
+        return Received(site, number, problem="an answer that cannot be read"), None
+    return Received(site, number, seconds=float(seconds) if isinstance(seconds, float) else None), content

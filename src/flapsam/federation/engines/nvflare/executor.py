@@ -55,7 +55,8 @@ class FlapsamExecutor(Executor):
         try:
             process = self.process
             threading.Thread(target=_stop_if, args=(abort_signal, done, process), daemon=True).start()
-            packets = [memoryview(packet) for packet in shareable[PACKETS]]
+            # Taken out, so that a packet is not held while a fit goes on.
+            packets = [memoryview(packet) for packet in shareable.pop(PACKETS)]
             answer = process.join(bytes(packets[0])) if task_name == "join" else process.ask(task_name, packets)
             reply[CODE], reply[ANSWER] = "", np.frombuffer(answer, np.uint8)
         except SiteFailed as failure:

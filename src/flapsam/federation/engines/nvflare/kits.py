@@ -26,17 +26,20 @@ from flapsam.config import Options, read_options
 from flapsam.errors import FlapsamError
 from flapsam.files import make_folder, write_text
 
+Role = Literal["server", "site", "coordinator"]
 KIT = "kit.json"
 SERVER, COORDINATOR, AUTHORITY = "server", "coordinator", "authority"
 ADMINISTRATOR = "coordinator@flapsam.org"
-ALLOWED = ["flapsam.federation.engines.nvflare."]
-"""Classes that a job may name."""
+ALLOWED: dict[Role, str] = {
+    "server": "flapsam.federation.engines.nvflare.controller.FlapsamController",
+    "site": "flapsam.federation.engines.nvflare.executor.FlapsamExecutor",
+}
+"""The class that a job may name, and no other."""
 AUTHORITY_DAYS = 3600
 """For which the federation's own root certificate is valid; those of participants are for 360."""
 HEARTBEAT_SECONDS = 15
 """Without a sign of life, after which the server takes a site for gone."""
 Port = Annotated[int, Field(ge=1, le=65535)]
-Role = Literal["server", "site", "coordinator"]
 
 
 class ServerPlace(Options):
@@ -230,7 +233,7 @@ def _harden(folder: Path, name: str, federation: FederationFile) -> None:
     for default in local.glob("*.default"):
         default.rename(default.with_suffix(""))
     if role != "coordinator":
-        _change(local / "resources.json", resources)
+        _change(local / "resources.json", lambda tree: resources(tree, ALLOWED[role]))
         _change(local / "log_config.json", quiet)
         write_text(local / "authorization.json", json.dumps(AUTHORIZATION, indent=1))
     if role == "server":
@@ -251,10 +254,10 @@ def _change(path: Path, change: Any) -> None:
     write_text(path, json.dumps(tree, indent=1) + "\n")
 
 
-def resources(tree: dict[str, Any]) -> None:
+def resources(tree: dict[str, Any], allowed: str) -> None:
     """Harden ``local/resources.json`` of a server or a site."""
     tree["class_list_enforcement_mode"] = "enforce"
-    tree["class_allow_list"] = ALLOWED
+    tree["class_allow_list"] = [allowed]
     tree["allow_log_streaming"] = False
     logging = ("site_log_streamer", "log_receiver")
     tree["components"] = [part for part in tree["components"] if part["id"] not in logging]

@@ -33,6 +33,8 @@ NEWS = (
     (r"CERTIFICATE_VERIFY_FAILED", "Refused: the other side's certificate is not of this federation."),
 )
 """What is worth saying of NVFLARE's log: a pattern and a sentence."""
+LEAN = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_ARENA_MAX": "2"}
+"""Environment that lets glibc give back what large packets took."""
 PATIENCE_SECONDS = 20
 """Until a site is told that it is not connected yet."""
 
@@ -51,7 +53,7 @@ def serve(kit: Kit, say: Callable[[str], None], *, site_file: Path | None = None
     Raises:
         FlapsamError: another process runs from this kit, or the site's file is not right.
     """
-    environment = dict(os.environ)
+    environment = {**os.environ, **LEAN}
     if kit.card.role == "site":
         path = site_file or kit.folder / "site.yaml"
         file = read_site_file(path)
