@@ -14,6 +14,7 @@ import nibabel
 import psutil
 import pytest
 import zstandard
+from command import flapsam
 from federationmaker import Hospitals, adapter_of, events, kill_all, rounds_done, until
 from safetensors import safe_open
 from sitemaker import load, write_run
@@ -177,6 +178,18 @@ def test_a_site_that_is_killed_takes_part_again_when_it_is_back(hospitals: Hospi
     assert adapter_of(run)
 
 
+def test_a_run_that_was_stopped_is_gone_on_with(hospitals: Hospitals, tmp_path: Path, capfd):
+    config, run = write_run(tmp_path / "run.yaml", hospitals.data, **LONG), tmp_path / "run"
+    hospitals.start_run(config)
+    until(lambda: rounds_done(run) == 1)
+    assert flapsam(capfd, "federation", "stop", "--kit", hospitals.kit("coordinator")).out == "1 jobs ended\n"
+    assert "the run was stopped; the same command goes on with it" in hospitals.follow(config, code=2)
+    hospitals.start_run(config)
+    hospitals.follow(config)
+    assert [job["outcome"] for job in events(run, "job_end")] == ["aborted", "done"]
+    assert adapter_of(run) == simulated(config)
+
+
 def test_a_server_that_is_killed_gives_the_adapter_that_it_would_have_given(hospitals: Hospitals, tmp_path: Path):
     config, run = write_run(tmp_path / "run.yaml", hospitals.data, **LONG), tmp_path / "run"
     hospitals.start_run(config)
@@ -256,11 +269,22 @@ def test_who_has_no_certificate_gets_nothing(hospitals: Hospitals):
     until(lambda: "Refused: somebody without a certificate." in hospitals.said("server"))
 
 
+def test_a_site_is_told_in_advance_whether_all_will_do(hospitals: Hospitals, tmp_path: Path):
+    own = hospitals.folder / hospitals.own / "site_a.yaml"
+    config = write_run(tmp_path / "run.yaml", tmp_path)
+    said = hospitals.flapsam("check", hospitals.kit("site_a"), "--data", own, "--config", config, "--json")
+    found = json.loads(said[said.index("[") : said.rindex("]") + 1])
+    assert all(finding["fine"] for finding in found)
+    assert [finding["what"] for finding in found] == ["certificate", "network", "data", "disk", "run", "memory"]
+
+
 def test_a_certificate_of_another_federation_is_refused(hospitals: Hospitals, tmp_path: Path):
     other = Hospitals(tmp_path, ["site_a"])
     other.make_data()
     other.point("site_a", hospitals.port)
     other.start_site("site_a")
+    own = tmp_path / "own" / "site_a.yaml"
+    assert "is not reached" in other.flapsam("check", other.kit("site_a"), "--data", own, code=2)
     before = hospitals.said("server").count("site_a has connected")
     refused = "Refused: the other side's certificate is not of this federation."
     until(lambda: refused in other.said("site_a"))

@@ -134,6 +134,21 @@ def test_a_process_tells_codes_and_writes_the_story_into_its_own_log(config: Run
     assert not any("secret" in sentence for sentence in REASONS.values())
 
 
+def test_paths_in_a_site_file_are_relative_to_it_and_absolute_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "kit").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for text, state in (
+        ("", "state"),
+        ("state: state\n", "state"),
+        ("state: ../other\n", "../other"),
+        ("state: /var/x\n", "/var/x"),
+    ):
+        Path("kit/site.yaml").write_text(f"data: {{path: data}}\n{text}")
+        file = read_site_file(Path("kit/site.yaml"))
+        assert file.data.path == tmp_path / "kit" / "data"
+        assert file.state.resolve() == (tmp_path / "kit" / state).resolve() and file.state.is_absolute()
+
+
 def test_a_site_file_with_a_slip_is_an_error_that_names_it(tmp_path: Path):
     (tmp_path / "site.yaml").write_text("data: {path: x}\nmin_case: 3\n")
     with pytest.raises(FlapsamError, match=r"site\.yaml: unknown key 'min_case'"):

@@ -18,7 +18,7 @@ SiteFileOption = Annotated[
 ]
 Unit = Annotated[bool, typer.Option("--unit", help="Print a systemd unit instead.")]
 COORDINATOR = Path("kits/coordinator")
-FIXED = ["data.path=.", "modes=[federated]", "data.table=null", "data.simulated_sites=null"]
+FIXED = ["data.path=/", "modes=[federated]", "data.table=null", "data.simulated_sites=null"]
 """Where the data are is each site's own to say, and a federation trains one model together."""
 
 
@@ -129,7 +129,7 @@ def status(kit: CoordinatorKit = COORDINATOR, as_json: Json = False) -> None:
         return print_json(found)
     from flapsam.report import tables
 
-    out.print(f"server: {found['server']}, jobs under way: {len(found['jobs'])}", highlight=False)
+    out.print(f"{found['server']}: up since {found['since']}, {len(found['jobs'])} jobs under way", highlight=False)
     rows = [{"site": name, "": "connected" if seen else "not there"} for name, seen in found["sites"].items()]
     out.print(tables.plain_table(rows))
 

@@ -43,7 +43,9 @@ def model_card(card: AdapterCard, federation: str, events: Sequence[Event]) -> s
         "## Training and test",
         _sites(cases, scores, card.classes),
         "Test cases were read once, after the last round. Dice is computed in 3-D on each case's own grid; a site's figure "
-        "is the mean over its test cases.",
+        "is the mean over its test cases."
+        if scores
+        else "Test cases stayed at the sites and were not read: `flapsam evaluate` scores this adapter there.",
         "## Intended use",
         f"Research on the segmentation of {classes} in volumes like those of the sites above: the same modality, "
         "region and slice direction. Check it on labelled cases of your own before you rely on it. "
@@ -92,7 +94,7 @@ def _limits(card: AdapterCard, cases: dict[str, dict[str, int]], scores: Sequenc
         "with other scanners and patients, expect lower scores."
     ]
     few = [site for site, counts in cases.items() if counts["test"] < FEW_CASES]
-    if few:
+    if few and scores:
         limits.append(f"Fewer than {FEW_CASES} test cases at {', '.join(few)}: the scores there are uncertain.")
     for name, value in summarise(scores).dice.items():
         if value is not None and value < 0.5:

@@ -50,7 +50,7 @@ def check_site(kit: Kit, file: SiteFile, run: RunConfig | None, observer: Observ
     yield Finding("certificate", kit.days_left >= FEW_DAYS, f"valid until {until}, {kit.days_left} days")
     yield _network(kit)
     yield from _data(kit.card.name, file, run, observer)
-    folder = file.state if file.state.exists() else file.state.parent
+    folder = next(folder for folder in (file.state, *file.state.parents) if folder.exists())
     disk = shutil.disk_usage(folder).free / 2**30
     yield Finding("disk", disk >= DISK_GIB, f"{disk:.0f} GiB free in {folder}")
     free = free_bytes(find_device(file.device)) / 2**30

@@ -38,6 +38,6 @@ def found_run(config: RunConfig) -> str:
     """
     description = config.output / DESCRIPTION
     # Read, not compared as text: a later version writes fields that an earlier one did not know.
-    if read_config(description).model_dump(mode="json") != config.model_dump(mode="json"):
+    if write_config(read_config(description)) != write_config(config):
         raise FlapsamError(f"{description}: the run here was started with another configuration; give that one to resume it")
     return json.loads((config.output / IDENTITY).read_text())["run"]

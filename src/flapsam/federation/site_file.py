@@ -52,6 +52,7 @@ def read_site_file(path: Path) -> SiteFile:
     Raises:
         FlapsamError: as ``config.read_options``.
     """
-    # The state's default, too, is beside the file.
+    # Absolute, because an engine works in a folder of its own.
+    path = path.absolute()
     file = read_options(path, SiteFile, PATHS)
-    return file if file.state.is_absolute() else file.model_copy(update={"state": path.parent.absolute() / file.state})
+    return file.model_copy(update={"state": path.parent / file.state})

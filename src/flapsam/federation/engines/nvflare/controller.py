@@ -1,5 +1,6 @@
 """What NVFLARE runs at the server: it sends each site its packets and collects the answers."""
 
+import itertools
 import json
 import queue
 import shutil
@@ -23,7 +24,8 @@ from flapsam.federation.conduct import Answer, Work
 from flapsam.federation.coordinator import Coordinator
 from flapsam.federation.engines.nvflare.executor import ALIVE, ANSWER, CODE, NUMBER, PACKETS, SECONDS, VERSION
 from flapsam.federation.engines.nvflare.kits import HEARTBEAT_SECONDS
-from flapsam.federation.handshake import GONE, REASONS, version_in
+from flapsam.federation.handshake import GONE, LIMIT, REASONS, version_in
+from flapsam.federation.packets import FRAMING_BYTES
 from flapsam.files import make_folder
 
 REGROUP = "flapsam.regroup"
@@ -118,7 +120,8 @@ class FlapsamController(Controller):
         super().__init__(task_check_period=0.1)
         self.folder = folder
         self.arrivals = Path(folder) / "state" / "arrived"
-        self.arrived = 0
+        self.arrived = itertools.count()
+        self.limit = LIMIT
         self.answers: queue.SimpleQueue[Received] = queue.SimpleQueue()
         self.regroup = False
         self.started = time.monotonic()
@@ -135,6 +138,8 @@ class FlapsamController(Controller):
 
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:  # noqa: D102
         coordinator = Coordinator(Path(self.folder))
+        # What does not shrink grows by some thousandths.
+        self.limit = int(1.01 * coordinator.agreement.contract.tensor_bytes) + FRAMING_BYTES
         shutil.rmtree(self.arrivals, ignore_errors=True)
         post = Post(self, fl_ctx, abort_signal)
         sites = sorted(client.name for client in fl_ctx.get_engine().get_clients())  # type: ignore[union-attr]
@@ -161,10 +166,9 @@ class FlapsamController(Controller):
         client_task.result = None
 
     def _keep(self, site: str, result: Shareable) -> None:
-        received, content = read_answer(site, result)
+        received, content = read_answer(site, result, self.limit)
         if content is not None:
-            self.arrived += 1
-            path = make_folder(self.arrivals) / f"{self.arrived}"
+            path = make_folder(self.arrivals) / f"{next(self.arrived)}"
             content.tofile(path)
             received = replace(received, content=path)
         self.answers.put(received)
@@ -214,7 +218,9 @@ class FlapsamController(Controller):
         for received in post.ask(work, requests(), coordinator.config.rounds.deadline):
             down = bytes_down.get(received.site, 0)
             if received.problem:
-                yield Answer(received.site, down, missing=received.problem)
+                # Of an earlier round it was told then that nothing came.
+                if received.number == post.number:
+                    yield Answer(received.site, down, missing=received.problem)
             elif work == "fit":
                 yield Answer(received.site, down, fitted=received.take(), seconds=received.seconds)
             elif received.number == post.number:
@@ -223,8 +229,8 @@ class FlapsamController(Controller):
                 yield Answer(received.site, down, scores=scores, missing=missing)
 
 
-def read_answer(site: str, result: Shareable) -> tuple[Received, np.ndarray | None]:
-    """What a site answered, and its bytes; what cannot be read is a problem."""
+def read_answer(site: str, result: Shareable, limit: int) -> tuple[Received, np.ndarray | None]:
+    """What a site answered, and its bytes, at most ``limit``; what cannot be read is a problem."""
     number = result.get(NUMBER)
     number = number if isinstance(number, int) else -1
     if result.get_return_code() != ReturnCode.OK:
@@ -236,4 +242,6 @@ def read_answer(site: str, result: Shareable) -> tuple[Received, np.ndarray | No
         return Received(site, number, problem=REASONS.get(code if isinstance(code, str) else "", REASONS["error"])), None
     if not isinstance(content, np.ndarray) or content.dtype != np.uint8 or content.ndim != 1:
         return Received(site, number, problem="an answer that cannot be read"), None
+    if content.nbytes > limit:
+        return Received(site, number, problem=f"an answer of {content.nbytes} bytes, {limit} are allowed"), None
     return Received(site, number, seconds=float(seconds) if isinstance(seconds, float) else None), content

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -158,6 +159,8 @@ class Run:
             self._read_ledger()
             end = next((e for e in self.events if e["event"] == "job_end" and e["job"] == job.identity), None)
             if end is not None:
+                if end["outcome"] == "aborted" and self._was_stopped(job):
+                    raise FlapsamError("the run was stopped; the same command goes on with it")
                 return end["outcome"]
             if time.monotonic() - asked < POLL_SECONDS:
                 continue
@@ -179,6 +182,17 @@ class Run:
                     return "crashed"
                 continue
             self._regroup_if_back(job, [client.name for client in info.client_info or []])
+
+    def _was_stopped(self, job: Job) -> bool:
+        """Whether somebody ended a job, and not the death of its server."""
+        while True:
+            info = self._patiently(lambda session: session.get_system_info())
+            meta = self._patiently(lambda session: session.get_job_meta(job.identity))
+            if info.server_info.start_time != job.started:
+                return False
+            if str(meta.get("status", "")).startswith(ENDED):
+                return "ABORTED" in meta["status"]
+            time.sleep(POLL_SECONDS)
 
     def _regroup_if_back(self, job: Job, connected: Sequence[str]) -> None:
         """Let the job end after its round if a site is there that does not take part in it."""
@@ -282,7 +296,7 @@ def run(config: RunConfig, kit: Kit, observer: Observer, *, wait: float = WAIT_S
 
 
 def status(kit: Kit) -> dict[str, Any]:
-    """The server, its sites and jobs.
+    """Since when the server is up, when each site was heard of last (None: it is not there), and the jobs under way.
 
     Raises:
         FlapsamError: the server does not answer.
@@ -291,11 +305,15 @@ def status(kit: Kit) -> dict[str, Any]:
         info = line.ask(lambda session: session.get_system_info())
         there = {client.name: client.last_connect_time for client in info.client_info or []}
         return {
-            "server": str(info.server_info.status),
-            "since": info.server_info.start_time,
-            "sites": {site: there.get(site) for site in kit.card.sites},
+            "server": kit.card.server,
+            "since": _moment(info.server_info.start_time),
+            "sites": {site: _moment(there[site]) if site in there else None for site in kit.card.sites},
             "jobs": [job.job_id for job in info.job_info or []],
         }
+
+
+def _moment(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
 def stop(kit: Kit) -> list[str]:
@@ -305,11 +323,12 @@ def stop(kit: Kit) -> list[str]:
         FlapsamError: the server does not answer.
     """
     with _answered(kit) as line:
-        jobs = line.ask(lambda session: session.list_jobs())
-        waiting = [job["job_id"] for job in jobs if not str(job["status"]).startswith(ENDED)]
-        for job in waiting:
+        info = line.ask(lambda session: session.get_system_info())
+        running = [job.job_id for job in info.job_info or []]
+        waiting = [job["job_id"] for job in line.ask(lambda session: session.list_jobs()) if job["status"] == "SUBMITTED"]
+        for job in [*running, *waiting]:
             line.ask(lambda session, job=job: session.abort_job(job))
-        return waiting
+        return [*running, *waiting]
 
 
 @contextlib.contextmanager
