@@ -20,7 +20,7 @@ from safetensors import safe_open
 from sitemaker import load, write_run
 
 from flapsam import __version__
-from flapsam.config import read_config
+from flapsam.config import fingerprint, read_config
 from flapsam.experiments.simulation import simulate
 from flapsam.federation.handshake import REASONS
 
@@ -79,12 +79,25 @@ def _nothing_left(hospitals: Hospitals) -> Iterator[None]:
         hospitals.flapsam("stop", "--kit", hospitals.kit("coordinator"))
 
 
-def simulated(config: Path) -> dict[str, bytes]:
-    simulate(read_config(config, [f"output={config.parent / 'simulated'}"]))
-    return adapter_of(config.parent / "simulated")
+@pytest.fixture(scope="module")
+def simulated(hospitals: Hospitals) -> Callable[[Path], dict[str, bytes]]:
+    """The adapter that a simulation gives; runs of the same configuration share it."""
+    known: dict[str, dict[str, bytes]] = {}
+
+    def run(path: Path) -> dict[str, bytes]:
+        config = read_config(path, [f"output={path.parent / 'simulated'}"])
+        key = fingerprint(config)
+        if key not in known:
+            simulate(config)
+            known[key] = adapter_of(config.output)
+        return known[key]
+
+    return run
 
 
-def test_a_federation_gives_the_simulations_adapter_bit_for_bit_with_little_overhead(hospitals: Hospitals, tmp_path: Path):
+def test_a_federation_gives_the_simulations_adapter_bit_for_bit_with_little_overhead(
+    hospitals: Hospitals, tmp_path: Path, simulated
+):
     config = write_run(tmp_path / "run.yaml", hospitals.data, rounds={"count": 4})
     hospitals.start_run(config)
     hospitals.follow(config)
@@ -125,7 +138,7 @@ def test_nothing_of_a_site_is_at_the_server_or_crossed_the_wire(hospitals: Hospi
             assert marker.lower().encode() not in content.lower()
 
 
-LONG = {"rounds": {"count": 4}, "training": {"window": 1, "batch_size": 8, "warmup_steps": 2, "epochs": 30}}
+LONG = {"rounds": {"count": 4}, "training": {"window": 1, "batch_size": 8, "warmup_steps": 2, "epochs": 20}}
 """A run whose fits take seconds, in which there is time to kill something."""
 
 
@@ -178,7 +191,7 @@ def test_a_site_that_is_killed_takes_part_again_when_it_is_back(hospitals: Hospi
     assert adapter_of(run)
 
 
-def test_a_run_that_was_stopped_is_gone_on_with(hospitals: Hospitals, tmp_path: Path, capfd):
+def test_a_run_that_was_stopped_is_gone_on_with(hospitals: Hospitals, tmp_path: Path, simulated, capfd):
     config, run = write_run(tmp_path / "run.yaml", hospitals.data, **LONG), tmp_path / "run"
     hospitals.start_run(config)
     until(lambda: rounds_done(run) == 1)
@@ -190,7 +203,7 @@ def test_a_run_that_was_stopped_is_gone_on_with(hospitals: Hospitals, tmp_path: 
     assert adapter_of(run) == simulated(config)
 
 
-def test_a_server_that_is_killed_gives_the_adapter_that_it_would_have_given(hospitals: Hospitals, tmp_path: Path):
+def test_a_server_that_is_killed_gives_the_adapter_that_it_would_have_given(hospitals: Hospitals, tmp_path: Path, simulated):
     config, run = write_run(tmp_path / "run.yaml", hospitals.data, **LONG), tmp_path / "run"
     hospitals.start_run(config)
     until(lambda: rounds_done(run) == 1)
@@ -201,7 +214,7 @@ def test_a_server_that_is_killed_gives_the_adapter_that_it_would_have_given(hosp
     assert adapter_of(run) == simulated(config)
 
 
-def test_a_server_that_is_killed_while_it_writes_its_state_does_too(hospitals: Hospitals, tmp_path: Path):
+def test_a_server_that_is_killed_while_it_writes_its_state_does_too(hospitals: Hospitals, tmp_path: Path, simulated):
     fields = {"strategy": "full", "compression": {"codec": "fp32"}, "aggregator": "fedavg", "rounds": {"count": 5}}
     config, run = write_run(tmp_path / "run.yaml", hospitals.data, **fields), tmp_path / "run"
     hospitals.start_run(config)
