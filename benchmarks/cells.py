@@ -3,7 +3,7 @@
 import argparse
 import json
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -36,6 +36,35 @@ def read_cells(path: Path) -> Cells:
 def write_cells(path: Path, cells: Cells) -> None:
     """Keep the cells."""
     write_text(path, json.dumps(cells, indent=1) + "\n")
+
+
+def by_sites(
+    description: str | None,
+    name: str,
+    default: Sequence[int],
+    measure: Callable[[int, Path], dict[str, Any]],
+    table: Callable[[list[dict[str, Any]]], str],
+) -> None:
+    """Measure at the numbers of sites that are asked for, and write the table of all that were measured.
+
+    Args:
+        description: of the command line.
+        name: of the files in ``results``.
+        default: numbers of sites.
+        measure: gives the figures at so many, in a folder of its own.
+        table: the figures as markdown.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sites", type=int, nargs="+", default=default)
+    kept = HERE / "results" / f"{name}.json"
+    rows = {row["sites"]: row for row in json.loads(kept.read_text())} if kept.exists() else {}
+    for sites in parser.parse_args().sites:
+        with tempfile.TemporaryDirectory() as folder:
+            rows[sites] = measure(sites, Path(folder))
+        ordered = [rows[key] for key in sorted(rows)]
+        write_text(kept, json.dumps(ordered, indent=1) + "\n")
+        write_text(kept.with_suffix(".md"), table(ordered))
+        print(table(ordered), flush=True)
 
 
 def paired(first: Mapping[str, float], second: Mapping[str, float]) -> tuple[str, int]:

@@ -8,24 +8,19 @@ aggregation, state), a site's job (carries packets), and the process that fits. 
 `results/large_packets.md` is written anew.
 """
 
-import argparse
-import json
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import psutil
-from cells import HERE
+from cells import HERE, by_sites
 
 sys.path.insert(0, str(HERE.parent / "tests"))
 from federationmaker import Hospitals
 from sitemaker import write_run
 
 from flapsam.federation.ledger import read_ledger
-from flapsam.files import write_text
 
-RESULTS = HERE / "results"
 ROLES = {
     "site_process": "a site's fit",
     "worker_process": "a site's job",
@@ -120,19 +115,5 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sites", type=int, nargs="+", default=[2])
-    kept = RESULTS / "large_packets.json"
-    rows = {row["sites"]: row for row in json.loads(kept.read_text())} if kept.exists() else {}
-    for sites in parser.parse_args().sites:
-        with tempfile.TemporaryDirectory() as folder:
-            rows[sites] = measure(sites, Path(folder))
-        ordered = [rows[key] for key in sorted(rows)]
-        write_text(kept, json.dumps(ordered, indent=1) + "\n")
-        write_text(RESULTS / "large_packets.md", table(ordered))
-        print(table(ordered), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    by_sites(__doc__, "large_packets", [2], measure, table)

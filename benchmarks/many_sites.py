@@ -8,24 +8,19 @@ that processes share are counted in each). `results/many_sites.json` keeps what 
 written anew.
 """
 
-import argparse
-import json
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
 import psutil
 import yaml
-from cells import HERE
+from cells import by_sites
 
 from flapsam.experiments.phantom import make_phantom
 from flapsam.federation.ledger import read_ledger
-from flapsam.files import write_text
 
-RESULTS = HERE / "results"
 ROUNDS, WORKERS, CASES = 2, 2, 4
 
 
@@ -90,19 +85,5 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sites", type=int, nargs="+", default=[20, 200])
-    kept = RESULTS / "many_sites.json"
-    rows = {row["sites"]: row for row in json.loads(kept.read_text())} if kept.exists() else {}
-    for sites in parser.parse_args().sites:
-        with tempfile.TemporaryDirectory() as folder:
-            rows[sites] = measure(sites, Path(folder))
-        ordered = [rows[key] for key in sorted(rows)]
-        write_text(kept, json.dumps(ordered, indent=1) + "\n")
-        write_text(RESULTS / "many_sites.md", table(ordered))
-        print(table(ordered), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    by_sites(__doc__, "many_sites", [20, 200], measure, table)

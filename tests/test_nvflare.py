@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import signal
 import socket
 import ssl
 import time
@@ -339,3 +340,13 @@ def test_a_site_refuses_a_strategy_that_its_file_forbids_and_a_server_of_another
     assert (
         f"the server runs flapsam {__version__}, this site 0.0.1" in (hospitals.state_of("site_c") / "site.log").read_text()
     )
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_a_participant_that_is_ended_leaves_nothing_running(ending: signal.Signals, hospitals: Hospitals):
+    process = hospitals.running["site_b" if ending == signal.SIGINT else "site_c"]
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert family
+    process.send_signal(ending)
+    assert process.wait(20) == 0
+    assert not [member for member in family if member.is_running() and member.status() != psutil.STATUS_ZOMBIE]

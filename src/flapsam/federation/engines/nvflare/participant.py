@@ -73,8 +73,9 @@ def serve(kit: Kit, say: Callable[[str], None], *, site_file: Path | None = None
             process = subprocess.Popen(
                 command(kit), stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
             )
-        # Ended by systemd as by the user.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        # Ended by systemd as by the user, and in the background of a script, too.
+        for ending in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(ending, signal.default_int_handler)
         since = time.monotonic()
         try:
             while process.poll() is None:
