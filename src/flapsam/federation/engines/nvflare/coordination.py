@@ -102,8 +102,10 @@ class Run:
     line: Line
     observer: Observer
     wait: float
+    size: int = 0
+    """Bytes of the ledger when it was read last."""
     seen: int = 0
-    """Lines of the ledger that the observer was told."""
+    """Lines of it that the observer was told."""
     events: list[Event] = field(default_factory=list)
 
     def follow(self) -> Path:
@@ -147,8 +149,9 @@ class Run:
         for running in info.job_info:
             meta = self._patiently(lambda session, job=running.job_id: session.get_job_meta(job))
             if meta.get("name") == job_name(run):
-                sites = [site for event in self.events if event["event"] == "job" for site in event["sites"]]
-                return Job(running.job_id, sites, info.server_info.start_time)
+                job = Job(running.job_id, [], info.server_info.start_time)
+                job.sites = [site for event in self._of_job(job)[:1] for site in event["sites"]]
+                return job
         return None
 
     def _watch(self, job: Job) -> str:
@@ -203,10 +206,11 @@ class Run:
             elif event["event"] == "fit":
                 gone.discard(event["site"])
             elif event["event"] == "excluded":
-                excluded.add(event["site"])
+                (gone if event["reason"] == GONE else excluded).add(event["site"])
         back = [site for site in self._wanted(connected) if site in gone or site not in job.sites]
         back = [site for site in back if site not in excluded]
-        if back and not job.regrouped and any(e["event"] == "job" for e in self._of_job(job)):
+        # Before the job has begun there is nothing that could end.
+        if back and not job.regrouped and self._of_job(job):
             with contextlib.suppress(Unreachable):
                 self.line.ask(lambda session: session.do_app_command(job.identity, REGROUP, {}))
                 job.regrouped = True
@@ -255,8 +259,10 @@ class Run:
 
     def _read_ledger(self) -> None:
         path = self.config.output / LEDGER
-        if not path.exists():
+        size = path.stat().st_size if path.exists() else 0
+        if size == self.size:
             return
+        self.size = size
         # A line may be half written.
         self.events = read_ledger(path, whole_lines=True)
         for event in self.events[self.seen :]:
