@@ -216,7 +216,7 @@ def test_a_server_that_is_killed_gives_the_adapter_that_it_would_have_given(hosp
 
 
 def test_a_server_that_is_killed_while_it_writes_its_state_does_too(hospitals: Hospitals, tmp_path: Path, simulated):
-    fields = {"strategy": "full", "compression": {"codec": "fp32"}, "aggregator": "fedavg", "rounds": {"count": 5}}
+    fields = {"strategy": "full", "compression": {"codec": "fp32"}, "aggregator": "fedavg", "rounds": {"count": 7}}
     config, run = write_run(tmp_path / "run.yaml", hospitals.data, **fields), tmp_path / "run"
     hospitals.start_run(config)
     until(lambda: rounds_done(run) == 1)
