@@ -49,24 +49,11 @@ def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hospitals]:
         image.header["descrip"] = PATIENT.encode()
         nibabel.save(image, path.with_name(f"{CASE}-{path.name}"))
         path.unlink()
-    # A server that lets everything through, as a malicious one would: what is refused below, the sites refuse themselves.
-    make_careless(made.kit("server"))
     try:
         made.start_all()
         yield made
     finally:
         made.stop_all()
-
-
-def make_careless(kit: Path) -> None:
-    for name, change in (
-        ("authorization.json", lambda tree: tree["permissions"].update(project_admin="any")),
-        ("resources.json", lambda tree: tree.update(class_allow_list=["*"])),
-    ):
-        path = kit / "local" / name
-        tree = json.loads(path.read_text())
-        change(tree)
-        path.write_text(json.dumps(tree))
 
 
 @pytest.fixture(autouse=True)
@@ -236,40 +223,6 @@ def test_a_server_that_is_killed_while_it_writes_its_state_does_too(hospitals: H
     assert adapter_of(run) == simulated(config)
 
 
-def submit(hospitals: Hospitals, folder: Path, change: Callable[[Path], None]) -> str:
-    """A job of the coordinator's that was changed; returns how it ended."""
-    job = write_job(folder, "0" * 32, folder, hospitals.sites, 1)
-    change(job)
-    with Line(read_kit(hospitals.kit("coordinator"), "coordinator")) as line:
-        identity = line.ask(lambda session: session.submit_job(str(job)))
-        until(lambda: str(line.ask(lambda s: s.get_job_meta(identity))["status"]).startswith("FINISHED"))
-        return json.dumps(line.ask(lambda session: session.get_job_meta(identity)))
-
-
-def test_a_site_refuses_a_job_with_code_in_it(hospitals: Hospitals, tmp_path: Path):
-    def add_code(job: Path) -> None:
-        (job / "site" / "custom").mkdir()
-        (job / "site" / "custom" / "spy.py").write_text("open('/tmp/spied', 'w')")
-
-    ended = submit(hospitals, tmp_path, add_code)
-    assert "FINISHED:COMPLETED" not in ended and ended.count("BYOC not permitted") == len(hospitals.sites)
-    until(lambda: "Refused: a job with code of its own." in hospitals.said("server"))
-    assert not [path for site in hospitals.sites for path in hospitals.kit(site).rglob("spy.py")]
-
-
-def test_a_site_refuses_a_job_that_names_a_class_which_it_does_not_allow(hospitals: Hospitals, tmp_path: Path):
-    other = "nvflare.app_common.executors.statistics.statistics_executor.StatisticsExecutor"
-
-    def name_another(job: Path) -> None:
-        path = job / "site/config/config_fed_client.json"
-        path.write_text(path.read_text().replace("flapsam.federation.engines.nvflare.executor.FlapsamExecutor", other))
-
-    assert "FINISHED:COMPLETED" not in submit(hospitals, tmp_path, name_another)
-    for site in hospitals.sites:
-        logs = [path.read_text() for path in hospitals.kit(site).rglob("log.txt")]
-        assert any(other in log and "is not in allow_list" in log for log in logs)
-
-
 def test_who_has_no_certificate_gets_nothing(hospitals: Hospitals):
     context = ssl.create_default_context(cafile=str(hospitals.kit("server") / "startup/rootCA.pem"))
     context.set_alpn_protocols(["h2"])
@@ -340,6 +293,65 @@ def test_a_site_refuses_a_strategy_that_its_file_forbids_and_a_server_of_another
     assert (
         f"the server runs flapsam {__version__}, this site 0.0.1" in (hospitals.state_of("site_c") / "site.log").read_text()
     )
+
+
+def submit(hospitals: Hospitals, folder: Path, change: Callable[[Path], None]) -> str:
+    """A job of the coordinator's that was changed; returns how it ended."""
+    job = write_job(folder, "0" * 32, folder, hospitals.sites, 1)
+    change(job)
+    with Line(read_kit(hospitals.kit("coordinator"), "coordinator")) as line:
+        identity = line.ask(lambda session: session.submit_job(str(job)))
+        until(lambda: str(line.ask(lambda s: s.get_job_meta(identity))["status"]).startswith("FINISHED"))
+        return json.dumps(line.ask(lambda session: session.get_job_meta(identity)))
+
+
+def add_code(job: Path) -> None:
+    (job / "site" / "custom").mkdir()
+    (job / "site" / "custom" / "spy.py").write_text("open('/tmp/spied', 'w')")
+
+
+def name_another_class(job: Path) -> None:
+    path = job / "site/config/config_fed_client.json"
+    path.write_text(path.read_text().replace("flapsam.federation.engines.nvflare.executor.FlapsamExecutor", OTHER_CLASS))
+
+
+OTHER_CLASS = "nvflare.app_common.executors.statistics.statistics_executor.StatisticsExecutor"
+
+
+@pytest.fixture(scope="module")
+def malicious(hospitals: Hospitals) -> Hospitals:
+    """From here on the server lets everything through: what is refused now, the sites refuse by themselves."""
+    kill_all(hospitals.running["server"])
+    make_careless(hospitals.kit("server"))
+    before = len(hospitals.said("server"))
+    hospitals.start_server()
+    until(lambda: all(f"{site} is back" in hospitals.said("server")[before:] for site in hospitals.sites))
+    return hospitals
+
+
+def make_careless(kit: Path) -> None:
+    for name, change in (
+        ("authorization.json", lambda tree: tree["permissions"].update(project_admin="any")),
+        ("resources.json", lambda tree: tree.update(class_allow_list=["*"])),
+    ):
+        path = kit / "local" / name
+        tree = json.loads(path.read_text())
+        change(tree)
+        path.write_text(json.dumps(tree))
+
+
+def test_a_site_refuses_a_job_with_code_in_it(malicious: Hospitals, tmp_path: Path):
+    ended = submit(malicious, tmp_path, add_code)
+    assert "FINISHED:COMPLETED" not in ended and ended.count("BYOC not permitted") == len(malicious.sites)
+    until(lambda: "Refused: a job with code of its own." in malicious.said("server"))
+    assert not [path for site in malicious.sites for path in malicious.kit(site).rglob("spy.py")]
+
+
+def test_a_site_refuses_a_job_that_names_a_class_which_it_does_not_allow(malicious: Hospitals, tmp_path: Path):
+    assert "FINISHED:COMPLETED" not in submit(malicious, tmp_path, name_another_class)
+    for site in malicious.sites:
+        logs = [path.read_text() for path in malicious.kit(site).rglob("log.txt")]
+        assert any(OTHER_CLASS in log and "is not in allow_list" in log for log in logs)
 
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])

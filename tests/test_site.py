@@ -193,6 +193,24 @@ def test_a_server_says_what_differs_at_a_site(change: dict, reason: str, config:
         coordinator.open()
 
 
+def test_weights_that_are_given_for_all_serve_for_those_that_are_there(config: RunConfig, tmp_path: Path):
+    options = config.rounds.model_copy(update={"weights": {"site_0": 3.0, "site_1": 1.0, "late": 5.0}})
+    config = config.model_copy(update={"rounds": options})
+    begin_run(config)
+    coordinator = Coordinator(config.output)
+    for site in ("site_0", "site_1"):
+        own = site_file(tmp_path, data={"path": tmp_path / "data" / site}, state=tmp_path / site)
+        coordinator.admit(site, Participant(site, own).join(propose(config)))
+    coordinator.open()
+    assert coordinator.server.weights == {"site_0": 0.75, "site_1": 0.25}
+
+
+def test_a_coordinator_makes_nothing_where_there_is_no_run(tmp_path: Path):
+    with pytest.raises(FlapsamError, match="there is no run here"):
+        Coordinator(tmp_path / "elsewhere")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "answer", [b"", b"[]", b"{", b'{"validation.mean": 2}', b'{"validation.spy": 0.5}', b'{"validation.mean": "x"}']
 )

@@ -10,7 +10,7 @@ from flapsam.adapter import save_adapter
 from flapsam.config import RunConfig, read_config
 from flapsam.errors import FlapsamError
 from flapsam.federation.conduct import Carry, deliver, rounds
-from flapsam.federation.folder import DESCRIPTION, IDENTITY, LEDGER
+from flapsam.federation.folder import DESCRIPTION, IDENTITY, LEDGER, is_begun
 from flapsam.federation.handshake import REASONS, Presence, Proposal, differences, read_message
 from flapsam.federation.ledger import Event, Ledger, read_ledger
 from flapsam.federation.packets import HEADER_BYTES
@@ -47,6 +47,8 @@ class Coordinator:
         Raises:
             FlapsamError: the folder holds no run, or it cannot be gone on with.
         """
+        if not is_begun(folder):
+            raise FlapsamError(f"{folder}: there is no run here")
         self.folder = folder
         self.on_event = on_event
         self._lock = alone(folder / "state" / "lock")
@@ -108,7 +110,12 @@ class Coordinator:
             raise FlapsamError(f"{few}; see the ledger for the reasons")
         sizes = {name: TrainingSize(one.training_cases, one.training_slices) for name, one in self.known.items()}
         state = ServerState(self.folder / "state" / NAME / "server")
-        weights = client_weights(sizes, self.config.rounds)
+        options = self.config.rounds
+        if isinstance(options.weights, dict):
+            # Given for all, and some may not be there yet.
+            given = {name: weight for name, weight in options.weights.items() if name in sizes}
+            options = options.model_copy(update={"weights": given})
+        weights = client_weights(sizes, options)
         self.server = Server(self.agreement, weights, state, options=self.config.server, seed=self.config.seed)
         self.agreement = self.server.agreement = self.agreement.without_start()
 

@@ -24,6 +24,7 @@ NEWS = (
     (r"Server started", "The server is up."),
     (r"Successfully registered client", "Connected to the server."),
     (r"Client: New client (\S+)@\S+ joined", "{0} has connected."),
+    (r"Re-activate the client: (\S+) at", "{0} is back."),
     (r"Client Name:(\S+) left", "{0} has left."),
     (r"BYOC not permitted", "Refused: a job with code of its own."),
     (r"Component '(\S+)' at .* is not in allow_list", "Refused: a job that names {0}, which this kit does not allow."),
