@@ -15,6 +15,7 @@ from flapsam.federation.coordinator import Coordinator
 from flapsam.federation.engines.site_process import SiteProcess
 from flapsam.federation.folder import begin_run
 from flapsam.federation.handshake import REASONS, Presence, Proposal, SiteFailed, read_message
+from flapsam.federation.ledger import read_ledger
 from flapsam.federation.packets import Header, decode, encode
 from flapsam.federation.preparation import resolve
 from flapsam.federation.site import Participant
@@ -170,8 +171,7 @@ def test_a_site_file_with_a_slip_is_an_error_that_names_it(tmp_path: Path):
 )
 def test_a_server_says_what_differs_at_a_site(change: dict, reason: str, config: RunConfig, tmp_path: Path):
     begin_run(config)
-    told = []
-    coordinator = Coordinator(config.output, told.append)
+    coordinator = Coordinator(config.output)
     right = {
         "version": __version__,
         "contract": coordinator.agreement.contract.hash,
@@ -185,10 +185,11 @@ def test_a_server_says_what_differs_at_a_site(change: dict, reason: str, config:
     coordinator.admit("site_0", json.dumps(right).encode())
     coordinator.admit("site_1", json.dumps({**right, **change}).encode())
     assert list(coordinator.held) == ["site_0"]
+    told = read_ledger(coordinator.ledger.path)
     assert told[-1]["event"] == "excluded" and told[-1]["site"] == "site_1" and reason in told[-1]["reason"]
     # What a site brought first is what counts: its weight cannot grow later.
     coordinator.admit("site_0", json.dumps({**right, "training_slices": 10**9}).encode())
-    assert coordinator.known["site_0"].training_slices == 24
+    assert coordinator.known["site_0"].slices == 24
     with pytest.raises(FlapsamError, match=r"1 sites take part, rounds\.min_sites is 2"):
         coordinator.open()
 

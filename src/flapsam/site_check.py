@@ -13,7 +13,7 @@ from flapsam.check import check_sites
 from flapsam.config import ClassValues, Data, RunConfig
 from flapsam.device import find_device
 from flapsam.errors import FlapsamError
-from flapsam.federation.engines.nvflare.kits import Kit
+from flapsam.federation.engines.nvflare.kits import FEW_DAYS, Kit
 from flapsam.federation.handshake import REASONS, Presence, Proposal, SiteFailed, read_message
 from flapsam.federation.observer import Observer
 from flapsam.federation.site import Participant
@@ -24,7 +24,6 @@ from flapsam.sites import read_site
 SECONDS = 5
 GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00"
 """What HTTP/2 begins with: the preface, and settings without any."""
-FEW_DAYS = 30
 DISK_GIB = 5
 
 

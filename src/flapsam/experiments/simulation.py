@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flapsam.adapter import save_adapter
-from flapsam.config import RunConfig, changed
+from flapsam.config import RunConfig
 from flapsam.device import default_threads
 from flapsam.errors import FlapsamError
 from flapsam.federation.aggregation import aggregator
@@ -201,10 +201,8 @@ class _Simulation:
         if training.micro_batch != "auto":
             return
         known = [event["windows"] for event in read_ledger(self.ledger.path) if event["event"] == "micro_batch"]
-        if known:
-            self.config = changed(self.config, {"training.micro_batch": known[0]})
-        else:
-            self.config = with_windows(self.config, self.assembled.network)
+        self.config = with_windows(self.config, self.assembled.network, *known[:1])
+        if not known:
             self.observer.event(self.ledger.write("micro_batch", windows=self.config.training.micro_batch))
         windows = self.config.training.micro_batch
         self.observer.say(f"micro_batch: {windows} of a batch's {training.batch_size} windows fit into memory at once")

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from flapsam.config import Rounds
 from flapsam.errors import FlapsamError
@@ -31,14 +31,8 @@ class Answer:
     """That the site took, if its engine says so."""
 
 
-class Carry(Protocol):
-    """An engine: brings every site its packets, and gives the answers as they come."""
-
-    def __call__(self, work: Work, /) -> Iterable[Answer]:
-        """Answers of the sites, each once, as they come."""
-        ...
-
-
+Carry = Callable[[Work], Iterable[Answer]]
+"""An engine: brings every site its packets, and gives the answers, each once, as they come."""
 Record = Callable[..., None]
 """Writes an event of this federation: its name, then its fields."""
 

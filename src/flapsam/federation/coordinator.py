@@ -12,7 +12,7 @@ from flapsam.errors import FlapsamError
 from flapsam.federation.conduct import Carry, deliver, rounds
 from flapsam.federation.folder import DESCRIPTION, IDENTITY, LEDGER, is_begun
 from flapsam.federation.handshake import REASONS, Presence, Proposal, differences, read_message
-from flapsam.federation.ledger import Event, Ledger, read_ledger
+from flapsam.federation.ledger import Ledger, read_ledger
 from flapsam.federation.packets import HEADER_BYTES
 from flapsam.federation.preparation import agree, assembled_for, card_of
 from flapsam.federation.rounds import VALIDATION, Server
@@ -26,23 +26,20 @@ NAME = "federated"
 
 
 @dataclass(frozen=True)
-class Known:
+class Brought(TrainingSize):
     """What a site brought when it first took part; it cannot bring more later."""
 
-    training_cases: int
-    training_slices: int
     modalities: int
 
 
 class Coordinator:
     """Conducts one run whose folder was begun. Only one process does at a time; others wait."""
 
-    def __init__(self, folder: Path, on_event: Callable[[Event], None] = lambda event: None) -> None:
+    def __init__(self, folder: Path) -> None:
         """Read the run.
 
         Args:
             folder: of the run.
-            on_event: is given every event of the ledger.
 
         Raises:
             FlapsamError: the folder holds no run, or it cannot be gone on with.
@@ -50,7 +47,6 @@ class Coordinator:
         if not is_begun(folder):
             raise FlapsamError(f"{folder}: there is no run here")
         self.folder = folder
-        self.on_event = on_event
         self._lock = alone(folder / "state" / "lock")
         self.config = read_config(folder / DESCRIPTION)
         self.run: str = json.loads((folder / IDENTITY).read_text())["run"]
@@ -66,7 +62,7 @@ class Coordinator:
 
     def record(self, event: str, **fields: Any) -> None:
         """Write an event of this federation."""
-        self.on_event(self.ledger.write(event, federation=NAME, **fields))
+        self.ledger.write(event, federation=NAME, **fields)
 
     def admit(self, site: str, answer: bytes) -> None:
         """Let a site take part, or say in the ledger why it does not.
@@ -84,11 +80,11 @@ class Coordinator:
         if reason:
             return self.exclude(site, reason)
         if site not in self.known:
-            brought = Known(presence.training_cases, presence.training_slices, presence.modalities)
+            brought = Brought(presence.training_cases, presence.training_slices, presence.modalities)
             self.known = dict(sorted({**self.known, site: brought}.items()))
             write_text(self._known_path, json.dumps({name: asdict(one) for name, one in self.known.items()}))
         self.held[site] = presence.held
-        self.on_event(self.ledger.write("site", site=site, cases=presence.cases))
+        self.ledger.write("site", site=site, cases=presence.cases)
 
     def exclude(self, site: str, reason: str) -> None:
         """Say that a site does not take part.
@@ -108,14 +104,13 @@ class Coordinator:
         if len(self.held) < self.config.rounds.min_sites:
             few = f"{len(self.held)} sites take part, rounds.min_sites is {self.config.rounds.min_sites}"
             raise FlapsamError(f"{few}; see the ledger for the reasons")
-        sizes = {name: TrainingSize(one.training_cases, one.training_slices) for name, one in self.known.items()}
         state = ServerState(self.folder / "state" / NAME / "server")
         options = self.config.rounds
         if isinstance(options.weights, dict):
             # Given for all, and some may not be there yet.
-            given = {name: weight for name, weight in options.weights.items() if name in sizes}
+            given = {name: weight for name, weight in options.weights.items() if name in self.known}
             options = options.model_copy(update={"weights": given})
-        weights = client_weights(sizes, options)
+        weights = client_weights(self.known, options)
         self.server = Server(self.agreement, weights, state, options=self.config.server, seed=self.config.seed)
         self.agreement = self.server.agreement = self.agreement.without_start()
 
@@ -153,7 +148,7 @@ class Coordinator:
         card = card_of(self.run, NAME, self.server.rounds_done, self._with_modalities(), self.origin)
         save_adapter(self.folder / "adapter", card, self.server.tensors)
         write_text(self.folder / "adapter" / "README.md", model_card(card, NAME, read_ledger(self.ledger.path)))
-        self.on_event(self.ledger.write("end"))
+        self.ledger.write("end")
         return True
 
     def _recorded(self, event: str, **fields: Any) -> None:
@@ -171,11 +166,11 @@ class Coordinator:
     def _known_path(self) -> Path:
         return self.folder / "state" / "sites.json"
 
-    def _read_known(self) -> Mapping[str, Known]:
+    def _read_known(self) -> Mapping[str, Brought]:
         path = self._known_path
         if not path.exists():
             return {}
         try:
-            return {name: Known(**fields) for name, fields in json.loads(path.read_text()).items()}
+            return {name: Brought(**fields) for name, fields in json.loads(path.read_text()).items()}
         except (ValueError, TypeError) as error:
             raise FlapsamError(f"{path}: what is known of the sites cannot be read; start the run anew") from error

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flapsam import __version__
-from flapsam.config import RunConfig
+from flapsam.config import RANDOM, RunConfig
 from flapsam.errors import FlapsamError
 
 REASONS: Mapping[str, str] = {
@@ -29,6 +29,7 @@ REASONS: Mapping[str, str] = {
 GONE = "it is gone"
 """What the ledger says of a site from which nothing is heard any more."""
 HEX = r"^[0-9a-f]{32}$"
+VERSION_PATTERN = "[0-9A-Za-z.+!-]{1,32}"
 LIMIT = 1 << 20
 """Bytes of a message."""
 LOCAL = ("output", "device", "threads", "bench")
@@ -45,7 +46,7 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    version: Annotated[str, Field(max_length=32, pattern=r"^[0-9A-Za-z.+!-]+$")] = __version__
+    version: Annotated[str, Field(pattern=f"^{VERSION_PATTERN}$")] = __version__
     """Of flapsam."""
 
 
@@ -60,7 +61,7 @@ class Proposal(Message):
         """A run without what is the server's own."""
         tree = config.model_dump(mode="json", exclude=set(LOCAL))
         tree["data"] = {name: value for name, value in tree["data"].items() if name not in LOCAL_DATA}
-        if tree["backbone"]["weights"] != "random":
+        if tree["backbone"]["weights"] != RANDOM:
             del tree["backbone"]["weights"]
         return cls(run=run, config=tree)
 
@@ -112,5 +113,5 @@ def read_message(kind: type["Proposal"] | type["Presence"], data: bytes) -> Any:
 
 def version_in(data: bytes) -> str | None:
     """The version in a message that may be of another one."""
-    found = re.search(rb'"version":\s*"([0-9A-Za-z.+!-]{1,32})"', data[:LIMIT])
+    found = re.search(rf'"version":\s*"({VERSION_PATTERN})"'.encode(), data[:LIMIT])
     return found[1].decode() if found else None

@@ -30,7 +30,7 @@ from flapsam.sam.checkpoints import find_weights
 from flapsam.sam.encoder import checkpoint_layers
 from flapsam.sam.sources import source
 from flapsam.sites import Case, Site, label_map
-from flapsam.slices import check_geometry, prepare
+from flapsam.slices import PreparedCase, check_geometry, prepare
 from flapsam.volumes import count_modalities, read_geometry
 
 
@@ -129,11 +129,11 @@ def with_modalities(config: RunConfig, cases: Sequence[Case]) -> RunConfig:
     return config.model_copy(update={"samples": config.samples.model_copy(update={"modalities": number})})
 
 
-def with_windows(config: RunConfig, network: Sam) -> RunConfig:
-    """The configuration with a number, measured, in the place of ``micro_batch: auto``."""
+def with_windows(config: RunConfig, network: Sam, known: int | None = None) -> RunConfig:
+    """The configuration with a number in the place of ``micro_batch: auto``: what is known of the run, or measured now."""
     if config.training.micro_batch != "auto":
         return config
-    windows = windows_that_fit(network, config.training, config.precision)
+    windows = known or windows_that_fit(network, config.training, config.precision)
     return config.model_copy(update={"training": config.training.model_copy(update={"micro_batch": windows})})
 
 
@@ -145,7 +145,7 @@ def prepare_site(site: Site, config: RunConfig, cache: Path, on_case: Callable[[
     """
     labels = label_map(config.data, site.name)
 
-    def unpacked(cases: Sequence[Case]) -> list:
+    def unpacked(cases: Sequence[Case]) -> list[PreparedCase]:
         result = []
         for case in cases:
             result.append(prepare(case, labels, config.samples, cache))

@@ -2,13 +2,13 @@
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from flapsam import __version__
 from flapsam.adapter import save_adapter
-from flapsam.config import RunConfig, validated
+from flapsam.config import RANDOM, RunConfig, validated
 from flapsam.errors import FlapsamError
 from flapsam.federation.handshake import Presence, Proposal, SiteFailed, read_message, version_in
 from flapsam.federation.packets import PacketRefused
@@ -77,7 +77,7 @@ class Participant:
             site = read_site(config.data, config.seed, self.name, own.site)
             check_pairs([site])
             size = training_size(site, config)
-            if size.cases < max(self.file.min_cases, 1):
+            if size.cases < self.file.min_cases:
                 log.error("%d training cases, min_cases is %d", size.cases, self.file.min_cases)
                 raise SiteFailed("cases")
             config = with_modalities(config, site.cases)
@@ -134,7 +134,7 @@ class Participant:
         labels = data.get("site_labels")
         data["site_labels"] = {self.name: labels[self.name]} if isinstance(labels, dict) and self.name in labels else {}
         backbone = dict(tree["backbone"])
-        if backbone.get("weights") != "random":
+        if backbone.get("weights") != RANDOM:
             backbone["weights"] = file.weights
         own = {"device": file.device, "threads": file.threads, "output": file.state, "modes": ["federated"]}
         return validated({**tree, **own, "data": data, "backbone": backbone}, RunConfig, "the proposed run")
@@ -153,18 +153,16 @@ class Participant:
 
     def _with_windows(self, config: RunConfig, network: Sam) -> RunConfig:
         """``micro_batch: auto`` as a number, the same in all of a run."""
-        known = self.folder / "micro_batch.json"
-        if config.training.micro_batch == "auto" and known.exists():
-            training = config.training.model_copy(update={"micro_batch": json.loads(known.read_text())})
-            return config.model_copy(update={"training": training})
-        measured = with_windows(config, network)
-        if measured is not config:
-            write_text(known, json.dumps(measured.training.micro_batch))
-        return measured
+        kept = self.folder / "micro_batch.json"
+        known = json.loads(kept.read_text()) if kept.exists() else None
+        result = with_windows(config, network, known)
+        if result is not config and known is None:
+            write_text(kept, json.dumps(result.training.micro_batch))
+        return result
 
 
 @contextmanager
-def failing_as(code: str):
+def failing_as(code: str) -> Iterator[None]:
     """Whatever goes wrong within is told as this code; all of it stands in the site's own log."""
     try:
         yield

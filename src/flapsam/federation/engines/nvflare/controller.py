@@ -1,8 +1,8 @@
 """What NVFLARE runs at the server: it sends each site its packets and collects the answers."""
 
 import itertools
-import json
 import queue
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from flapsam.federation.conduct import Answer, Work
 from flapsam.federation.coordinator import Coordinator
 from flapsam.federation.engines.nvflare.executor import ALIVE, ANSWER, CODE, NUMBER, PACKETS, SECONDS, VERSION
 from flapsam.federation.engines.nvflare.kits import HEARTBEAT_SECONDS
-from flapsam.federation.handshake import GONE, LIMIT, REASONS, version_in
+from flapsam.federation.handshake import GONE, LIMIT, REASONS, VERSION_PATTERN
 from flapsam.federation.packets import FRAMING_BYTES
 from flapsam.files import make_folder
 
@@ -235,8 +235,8 @@ def read_answer(site: str, result: Shareable, limit: int) -> tuple[Received, np.
     number = number if isinstance(number, int) else -1
     if result.get_return_code() != ReturnCode.OK:
         return Received(site, number, problem=REASONS["error"]), None
-    code, content, seconds = result.get(CODE), result.get(ANSWER), result.get(SECONDS)
-    if code == "version" and (version := version_in(json.dumps({"version": result.get(VERSION)}).encode())):
+    code, content, seconds, version = (result.get(entry) for entry in (CODE, ANSWER, SECONDS, VERSION))
+    if code == "version" and isinstance(version, str) and re.fullmatch(VERSION_PATTERN, version):
         return Received(site, number, problem=f"it runs flapsam {version}, the server {__version__}"), None
     if code:
         return Received(site, number, problem=REASONS.get(code if isinstance(code, str) else "", REASONS["error"])), None

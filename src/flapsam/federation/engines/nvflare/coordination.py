@@ -160,8 +160,7 @@ class Run:
         while True:
             time.sleep(0.2)
             self._read_ledger()
-            end = next((e for e in self.events if e["event"] == "job_end" and e["job"] == job.identity), None)
-            if end is not None:
+            if (end := self._end_of(job)) is not None:
                 if end["outcome"] == "aborted" and self._was_stopped(job):
                     raise FlapsamError("the run was stopped; the same command goes on with it")
                 return end["outcome"]
@@ -180,11 +179,14 @@ class Run:
                 return "crashed"
             if str(meta.get("status", "")).startswith(ENDED):
                 self._read_ledger()
-                if not any(e["event"] == "job_end" and e["job"] == job.identity for e in self.events):
+                if self._end_of(job) is None:
                     self.observer.say(f"The job has ended badly ({meta['status']}); it is submitted again.")
                     return "crashed"
                 continue
             self._regroup_if_back(job, [client.name for client in info.client_info or []])
+
+    def _end_of(self, job: Job) -> Event | None:
+        return next((e for e in self.events if e["event"] == "job_end" and e["job"] == job.identity), None)
 
     def _was_stopped(self, job: Job) -> bool:
         """Whether somebody ended a job, and not the death of its server."""
@@ -226,7 +228,7 @@ class Run:
     def _wait_for_sites(self) -> list[str]:
         """The sites of the next job: all, or after a while those that are there, if they are enough."""
         everyone = self._wanted(self.line.kit.card.sites)
-        enough = max(self.config.rounds.min_sites, 1)
+        enough = self.config.rounds.min_sites
         said: list[str] = []
         since = time.monotonic()
         while True:

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,6 +37,8 @@ ALLOWED: dict[Role, str] = {
 """The class that a job may name, and no other."""
 AUTHORITY_DAYS = 3600
 """For which the federation's own root certificate is valid; those of participants are for 360."""
+FEW_DAYS = 30
+"""Left of a certificate, below which it is said that a new kit is needed."""
 HEARTBEAT_SECONDS = 15
 """Without a sign of life, after which the server takes a site for gone."""
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -233,11 +235,11 @@ def _harden(folder: Path, name: str, federation: FederationFile) -> None:
     for default in local.glob("*.default"):
         default.rename(default.with_suffix(""))
     if role != "coordinator":
-        _change(local / "resources.json", lambda tree: resources(tree, ALLOWED[role]))
-        _change(local / "log_config.json", quiet)
+        change_json(local / "resources.json", lambda tree: resources(tree, ALLOWED[role]))
+        change_json(local / "log_config.json", quiet)
         write_text(local / "authorization.json", json.dumps(AUTHORIZATION, indent=1))
     if role == "server":
-        _change(startup / "fed_server.json", on_loopback)
+        change_json(startup / "fed_server.json", on_loopback)
     sites = [] if role == "site" else federation.sites
     card = KitCard(federation=federation.name, role=role, name=name, server=f"{place.host}:{place.port}", sites=sites)
     write_text(folder / KIT, card.model_dump_json(indent=1) + "\n")
@@ -248,7 +250,8 @@ def _harden(folder: Path, name: str, federation: FederationFile) -> None:
     folder.chmod(0o700)
 
 
-def _change(path: Path, change: Any) -> None:
+def change_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Write a JSON file anew, changed."""
     tree = json.loads(path.read_text())
     change(tree)
     write_text(path, json.dumps(tree, indent=1) + "\n")

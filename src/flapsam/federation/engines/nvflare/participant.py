@@ -1,6 +1,5 @@
 """A server or a site in the foreground: NVFLARE's process, started with what its kit says, and ended with all it started."""
 
-import json
 import os
 import re
 import signal
@@ -9,15 +8,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 from cryptography.x509.oid import NameOID
 
 from flapsam.errors import FlapsamError
 from flapsam.federation.engines.nvflare.executor import SITE_FILE
-from flapsam.federation.engines.nvflare.kits import HEARTBEAT_SECONDS, Kit
+from flapsam.federation.engines.nvflare.kits import FEW_DAYS, HEARTBEAT_SECONDS, Kit, change_json
 from flapsam.federation.site_file import read_site_file
-from flapsam.files import alone, write_text
+from flapsam.files import alone
 
 LOG, OUTPUT = "log.txt", "output.txt"
 NEWS = (
@@ -68,7 +68,7 @@ def serve(kit: Kit, say: Callable[[str], None], *, site_file: Path | None = None
             log.touch()
         news = News(logs, say)
         say(f"{kit.card.name} of {kit.card.federation}, server {kit.card.server}. Log: {logs[0]}. Ctrl-C ends it.")
-        if kit.days_left < 30:
+        if kit.days_left < FEW_DAYS:
             say(f"The certificate expires in {kit.days_left} days: ask for a new kit.")
         with (kit.folder / OUTPUT).open("ab") as output:
             process = subprocess.Popen(
@@ -183,10 +183,11 @@ def _place_storage(kit: Kit) -> None:
     """NVFLARE wants absolute paths for a server's jobs, and a kit may have been moved."""
     if kit.card.role != "server":
         return
-    path = kit.folder / "local" / "resources.json"
-    tree = json.loads(path.read_text())
-    tree["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(kit.folder / "snapshots")
-    for part in tree["components"]:
-        if part["id"] == "job_manager":
-            part["args"]["uri_root"] = str(kit.folder / "jobs" / "store")
-    write_text(path, json.dumps(tree, indent=1) + "\n")
+
+    def place(tree: dict[str, Any]) -> None:
+        tree["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(kit.folder / "snapshots")
+        for part in tree["components"]:
+            if part["id"] == "job_manager":
+                part["args"]["uri_root"] = str(kit.folder / "jobs" / "store")
+
+    change_json(kit.folder / "local" / "resources.json", place)
