@@ -45,3 +45,15 @@ def saved(folder: Path, name: str = "flap", *, seed: int | None = None) -> Path:
         card = card.model_copy(update={"backbone": card.backbone.model_copy(update={"seed": seed})})
     save_adapter(folder, card, travelling_state(assembled.network))
     return folder
+
+
+def saved_lively(folder: Path) -> Path:
+    """The folder of an adapter that finds every class in smooth noise, so that label maps have something to compare."""
+    assembled, card = trained("flap")
+    with torch.no_grad():
+        draw = torch.Generator().manual_seed(107)
+        for name, parameter in travelling(assembled.network).items():
+            if "hypernetworks" in name or "mask_tokens" in name:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=draw)
+    save_adapter(folder, card, travelling_state(assembled.network))
+    return folder

@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 
 FLOORS = [
     ["flapsam.errors"],
-    ["flapsam.files", "flapsam.seeds", "flapsam.presets", "flapsam.prefetch"],
+    ["flapsam.files", "flapsam.seeds", "flapsam.presets", "flapsam.prefetch", "flapsam.cleaning"],
     ["flapsam.download"],
     ["flapsam.config"],
     ["flapsam.volumes"],
@@ -32,6 +32,8 @@ FLOORS = [
     ["flapsam.federation.conduct", "flapsam.federation.preparation"],
     ["flapsam.federation.site", "flapsam.federation.coordinator"],
     ["flapsam.federation.engines", "flapsam.traffic"],
+    ["flapsam.trained"],
+    ["flapsam.images", "flapsam.model"],
     ["flapsam.prediction", "flapsam.check", "flapsam.datasets", "flapsam.backbones", "flapsam.export"],
     ["flapsam.evaluation", "flapsam.experiments", "flapsam.site_check"],
     ["flapsam.report"],

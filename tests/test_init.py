@@ -52,12 +52,12 @@ def test_several_modalities_are_predicted_as_they_were_learned(tmp_path: Path, c
     assert told.code == 0, told.err
     told = flapsam(capfd, "predict", "runs/run", "data/imagesTr", "-o", "out")
     assert told.code == 0, told.err
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"case_{i}.nii.gz" for i in range(5)]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz")) == [f"case_{i}.nii.gz" for i in range(5)]
     test = next((tmp_path / "runs" / "run" / "predictions" / "federated" / "all").iterdir())
     again = read_label(tmp_path / "out" / test.name)
     np.testing.assert_array_equal(again.array, read_label(test).array)
     alone = flapsam(capfd, "predict", "runs/run", "data/imagesTr/case_0_0000.nii.gz", "-o", "other")
-    assert (alone.code, "it has 1 modalities, the adapter was trained on 2" in alone.err) == (2, True)
+    assert (alone.code, "it has 1 modalities, the adapter was trained on 2" in alone.err) == (1, True)
 
 
 def ct(root: Path) -> None:

@@ -232,10 +232,14 @@ class Brightest(torch.nn.Module):
     """A network for tests: class 1 where a pixel is above half, nothing learned."""
 
     image_size = 64
+    masks = 2
     pixel_mean = torch.zeros(1)
 
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.cat([torch.zeros_like(images), 40 * (images - 0.5)], dim=1)
+    def embed(self, images: Tensor) -> Tensor:
+        return images[:, :1]
+
+    def logits(self, embedding: Tensor) -> Tensor:
+        return torch.cat([torch.zeros_like(embedding), 40 * (embedding - 0.5)], dim=1)
 
 
 @pytest.mark.parametrize("codes", ["RAS", "LPI", "IPL", "SAR"])
@@ -247,6 +251,6 @@ def test_label_maps_lie_on_their_image_in_every_orientation(codes: str, resize: 
     array[8:24, 12:20, 2:7] = 1
     stored = stored_as(codes, Volume(array, np.diag([1.0, 1, 2, 1])))
     samples = Samples.model_validate({"scaling": "volume", "resize": resize})
-    labels = predict_volume(Brightest(), stored, samples, batch=3)  # type: ignore[arg-type]
+    labels = predict_volume(Brightest(), stored, samples, batch=3).labels  # type: ignore[arg-type]
     assert labels.shape == stored.array.shape
     assert (labels == (stored.array > 0.5)).mean() > 0.99

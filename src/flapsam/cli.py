@@ -154,30 +154,90 @@ def suggest(
 @app.command()
 def predict(
     trained: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="The folder of a run or of an adapter.")],
-    images: Annotated[Path, typer.Argument(help="A NIfTI file, a folder of them, or a folder of sites.")],
+    images: Annotated[
+        list[Path],
+        typer.Argument(
+            help="NIfTI, NRRD, MetaImage or DICOM files; folders, searched to the bottom; or lists of paths (.txt)."
+        ),
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the label maps.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Leave out what is there already, made in the same way.")] = False,
+    series: Annotated[
+        str | None, typer.Option(help="Of folders with several DICOM series: number, description or UID, such as '*T2*'.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Of one folder of sites, only train, val or test cases.")] = None,
+    flips: Annotated[bool, typer.Option("--flips", help="Average over mirror images; four times the time.")] = False,
+    planes: Annotated[
+        bool, typer.Option("--planes", help="Average over sagittal, coronal and axial slices; about three times the time.")
+    ] = False,
+    largest: Annotated[bool, typer.Option("--largest", help="Keep the largest connected component of each class.")] = False,
+    fill: Annotated[bool, typer.Option("--fill", help="Fill holes in each class.")] = False,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Write a probability map a class, too, as one 4-D NIfTI file.")
+    ] = False,
+    dicom_seg: Annotated[bool, typer.Option(help="Write a DICOM segmentation beside NIfTI for DICOM images.")] = True,
     weights: Annotated[Path | None, typer.Option(help="The backbone's checkpoint, if the adapter needs one.")] = None,
-    split: Annotated[str | None, typer.Option(help="Of a folder of sites, only train, val or test cases.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")] = "cpu",
+    precision: Annotated[
+        str | None,
+        typer.Option(help="fp32, bf16, fp16 or auto, the fastest by a short measurement; on a CPU fp32."),
+    ] = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Segment volumes: one label map an image, in the image's own grid."""
+    """Segment volumes: a label map an image, in the image's own grid and format."""
     if split not in (None, "train", "val", "test"):
         raise FlapsamError(f"--split {split}: choose train, val or test")
-    from flapsam.prediction import find_images, find_trained, predict_images
+    from flapsam.device import default_threads, set_up_torch
+    from flapsam.images import find_cases, find_images
+    from flapsam.inference import Options
+    from flapsam.model import load
+    from flapsam.prediction import VOLUMES, predict_images
+    from flapsam.trained import find_trained
 
     found = find_trained(trained)
-    jobs = find_images(images, found, split)  # type: ignore[arg-type]
-    with observing() as observer:
-        observer.begin("label maps", len(jobs))
-        written = list(
-            predict_images(found, jobs, output, weights=weights, device=device, threads=threads, on_case=observer.step)
+    if split is None:
+        jobs = find_images(images, found, series=series, output=output)
+    elif len(images) == 1:
+        jobs = find_cases(images[0], found, split)  # type: ignore[arg-type]
+    else:
+        raise FlapsamError("--split: give one folder of sites")
+    set_up_torch(threads or default_threads(), deterministic=True)
+    model = load(trained, weights=weights, device=device, precision=precision)  # type: ignore[arg-type]
+    with interruptible(f"What is done is kept in {output}; go on with --resume.") as observer:
+        outcomes = list(
+            predict_images(
+                model,
+                found,
+                jobs,
+                output,
+                options=Options(flips=flips, planes=planes, largest=largest, fill=fill, probabilities=probabilities),
+                segmentation=dicom_seg,
+                resume=resume,
+                observer=observer,
+            )
         )
-        observer.end()
+    failed = [outcome for outcome in outcomes if outcome.error]
+    written = [outcome for outcome in outcomes if not outcome.error]
     if as_json:
-        return print_json({"written": [str(path) for path in written]})
-    out.print(f"{len(written)} label maps written to {output}", highlight=False, soft_wrap=True)
+        print_json(
+            {
+                "written": [str(path) for outcome in written for path in outcome.written],
+                "images": [outcome.as_json() for outcome in outcomes],
+                "volumes": str(output / VOLUMES),
+            }
+        )
+    else:
+        out.print(
+            f"{len(written)} label maps are in {output}, their volumes in {output / VOLUMES}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if failed:
+        notes.print(f"[bold red]{len(failed)} of {len(outcomes)} images are not segmented:[/]", highlight=False)
+        for outcome in failed:
+            notes.print(f"- {escaped(outcome.error)}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -192,10 +252,10 @@ def export(
     if form not in ("transformers", "onnx"):
         raise FlapsamError(f"--format {form}: choose transformers or onnx")
     from flapsam.export import export as write
-    from flapsam.prediction import backbone_of, find_trained
+    from flapsam.trained import find_trained
 
     found = find_trained(trained)
-    written = write(found.folder, output, form=form, weights=weights or backbone_of(found))
+    written = write(found.folder, output, form=form, weights=weights or found.weights)
     if as_json:
         return print_json({"written": [str(path) for path in written]})
     for path in written:
@@ -217,8 +277,8 @@ def evaluate(
 
     from flapsam.evaluation import evaluate as score
     from flapsam.metrics import by_site, summarise
-    from flapsam.prediction import find_trained
     from flapsam.report import tables
+    from flapsam.trained import find_trained
 
     with observing() as observer:
         observer.begin("scores", 0)

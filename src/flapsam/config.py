@@ -269,8 +269,8 @@ class RunConfig(Options):
     """Sites whose adapters have a smaller rank than ``lora.rank``."""
     modes: Annotated[list[Mode], Field(min_length=1)] = ["federated"]
     """What to train: one model by all sites together, one by each site alone, one on the pooled data."""
-    inference_batch: Positive = 16
-    """Slices a batch at validation and prediction."""
+    inference_batch: Positive | None = None
+    """Slices a batch at validation and test; as many as fit if not given."""
     device: str = "cpu"
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the network under autocast; parameters and packets stay fp32."""

@@ -9,10 +9,10 @@ from flapsam.adapter import read_card
 from flapsam.config import Data
 from flapsam.errors import FlapsamError
 from flapsam.metrics import CaseScores, score_case
-from flapsam.prediction import Trained
 from flapsam.sites import Case, label_map
 from flapsam.slices import check_geometry
-from flapsam.volumes import case_name, is_nifti, read_label
+from flapsam.trained import Trained
+from flapsam.volumes import case_name, is_image, read_label
 
 
 def evaluate(
@@ -63,13 +63,13 @@ def evaluate(
 
 
 def _label_maps(folder: Path) -> dict[tuple[str, ...], Path]:
-    """Label maps by their place, where a folder ``labels`` does not count and ``images`` is left out."""
+    """Label maps by their place, where a folder ``labels`` does not count; ``images`` and ``probabilities`` are left out."""
     if not folder.is_dir():
         raise FlapsamError(f"{folder}: no such folder")
     found = {}
     for path in sorted(folder.rglob("*")):
         folders = path.relative_to(folder).parent.parts
-        if is_nifti(path) and "images" not in folders:
+        if is_image(path) and not {"images", "probabilities"} & set(folders):
             found[(*(part for part in folders if part != "labels"), case_name(path))] = path
     return found
 

@@ -17,7 +17,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     The temporary name keeps the suffixes, because image libraries choose the format by them.
 
     Raises:
-        FlapsamError: the folder cannot be made or written to.
+        FlapsamError: the folder cannot be made or written to, or the disk is full.
     """
     make_folder(path.parent)
     try:
@@ -32,6 +32,8 @@ def written_whole(path: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
+    except OSError as error:
+        raise FlapsamError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,142 +1,220 @@
-"""Folders of images → label maps, with a trained adapter."""
+"""Images → label maps on disk, with a trained adapter: one after the other, past those that are broken.
 
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+While a volume is in the network, the next one is read and the last one's label map is written.
+"""
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from flapsam.adapter import CARD, load_adapter, read_card
-from flapsam.config import RunConfig, Weights, read_config
-from flapsam.device import default_threads, find_device, set_up_torch
+import numpy as np
+from numpy.typing import NDArray
+
+from flapsam import __version__
 from flapsam.errors import FlapsamError
-from flapsam.files import check_writable
-from flapsam.inference import predict_volume
-from flapsam.sites import Split, find_dataset, read_sites
-from flapsam.volumes import case_name, is_nifti, read_image, write_label_like
+from flapsam.federation.ledger import Event, Ledger, read_ledger
+from flapsam.federation.observer import Observer
+from flapsam.files import check_writable, write_text
+from flapsam.images import Job
+from flapsam.inference import Options, Prediction
+from flapsam.model import Model
+from flapsam.prefetch import ahead
+from flapsam.trained import Trained
+from flapsam.volumes import Legend, Series, Volume, itk_snap, read_image, write_labels, write_probabilities
 
-NUMBERED = re.compile(r"_\d{4}$")
-"""nnU-Net's number of a modality, at the end of a file's name."""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """An adapter's folder, and the configuration of the run that it lies in, if it does."""
-
-    folder: Path
-    run: RunConfig | None
-
-
-def find_trained(path: Path) -> Trained:
-    """The adapter at ``path``, which is an adapter's folder or a run's.
-
-    Raises:
-        FlapsamError: it is neither.
-    """
-    for folder in (path, path / "adapter"):
-        if (folder / CARD).exists():
-            run = next((p / "run.yaml" for p in (path, path.parent, path.parent.parent) if (p / "run.yaml").exists()), None)
-            return Trained(folder, read_config(run) if run else None)
-    raise FlapsamError(f"{path}: neither an adapter nor a finished run; an adapter's folder holds {CARD}")
-
-
-def backbone_of(trained: Trained) -> Weights | None:
-    """The checkpoint that the adapter's run used, if it is known."""
-    return trained.run.backbone.weights if trained.run else None
+LEDGER, VOLUMES, DESCRIPTIONS, PROBABILITIES = "predictions.jsonl", "volumes.csv", "labels.txt", "probabilities"
 
 
 @dataclass(frozen=True)
-class Job:
-    """One image, and its label map's place relative to the output folder."""
+class Outcome:
+    """What became of an image."""
 
-    image: Path
-    target: Path
-    others: tuple[Path, ...] = ()
-    """Files of further modalities."""
-    site: str = ""
+    job: Job
+    written: tuple[Path, ...] = ()
+    """First the label map."""
+    ml: dict[str, float] = field(default_factory=dict)
+    """Class → volume."""
+    error: str = ""
 
-
-def find_images(path: Path, trained: Trained, split: Split | None = None) -> list[Job]:
-    """Images to predict.
-
-    Args:
-        path: a NIfTI file; a folder of them; or a folder of sites, whose label maps go to ``SITE/CASE.nii.gz``.
-        trained: says how the run split its data, where the data have no table.
-        split: only these cases of a folder of sites.
-
-    Raises:
-        FlapsamError: there is no image.
-    """
-    if path.is_file():
-        return [Job(path, Path(f"{case_name(path)}.nii.gz"))]
-    if not path.is_dir():
-        raise FlapsamError(f"{path}: no such file or folder")
-    images = [image for image in sorted(path.iterdir()) if is_nifti(image)]
-    if images:
-        return _by_case(images, read_card(trained.folder).samples.modalities)
-    if split is None:
-        images = [image for image in sorted(path.glob("*/images/*")) if is_nifti(image)]
-        if not images:
-            raise FlapsamError(f"{path}: no NIfTI image there, neither directly nor as SITE/images/CASE.nii.gz")
-        return [Job(image, Path(image.parent.parent.name) / f"{case_name(image)}.nii.gz") for image in images]
-    if trained.run:
-        data = trained.run.data.model_copy(update={"path": path})
-        cases = [case for site in read_sites(data, trained.run.seed) for case in site.cases]
-    else:
-        cases = find_dataset(path).read(path).cases
-        if any(case.split is None for case in cases):
-            raise FlapsamError(
-                f"{path}: its cases have no split; give the run's folder, which knows it, or leave out --split"
-            )
-    jobs = [
-        Job(case.image, Path(case.site) / f"{case.name}.nii.gz", case.other_images, case.site)
-        for case in cases
-        if case.split == split
-    ]
-    if not jobs:
-        raise FlapsamError(f"{path}: no case has the split '{split}'")
-    return jobs
-
-
-def _by_case(images: list[Path], modalities: int) -> list[Job]:
-    """A job an image; where an adapter wants several modalities, files ``CASE_0000``, ``CASE_0001``, … are one case."""
-    cases: dict[str, list[Path]] = {}
-    for image in images:
-        name = case_name(image)
-        cases.setdefault(NUMBERED.sub("", name) if modalities > 1 else name, []).append(image)
-    return [Job(files[0], Path(f"{name}.nii.gz"), tuple(files[1:])) for name, files in cases.items()]
+    def as_json(self) -> dict[str, Any]:
+        """For other programs."""
+        image = str(self.job.image)
+        if self.error:
+            return {"image": image, "error": self.error}
+        return {"image": image, "written": [str(path) for path in self.written], "ml": self.ml}
 
 
 def predict_images(
+    model: Model,
     trained: Trained,
     jobs: list[Job],
     output: Path,
     *,
-    weights: Path | None = None,
-    device: str = "cpu",
-    threads: int | None = None,
-    batch: int = 16,
-    on_case: Callable[[], None] = lambda: None,
-) -> Iterator[Path]:
-    """Write a label map for each image, in the image's own grid and header geometry.
+    options: Options = Options(),
+    segmentation: bool = True,
+    resume: bool = False,
+    observer: Observer = Observer(),
+) -> Iterator[Outcome]:
+    """Write a label map for each image, in the image's own grid, format and header geometry.
+
+    The folder also gets ``labels.txt`` (names and colours for ITK-SNAP), ``predictions.jsonl`` (the ledger) and, at the
+    end, ``volumes.csv`` (millilitres a class).
+
+    Args:
+        model: what predicts.
+        trained: where it comes from.
+        jobs: the images.
+        output: folder of the label maps.
+        options: what is done beyond predicting every slice once.
+        segmentation: whether DICOM images get a DICOM segmentation, beside NIfTI.
+        resume: leave out what the same adapter has segmented here in the same way.
+        observer: is told of the progress.
 
     Yields:
-        The label maps' paths, each when it is written.
+        What became of every image: of those that are left out first, then in the order of ``jobs``. An image that cannot be
+        read, or a label map that cannot be written, does not end the work.
 
     Raises:
-        FlapsamError: the adapter, an image or the output folder is wrong.
+        FlapsamError: nothing can be written to the output folder.
     """
     check_writable(output)
-    set_up_torch(threads or default_threads(), deterministic=True)
-    network, card = load_adapter(trained.folder, weights or backbone_of(trained))
-    network.to(find_device(device))
+    write_text(output / DESCRIPTIONS, itk_snap(model.legend))
+    ledger = Ledger(output / LEDGER)
+    way = _fingerprint(model, trained, options)
+    done = _done(ledger.path, output, way) if resume else {}
+    left = [job for job in jobs if done.get(job.stem.as_posix(), {}).get("of") != _identity(job)]
+    observer.begin("label maps", len(jobs), len(jobs) - len(left))
+    try:
+        for job in jobs:
+            if job not in left:
+                event = done[job.stem.as_posix()]
+                yield Outcome(job, tuple(output / name for name in event["written"]), event["ml"])
+        for outcome in _outcomes(model, left, output, options, segmentation, observer):
+            if not outcome.error:
+                written = [path.relative_to(output).as_posix() for path in outcome.written]
+                ledger.write(
+                    "label_map",
+                    case=outcome.job.stem.as_posix(),
+                    image=str(outcome.job.image),
+                    of=_identity(outcome.job),
+                    way=way,
+                    written=written,
+                    ml=outcome.ml,
+                )
+            yield outcome
+    finally:
+        _write_volumes(output, model.card.classes)
+        observer.end()
+
+
+def _outcomes(
+    model: Model, jobs: list[Job], output: Path, options: Options, segmentation: bool, observer: Observer
+) -> Iterator[Outcome]:
+    """Read ahead, predict, write behind."""
+    behind: Future[Outcome] | None = None
+    with ThreadPoolExecutor(1) as writer, closing(ahead(_read(jobs), depth=1)) as volumes:
+        for job, volume in volumes:
+            found = volume
+            if isinstance(volume, Volume):
+                found = _tried(job, _segment, model, job, volume, options, observer)
+            if behind is not None:
+                yield behind.result()
+            if isinstance(volume, Volume) and isinstance(found, Prediction):
+                behind = writer.submit(_write, job, found, volume.affine, output, model.legend, segmentation)
+            else:
+                behind = None
+                observer.step()
+                yield Outcome(job, error=str(found))
+            # The next one is there already; this one's voxels are not needed any more.
+            del volume, found
+        if behind is not None:
+            yield behind.result()
+
+
+def _read(jobs: Iterable[Job]) -> Iterator[tuple[Job, Volume | str]]:
+    """Volumes, or why there is none."""
     for job in jobs:
-        volume = read_image(job.image, *job.others)
-        if volume.modalities != card.samples.modalities:
-            raise FlapsamError(
-                f"{job.image}: it has {volume.modalities} modalities, the adapter was trained on {card.samples.modalities}"
-            )
-        labels = predict_volume(network, volume, card.samples, batch=batch, site=job.site)
-        target = output / job.target
-        write_label_like(labels, job.image, target)
-        on_case()
-        yield target
+        yield job, job.fault or _tried(job, read_image, job.image, *job.others)
+
+
+def _segment(model: Model, job: Job, volume: Volume, options: Options, observer: Observer) -> Prediction:
+    try:
+        return model.segment(volume, options, site=job.site, on_slices=lambda count, of: observer.step(count / of))
+    except FlapsamError as error:
+        raise FlapsamError(f"{job.image}: {error}") from error
+
+
+def _write(
+    job: Job, found: Prediction, affine: NDArray[np.float64], output: Path, legend: Legend, segmentation: bool
+) -> Outcome:
+    """All files of an image, or none."""
+    written: list[Path] = []
+
+    def write() -> None:
+        written.extend(write_labels(found.labels, job.image, affine, output / job.stem, legend, segmentation=segmentation))
+        if found.probabilities is not None:
+            path = output / PROBABILITIES / job.stem.with_name(job.stem.name + ".nii.gz")
+            write_probabilities(found.probabilities, job.image, affine, path)
+            written.append(path)
+
+    error = _tried(job, write)
+    if error:
+        for path in written:
+            path.unlink(missing_ok=True)
+        return Outcome(job, error=error)
+    voxels = np.bincount(found.labels.ravel(order="K"), minlength=len(legend) + 1)
+    ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
+    return Outcome(job, tuple(written), {segment.name: round(voxels[segment.value] * ml, 6) for segment in legend})
+
+
+def _tried(job: Job, function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function returns, or a sentence on why it failed: hundreds of images must not be lost to one."""
+    try:
+        return function(*arguments)
+    except FlapsamError as error:
+        return str(error)
+    except Exception as error:
+        return f"{job.image}: unexpected {type(error).__name__}: {' '.join(str(error).split()) or 'no reason given'}"
+
+
+def _fingerprint(model: Model, trained: Trained, options: Options) -> str:
+    """SHA-256 of all that label maps depend on but the images."""
+    digest = hashlib.sha256(json.dumps([asdict(options), model.precision, __version__]).encode())
+    for path in sorted(trained.folder.iterdir()):
+        if path.is_file():
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _identity(job: Job) -> list[list[Any]]:
+    """Names, sizes and times of an image's files."""
+    files = job.image.files if isinstance(job.image, Series) else (job.image, *job.others)
+    return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files if path.exists()]
+
+
+def _done(path: Path, output: Path, way: str) -> dict[str, Event]:
+    """Case → its last event in the ledger, where all that was written is still there."""
+    last = {event["case"]: event for event in read_ledger(path)}
+    return {
+        case: event
+        for case, event in last.items()
+        if event["way"] == way and all((output / name).exists() for name in event["written"])
+    }
+
+
+def _write_volumes(output: Path, classes: Sequence[str]) -> None:
+    """A row an image that was ever segmented here, the last time counts."""
+    last = {event["case"]: event for event in read_ledger(output / LEDGER)}
+    table = io.StringIO()
+    rows = csv.writer(table, lineterminator="\n")
+    rows.writerow(["case", "image", "label_map", *(f"{name} (ml)" for name in classes)])
+    for case, event in sorted(last.items()):
+        rows.writerow([case, event["image"], event["written"][0], *(event["ml"].get(name, "") for name in classes)])
+    write_text(output / VOLUMES, table.getvalue())

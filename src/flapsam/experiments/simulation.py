@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -43,11 +44,11 @@ from flapsam.files import write_text
 from flapsam.inference import predict_volume
 from flapsam.metrics import CaseScores, Summary, by_site, score_case, summarise
 from flapsam.model_card import model_card
-from flapsam.sam import Sam, load_tensors, travelling_state
+from flapsam.sam import Sam, fuse, load_tensors, travelling_state
 from flapsam.sites import Site, hold_out_validation, label_map, read_sites
 from flapsam.slices import read_pair
 from flapsam.traffic import full_packet_bytes
-from flapsam.volumes import write_label_like
+from flapsam.volumes import legend_of, write_label_like
 
 
 @dataclass(frozen=True)
@@ -254,6 +255,8 @@ class _Simulation:
         """Predict and score the test cases, each once; label maps go to ``predictions``."""
         config = self.config
         cases = [case for site in federation.tested for case in site.of("test")]
+        # As ``flapsam predict`` has it, so that label maps are the same to the last voxel.
+        network = fuse(deepcopy(self.assembled.network))
         self.observer.begin(f"{federation.name}: test", len(cases))
         for case in cases:
             identity = {"federation": federation.name, "site": case.site, "case": case.name}
@@ -261,15 +264,15 @@ class _Simulation:
                 labels = label_map(config.data, case.site)
                 image, truth = read_pair(case, labels)
                 predicted = predict_volume(
-                    self.assembled.network,
+                    network,
                     image,
                     config.samples,
                     batch=config.inference_batch,
                     precision=config.precision,
                     site=case.site,
-                )
+                ).labels
                 target = self.folder / "predictions" / federation.mode / case.site / f"{case.name}.nii.gz"
-                write_label_like(predicted, case.image, target)
+                write_label_like(predicted, case.image, target, legend_of(config.data.classes))
                 score = score_case(
                     case.name, case.site, predicted, truth.array, image.spacing, labels.classes, labels.annotated
                 )

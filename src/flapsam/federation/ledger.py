@@ -11,7 +11,7 @@ from flapsam.errors import FlapsamError
 Event = dict[str, Any]
 IDENTITY = ("event", "federation", "round", "site", "case")
 """Fields that say which event it is; a resumed run does not write the same event twice."""
-REPEATED = ("refused", "missing", "excluded", "job", "job_end")
+REPEATED = ("refused", "missing", "excluded", "job", "job_end", "label_map")
 """Events that are each their own."""
 
 

@@ -14,8 +14,8 @@ class Observer:
     def begin(self, title: str, steps: int, done: int = 0) -> None:
         """Work of so many steps begins, or goes on after some are done."""
 
-    def step(self, count: int = 1) -> None:
-        """Steps are done."""
+    def step(self, count: float = 1) -> None:
+        """Steps are done, or a part of one."""
 
     def end(self) -> None:
         """The work that began last is over."""

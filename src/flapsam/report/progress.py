@@ -44,7 +44,7 @@ class ConsoleObserver(Observer):
         if not self.console.is_terminal:
             self.say(title)
 
-    def step(self, count: int = 1) -> None:
+    def step(self, count: float = 1) -> None:
         if self.task is not None:
             self.bars.advance(self.task, count)
 

@@ -17,6 +17,7 @@ from flapsam.sam.adapters import (
 from flapsam.sam.architecture import ARCHITECTURES, Architecture, architecture
 from flapsam.sam.assembly import Assembled, Origin, assemble, assemble_run
 from flapsam.sam.checkpoints import LoadReport, infer_architecture, load_weights, read_checkpoint
+from flapsam.sam.fusion import fuse
 from flapsam.sam.network import PIXELS, Sam, build
 from flapsam.sam.strategies import STRATEGIES, Strategy, strategy
 
@@ -37,6 +38,7 @@ __all__ = [
     "assemble_run",
     "build",
     "frozen_checksum",
+    "fuse",
     "infer_architecture",
     "load_tensors",
     "load_travelling",

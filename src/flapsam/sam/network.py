@@ -23,6 +23,7 @@ class Sam(nn.Module):
         super().__init__()
         self.sizes = sizes
         self.image_size = image_size
+        self.masks = masks
         self.vision_encoder = image_encoder(sizes, image_size)
         self.prompt_encoder = _prompt_encoder(sizes, image_size)
         self.mask_decoder = MaskDecoder(sizes, masks)

@@ -1,39 +1,61 @@
 """Images in and out: files, and the volume with its place in space."""
 
-from flapsam.volumes.nifti import (
+from flapsam.volumes.allocation import room
+from flapsam.volumes.dicom import Series, find_series, is_dicom
+from flapsam.volumes.formats import (
+    FORMATS,
+    Source,
     case_name,
-    count_modalities,
-    is_nifti,
-    read_geometry,
+    is_image,
     read_image,
     read_label,
-    write_label_like,
-    write_volume,
+    write_labels,
+    write_probabilities,
 )
+from flapsam.volumes.legend import Legend, Segment, itk_snap, legend_of
+from flapsam.volumes.nifti import count_modalities, is_nifti, read_geometry, write_label_like, write_volume
+from flapsam.volumes.objects import labels_like, volume_of
 from flapsam.volumes.volume import (
     CANONICAL_AXES,
     Geometry,
     Volume,
     canonical_slice_axis,
-    from_canonical,
+    check_affine,
+    check_finite,
     same_geometry,
     slice_count,
 )
 
 __all__ = [
     "CANONICAL_AXES",
+    "FORMATS",
     "Geometry",
+    "Legend",
+    "Segment",
+    "Series",
+    "Source",
     "Volume",
     "canonical_slice_axis",
     "case_name",
+    "check_affine",
+    "check_finite",
     "count_modalities",
-    "from_canonical",
+    "find_series",
+    "is_dicom",
+    "is_image",
     "is_nifti",
+    "itk_snap",
+    "labels_like",
+    "legend_of",
     "read_geometry",
     "read_image",
     "read_label",
+    "room",
     "same_geometry",
     "slice_count",
+    "volume_of",
     "write_label_like",
+    "write_labels",
+    "write_probabilities",
     "write_volume",
 ]

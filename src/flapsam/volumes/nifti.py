@@ -1,19 +1,30 @@
 """NIfTI files in and out."""
 
+import json
+import math
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import nibabel
 import numpy as np
+from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
+from nibabel.nifti1 import Nifti1Extension
 from numpy.typing import NDArray
 
 from flapsam.errors import FlapsamError
 from flapsam.files import written_whole
-from flapsam.volumes.volume import Geometry, Volume, same_geometry
+from flapsam.volumes.allocation import check_claim, room
+from flapsam.volumes.legend import Legend
+from flapsam.volumes.volume import Geometry, Volume, check_affine, check_finite
 
 SUFFIXES = (".nii.gz", ".nii")
+COMMENT = 6
+"""Code of a NIfTI extension that holds plain text."""
+CHUNK = 32 * 2**20
+"""Bytes that are unpacked at once."""
 MODALITIES = 3
 """As many as the network has channels."""
 _TOO_MANY = "the network has three channels; leave some out"
@@ -22,14 +33,6 @@ _TOO_MANY = "the network has three channels; leave some out"
 def is_nifti(path: Path) -> bool:
     """Whether the name is that of a NIfTI file; hidden files, as macOS archives contain, are not."""
     return path.name.endswith(SUFFIXES) and not path.name.startswith(".")
-
-
-def case_name(path: Path) -> str:
-    """The file's name without its NIfTI suffix."""
-    for suffix in SUFFIXES:
-        if path.name.endswith(suffix):
-            return path.name.removesuffix(suffix)
-    return path.stem
 
 
 def read_geometry(path: Path, *, modalities: bool = False) -> Geometry:
@@ -57,80 +60,83 @@ def count_modalities(paths: Sequence[Path]) -> int:
     return len(paths) if len(paths) > 1 else max(image.shape[3:], default=1)
 
 
-def read_image(path: Path, *others: Path) -> Volume:
-    """Read an image: integers as they are stored, everything else as float32.
-
-    Args:
-        path: a 3-D file, or a 4-D one whose last axis holds up to three modalities.
-        others: 3-D files of further modalities in the same place.
+def read_nifti(path: Path) -> Volume:
+    """Read an image: integers as they are stored, everything else as float32; a fourth axis holds modalities.
 
     Raises:
-        FlapsamError: as ``read_geometry``; the data are truncated or hold NaN or infinity; or the files do not lie in the
-            same place, or there are more than three.
+        FlapsamError: as ``read_geometry``; there are more than three modalities; or the data are truncated or hold NaN or
+            infinity.
     """
-    count_modalities([path, *others])
-    array, affine = _read(path, modalities=not others)
+    image, (_, affine) = _open(path, modalities=True)
+    array = _unpacked(path, image)
     if array.ndim == 4 and array.shape[3] == 1:
         array = array[..., 0]
-    if others:
-        arrays = [array]
-        for other in others:
-            further, other_affine = _read(other)
-            if further.shape != array.shape or not same_geometry(affine, other_affine, array.shape):
-                raise FlapsamError(f"{other}: it does not lie in the same place as {path}; resample it to that")
-            arrays.append(further)
-        array = np.stack(arrays, axis=-1)
-    if array.dtype.kind == "f":
-        array = array.astype(np.float32)
-        broken = int(array.size - np.count_nonzero(np.isfinite(array)))
-        if broken:
-            raise FlapsamError(f"{path}: {broken} voxels are NaN or infinite; replace them or leave the case out")
+    check_finite(array, path)
     return Volume(array, affine)
 
 
-def read_label(path: Path) -> Volume:
-    """Read a label map as int32, whatever the file stores it as.
-
-    Raises:
-        FlapsamError: as ``read_geometry``; or the data are truncated or no whole numbers.
-    """
-    stored, affine = _read(path)
-    array = stored if stored.dtype.kind in "iu" else np.rint(stored)
-    if array is not stored and not np.array_equal(array, stored):
-        raise FlapsamError(f"{path}: a label map holds whole numbers, this one does not; is it an image?")
-    return Volume(array.astype(np.int32), affine)
-
-
-def write_label_like(labels: NDArray, original: Path, path: Path) -> None:
+def write_label_like(labels: NDArray, original: Path, path: Path, legend: Legend = ()) -> None:
     """Write a label map with the header geometry of ``original``: the same affine, codes and units, bit for bit.
 
     Args:
         labels: whole numbers below 256, in the axes of ``original``.
         original: the NIfTI image that was segmented.
         path: where to; written whole or not at all.
+        legend: names and colours, kept as JSON in an extension of the header.
     """
+    header = _derived(original, np.uint8, "flapsam label map")
+    _describe(header, legend)
+    # No affine given: the header's own qform and sform are kept as they are.
+    _save(nibabel.Nifti1Image(labels.astype(np.uint8, copy=False), None, header), path)
+
+
+def write_probabilities(probabilities: Volume, path: Path, original: Path | None = None) -> None:
+    """Write probabilities (i, j, k, class) of which 65535 is 1; whoever reads the file gets them from 0 to 1.
+
+    Args:
+        probabilities: whole numbers, and their place.
+        path: where to; written whole or not at all.
+        original: the NIfTI image whose header geometry is kept bit for bit, if there is one.
+    """
+    header = _derived(original, np.uint16, "flapsam probabilities") if original else None
+    image = nibabel.Nifti1Image(probabilities.array, None if original else probabilities.affine, header)
+    image.header.set_slope_inter(1 / 65535, 0)
+    _save(image, path)
+
+
+def _derived(original: Path, dtype: type, what: str) -> nibabel.Nifti1Header:
     header = _open(original, modalities=True)[0].header.copy()
-    header.set_data_dtype(np.uint8)
+    header.extensions.clear()
+    header.set_data_dtype(dtype)
     header.set_slope_inter(1, 0)
     header["cal_min"] = header["cal_max"] = 0
-    header["descrip"] = b"flapsam label map"
-    # No affine given: the header's own qform and sform are kept as they are.
-    image = nibabel.Nifti1Image(labels.astype(np.uint8), None, header)
-    with written_whole(path) as temporary:
-        nibabel.save(image, temporary)
+    header["descrip"] = what.encode()
+    return header
 
 
-def write_volume(volume: Volume, path: Path) -> None:
-    """Write a new NIfTI file in mm from a volume, whole or not at all."""
+def write_volume(volume: Volume, path: Path, legend: Legend = ()) -> None:
+    """Write a new NIfTI file in mm from a volume, whole or not at all; with names and colours if it is a label map."""
     image = nibabel.Nifti1Image(volume.array, volume.affine)
     image.header.set_xyzt_units("mm")
+    _describe(image.header, legend)
+    _save(image, path)
+
+
+def _describe(header: nibabel.Nifti1Header, legend: Legend) -> None:
+    if legend:
+        text = json.dumps({"labels": {str(s.value): {"name": s.name, "colour": s.colour} for s in legend}})
+        header.extensions.append(Nifti1Extension(COMMENT, text.encode()))
+
+
+def _save(image: nibabel.Nifti1Image, path: Path) -> None:
     with written_whole(path) as temporary:
         nibabel.save(image, temporary)
 
 
 def _open(path: Path, modalities: bool = False) -> tuple[nibabel.Nifti1Image, Geometry]:
     try:
-        image = nibabel.load(path)
+        # Kept open, a compressed file is unpacked in one go, however many parts are read one after the other.
+        image = nibabel.load(path, keep_file_open=True)
     except FileNotFoundError as error:
         raise FlapsamError(f"{path}: no such file") from error
     except (ImageFileError, EOFError, zlib.error, OSError, ValueError) as error:
@@ -142,21 +148,25 @@ def _open(path: Path, modalities: bool = False) -> tuple[nibabel.Nifti1Image, Ge
             raise FlapsamError(f"{path}: the file has {image.shape[3]} modalities; {_TOO_MANY}")
     elif len(image.shape) != 3:
         raise FlapsamError(f"{path}: a 3-D volume is needed, this file has {len(image.shape)} dimensions {image.shape}")
-    if 0 in image.shape:
+    if min(image.shape) < 1:
         raise FlapsamError(f"{path}: the volume is empty, its shape is {image.shape}")
-    affine = image.affine
-    if affine is None or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise FlapsamError(f"{path}: the affine is singular, so voxels have no place in space; repair the header")
+    affine = check_affine(image.affine, path)
     i, j, k = image.shape[:3]
     return image, ((i, j, k), affine)
 
 
-def _read(path: Path, modalities: bool = False) -> tuple[NDArray, NDArray[np.float64]]:
-    image, (_, affine) = _open(path, modalities)
+def _unpacked(path: Path, image: nibabel.Nifti1Image) -> NDArray:
+    """Integers as they are stored, everything else as float32; a part of the volume after the other."""
+    stored, proxy = np.dtype(image.get_data_dtype()), cast(ArrayProxy, image.dataobj)
+    if stored.kind not in "iuf":
+        raise FlapsamError(f"{path}: voxels are of type {stored}; convert the file to one plain number a voxel")
+    check_claim(path, math.prod(image.shape) * stored.itemsize, compressed=path.name.endswith(".gz"))
+    scaled = proxy.slope != 1 or proxy.inter != 0
+    array = room(path, image.shape, np.float32 if scaled or stored.kind == "f" else stored.newbyteorder("="))
+    step = max(CHUNK // (stored.itemsize * math.prod(image.shape[:-1])), 1)
     try:
-        array = np.asanyarray(image.dataobj)
+        for start in range(0, image.shape[-1], step):
+            array[..., start : start + step] = proxy[..., start : start + step]
     except (EOFError, zlib.error, OSError, ValueError) as error:
         raise FlapsamError(f"{path}: the voxels cannot be read; the file is truncated or damaged") from error
-    if array.dtype.kind not in "iuf":
-        raise FlapsamError(f"{path}: voxels are of type {array.dtype}; convert the file to one plain number a voxel")
-    return array, affine
+    return array

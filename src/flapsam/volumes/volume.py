@@ -1,10 +1,14 @@
 """A volume: an array of voxels and where they stand in the patient."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from nibabel import orientations
 from numpy.typing import NDArray
+
+from flapsam.errors import FlapsamError
 
 CANONICAL_AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 """Axes of a canonical volume: 0 grows to the right, 1 to the front, 2 to the head (RAS+)."""
@@ -38,7 +42,7 @@ class Volume:
         return spacing_of(self.affine)
 
     def to_canonical(self) -> "Volume":
-        """The same voxels with axes permuted and flipped to be nearest to RAS+; nothing is interpolated."""
+        """The same voxels with axes permuted and flipped to be nearest to RAS+: a view, nothing is interpolated."""
         orientation = orientations.io_orientation(self.affine)
         array = orientations.apply_orientation(self.array, orientation)
         affine = self.affine @ orientations.inv_ornt_aff(orientation, self.array.shape[:3])
@@ -51,11 +55,29 @@ def spacing_of(affine: NDArray[np.float64]) -> tuple[float, float, float]:
     return float(x), float(y), float(z)
 
 
-def from_canonical(array: NDArray, affine: NDArray[np.float64]) -> NDArray:
-    """Bring ``array``, made in the canonical axes, back to the axes of the volume whose affine is ``affine``."""
-    orientation = orientations.io_orientation(affine)
-    back = orientations.ornt_transform(np.array([[0, 1], [1, 1], [2, 1]]), orientation)
-    return orientations.apply_orientation(array, back)
+def check_affine(affine: Any, where: Path | str) -> NDArray[np.float64]:
+    """The affine, if it gives every voxel a place of its own.
+
+    Raises:
+        FlapsamError: it is singular or not finite.
+    """
+    if affine is None or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise FlapsamError(f"{where}: the affine is singular, so voxels have no place in space; repair the header")
+    return affine
+
+
+def check_finite(array: NDArray, where: Path | str) -> None:
+    """Look for what is no number.
+
+    Raises:
+        FlapsamError: a voxel is NaN or infinite.
+    """
+    if array.dtype.kind != "f":
+        return
+    # A slice at a time: a mask of the whole volume would take its memory once more.
+    broken = sum(int(part.size - np.count_nonzero(np.isfinite(part))) for part in np.moveaxis(array, 2, 0))
+    if broken:
+        raise FlapsamError(f"{where}: {broken} voxels are NaN or infinite; replace them or leave the case out")
 
 
 def canonical_slice_axis(affine: NDArray[np.float64], axis: str) -> int:

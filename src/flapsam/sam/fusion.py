@@ -1,0 +1,48 @@
+"""The network as it only predicts: adapters merged into their layers, query, key and value one product again."""
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flapsam.sam.adapters import merge_adapters
+from flapsam.sam.encoder import EncoderAttention
+from flapsam.sam.network import Sam
+
+
+class FusedAttention(nn.Module):
+    """What ``EncoderAttention`` computes, with one product for query, key and value, and positions looked up beforehand."""
+
+    def __init__(self, attention: EncoderAttention) -> None:
+        super().__init__()
+        self.heads = attention.heads
+        apart = (attention.q_proj, attention.k_proj, attention.v_proj)
+        self.qkv = nn.utils.skip_init(nn.Linear, apart[0].in_features, 3 * apart[0].out_features)
+        self.qkv.weight = nn.Parameter(torch.cat([layer.weight for layer in apart]), requires_grad=False)
+        self.qkv.bias = nn.Parameter(torch.cat([layer.bias for layer in apart]), requires_grad=False)
+        self.proj = attention.proj
+        self.along_h: Tensor
+        self.along_w: Tensor
+        self.register_buffer("along_h", attention.rel_pos_h[attention.offset].detach())
+        self.register_buffer("along_w", attention.rel_pos_w[attention.offset].detach())
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, None]:
+        """Attend over (batch, height, width, channels); returns the same shape, and no attention weights."""
+        batch, height, width, channels = hidden_states.shape
+        tokens = hidden_states.reshape(batch, height * width, channels)
+        query, key, value = self.qkv(tokens).view(batch, height * width, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        grid = query.reshape(batch, self.heads, height, width, -1)
+        along_h = torch.einsum("bnhwc,hkc->bnhwk", grid, self.along_h)
+        along_w = torch.einsum("bnhwc,wkc->bnhwk", grid, self.along_w)
+        bias = (along_h[..., :, None] + along_w[..., None, :]).flatten(4).flatten(2, 3)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        return self.proj(mixed.transpose(1, 2).reshape(batch, height, width, channels)), None
+
+
+def fuse(network: Sam) -> Sam:
+    """Merge the adapters and fuse the encoder's attention, in place; what comes out only predicts."""
+    merge_adapters(network)
+    for layer in network.vision_encoder.layers:
+        layer.attn = FusedAttention(cast(EncoderAttention, layer.attn))
+    return network.eval()

@@ -1,0 +1,132 @@
+"""NRRD and MetaImage files in and out."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flapsam.errors import FlapsamError
+from flapsam.files import written_whole
+from flapsam.volumes.allocation import check_claim, check_memory, room
+from flapsam.volumes.legend import Legend
+from flapsam.volumes.volume import Volume, check_affine, check_finite
+
+if TYPE_CHECKING:
+    import SimpleITK
+
+NRRD = (".nrrd", ".nhdr")
+META = (".mha", ".mhd")
+DETACHED = (".nhdr", ".mhd")
+"""Headers whose voxels lie in another file."""
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+"""From the world of ITK and DICOM, which grows to the left and to the back, to RAS+."""
+PLACE = ("space", "space dimension", "space directions", "space origin", "space units", "measurement frame")
+"""Fields of a NRRD header that say where voxels stand."""
+
+
+def read_itk(path: Path) -> Volume:
+    """Read an image: integers as they are stored, floating-point numbers as float32.
+
+    Raises:
+        FlapsamError: the file is missing, damaged, not 3-D, has more than one number a voxel, or holds NaN or infinity.
+    """
+    import SimpleITK as sitk
+
+    if not path.is_file():
+        raise FlapsamError(f"{path}: no such file")
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise FlapsamError(f"{path}: not a readable NRRD or MetaImage file; is it truncated?") from error
+    shape = reader.GetSize()
+    if len(shape) != 3:
+        raise FlapsamError(f"{path}: a 3-D volume is needed, this file has {len(shape)} dimensions {shape}")
+    if reader.GetNumberOfComponents() != 1:
+        kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())
+        raise FlapsamError(f"{path}: voxels are of type {kind}; convert the file to one plain number a voxel")
+    claimed = math.prod(shape) * sitk.Image([1, 1, 1], reader.GetPixelID()).GetSizeOfPixelComponent()
+    if not path.name.endswith(DETACHED):
+        check_claim(path, claimed, compressed=True)
+    check_memory(path, claimed)
+    try:
+        image = reader.Execute()
+    except RuntimeError as error:
+        raise FlapsamError(f"{path}: the voxels cannot be read; the file is truncated or damaged") from error
+    voxels = sitk.GetArrayViewFromImage(image)
+    if voxels.dtype.kind not in "iuf":
+        raise FlapsamError(f"{path}: voxels are of type {voxels.dtype}; convert the file to one plain number a voxel")
+    array = room(path, shape, np.float32 if voxels.dtype.kind == "f" else voxels.dtype)
+    array[...] = voxels.transpose()
+    check_finite(array, path)
+    return Volume(array, check_affine(affine_of(image), path))
+
+
+def affine_of(image: "SimpleITK.Image") -> NDArray[np.float64]:
+    """From voxel index to RAS+ of a SimpleITK image: (4, 4)."""
+    affine = np.eye(4)
+    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+    affine[:3, 3] = image.GetOrigin()
+    return LPS @ affine
+
+
+def write_nrrd_like(labels: NDArray, original: Path, path: Path, legend: Legend = ()) -> None:
+    """Write a label map with the fields of ``original``'s header that say where it lies, as 3D Slicer's segmentations.
+
+    Args:
+        labels: whole numbers below 256, in the axes of ``original``.
+        original: the NRRD image that was segmented.
+        path: where to; written whole or not at all.
+        legend: names and colours.
+    """
+    import nrrd
+
+    # SimpleITK would take the directions apart and put them together again, and change their last bits.
+    header = nrrd.read_header(str(original))
+    place = {field: header[field] for field in PLACE if field in header}
+    with written_whole(path) as temporary:
+        nrrd.write(
+            str(temporary),
+            labels.astype(np.uint8, copy=False),
+            {**place, "encoding": "gzip", **slicer_fields(legend, labels.shape)},
+            index_order="F",
+            compression_level=1,
+        )
+
+
+def write_meta_like(labels: NDArray, original: Path, path: Path, legend: Legend = ()) -> None:
+    """The same in MetaImage's format."""
+    import SimpleITK as sitk
+
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(original))
+    reader.ReadImageInformation()
+    image = sitk.GetImageFromArray(labels.astype(np.uint8, copy=False).transpose())
+    image.SetOrigin(reader.GetOrigin())
+    image.SetSpacing(reader.GetSpacing())
+    image.SetDirection(reader.GetDirection())
+    for field, value in slicer_fields(legend, labels.shape).items():
+        image.SetMetaData(field, value)
+    with written_whole(path) as temporary:
+        try:
+            sitk.WriteImage(image, str(temporary), useCompression=True, compressionLevel=1)
+        except RuntimeError as error:
+            raise FlapsamError(f"{path}: cannot be written; is the disk full?") from error
+
+
+def slicer_fields(legend: Legend, shape: tuple[int, ...]) -> dict[str, str]:
+    """Names and colours as 3D Slicer looks for them in the header of a segmentation."""
+    fields = {}
+    for index, segment in enumerate(legend):
+        fields |= {
+            f"Segment{index}_ID": f"Segment_{segment.value}",
+            f"Segment{index}_Name": segment.name,
+            f"Segment{index}_Color": " ".join(f"{part / 255:.6f}" for part in segment.rgb),
+            f"Segment{index}_LabelValue": str(segment.value),
+            f"Segment{index}_Layer": "0",
+            f"Segment{index}_Extent": " ".join(f"0 {size - 1}" for size in shape),
+        }
+    return fields

@@ -1,0 +1,111 @@
+"""Volumes in memory, as other libraries keep them, and label maps in the same form."""
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import nibabel
+import numpy as np
+from nibabel.spatialimages import SpatialImage
+from numpy.typing import NDArray
+
+from flapsam.errors import FlapsamError
+from flapsam.volumes.itk import LPS, affine_of
+from flapsam.volumes.nifti import MODALITIES
+from flapsam.volumes.volume import Volume, check_affine, check_finite
+
+if TYPE_CHECKING:
+    import SimpleITK
+    from monai.data.meta_tensor import MetaTensor
+
+
+def volume_of(image: Any, affine: NDArray | None = None) -> Volume:
+    """A volume from what other libraries call an image.
+
+    Args:
+        image: a NumPy array (i, j, k) or (i, j, k, modality) with ``affine``; a nibabel image; a SimpleITK image; or a MONAI
+            ``MetaTensor`` (i, j, k) or (channel, i, j, k).
+        affine: (4, 4), from voxel index to millimetres in RAS+, of a NumPy array.
+
+    Raises:
+        FlapsamError: it is none of these, has no affine or a singular one, is not 3-D, or holds NaN or infinity.
+    """
+    if _is_sitk(image):
+        import SimpleITK as sitk
+
+        array, affine = sitk.GetArrayFromImage(image).transpose(), affine_of(image)
+        if image.GetNumberOfComponentsPerPixel() > 1:
+            array = np.moveaxis(array, 0, -1)
+    elif _is_meta_tensor(image):
+        array, affine = image.detach().cpu().numpy(), _ras(image)
+        array = np.moveaxis(array, 0, -1) if array.ndim == 4 else array
+    elif isinstance(image, SpatialImage):
+        array, affine = np.asanyarray(image.dataobj), image.affine
+    elif isinstance(image, np.ndarray):
+        array = image
+        if affine is None:
+            raise FlapsamError("a NumPy array has no place in space: give its affine, as in predict(array, affine)")
+        affine = np.asarray(affine, np.float64)
+        if affine.shape != (4, 4):
+            raise FlapsamError(f"an affine is of shape (4, 4), this one is {affine.shape}")
+    else:
+        raise FlapsamError(
+            f"a {type(image).__name__} is no volume: give a path, a NumPy array with its affine, "
+            "a nibabel or SimpleITK image, or a MONAI MetaTensor"
+        )
+    return _checked(array, check_affine(affine, "the image"))
+
+
+def _checked(array: NDArray, affine: NDArray[np.float64]) -> Volume:
+    if array.ndim == 4 and array.shape[3] == 1:
+        array = array[..., 0]
+    if array.ndim not in (3, 4) or 0 in array.shape or (array.ndim == 4 and array.shape[3] > MODALITIES):
+        raise FlapsamError(f"a 3-D volume of up to three modalities is needed, this one is of shape {array.shape}")
+    if array.dtype.kind not in "iuf":
+        raise FlapsamError(f"voxels are of type {array.dtype}; one plain number a voxel is needed")
+    check_finite(array, "the image")
+    return Volume(array.astype(np.float32, copy=False) if array.dtype.kind == "f" else array, affine)
+
+
+def labels_like(labels: NDArray[np.uint8], image: Any) -> Any:
+    """A label map (i, j, k) in the form and the place of the image that was segmented."""
+    if _is_sitk(image):
+        return _sitk_like(labels, image)
+    if _is_meta_tensor(image):
+        return _meta_tensor_like(labels, image)
+    if isinstance(image, SpatialImage):
+        header = image.header.copy() if isinstance(image, nibabel.Nifti1Image) else None
+        if header is not None:
+            header.set_data_dtype(np.uint8)
+            header.set_slope_inter(1, 0)
+        return nibabel.Nifti1Image(labels, None if header is not None else image.affine, header)
+    return labels
+
+
+def _sitk_like(labels: NDArray[np.uint8], image: "SimpleITK.Image") -> "SimpleITK.Image":
+    import SimpleITK as sitk
+
+    made = sitk.GetImageFromArray(labels.transpose())
+    made.CopyInformation(image)
+    return made
+
+
+def _meta_tensor_like(labels: NDArray[np.uint8], image: "MetaTensor") -> "MetaTensor":
+    import torch
+    from monai.data.meta_tensor import MetaTensor
+
+    tensor = torch.from_numpy(np.ascontiguousarray(labels))
+    return MetaTensor(tensor[None] if image.ndim == 4 else tensor, affine=image.affine, meta=image.meta)
+
+
+def _is_sitk(image: Any) -> bool:
+    """Whether it is an image of SimpleITK, which need not be loaded to know that it is none."""
+    return "SimpleITK" in sys.modules and isinstance(image, sys.modules["SimpleITK"].Image)
+
+
+def _is_meta_tensor(image: Any) -> bool:
+    return "monai" in sys.modules and type(image).__name__ == "MetaTensor"
+
+
+def _ras(image: "MetaTensor") -> NDArray[np.float64]:
+    affine = image.affine.detach().cpu().numpy().astype(np.float64)
+    return LPS @ affine if str(image.meta.get("space", "RAS")).endswith("LPS") else affine
