@@ -97,8 +97,8 @@ def test_only_its_engine_imports_nvflare():
             assert module.startswith("flapsam.federation.engines.nvflare."), module
 
 
-def test_help_answers_in_under_a_second():
+def test_help_answers_in_under_half_a_second():
     code = "import time; t = time.perf_counter(); import flapsam.cli; print(time.perf_counter() - t)"
     heavy = "import flapsam.cli, sys; print([m for m in ('torch', 'numpy', 'transformers', 'monai') if m in sys.modules])"
-    assert float(subprocess.check_output([sys.executable, "-c", code])) < 1
+    assert float(subprocess.check_output([sys.executable, "-c", code])) < 0.5
     assert subprocess.check_output([sys.executable, "-c", heavy], text=True).strip() == "[]"

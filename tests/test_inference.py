@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flapsam.cleaning import fill_holes, keep_largest
 from flapsam.config import Samples
-from flapsam.inference import Options, class_probabilities, fastest_precision, predict_volume, slices_at_once
+from flapsam.inference import Options, _largest, class_probabilities, fastest_precision, predict_volume, slices_at_once
 from flapsam.sam import build, fuse
 from flapsam.sam.architecture import ARCHITECTURES
 from flapsam.slices import stack_of
@@ -132,7 +132,7 @@ def test_the_fastest_precision_is_measured(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "size", "shape", "expected"),
-    [("sam-vit-b", 224, (512, 512), 16), ("sam-vit-b", 1024, (512, 512), 1), ("sam-tiny", 128, (64, 64), 16)],
+    [("sam-vit-b", 224, (512, 512), 8), ("sam-vit-b", 1024, (512, 512), 1), ("sam-tiny", 128, (64, 64), 8)],
 )
 def test_as_many_slices_at_once_as_memory_allows(name: str, size: int, shape: tuple[int, int], expected: int):
     with torch.device("meta"):
@@ -182,3 +182,11 @@ def test_cleaning(clean: Callable, labels: np.ndarray, expected: np.ndarray):
         given = np.array(labels, order=order)
         clean(given)
         np.testing.assert_array_equal(given, expected)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 30])
+def test_the_largest_probability_wins_and_of_equal_ones_the_first(classes: int):
+    probabilities = torch.from_numpy(RNG(0).integers(0, 4, size=(3, classes, 5, 6)).astype(np.float32))
+    found = _largest(probabilities)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, np.argmax(probabilities.numpy(), axis=1))

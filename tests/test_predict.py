@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -18,6 +19,7 @@ from test_formats import save_as
 from test_volumes import ORIENTATIONS, stored_as
 
 from flapsam.cleaning import fill_holes, keep_largest
+from flapsam.model import Model
 from flapsam.volumes import Volume, read_label
 
 SHAPE = (18, 20, 8)
@@ -173,6 +175,31 @@ def test_resume_leaves_out_what_is_there_made_in_the_same_way(adapter: Path, tmp
     ledger.write_bytes(ledger.read_bytes()[:-20])
     assert made("--resume", "--fill") == {"c"}
     assert made() == {"a", "b", "c"}
+
+
+def test_interrupted_what_is_done_is_kept(adapter: Path, tmp_path: Path, capfd, monkeypatch):
+    for name in "abcd":
+        save_as(anatomy(), tmp_path / "in" / f"{name}.nii.gz")
+    segment, calls = Model.segment, []
+
+    def interrupted(model: Model, *arguments: Any, **more: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return segment(model, *arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Model, "segment", interrupted)
+        outcome = flapsam(capfd, "predict", adapter, tmp_path / "in", "-o", tmp_path / "out")
+    assert outcome.code == 130
+    assert "go on with --resume" in outcome.err
+    assert (tmp_path / "out" / "volumes.csv").read_text().count("\n") == 3
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.nii.gz")}
+    assert set(before) == {"a.nii.gz", "b.nii.gz", "c.nii.gz"}
+    predict(capfd, adapter, tmp_path / "in", "-o", tmp_path / "out", "--resume")
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.nii.gz")}
+    assert {name for name in after if after[name] == before.get(name)} == {"a.nii.gz", "b.nii.gz"}
+    assert len(after) == 4
 
 
 def test_two_images_with_one_place(adapter: Path, tmp_path: Path, capfd):

@@ -157,7 +157,8 @@ def predict(
     images: Annotated[
         list[Path],
         typer.Argument(
-            help="NIfTI, NRRD, MetaImage or DICOM files; folders, searched to the bottom; or lists of paths (.txt)."
+            metavar="IMAGES...",
+            help="NIfTI, NRRD, MetaImage or DICOM files; folders, searched to the bottom; or lists of paths (.txt).",
         ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the label maps.")],

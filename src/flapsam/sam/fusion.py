@@ -1,6 +1,6 @@
 """The network as it only predicts: adapters merged into their layers, query, key and value one product again."""
 
-from typing import cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,10 @@ class FusedAttention(nn.Module):
 def fuse(network: Sam) -> Sam:
     """Merge the adapters and fuse the encoder's attention, in place; what comes out only predicts."""
     merge_adapters(network)
-    for layer in network.vision_encoder.layers:
-        layer.attn = FusedAttention(cast(EncoderAttention, layer.attn))
+    layers: Any = network.vision_encoder.layers
+    for layer in layers:
+        if layer.window_size == network.image_size // network.sizes.patch:
+            # One window is the whole image; to cut it out and put it back would only copy it.
+            layer.window_size = 0
+        layer.attn = FusedAttention(layer.attn)
     return network.eval()
