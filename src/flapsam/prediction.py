@@ -89,28 +89,23 @@ def predict_images(
     ledger = Ledger(output / LEDGER)
     way = _fingerprint(model, trained, options)
     done = _done(ledger.path, output, way) if resume else {}
-    left = [job for job in jobs if done.get(job.stem.as_posix(), {}).get("of") != _identity(job)]
-    observer.begin("label maps", len(jobs), len(jobs) - len(left))
+    kept, left = [], []
+    for job in jobs:
+        event = done.get(job.stem.as_posix())
+        if event and not job.fault and event["of"] == _identity(job):
+            kept.append(Outcome(job, tuple(output / name for name in event["written"]), event["ml"]))
+        else:
+            left.append(job)
+    observer.begin("label maps", len(jobs), len(kept))
     try:
-        for job in jobs:
-            if job not in left:
-                event = done[job.stem.as_posix()]
-                yield Outcome(job, tuple(output / name for name in event["written"]), event["ml"])
+        yield from kept
         for outcome in _outcomes(model, left, output, options, segmentation, observer):
-            if not outcome.error:
-                written = [path.relative_to(output).as_posix() for path in outcome.written]
-                ledger.write(
-                    "label_map",
-                    case=outcome.job.stem.as_posix(),
-                    image=str(outcome.job.image),
-                    of=_identity(outcome.job),
-                    way=way,
-                    written=written,
-                    ml=outcome.ml,
-                )
-            yield outcome
+            yield outcome if outcome.error else _noted(outcome, ledger, output, way)
     finally:
-        _write_volumes(output, model.card.classes)
+        try:
+            _write_volumes(output, model.card.classes)
+        except FlapsamError as error:
+            observer.say(str(error))
         observer.end()
 
 
@@ -166,12 +161,36 @@ def _write(
 
     error = _tried(job, write)
     if error:
-        for path in written:
-            path.unlink(missing_ok=True)
-        return Outcome(job, error=error)
-    voxels = np.bincount(found.labels.ravel(order="K"), minlength=len(legend) + 1)
+        return _withdrawn(Outcome(job, tuple(written)), error)
+    # A slice at a time, because counting turns every voxel into eight bytes.
+    slices = np.moveaxis(found.labels, 2, 0)
+    voxels = np.sum([np.bincount(one.ravel(), minlength=len(legend) + 1) for one in slices], axis=0)
     ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
     return Outcome(job, tuple(written), {segment.name: round(voxels[segment.value] * ml, 6) for segment in legend})
+
+
+def _noted(outcome: Outcome, ledger: Ledger, output: Path, way: str) -> Outcome:
+    """The same, when it stands in the ledger."""
+    try:
+        ledger.write(
+            "label_map",
+            case=outcome.job.stem.as_posix(),
+            image=str(outcome.job.image),
+            of=_identity(outcome.job),
+            way=way,
+            written=[path.relative_to(output).as_posix() for path in outcome.written],
+            ml=outcome.ml,
+        )
+    except OSError as error:
+        return _withdrawn(outcome, f"{outcome.job.image}: {ledger.path} cannot be written ({error.strerror})")
+    return outcome
+
+
+def _withdrawn(outcome: Outcome, error: str) -> Outcome:
+    """The failure of an image of which files were written already, and are taken away again."""
+    for path in outcome.written:
+        path.unlink(missing_ok=True)
+    return Outcome(outcome.job, error=error)
 
 
 def _tried(job: Job, function: Callable[..., Any], *arguments: Any) -> Any:

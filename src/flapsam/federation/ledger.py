@@ -42,9 +42,15 @@ class Ledger:
         """Append an event with the time, unless it stands there already; returns it."""
         entry = {"event": event, "time": datetime.now(UTC).isoformat(timespec="seconds"), **fields}
         if event in REPEATED or _identity(entry) not in self.known:
+            before = self.path.stat().st_size
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(entry) + "\n")
+            except OSError:
+                # A full disk may take a part of the line; the next one must not be appended to that.
+                os.truncate(self.path, before)
+                raise
             self.known.add(_identity(entry))
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
         return entry
 
 

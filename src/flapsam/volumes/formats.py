@@ -112,12 +112,16 @@ def write_labels(
         target = stem.with_name(stem.name + form.written)
         form.write_like(labels, source, target, legend)
         return [target]
-    targets = [stem.with_name(stem.name + ".nii.gz")]
-    if segmentation:
-        targets.append(stem.with_name(stem.name + ".seg.dcm"))
-        write_dicom_seg(labels, source, targets[-1], legend)
-    nifti.write_volume(Volume(labels, affine), targets[0], legend)
-    return targets
+    plain, encoded = stem.with_name(stem.name + ".nii.gz"), stem.with_name(stem.name + ".seg.dcm")
+    nifti.write_volume(Volume(labels, affine), plain, legend)
+    if not segmentation:
+        return [plain]
+    try:
+        write_dicom_seg(labels, source, encoded, legend)
+    except FlapsamError:
+        plain.unlink()
+        raise
+    return [plain, encoded]
 
 
 def write_probabilities(probabilities: NDArray[np.uint16], source: Source, affine: NDArray[np.float64], path: Path) -> None:
