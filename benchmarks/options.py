@@ -34,7 +34,9 @@ RESULTS = HERE / "results" / "options.json"
 REFERENCE = "none"
 ROWS: dict[str, dict[str, Any]] = {
     REFERENCE: {},
-    "--flips": {"flips": True},
+    "--flips x": {"flips": "x"},
+    "--flips y": {"flips": "y"},
+    "--flips xy": {"flips": "xy"},
     "--planes": {"planes": True},
     "--largest": {"largest": True},
     "--fill": {"fill": True},

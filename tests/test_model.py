@@ -130,7 +130,7 @@ def test_what_is_no_volume(arguments: tuple, message: str, model: flapsam.Model)
 
 
 def test_options(model: flapsam.Model, path: Path):
-    plain, turned = model.predict(path), model.predict(path, flips=True)
+    plain, turned = model.predict(path), model.predict(path, flips="x")
     assert not np.array_equal(plain, turned)
     found = model.segment(volume_of(load(path)), Options(probabilities=True))
     assert found.probabilities is not None

@@ -226,7 +226,7 @@ def test_probabilities_are_read_from_0_to_1(adapter: Path, tmp_path: Path, capfd
     assert (probabilities.argmax(axis=-1) == labels).mean() > 0.999
 
 
-@pytest.mark.parametrize("option", ["--flips", "--planes", "--largest", "--fill"])
+@pytest.mark.parametrize("option", ["--flips=xy", "--planes", "--largest", "--fill"])
 def test_options_change_the_label_map(option: str, adapter: Path, tmp_path: Path, capfd):
     noise = np.random.default_rng(0).normal(size=(24, 24, 24)).astype(np.float32)
     save(noise, tmp_path / "in" / "one.nii.gz")
@@ -244,6 +244,7 @@ def test_a_wish_that_makes_no_sense(adapter: Path, tmp_path: Path, capfd):
     image = save(np.zeros(SHAPE, np.float32), tmp_path / "image.nii.gz")
     for arguments, message in (
         (("--precision", "int4"), "precision 'int4' is unknown; choose fp32, bf16, fp16 or auto"),
+        (("--flips", "left"), "flips 'left': name axes by x (left to right)"),
         (("--split", "all"), "choose train, val or test"),
         (("--device", "warp"), "device 'warp' is not to be had here"),
     ):

@@ -167,7 +167,10 @@ def predict(
         str | None, typer.Option(help="Of folders with several DICOM series: number, description or UID, such as '*T2*'.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="Of one folder of sites, only train, val or test cases.")] = None,
-    flips: Annotated[bool, typer.Option("--flips", help="Average over mirror images; four times the time.")] = False,
+    flips: Annotated[
+        str,
+        typer.Option(metavar="AXES", help="Average over mirror images, such as x (left-right); each axis doubles the time."),
+    ] = "",
     planes: Annotated[
         bool, typer.Option("--planes", help="Average over sagittal, coronal and axial slices; about three times the time.")
     ] = False,
@@ -196,6 +199,7 @@ def predict(
     from flapsam.prediction import VOLUMES, predict_images
     from flapsam.trained import find_trained
 
+    options = Options(flips=flips, planes=planes, largest=largest, fill=fill, probabilities=probabilities)
     found = find_trained(trained)
     if split is None:
         jobs = find_images(images, found, series=series, output=output)
@@ -212,7 +216,7 @@ def predict(
                 found,
                 jobs,
                 output,
-                options=Options(flips=flips, planes=planes, largest=largest, fill=fill, probabilities=probabilities),
+                options=options,
                 segmentation=dicom_seg,
                 resume=resume,
                 observer=observer,

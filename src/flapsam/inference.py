@@ -5,9 +5,10 @@ are wanted or have to be added up.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from flapsam.cleaning import fill_holes, keep_largest
 from flapsam.config import Samples
+from flapsam.errors import FlapsamError
 from flapsam.prefetch import ahead
 from flapsam.sam import Sam
 from flapsam.slices import SliceStack, from_square, stack_of, to_square
@@ -24,8 +26,10 @@ from flapsam.volumes import CANONICAL_AXES, Volume, canonical_slice_axis, room
 
 Precision = Literal["fp32", "bf16", "fp16"]
 HALF: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
-FLIPS: tuple[tuple[int, ...], ...] = ((), (-1,), (-2,), (-2, -1))
-"""Axes of a slice that are turned round."""
+MIRRORED = {"x": 0, "y": 1, "z": 2}
+"""Canonical axes: from left to right, from back to front, from foot to head."""
+Turns = Sequence[tuple[int, ...]]
+"""Dimensions of (…, height, width) that are turned round, an entry a pass through the network."""
 CERTAIN = 65535
 """What probability 1 is kept as."""
 BUDGET = 2**30
@@ -38,8 +42,9 @@ WORTH = 1.2
 class Options:
     """What is done beyond predicting every slice once; all of it takes time, none is done unless asked for."""
 
-    flips: bool = False
-    """Average over the slice and its mirror images."""
+    flips: str = ""
+    """Average over the slice and its mirror images along these axes, such as ``x`` (left and right change places) or ``xy``;
+    those that lie in the slice count."""
     planes: bool = False
     """Average over sagittal, coronal and axial slices."""
     largest: bool = False
@@ -48,6 +53,13 @@ class Options:
     """Fill holes in every class with it."""
     probabilities: bool = False
     """Keep the probabilities, too."""
+
+    def __post_init__(self) -> None:
+        """Raise FlapsamError for an axis that there is not."""
+        if not set(self.flips) <= MIRRORED.keys():
+            raise FlapsamError(
+                f"flips '{self.flips}': name axes by x (left to right), y (back to front) and z (foot to head)"
+            )
 
 
 @dataclass(frozen=True)
@@ -99,7 +111,7 @@ def predict_volume(
         labels_view = _in_slices(labels, affine, axis)
         maps_view = None if maps is None else _in_slices(maps, affine, axis)
         for indices, probabilities in class_probabilities(
-            network, stack, batch=batch, precision=precision, flips=options.flips
+            network, stack, batch=batch, precision=precision, turns=_turns(options.flips, axis)
         ):
             if maps_view is not None:
                 shares = (probabilities * (CERTAIN / len(planes))).round().movedim(1, -1).cpu().numpy().astype(np.uint16)
@@ -128,7 +140,7 @@ def predict_stack(
 
 
 def class_probabilities(
-    network: Sam, stack: SliceStack, *, batch: int | None = None, precision: Precision = "fp32", flips: bool = False
+    network: Sam, stack: SliceStack, *, batch: int | None = None, precision: Precision = "fp32", turns: Turns = ((),)
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Probabilities of the classes, a few slices after the other.
 
@@ -140,7 +152,7 @@ def class_probabilities(
         stack: the slices.
         batch: slices at once; as many as fit if not given.
         precision: of the image encoder; the decoder always has fp32.
-        flips: whether to average over mirror images.
+        turns: mirror images that are averaged.
 
     Yields:
         Numbers of slices, and (slices, classes + 1, height, width) on the network's device.
@@ -155,7 +167,7 @@ def class_probabilities(
                 with torch.inference_mode():
                     squares = images.to(device)
                     probabilities = torch.stack(
-                        [_logits(network, squares.flip(axes), precision).softmax(1).flip(axes) for axes in _turns(flips)]
+                        [_logits(network, squares.flip(axes), precision).softmax(1).flip(axes) for axes in turns]
                     ).mean(0)
                     probabilities = from_square(probabilities, shape, resize)
                 yield indices, probabilities
@@ -225,8 +237,11 @@ def _logits(network: Sam, images: Tensor, precision: str) -> Tensor:
     return network.logits(embedding.float())
 
 
-def _turns(flips: bool) -> tuple[tuple[int, ...], ...]:
-    return FLIPS if flips else FLIPS[:1]
+def _turns(flips: str, axis: int) -> Turns:
+    """Every combination of the axes that lie in slices perpendicular to a canonical axis, beginning with none."""
+    inside = [other for other in MIRRORED.values() if other != axis]
+    chosen = [place - 2 for place, other in enumerate(inside) if other in {MIRRORED[name] for name in flips}]
+    return [turn for count in range(len(chosen) + 1) for turn in combinations(chosen, count)]
 
 
 def _largest(probabilities: Tensor) -> NDArray[np.uint8]:

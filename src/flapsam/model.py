@@ -36,13 +36,13 @@ class Model:
         """What the values of label maps stand for, with names and colours."""
         return legend_of(self.card.classes)
 
-    def predict(self, volume: Any, affine: NDArray | None = None, **options: bool) -> Any:
+    def predict(self, volume: Any, affine: NDArray | None = None, **options: Any) -> Any:
         """Segment a volume; the label map comes back in the form that the volume was given in.
 
         Args:
             volume: a NumPy array with its affine, a nibabel or SimpleITK image, a MONAI ``MetaTensor``, or a path.
             affine: (4, 4), from voxel index to millimetres in RAS+; of a NumPy array only.
-            options: fields of ``Options`` but ``probabilities``, such as ``flips=True``.
+            options: fields of ``Options`` but ``probabilities``, such as ``flips="x"``.
 
         Returns:
             0 for background, 1, 2, … in the order of ``card.classes``, as uint8, in the volume's axes. For a path, a NumPy
