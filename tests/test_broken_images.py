@@ -171,6 +171,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "dicom/cut_header": (lambda p: cut(slices(series(p))[2], 0.1), "made_up_0002.dcm: "),
     "dicom/no_dicom": (lambda p: slices(series(p))[2].write_text("hello"), "made_up_0002.dcm: not a readable DICOM file"),
     "dicom/uneven": (lambda p: series(p, higher), "its slices stand 3.2 to 4.8 mm apart"),
+    "dicom/shifted": (
+        lambda p: series(p, at(3, "ImagePositionPatient", [5, 0, 9])),
+        "made_up_0003.dcm: its slice is shifted sideways",
+    ),
     "dicom/time_points": (lambda p: series(p, twice), "3 slices lie where another lies"),
     "dicom/other_size": (lambda p: series(p, at(4, "Rows", 8)), "made_up_0004.dcm: its slice differs in size"),
     "dicom/turned": (lambda p: series(p, at(4, "ImageOrientationPatient", [0, 1, 0, 1, 0, 0])), "lies in another direction"),

@@ -26,6 +26,8 @@ from flapsam.volumes.volume import Volume, check_affine, check_finite
 SUFFIXES = (".dcm", ".dicom", ".ima")
 EVEN = 0.02
 """Share of their usual distance by which slices may stand closer or farther."""
+ASIDE = 0.2
+"""Share of the smaller spacing by which a slice may lie beside the line from the first to the last."""
 ANGLE = 1e-3
 """By which direction cosines of a series may differ."""
 IDENTITY = ("SeriesInstanceUID", "SeriesNumber", "SeriesDescription")
@@ -186,6 +188,10 @@ def _check_distances(series: Series, planes: Sequence[Plane], normal: NDArray[np
         )
     odd = np.flatnonzero(abs(steps - usual) > EVEN * usual)
     if not len(odd):
+        line = np.linspace(planes[0].corner, planes[-1].corner, len(planes))
+        aside = np.linalg.norm([plane.corner for plane in planes] - line, axis=1)
+        if aside.max() > ASIDE * min(planes[0].spacing):
+            raise FlapsamError(f"{planes[int(aside.argmax())].file}: its slice is shifted sideways; resample the series")
         return
     where = planes[int(odd[0])].file.name
     times = steps[odd] / usual
