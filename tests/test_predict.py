@@ -107,6 +107,8 @@ def test_files_folders_trees_and_lists(adapter: Path, tmp_path: Path, capfd):
     for path in ("in/a/one.nii.gz", "in/a/b/two.nrrd", "in/labels/truth.nii.gz", "other/three.mha", "out/in/four.nii.gz"):
         save_as(image, tmp_path / path)
     save_series(tmp_path / "in" / "patient" / "ct", image.array, image.affine)
+    for name in ("segmentation.nii.gz", "one_label.nii.gz", "two-seg.nrrd", "two.seg.nrrd", "one_mask.nii"):
+        save_as(image, tmp_path / "in" / "a" / name)
     (tmp_path / "in" / "notes.csv").write_text("not an image\n")
     (tmp_path / "list.txt").write_text("other/three.mha\n\nin/a\n")
 

@@ -18,6 +18,8 @@ NUMBERED = re.compile(r"_\d{4}$")
 """nnU-Net's number of a modality, at the end of a file's name."""
 TRUTH = "labels"
 """Beginning of the names of folders that hold label maps: this layout's, nnU-Net's and the Decathlon's."""
+LABEL_MAP = re.compile(r"(^|[_.-])(seg|segmentation|labels?|mask)$", re.IGNORECASE)
+"""End of the names of files that are label maps: those of KiTS, IXI, the prostate sites, 3D Slicer."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ def find_images(
     """Images to segment.
 
     Args:
-        paths: image files; folders, which are searched to the bottom but for those of label maps, each folder of DICOM files
-            being a series; or lists (``.txt``) of such paths, one a line, relative to the list's folder.
+        paths: image files; folders, which are searched to the bottom for all but what is called a label map, each folder of
+            DICOM files being a series; or lists (``.txt``) of such paths, one a line, relative to the list's folder.
         trained: says how many modalities a case has.
         series: of folders with several DICOM series, those whose description, number or UID fit this pattern.
         output: a folder that is not searched.
@@ -119,9 +121,14 @@ def _inside(root: Path, modalities: int, series: str | None, output: Path | None
         )
         place = Path(*(part for part in folder.relative_to(root).parts if part != "images"))
         paths = [folder / name for name in sorted(files)]
-        yield from _by_case([path for path in paths if is_image(path) and ".seg." not in path.name], place, modalities)
+        images = [path for path in paths if is_image(path)]
+        yield from _by_case([path for path in images if not _is_label_map(path)], place, modalities)
         found = find_series(folder, [path for path in paths if not is_image(path) and is_dicom(path)])
         yield from _by_series(folder, found, place, series)
+
+
+def _is_label_map(path: Path) -> bool:
+    return path.name.endswith(".seg.nrrd") or bool(LABEL_MAP.search(case_name(path)))
 
 
 def _by_case(images: list[Path], place: Path, modalities: int) -> list[Job]:
