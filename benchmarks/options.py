@@ -1,13 +1,13 @@
 """What the options of ``flapsam predict`` and shorter precisions cost and give, on the hippocampus.
 
-    flapsam simulate examples/hippocampus.yaml --set data.path=DATA --set output=RUN
+    flapsam simulate examples/hippocampus.yaml --set data.path=DATA --set output=RUN --set rounds.count=12
     python benchmarks/options.py DATA --run RUN [--threads 2]
 
 DATA is the Medical Segmentation Decathlon's hippocampus as one folder a site. The test cases are segmented by the run's
 adapter without options, which is the reference, and with each; an option's Dice is the mean over classes and cases, its
 difference is paired by case, with a 95 % interval (t) over cases. Seconds are of all cases, without reading and writing.
-Rows that are missing in ``results/options.json`` are computed. ``int8`` is PyTorch's dynamic quantisation of the encoder's
-linear layers, which flapsam does not offer; here is why.
+Rows that are missing in ``results/options.json`` for the run's augmentation are computed. ``int8`` is PyTorch's dynamic
+quantisation of the encoder's linear layers, which flapsam does not offer; here is why.
 """
 
 import time
@@ -84,15 +84,20 @@ def means(cell: dict[str, Any]) -> dict[str, float]:
     return {case: mean(value for value in dice.values() if value is not None) for case, dice in cell["dice"].items()}
 
 
-def table(cells: Cells) -> str:
-    """The rows as Markdown."""
+def key(augment: str, row: str) -> str:
+    """Name of a cell."""
+    return f"{augment}, {row}"
+
+
+def table(cells: Cells, augment: str) -> str:
+    """The rows of runs with that augmentation, as Markdown."""
     lines = [
         "| option | seconds | × the time | Dice | difference per case | 95 % interval | better, worse |",
         "|---|" + "---:|" * 6,
     ]
-    reference = cells.get(REFERENCE)
+    reference = cells.get(key(augment, REFERENCE))
     for row in ROWS:
-        cell = cells.get(row)
+        cell = cells.get(key(augment, row))
         if cell is None or reference is None:
             lines.append(f"| {row} |" + " missing |" * 6)
             continue
@@ -115,10 +120,12 @@ def main() -> None:
     given = parser.parse_args()
     set_up_torch(given.threads, deterministic=True)
     end = time.monotonic() + 60 * given.minutes
+    run = find_trained(given.run).run
+    augment = run.training.augment if run else "unknown"
     for row in ROWS:
-        if row not in read_cells(RESULTS) and time.monotonic() < end:
-            write_cells(RESULTS, read_cells(RESULTS) | {row: compute(row, given.run, given.data)})
-    print(table(read_cells(RESULTS)))
+        if key(augment, row) not in read_cells(RESULTS) and time.monotonic() < end:
+            write_cells(RESULTS, read_cells(RESULTS) | {key(augment, row): compute(row, given.run, given.data)})
+    print(f"training.augment: {augment}\n\n{table(read_cells(RESULTS), augment)}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ def test_the_items_come_in_their_order():
     assert list(ahead(iter(()))) == []
 
 
-def test_they_are_made_in_another_thread_ahead_of_their_use():
+@pytest.mark.parametrize("depth", [1, DEPTH])
+def test_they_are_made_in_another_thread_ahead_of_their_use(depth: int):
     made: list[int] = []
 
     def items() -> Iterator[int]:
@@ -21,12 +22,16 @@ def test_they_are_made_in_another_thread_ahead_of_their_use():
             made.append(number)
             yield threading.get_ident()
 
-    coming = ahead(items())
+    coming = ahead(items(), depth)
     assert next(coming) != threading.get_ident()
     deadline = time.monotonic() + 10
-    while len(made) < DEPTH and time.monotonic() < deadline:
+    while len(made) < depth + 1 and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert len(made) in (DEPTH, DEPTH + 1)
+    assert len(made) == depth + 1
+    next(coming)
+    while len(made) < depth + 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(made) == depth + 2
 
 
 def test_an_exception_is_raised_in_its_place():
