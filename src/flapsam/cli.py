@@ -239,7 +239,7 @@ def predict(
             soft_wrap=True,
         )
     if failed:
-        notes.print(f"[bold red]{len(failed)} of {len(outcomes)} images are not segmented:[/]", highlight=False)
+        notes.print(f"[bold red]{len(failed)} of {len(outcomes)} images not segmented:[/]", highlight=False)
         for outcome in failed:
             notes.print(f"- {escaped(outcome.error)}", highlight=False, soft_wrap=True)
         raise typer.Exit(1)
