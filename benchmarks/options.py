@@ -41,6 +41,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "--largest": {"largest": True},
     "--fill": {"fill": True},
     "--largest --fill": {"largest": True, "fill": True},
+    "--probabilities": {"probabilities": True},
     "--precision bf16": {},
     "int8": {},
 }
