@@ -63,7 +63,16 @@ def test_blank_slices_go_through_the_network_once_and_change_nothing(batch: int,
     image.array[:, :, list(blank)] = 0
     samples = Samples(size=64, scaling="volume")
     network = Counting()
-    labels = predict_volume(network, image, samples, batch=batch).labels  # type: ignore[arg-type]
+    steps: list[int] = []
+    labels = predict_volume(
+        network,  # type: ignore[arg-type]
+        image,
+        samples,
+        batch=batch,
+        on_slices=lambda count, of: steps.append(count),
+    ).labels
+    assert sum(steps) == 12
+    assert max(steps) <= batch
     assert len(network.seen) == 12 - max(len(blank) - 1, 0)
     expected = np.stack([one_slice(network, image, samples, k) for k in range(12)], axis=-1)
     np.testing.assert_array_equal(labels, expected)

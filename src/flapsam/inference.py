@@ -160,8 +160,9 @@ def class_probabilities(
     network.eval()
     device = network.pixel_mean.device
     resize, shape = stack.samples.resize, stack.shape[1:]
+    batch = batch or slices_at_once(network, shape)
     of_blank = None
-    with closing(ahead(_batches(network, stack, batch or slices_at_once(network, shape)))) as batches:
+    with closing(ahead(_batches(network, stack, batch))) as batches:
         for indices, images, blanks in batches:
             if indices:
                 with torch.inference_mode():
@@ -174,8 +175,9 @@ def class_probabilities(
                 if blanks and of_blank is None:
                     of_blank = probabilities[indices.index(blanks[0])]
             again = blanks[1:] if blanks and blanks[0] in indices else blanks
-            if again and of_blank is not None:
-                yield again, of_blank.expand(len(again), -1, -1, -1)
+            while again and of_blank is not None:
+                some, again = again[:batch], again[batch:]
+                yield some, of_blank.expand(len(some), -1, -1, -1)
 
 
 def _batches(network: Sam, stack: SliceStack, batch: int) -> Iterator[tuple[list[int], Tensor, list[int]]]:
@@ -230,8 +232,8 @@ def _seconds(network: Sam, images: Tensor, precision: Precision) -> float:
     return min(times[1:])
 
 
-def _logits(network: Sam, images: Tensor, precision: str) -> Tensor:
-    half = HALF.get(precision)  # pyright: ignore[reportArgumentType, reportCallIssue]
+def _logits(network: Sam, images: Tensor, precision: Precision) -> Tensor:
+    half = HALF.get(precision)
     with torch.autocast(images.device.type, half or torch.bfloat16, enabled=half is not None):
         embedding = network.embed(images.expand(-1, 3, -1, -1))
     return network.logits(embedding.float())
