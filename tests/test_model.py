@@ -138,6 +138,14 @@ def test_options(model: flapsam.Model, path: Path):
     assert [(segment.value, segment.name) for segment in model.legend] == [(1, "kidney"), (2, "tumour")]
 
 
+def test_precision_is_full_on_a_cpu_unless_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    adapter = saved_lively(tmp_path)
+    monkeypatch.setattr("flapsam.model.fastest_precision", lambda network: "bf16")
+    assert flapsam.load(adapter).precision == "fp32"
+    assert flapsam.load(adapter, precision="auto").precision == "bf16"
+    assert flapsam.load(adapter, precision="fp16").precision == "fp16"
+
+
 def test_an_adapter_that_is_none(tmp_path: Path):
     with pytest.raises(FlapsamError, match="neither an adapter nor a finished run"):
         flapsam.load(tmp_path)
