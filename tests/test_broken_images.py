@@ -11,7 +11,6 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pydicom
-import pytest
 import SimpleITK as sitk
 from adaptermaker import saved
 from command import flapsam
@@ -220,18 +219,17 @@ def test_a_sentence_each_and_the_rest_is_done(tmp_path: Path, capfd):
     assert len((tmp_path / "out" / "volumes.csv").read_text().splitlines()) == 5
 
 
-@pytest.mark.parametrize("end", [".nii.gz", ".nrrd", ".mha", ""])
-def test_a_full_disk(end: str, tmp_path: Path):
-    """A limit on the size of files stands for the disk's end; smaller images before and after it are written."""
+def test_a_full_disk(tmp_path: Path):
+    """A limit on the size of files stands for the disk's end; smaller images around it are written, in every format."""
     large = Volume(RNG.integers(-1000, 1000, size=(160, 160, 24)).astype(np.int16), AFFINE)
     small = Volume(np.zeros((8, 8, 3), np.int16), AFFINE)
-    for name, volume in (("a", small), ("b", large), ("c", small)):
-        if end:
-            save_as(volume, tmp_path / "in" / f"{name}{end}")
-        else:
-            save_series(tmp_path / "in" / name, volume.array, volume.affine)
-    flapsam = Path(sys.executable).with_name("flapsam")
-    command = [flapsam, "predict", saved(tmp_path / "a"), tmp_path / "in", "-o", tmp_path / "out"]
+    kinds = {"nifti": ".nii.gz", "nrrd": ".nrrd", "meta": ".mha", "dicom": ""}
+    for kind, end in kinds.items():
+        for name, volume in (("a", small), ("b", large), ("c", small)):
+            path = tmp_path / "in" / kind / f"{name}{end}"
+            save_as(volume, path) if end else save_series(path, volume.array, volume.affine)
+    program = Path(sys.executable).with_name("flapsam")
+    command = [program, "predict", saved(tmp_path / "adapter"), tmp_path / "in", "-o", tmp_path / "out"]
     limit = 12_000
 
     def bounded() -> None:
@@ -239,7 +237,9 @@ def test_a_full_disk(end: str, tmp_path: Path):
 
     outcome = subprocess.run(command, capture_output=True, text=True, preexec_fn=bounded, check=False)
     assert outcome.returncode == 1, outcome.stderr
-    (sentence,) = [line for line in outcome.stderr.splitlines() if line[:2] == "- "]
-    assert re.search(r"/out/b\.\S+: cannot be written", sentence), sentence
-    names = {path.name.split(".")[0] for path in (tmp_path / "out").iterdir()}
-    assert names == {"a", "c", "labels", "predictions", "volumes"}
+    sentences = [line for line in outcome.stderr.splitlines() if line[:2] == "- "]
+    for kind in kinds:
+        (about,) = [line for line in sentences if f"/{kind}/b." in line]
+        assert re.search(r"/out/\w+/b\.\S+: cannot be written", about), about
+        assert {path.name.split(".")[0] for path in (tmp_path / "out" / kind).iterdir()} == {"a", "c"}
+    assert len(sentences) == len(kinds)

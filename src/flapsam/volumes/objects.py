@@ -94,7 +94,7 @@ def _meta_tensor_like(labels: NDArray[np.uint8], image: "MetaTensor") -> "MetaTe
     from monai.data.meta_tensor import MetaTensor
 
     tensor = torch.from_numpy(np.ascontiguousarray(labels))
-    return MetaTensor(tensor[None] if image.ndim == 4 else tensor, affine=image.affine, meta=image.meta)
+    return MetaTensor(tensor[None] if image.ndim == 4 else tensor, meta=image.meta)
 
 
 def _is_sitk(image: Any) -> bool:
