@@ -70,6 +70,22 @@ def test_the_place_as_another_library_sees_it_is_the_images_to_the_bit(codes: st
     assert after.GetDirection() == before.GetDirection()
 
 
+@pytest.mark.parametrize(("name", "end"), ENDS)
+def test_modalities_in_files_of_every_format(name: str, end: str, tmp_path: Path):
+    first, second = anatomy(), Volume(anatomy().array + 7, anatomy().affine)
+    paths = [save_as(volume, tmp_path / f"case_000{index}{end}") for index, volume in enumerate((first, second))]
+    volume = read_image(*paths)
+    assert volume.modalities == 2
+    np.testing.assert_array_equal(volume.array, np.stack([first.array, second.array], axis=-1))
+    moved = save_as(Volume(first.array, first.affine + np.eye(4)), tmp_path / f"moved{end}")
+    with pytest.raises(FlapsamError, match=r"moved.* it does not lie in the same place as .*case_0000"):
+        read_image(paths[0], moved)
+    if name == "NIfTI":
+        both = save_as(volume, tmp_path / f"both{end}")
+        with pytest.raises(FlapsamError, match=r"both.* a 3-D volume is needed, this file has 4 dimensions"):
+            read_image(both, paths[0])
+
+
 @pytest.mark.parametrize("scale", [(1, 0), (0.5, 3)])
 @pytest.mark.parametrize("kind", ["<i2", ">i2", "<u2", "<i4", "<f4", "<f8"])
 def test_parts_of_a_nifti_file_are_what_nibabel_reads_whole(kind: str, scale: tuple, tmp_path: Path, monkeypatch):

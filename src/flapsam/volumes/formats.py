@@ -64,8 +64,8 @@ def read_image(source: Source, *others: Path) -> Volume:
         return read_series(source)
     if not others:
         return _format(source).read(source)
-    nifti.count_modalities([source, *others])
-    volumes = [_format(path).read(path) for path in (source, *others)]
+    nifti.check_count([source, *others])
+    volumes = [_three_dimensional(path) for path in (source, *others)]
     first = volumes[0]
     for path, volume in zip(others, volumes[1:], strict=True):
         if volume.array.shape != first.array.shape or not same_geometry(first.affine, volume.affine, first.array.shape):
@@ -79,9 +79,7 @@ def read_label(path: Path) -> Volume:
     Raises:
         FlapsamError: as ``read_image``; or it holds no whole numbers.
     """
-    stored = _format(path).read(path)
-    if stored.modalities > 1:
-        raise FlapsamError(f"{path}: a 3-D volume is needed, this file has 4 dimensions {stored.array.shape}")
+    stored = _three_dimensional(path)
     whole = stored.array if stored.array.dtype.kind in "iu" else np.rint(stored.array)
     if whole is not stored.array and not np.array_equal(whole, stored.array):
         raise FlapsamError(f"{path}: a label map holds whole numbers, this one does not; is it an image?")
@@ -128,6 +126,13 @@ def write_probabilities(probabilities: NDArray[np.uint16], source: Source, affin
     """Write probabilities (i, j, k, class), of which 65535 is 1, as NIfTI in the place of the image."""
     like = source if isinstance(source, Path) and nifti.is_nifti(source) else None
     nifti.write_probabilities(Volume(probabilities, affine), path, like)
+
+
+def _three_dimensional(path: Path) -> Volume:
+    volume = _format(path).read(path)
+    if volume.modalities > 1:
+        raise FlapsamError(f"{path}: a 3-D volume is needed, this file has 4 dimensions {volume.array.shape}")
+    return volume
 
 
 def _format(path: Path) -> Format:

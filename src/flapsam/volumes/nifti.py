@@ -48,14 +48,19 @@ def read_geometry(path: Path, *, modalities: bool = False) -> Geometry:
     return _open(path, modalities)[1]
 
 
+def check_count(paths: Sequence[Path]) -> None:
+    """Raise FlapsamError if these are more modalities of a case than the network has channels."""
+    if len(paths) > MODALITIES:
+        raise FlapsamError(f"{paths[0]}: the case has {len(paths)} modalities; {_TOO_MANY}")
+
+
 def count_modalities(paths: Sequence[Path]) -> int:
     """Modalities of a case: one file each, or the fourth axis of a single one.
 
     Raises:
         FlapsamError: as ``read_geometry``; or there are more than three.
     """
-    if len(paths) > MODALITIES:
-        raise FlapsamError(f"{paths[0]}: the case has {len(paths)} modalities; {_TOO_MANY}")
+    check_count(paths)
     image = _open(paths[0], len(paths) == 1)[0]
     return len(paths) if len(paths) > 1 else max(image.shape[3:], default=1)
 
