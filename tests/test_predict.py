@@ -102,7 +102,7 @@ def test_dicom_and_its_conversion_to_nifti(adapter: Path, tmp_path: Path, capfd)
     np.testing.assert_allclose(ours, converted, atol=1e-4)
 
 
-def test_files_folders_trees_and_lists(adapter: Path, tmp_path: Path, capfd):
+def test_files_folders_trees_and_lists(adapter: Path, tmp_path: Path, capfd, monkeypatch):
     image = anatomy()
     for path in ("in/a/one.nii.gz", "in/a/b/two.nrrd", "in/labels/truth.nii.gz", "other/three.mha", "out/in/four.nii.gz"):
         save_as(image, tmp_path / path)
@@ -120,8 +120,11 @@ def test_files_folders_trees_and_lists(adapter: Path, tmp_path: Path, capfd):
     assert stems(tmp_path / "in") == ["a/b/two.seg.nrrd", "a/one.nii.gz", "patient/ct.nii.gz"]
     assert stems(tmp_path / "list.txt") == ["b/two.seg.nrrd", "one.nii.gz", "three.mha"]
     assert stems(tmp_path / "in" / "a", tmp_path / "other") == ["b/two.seg.nrrd", "one.nii.gz", "three.mha"]
-    # The label maps of before are in the output folder, which is not searched.
+    # The output folder, where label maps are by now, is not searched, however it is called; nor is any folder twice.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in" / "a" / "b" / "again").symlink_to(tmp_path / "in")
     assert len(stems(tmp_path)) == 4
+    assert len(predict(capfd, adapter, ".", "-o", "in/../out")["images"]) == 4
 
 
 def test_one_series_of_several(adapter: Path, tmp_path: Path, capfd):

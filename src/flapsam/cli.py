@@ -233,11 +233,9 @@ def predict(
             }
         )
     else:
-        out.print(
-            f"{len(written)} label maps are in {output}, their volumes in {output / VOLUMES}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        label_maps = "1 label map is" if len(written) == 1 else f"{len(written)} label maps are"
+        text = f"{label_maps} in {output}, volumes in millilitres in {output / VOLUMES}"
+        out.print(text, highlight=False, soft_wrap=True)
     if failed:
         notes.print(f"[bold red]{len(failed)} of {len(outcomes)} images not segmented:[/]", highlight=False)
         for outcome in failed:

@@ -114,11 +114,13 @@ def _at(path: Path, modalities: int, series: str | None, output: Path | None) ->
 
 def _inside(root: Path, modalities: int, series: str | None, output: Path | None) -> Iterator[Job]:
     """The images in a folder and below it; folders ``images`` leave no trace in the label maps' places."""
+    # Links are followed, but to no folder twice.
+    seen = {root.resolve()} | ({output.resolve()} if output else set())
     for here, folders, files in os.walk(root, followlinks=True):
         folder = Path(here)
-        folders[:] = sorted(
-            name for name in folders if not name.startswith((".", TRUTH)) and (output is None or folder / name != output)
-        )
+        there = {name: (folder / name).resolve() for name in sorted(folders) if not name.startswith((".", TRUTH))}
+        folders[:] = [name for name, path in there.items() if path not in seen]
+        seen.update(there.values())
         place = Path(*(part for part in folder.relative_to(root).parts if part != "images"))
         paths = [folder / name for name in sorted(files)]
         images = [path for path in paths if is_image(path)]
