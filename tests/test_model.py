@@ -13,6 +13,7 @@ import SimpleITK as sitk
 import torch
 from adaptermaker import saved_lively
 from command import flapsam as command
+from dicommaker import save_series
 from monai.data.meta_tensor import MetaTensor
 from monai.transforms.io.array import LoadImage
 from sitemaker import AFFINE, load, save
@@ -52,6 +53,18 @@ def test_a_path_and_an_array(model: flapsam.Model, path: Path, expected: np.ndar
         assert isinstance(labels, np.ndarray)
         assert labels.dtype == np.uint8
         np.testing.assert_array_equal(labels, expected)
+
+
+def test_a_folder_of_dicom_files(model: flapsam.Model, tmp_path: Path):
+    image = anatomy(oblique() @ np.diag([-1.0, -1.0, 1.0, 1.0]))
+    save_series(tmp_path / "ct", image.array, image.affine)
+    expected = model.predict(image.array, image.affine)
+    np.testing.assert_array_equal(model.predict(tmp_path / "ct"), expected)
+    save_series(tmp_path / "ct", image.array, image.affine, series="other")
+    with pytest.raises(FlapsamError, match=r"there is 2 DICOM series: 3 .* one series is needed"):
+        model.predict(tmp_path / "ct")
+    with pytest.raises(FlapsamError, match="there is no DICOM image"):
+        model.predict(tmp_path)
 
 
 def test_nibabel(model: flapsam.Model, path: Path, expected: np.ndarray, tmp_path: Path):

@@ -12,7 +12,7 @@ import pytest
 import SimpleITK as sitk
 from adaptermaker import saved_lively
 from command import flapsam
-from dicommaker import save_enhanced, save_series
+from dicommaker import changed, save_enhanced, save_series
 from nibabel import orientations
 from sitemaker import AFFINE, load, save
 from test_formats import save_as
@@ -141,6 +141,17 @@ def test_one_series_of_several(adapter: Path, tmp_path: Path, capfd):
     assert "2 series in one folder: 3 'T1 axial' (8 files), 3 'T2 axial' (8 files); choose with --series" in outcome.err
     assert written("--series", "*t2*") == {"3_T2_axial.nii.gz"}
     assert written("--series", "*") == {"3_T1_axial.nii.gz", "3_T2_axial.nii.gz"}
+
+
+def test_a_file_that_is_no_image(adapter: Path, tmp_path: Path, capfd):
+    save_series(tmp_path / "in", anatomy().array[..., :1], AFFINE)
+    report, notes = next((tmp_path / "in").iterdir()), tmp_path / "notes.csv"
+    changed(report, lambda header: setattr(header, "SOPClassUID", "1.2.840.10008.5.1.4.1.1.88.11"))
+    notes.write_text("a,b\n")
+    outcome = flapsam(capfd, "predict", adapter, report, notes, "-o", tmp_path / "out")
+    assert outcome.code == 1
+    assert f"{report}: there is no DICOM image" in outcome.err
+    assert f"{notes}: no image that flapsam reads" in outcome.err
 
 
 def test_volumes_in_millilitres(adapter: Path, tmp_path: Path, capfd):

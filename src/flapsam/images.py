@@ -11,7 +11,7 @@ from flapsam.adapter import read_card
 from flapsam.errors import FlapsamError
 from flapsam.sites import Split, find_dataset, read_sites
 from flapsam.trained import Trained
-from flapsam.volumes import Series, Source, case_name, find_series, is_dicom, is_image
+from flapsam.volumes import Series, Source, case_name, find_series, is_dicom, is_image, source_at
 
 LIST = ".txt"
 NUMBERED = re.compile(r"_\d{4}$")
@@ -105,11 +105,12 @@ def _listed(path: Path, modalities: int, series: str | None, output: Path | None
 def _at(path: Path, modalities: int, series: str | None, output: Path | None) -> Iterator[Job]:
     if path.is_dir():
         yield from _inside(path, modalities, series, output)
-    elif is_dicom(path):
-        yield Job(find_series(path.parent, [path])[0], Path(path.stem))
-    else:
-        # What is no image is told so when it is read.
-        yield Job(path, Path(case_name(path)))
+        return
+    try:
+        # What is no image at all is told so when it is read.
+        yield Job(source_at(path), Path(case_name(path)))
+    except FlapsamError as error:
+        yield Job(path, Path(case_name(path)), fault=str(error))
 
 
 def _inside(root: Path, modalities: int, series: str | None, output: Path | None) -> Iterator[Job]:

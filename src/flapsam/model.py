@@ -13,7 +13,7 @@ from flapsam.errors import FlapsamError
 from flapsam.inference import Options, Precision, Prediction, fastest_precision, predict_volume
 from flapsam.sam import Sam, fuse
 from flapsam.trained import find_trained
-from flapsam.volumes import Legend, Volume, labels_like, legend_of, read_image, volume_of
+from flapsam.volumes import Legend, Volume, labels_like, legend_of, read_image, source_at, volume_of
 
 
 class Model:
@@ -40,7 +40,8 @@ class Model:
         """Segment a volume; the label map comes back in the form that the volume was given in.
 
         Args:
-            volume: a NumPy array with its affine, a nibabel or SimpleITK image, a MONAI ``MetaTensor``, or a path.
+            volume: a NumPy array with its affine, a nibabel or SimpleITK image, a MONAI ``MetaTensor``, or the path of
+                a file or of a folder with one DICOM series.
             affine: (4, 4), from voxel index to millimetres in RAS+; of a NumPy array only.
             options: fields of ``Options`` but ``probabilities``, such as ``flips="x"``.
 
@@ -51,7 +52,7 @@ class Model:
         Raises:
             FlapsamError: it is no volume, or not of as many modalities as the adapter was trained on.
         """
-        read = read_image(Path(volume)) if isinstance(volume, (str, Path)) else volume_of(volume, affine)
+        read = read_image(source_at(Path(volume))) if isinstance(volume, (str, Path)) else volume_of(volume, affine)
         return labels_like(self.segment(read, Options(**options)).labels, volume)
 
     def segment(

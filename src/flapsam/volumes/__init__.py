@@ -9,6 +9,7 @@ from flapsam.volumes.formats import (
     is_image,
     read_image,
     read_label,
+    source_at,
     write_labels,
     write_probabilities,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "room",
     "same_geometry",
     "slice_count",
+    "source_at",
     "volume_of",
     "write_label_like",
     "write_labels",

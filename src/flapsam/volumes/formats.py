@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from flapsam.errors import FlapsamError
 from flapsam.volumes import nifti
-from flapsam.volumes.dicom import Series, read_series
+from flapsam.volumes.dicom import Series, find_series, is_dicom, read_series
 from flapsam.volumes.dicom_seg import write_dicom_seg
 from flapsam.volumes.itk import META, NRRD, read_itk, write_meta_like, write_nrrd_like
 from flapsam.volumes.legend import Legend
@@ -47,6 +47,22 @@ def is_image(path: Path) -> bool:
 def case_name(path: Path) -> str:
     """The file's name without its format's suffix."""
     return next((path.name.removesuffix(end) for end in _ENDS if path.name.endswith(end)), path.stem)
+
+
+def source_at(path: Path) -> Source:
+    """What to read at a path: the file, or the one DICOM series of a folder or file.
+
+    Raises:
+        FlapsamError: a folder or DICOM file does not hold exactly one series of images.
+    """
+    if not (path.is_dir() or is_dicom(path)):
+        return path
+    files = [file for file in sorted(path.iterdir()) if is_dicom(file)] if path.is_dir() else [path]
+    found = find_series(path if path.is_dir() else path.parent, files)
+    if len(found) != 1:
+        titles = f"{len(found)} DICOM series: {', '.join(one.title for one in found)}" if found else "no DICOM image"
+        raise FlapsamError(f"{path}: there is {titles}; one series is needed")
+    return found[0]
 
 
 def read_image(source: Source, *others: Path) -> Volume:
