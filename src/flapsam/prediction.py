@@ -218,22 +218,25 @@ def _identity(job: Job) -> list[list[Any]]:
     return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files if path.exists()]
 
 
+def _last(path: Path) -> dict[str, Event]:
+    """Case → its last event in the ledger."""
+    return {event["case"]: event for event in read_ledger(path)}
+
+
 def _done(path: Path, output: Path, way: str) -> dict[str, Event]:
-    """Case → its last event in the ledger, where all that was written is still there."""
-    last = {event["case"]: event for event in read_ledger(path)}
+    """The last events of cases that were segmented in this way, where all that was written is still there."""
     return {
         case: event
-        for case, event in last.items()
+        for case, event in _last(path).items()
         if event["way"] == way and all((output / name).exists() for name in event["written"])
     }
 
 
 def _write_volumes(output: Path, classes: Sequence[str]) -> None:
-    """A row an image that was ever segmented here, the last time counts."""
-    last = {event["case"]: event for event in read_ledger(output / LEDGER)}
+    """A row an image that was ever segmented here."""
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
     rows.writerow(["case", "image", "label_map", *(f"{name} (ml)" for name in classes)])
-    for case, event in sorted(last.items()):
+    for case, event in sorted(_last(output / LEDGER).items()):
         rows.writerow([case, event["image"], event["written"][0], *(event["ml"].get(name, "") for name in classes)])
     write_text(output / VOLUMES, table.getvalue())

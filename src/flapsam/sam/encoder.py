@@ -40,12 +40,28 @@ class EncoderAttention(nn.Module):
             projection(tokens).view(batch, height * width, self.heads, -1).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        grid = query.reshape(batch, self.heads, height, width, -1)
-        along_h = torch.einsum("bnhwc,hkc->bnhwk", grid, self.rel_pos_h[self.offset])
-        along_w = torch.einsum("bnhwc,wkc->bnhwk", grid, self.rel_pos_w[self.offset])
-        bias = (along_h[..., :, None] + along_w[..., None, :]).flatten(4).flatten(2, 3)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        return self.proj(mixed.transpose(1, 2).reshape(batch, height, width, channels)), None
+        mixed = attend(query, key, value, self.rel_pos_h[self.offset], self.rel_pos_w[self.offset])
+        return self.proj(mixed).view(batch, height, width, channels), None
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, along_h: Tensor, along_w: Tensor) -> Tensor:
+    """Attention over a grid of tokens with decomposed relative positions.
+
+    Args:
+        query: (batch, heads, height · width, channels of a head), as key and value.
+        key: what is asked.
+        value: what is mixed.
+        along_h: (height, height, channels of a head), the positions' codes from row to row.
+        along_w: (width, width, channels of a head), from column to column.
+
+    Returns:
+        (batch, height · width, channels).
+    """
+    grid = query.unflatten(2, (len(along_h), len(along_w)))
+    bias_h = torch.einsum("bnhwc,hkc->bnhwk", grid, along_h)
+    bias_w = torch.einsum("bnhwc,wkc->bnhwk", grid, along_w)
+    bias = (bias_h[..., :, None] + bias_w[..., None, :]).flatten(4).flatten(2, 3)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2).flatten(2)
 
 
 def image_encoder(sizes: Architecture, image_size: int) -> SamVisionEncoder:

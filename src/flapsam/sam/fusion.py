@@ -3,11 +3,10 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flapsam.sam.adapters import merge_adapters
-from flapsam.sam.encoder import EncoderAttention
+from flapsam.sam.encoder import EncoderAttention, attend
 from flapsam.sam.network import Sam
 
 
@@ -32,12 +31,8 @@ class FusedAttention(nn.Module):
         batch, height, width, channels = hidden_states.shape
         tokens = hidden_states.reshape(batch, height * width, channels)
         query, key, value = self.qkv(tokens).view(batch, height * width, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        grid = query.reshape(batch, self.heads, height, width, -1)
-        along_h = torch.einsum("bnhwc,hkc->bnhwk", grid, self.along_h)
-        along_w = torch.einsum("bnhwc,wkc->bnhwk", grid, self.along_w)
-        bias = (along_h[..., :, None] + along_w[..., None, :]).flatten(4).flatten(2, 3)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        return self.proj(mixed.transpose(1, 2).reshape(batch, height, width, channels)), None
+        mixed = attend(query, key, value, self.along_h, self.along_w)
+        return self.proj(mixed).view(batch, height, width, channels), None
 
 
 def fuse(network: Sam) -> Sam:

@@ -13,7 +13,7 @@ from flapsam.volumes.formats import (
     write_labels,
     write_probabilities,
 )
-from flapsam.volumes.legend import Legend, Segment, itk_snap, legend_of
+from flapsam.volumes.legend import Legend, itk_snap, legend_of
 from flapsam.volumes.nifti import count_modalities, is_nifti, read_geometry, write_label_like, write_volume
 from flapsam.volumes.objects import labels_like, volume_of
 from flapsam.volumes.volume import (
@@ -21,8 +21,6 @@ from flapsam.volumes.volume import (
     Geometry,
     Volume,
     canonical_slice_axis,
-    check_affine,
-    check_finite,
     same_geometry,
     slice_count,
 )
@@ -32,14 +30,11 @@ __all__ = [
     "FORMATS",
     "Geometry",
     "Legend",
-    "Segment",
     "Series",
     "Source",
     "Volume",
     "canonical_slice_axis",
     "case_name",
-    "check_affine",
-    "check_finite",
     "count_modalities",
     "find_series",
     "is_dicom",

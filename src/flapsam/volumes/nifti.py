@@ -23,6 +23,8 @@ from flapsam.volumes.volume import Geometry, Volume, check_affine, check_finite
 SUFFIXES = (".nii.gz", ".nii")
 COMMENT = 6
 """Code of a NIfTI extension that holds plain text."""
+LABEL_MAP = "flapsam label map"
+"""What the header of one says that it is."""
 CHUNK = 32 * 2**20
 """Bytes that are unpacked at once."""
 MODALITIES = 3
@@ -89,7 +91,7 @@ def write_label_like(labels: NDArray, original: Path, path: Path, legend: Legend
         path: where to; written whole or not at all.
         legend: names and colours, kept as JSON in an extension of the header.
     """
-    header = _derived(original, np.uint8, "flapsam label map")
+    header = _derived(original, np.uint8, LABEL_MAP)
     _describe(header, legend)
     # No affine given: the header's own qform and sform are kept as they are.
     _save(nibabel.Nifti1Image(labels.astype(np.uint8, copy=False), None, header), path)
@@ -110,7 +112,18 @@ def write_probabilities(probabilities: Volume, path: Path, original: Path | None
 
 
 def _derived(original: Path, dtype: type, what: str) -> nibabel.Nifti1Header:
-    header = _open(original, modalities=True)[0].header.copy()
+    return header_for(dtype, what, _open(original, modalities=True)[0].header)
+
+
+def header_for(dtype: type, what: str, original: nibabel.Nifti1Header) -> nibabel.Nifti1Header:
+    """The header of an image with its geometry, for other voxels in the same place.
+
+    Args:
+        dtype: of the voxels.
+        what: they are, in words.
+        original: of the image.
+    """
+    header = original.copy()
     header.extensions.clear()
     header.set_data_dtype(dtype)
     header.set_slope_inter(1, 0)

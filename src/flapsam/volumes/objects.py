@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from flapsam.errors import FlapsamError
 from flapsam.volumes.itk import LPS, affine_of
-from flapsam.volumes.nifti import MODALITIES
+from flapsam.volumes.nifti import LABEL_MAP, MODALITIES, header_for
 from flapsam.volumes.volume import Volume, check_affine, check_finite
 
 if TYPE_CHECKING:
@@ -72,12 +72,10 @@ def labels_like(labels: NDArray[np.uint8], image: Any) -> Any:
         return _sitk_like(labels, image)
     if _is_meta_tensor(image):
         return _meta_tensor_like(labels, image)
+    if isinstance(image, nibabel.Nifti1Image):
+        return nibabel.Nifti1Image(labels, None, header_for(np.uint8, LABEL_MAP, image.header))
     if isinstance(image, SpatialImage):
-        header = image.header.copy() if isinstance(image, nibabel.Nifti1Image) else None
-        if header is not None:
-            header.set_data_dtype(np.uint8)
-            header.set_slope_inter(1, 0)
-        return nibabel.Nifti1Image(labels, None if header is not None else image.affine, header)
+        return nibabel.Nifti1Image(labels, image.affine)
     return labels
 
 
