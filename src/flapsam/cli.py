@@ -92,6 +92,35 @@ def simulate(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="The folder of a run, or of several to compare.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="PAGE.html",
+            help="The page; report/index.html in the run's folder, or comparison.html.",
+        ),
+    ] = None,
+    images: Annotated[bool, typer.Option(help="Put slices of the best, median and worst cases into the page.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Write a run's report as one HTML page that needs no network, or one that compares several runs."""
+    from flapsam.report.comparison import write_comparison
+    from flapsam.report.page import write_report
+
+    if len(runs) > 1:
+        page = write_comparison(runs, output or Path("comparison.html"))
+    else:
+        with observing() as observer:
+            page = write_report(runs[0], output, images=images, observer=observer)
+    if as_json:
+        return print_json({"report": str(page)})
+    out.print(f"The report is in {page}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def bench(
     config: Annotated[
         str, typer.Argument(metavar="RUN.yaml", help="The run, whose field bench says what is compared; or known settings.")
