@@ -80,7 +80,7 @@ def _section(run: Run, curves: dict[str, Series], *, name: str, title: str, what
 def looks_of(sites: list[str]) -> dict[str, dict]:
     """Site → how its line is drawn: its own colour and marker, or, where sites are many, a thin grey line."""
     if len(sites) > len(SERIES):
-        return dict.fromkeys(sites, {"color": MUTED, "linewidth": 0.6, "alpha": 0.6})
+        return {site: {"color": MUTED, "linewidth": 0.6, "alpha": 0.6} for site in sites}
     return {site: {"color": SERIES[i], "marker": MARKERS[i]} for i, site in enumerate(sites)}
 
 
