@@ -118,8 +118,8 @@ class NiivueHook(BuildHookInterface):
         if done.returncode:
             reason = json.loads(done.stdout)["error"]["summary"]
             self.app.abort(
-                f"NiiVue could not be fetched with npm ({reason}): building flapsam from a checkout needs npm's "
-                "registry once, so connect, or set npm's `registry` to a mirror, or install flapsam's wheel, which has NiiVue inside."
+                f"NiiVue could not be fetched with npm ({reason}): a build from a checkout needs npm's registry once, so "
+                "connect, or set npm's `registry` to a mirror, or install flapsam's wheel, which has NiiVue inside."
             )
         tarballs = {base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode(): path for path in folder.iterdir()}
         for package in packages:
