@@ -35,7 +35,7 @@ format: .venv/installed-dev
 clean:
 	rm -rf .venv demo
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml hatch_build.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	touch $@
