@@ -32,8 +32,8 @@ from flapsam.volumes import legend_of
 
 REPORT = Path("report") / "index.html"
 """In a run's folder."""
-Link = Callable[[str, str], str]
-"""Site and case → where the case opens."""
+Link = Callable[[str, str], str | None]
+"""Site and case → where the case opens, if it does."""
 
 
 @dataclass(frozen=True)
@@ -107,16 +107,25 @@ def report_page(run: Run, *, images: bool = True, link: Link | None = None, obse
 
 def render(**content: Any) -> str:
     """The page's template, filled; everything in it but charts is escaped."""
-    pages = Environment(loader=PackageLoader("flapsam.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    pages.tests["casename"] = lambda value: isinstance(value, CaseName)
     style = Markup((Path(__file__).parent / "templates" / "page.css").read_text(encoding="utf-8"))
-    return pages.get_template("page.html").render(
-        **{"link": None, "segments": (), **content}, style=style, version=__version__
+    return (
+        pages()
+        .get_template("page.html")
+        .render(**{"link": None, "segments": (), **content}, style=style, version=__version__)
     )
 
 
+def pages() -> Environment:
+    """The templates, in which everything is escaped."""
+    found = Environment(loader=PackageLoader("flapsam.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    found.tests["casename"] = lambda value: isinstance(value, CaseName)
+    return found
+
+
 def cases_of(run: Run) -> dict[tuple[str, str], Case]:
-    """(site, name) → case, of a run whose data are here; none where they are not."""
+    """(site, name) → case, of a run that was tested and whose data are here; none otherwise."""
+    if not run.scores:
+        return {}
     try:
         sites = read_sites(run.config.data, run.config.seed)
     except FlapsamError:
@@ -162,12 +171,15 @@ def _description(run: Run) -> Section:
     command = found.pop("command", [])
     packages = found.pop("packages", {})
     table = [[name, str(value)] for name, value in found.items()] + [[name, value] for name, value in packages.items()]
+    # Between hospitals each site says for itself where its data are.
+    stayed = run.config.data.path == Path("/")
+    place = "The data stayed at the sites." if stayed else f"The data were in {run.config.data.path}."
     called = shlex.join([Path(command[0]).name, *command[1:]]) if command else ""
     described = write_config(run.config.model_copy(update={"notes": ""}))
     return Section(
         "repeat",
         "Data, environment, and how to repeat it",
-        f"The data were in {run.config.data.path}. The same configuration, data, versions and threads give the same bits.",
+        f"{place} The same configuration, data, versions and threads give the same bits.",
         tables=[
             Table("sites-table", "Cases of each site", ["site", *splits], rows),
             Table("environment-table", "Environment", ["what", "value"], table, text_columns=2),
