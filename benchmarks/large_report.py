@@ -34,7 +34,9 @@ def make_run(folder: Path) -> Path:
         "output": str(run),
     }
     (run / "run.yaml").write_text(yaml.safe_dump(config))
-    (run / "environment.json").write_text(json.dumps({"run": "0" * 32, "flapsam": "0", "command": ["flapsam"], "packages": {}}))
+    (run / "environment.json").write_text(
+        json.dumps({"run": "0" * 32, "flapsam": "0", "command": ["flapsam"], "packages": {}})
+    )
     write_volumes(folder / "sites", run / "predictions", cases, draw)
     with (run / "events.jsonl").open("w") as file:
         for event in ledger(sites, cases, draw):
@@ -81,7 +83,14 @@ def ledger(sites: list[str], cases: list[tuple[str, str]], draw: np.random.Gener
                 if name == "federated" and draw.random() < 0.01:
                     write("missing", federation=name, round=number, site=site, reason="it did not answer in time")
                     continue
-                fit = {"loss": 1 / number, "cross_entropy": 0.1, "dice_loss": 0.1, "steps": 50.0, "seconds": 4.0, "waiting": 0.1}
+                fit = {
+                    "loss": 1 / number,
+                    "cross_entropy": 0.1,
+                    "dice_loss": 0.1,
+                    "steps": 50.0,
+                    "seconds": 4.0,
+                    "waiting": 0.1,
+                }
                 write("fit", federation=name, round=number, site=site, bytes_down=80_000, bytes_up=81_000, slices=900, **fit)
             write("round", federation=name, round=number, seconds=4.5 * len(members), aggregation_seconds=0.1)
     for mode in ("local", "federated", "centralised"):

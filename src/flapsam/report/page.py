@@ -13,7 +13,7 @@ from flapsam import __version__
 from flapsam.config import write_config
 from flapsam.errors import FlapsamError
 from flapsam.federation.observer import Observer
-from flapsam.files import write_text
+from flapsam.files import make_folder, write_text
 from flapsam.report.figures.attendance import attendance
 from flapsam.report.figures.cases import dice_per_case
 from flapsam.report.figures.curves import dice_curves, losses
@@ -60,8 +60,10 @@ def write_report(folder: Path, output: Path | None = None, *, images: bool = Tru
     Raises:
         FlapsamError: there is no run, a file is damaged, or the page cannot be written.
     """
+    run = read_run(folder)
     path = output or folder / REPORT
-    write_text(path, report_page(read_run(folder), images=images, observer=observer or Observer()))
+    make_folder(path.parent)
+    write_text(path, report_page(run, images=images, observer=observer or Observer()))
     return path
 
 

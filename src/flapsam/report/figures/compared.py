@@ -13,6 +13,7 @@ from flapsam.report.figures.drawing import (
     bytes_axis,
     chart,
     dice_axis,
+    every,
     legend,
     new_figure,
     rounds_axis,
@@ -45,7 +46,7 @@ def overlaid(runs: Runs, mode: str, name: str, title: str, what: str, read: Call
     axes = figure.subplots()
     looks = _looks(runs)
     for label, points in means.items():
-        axes.plot(list(points), list(points.values()), **looks[label])
+        axes.plot(list(points), list(points.values()), markevery=every(len(points)), **looks[label])
     axes.set_ylabel(what)
     rounds_axis(axes)
     if what.endswith("Dice"):

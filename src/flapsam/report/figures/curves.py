@@ -11,6 +11,7 @@ from flapsam.report.figures.drawing import (
     WIDTH,
     chart,
     dice_axis,
+    every,
     legend,
     new_figure,
     rounds_axis,
@@ -88,7 +89,8 @@ def draw_curves(axes: Axes, series: Series, looks: dict[str, dict]) -> None:
     """A line a site, and their mean where there are several."""
     for site, points in series.items():
         rounds = sorted(points)
-        axes.plot(rounds, [points[one] for one in rounds], **looks.get(site, {"color": INK, "marker": "o"}))
+        look = looks.get(site, {"color": INK, "marker": "o"})
+        axes.plot(rounds, [points[one] for one in rounds], markevery=every(len(rounds)), **look)
     if len(series) > 1:
         means = means_of(series)
         axes.plot(list(means), list(means.values()), color=INK, linestyle="--", linewidth=2)

@@ -27,6 +27,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 """Series differ in form, too, for those who do not tell the colours apart."""
 WIDTH = 10.4
 """Of most charts, in inches."""
+MARKED = 20
+"""Points of a line that have a marker, or a few more."""
 LABEL = 22
 """Characters of a name that a chart shows."""
 
@@ -85,7 +87,7 @@ def chart(figure: Figure, title: str, description: str) -> Chart:
     drawn = buffer.getvalue()
     drawn = drawn[drawn.index("<svg") :]
     drawn = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", drawn, flags=re.DOTALL)
-    drawn = re.sub(r' id="[A-Za-z_.]+_\d+"', "", drawn)
+    drawn = re.sub(r' id="[A-Za-z0-9_.]+_\d+"', "", drawn)
     drawn = re.sub(r"'DejaVu Sans'[^;\"]*", "sans-serif", drawn)
     for colour, name in VARIABLES.items():
         drawn = drawn.replace(colour, f"var(--{name})")
@@ -117,6 +119,11 @@ def dice_axis(axes: Axes) -> None:
     """Dice from 0 to 1."""
     axes.set_ylim(-0.02, 1.02)
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
+
+
+def every(points: int) -> int:
+    """Of so many points on a line, every which one has a marker, so that they stay apart."""
+    return max(1, points // MARKED)
 
 
 def rounds_axis(axes: Axes) -> None:

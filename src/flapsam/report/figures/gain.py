@@ -8,6 +8,8 @@ from flapsam.report.section import Section, Table
 from flapsam.report.tables import NONE, number
 
 POOLED = "all cases"
+OPENED = 12
+"""A table of so many rows is seen without a click."""
 
 
 def modes_by_site(run: Run, subjects: dict[str, str]) -> Section | None:
@@ -93,4 +95,4 @@ def _table(
         count = len({(s.site, s.case) for scores in run.scores.values() for s in scores if name in (s.site, POOLED)})
         rows.append([name, str(count), *(number(sites.get(name)) for sites in dices.values()), *differences])
     head = ["site", "cases", *(TITLES[mode] for mode in dices), *(f"federated − {TITLES[mode]}" for mode in compared)]
-    return Table("gain-table", "Mean test Dice by site", head, rows, opened=True)
+    return Table("gain-table", "Mean test Dice by site", head, rows, opened=len(rows) <= OPENED)

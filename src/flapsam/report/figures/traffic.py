@@ -9,6 +9,7 @@ from flapsam.report.figures.drawing import (
     WIDTH,
     bytes_axis,
     chart,
+    every,
     legend,
     new_figure,
     rounds_axis,
@@ -37,7 +38,7 @@ def traffic(run: Run) -> Section | None:
     for index, (name, series) in enumerate((("up, from a site", up), ("down, to a site", down))):
         looks[name] = {"color": SERIES[index], "marker": MARKERS[index]}
         means[name] = means_of(series)
-        left.plot(list(means[name]), list(means[name].values()), **looks[name])
+        left.plot(list(means[name]), list(means[name].values()), markevery=every(len(means[name])), **looks[name])
     bytes_axis(left.yaxis, [value for of_each in means.values() for value in of_each.values()])
     rounds_axis(left)
     left.set_title("a packet, mean of the sites")
