@@ -150,7 +150,7 @@ def view(
             import webbrowser
 
             webbrowser.open(address)
-        server.http.serve_forever()
+        server.run()
 
 
 @app.command()

@@ -17,6 +17,9 @@ from flapsam.volumes import Legend, Volume, legend_of, read_image, read_label, s
 SHOWN = 0.5
 """Opacity of the first label map; the others are there to be faded in."""
 
+DRAWN = (np.uint8, np.int16, np.uint16)
+"""Integers that NiiVue draws as they are."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -87,12 +90,11 @@ def scene_of(image: Path, label_maps: Sequence[tuple[str, Path]], classes: Seque
 def nifti_of(volume: Volume) -> bytes:
     """A volume as the bytes of a NIfTI file, uncompressed; of several modalities the first."""
     array = volume.array[..., 0] if volume.array.ndim == 4 else volume.array
-    if array.dtype.kind == "f":
-        array = array.astype(np.float32, copy=False)
-    elif array.dtype.itemsize > 2 or array.dtype.kind == "b":
-        # What browsers draw best; int32 label maps have few values.
-        narrow = np.min_scalar_type(int(array.min())), np.min_scalar_type(int(array.max()))
-        array = array.astype(np.promote_types(*narrow) if np.promote_types(*narrow).itemsize <= 2 else np.float32)
+    low, high = array.min(), array.max()
+    # The narrowest that holds its values, of those that browsers draw.
+    whole = array.dtype.kind in "iub"
+    fitting = [t for t in DRAWN if whole and np.iinfo(t).min <= low and high <= np.iinfo(t).max]
+    array = array.astype(fitting[0] if fitting else np.float32, copy=False)
     return nibabel.Nifti1Image(array, volume.affine, dtype=array.dtype).to_bytes()
 
 

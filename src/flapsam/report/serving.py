@@ -60,6 +60,15 @@ class ViewServer:
         self.root = f"/{self.token}/"
         self.address = f"http://{HOST}:{self.http.server_port}{self.root}"
 
+    def run(self) -> None:
+        """Answer until ``close`` or an interruption."""
+        self.http.serve_forever()
+
+    def close(self) -> None:
+        """Answer no more."""
+        self.http.shutdown()
+        self.http.server_close()
+
     def link(self, *key: str) -> str:
         """Where a scene opens, on this server."""
         return f"{self.root}case/{'/'.join(quote(part, safe='') for part in key)}/"
