@@ -95,7 +95,7 @@ def report_page(run: Run, *, images: bool = True, link: Link | None = None, obse
         "" if run.finished else f"This run is not over: {rounds} of {run.config.rounds.count} rounds are in its ledger."
     )
     return render(
-        title=run.name,
+        title=f"{run.folder.resolve().parent.name}/{run.name}",
         kind="A run of flapsam",
         notes=run.config.notes,
         warning=warning,
