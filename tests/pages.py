@@ -37,11 +37,10 @@ def blocks(page: Path, *languages: str) -> list[Block]:
 
 
 def commands(block: Block) -> Iterator[list[str]]:
-    """The words of each command of flapsam in a block of commands, or in a line of ``make``."""
+    """The words of each command of flapsam in a block of commands."""
     for line in block.text.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        if words and words[0] == "flapsam":
-            yield words[1:]
+        if line.startswith("flapsam "):
+            yield shlex.split(line, comments=True)[1:]
 
 
 def inline_commands(page: Path) -> Iterator[list[str]]:
