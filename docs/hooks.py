@@ -4,7 +4,7 @@ A page says ``<!-- commands -->``, or ``<!-- fields flapsam.config.Training -->`
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel
 
 from flapsam.cli import app
+from flapsam.config import RunConfig
 from flapsam.presets import PRESETS
 
 MARKER = re.compile(r"^<!-- (commands|fields (\S+)) -->$", re.MULTILINE)
@@ -70,7 +71,7 @@ def _shown(default: Any, parameter: Any) -> str:
 
 
 def fields(path: str) -> str:
-    """A table of a model's fields but those that are groups themselves: defaults of both presets, and meaning.
+    """A table of a model's fields but those that are groups themselves: defaults, by preset where they differ, and meaning.
 
     Raises:
         ValueError: a field has no description.
@@ -78,26 +79,28 @@ def fields(path: str) -> str:
     module, name = path.rsplit(".", 1)
     model: type[BaseModel] = getattr(import_module(module), name)
     documented = griffe.load(module, search_paths=["src"])[name].members
-    group = next((key for key, field in _run_fields() if field.annotation is model), "")
-    presets = {key: values.get(group, {}) if group else values for key, values in PRESETS.items()}
-    differs = bool(presets["fast"]) and module == "flapsam.config"
-    rows = ["| field | `paper` | `fast` | |\n|---|---|---|---|" if differs else "| field | default | |\n|---|---|---|"]
+    group = next((key for key, field in RunConfig.model_fields.items() if field.annotation is model), "")
+    columns = _columns(model, group)
+    rows = [f"| field | {' | '.join(columns)} | |\n|---|{'---|' * len(columns)}---|"]
     for field, about in model.model_fields.items():
         if isinstance(about.annotation, type) and issubclass(about.annotation, BaseModel):
             continue
         if documented[field].docstring is None:
             raise ValueError(f"{path}.{field} has no description; write a string below it")
         default = "needed" if about.is_required() else _yaml(about.get_default(call_default_factory=True))
-        fast = [_yaml(presets["fast"][field]) if field in presets["fast"] else default] if differs else []
-        prefix = f"{group}." if group else ""
-        rows.append(f"| {' | '.join([f'`{prefix}{field}`', default, *fast, _cell(documented[field].docstring.value)])} |")
+        values = [_yaml(column[field]) if field in column else default for column in columns.values()]
+        where = f"`{group}.{field}`" if group else f"`{field}`"
+        rows.append(f"| {' | '.join([where, *values, _cell(documented[field].docstring.value)])} |")
     return "\n".join(rows) + "\n"
 
 
-def _run_fields() -> Iterator[tuple[str, Any]]:
-    from flapsam.config import RunConfig
-
-    yield from RunConfig.model_fields.items()
+def _columns(model: type[BaseModel], group: str) -> Mapping[str, Mapping[str, Any]]:
+    """Heading of a column → what takes the place of the fields' own defaults."""
+    if model is RunConfig:
+        return {f"`{name}`": {**values, "preset": name} for name, values in PRESETS.items()}
+    if any(group in values for values in PRESETS.values()):
+        return {f"`{name}`": values.get(group, {}) for name, values in PRESETS.items()}
+    return {"default": {}}
 
 
 def _yaml(value: Any) -> str:
