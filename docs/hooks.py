@@ -40,7 +40,7 @@ def _described(name: str, command: Any) -> Iterator[str]:
     arguments = [parameter for parameter in shown if parameter.param_type_name == "argument"]
     usage = " ".join([name, *map(_usage, arguments), *(f"{_longest(p)} {_value(p)}" for p in shown if _is_needed(p))])
     yield f"## {name}\n\n{command.help}\n\n```\n{usage} [options]\n```\n"
-    yield "| | default | |\n|---|---|---|"
+    yield "| argument or option | default | meaning |\n|---|---|---|"
     for parameter in shown:
         names = [_usage(parameter)] if parameter in arguments else [*parameter.opts, *parameter.secondary_opts]
         value = "" if parameter in arguments or parameter.is_flag else f" `{_value(parameter)}`"
@@ -81,7 +81,7 @@ def fields(path: str) -> str:
     documented = griffe.load(module, search_paths=["src"])[name].members
     group = next((key for key, field in RunConfig.model_fields.items() if field.annotation is model), "")
     columns = _columns(model, group)
-    rows = [f"| field | {' | '.join(columns)} | |\n|---|{'---|' * len(columns)}---|"]
+    rows = [f"| field | {' | '.join(columns)} | meaning |\n|---|{'---|' * len(columns)}---|"]
     for field, about in model.model_fields.items():
         if isinstance(about.annotation, type) and issubclass(about.annotation, BaseModel):
             continue

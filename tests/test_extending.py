@@ -18,6 +18,7 @@ from pages import DOCS, blocks
 from sitemaker import make_sites, write_run
 
 from flapsam.config import read_config
+from flapsam.errors import FlapsamError
 from flapsam.experiments.simulation import simulate
 from flapsam.federation.aggregation import AGGREGATORS
 from flapsam.federation.compression import CODECS, VALUES
@@ -116,7 +117,7 @@ def test_an_image_format(codes: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(test_formats, "save_as", save_as)
     test_formats.test_read_and_written_where_it_lay("NumPy", ".npz", codes, tmp_path)
     (tmp_path / "broken.npz").write_bytes(b"PK")
-    with pytest.raises(Exception, match=r"broken\.npz: no archive with the arrays image and affine"):
+    with pytest.raises(FlapsamError, match=r"broken\.npz: no archive with the arrays image and affine"):
         formats.read_image(tmp_path / "broken.npz")
 
 
