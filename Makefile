@@ -1,10 +1,10 @@
-# Everything that a newcomer needs: make demo, make test, make lint. Each sets up .venv first, once.
+# Everything that a newcomer needs: make demo, make test, make lint, make docs. Each sets up .venv first, once.
 
 PYTHON ?= python3.11
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-units test-hospitals lint format clean
+.PHONY: demo test test-units test-hospitals lint format docs clean
 
 demo: .venv/installed
 	rm -rf demo
@@ -32,8 +32,12 @@ format: .venv/installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# The variable turns off the theme's advertisement of its successor.
+docs: .venv/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf .venv demo
+	rm -rf .venv demo site
 
 .venv/installed: pyproject.toml hatch_build.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

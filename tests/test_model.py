@@ -1,6 +1,5 @@
 """The Python API: a volume in the form of any library, the label map in the same form and place."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from command import flapsam as command
 from dicommaker import save_series
 from monai.data.meta_tensor import MetaTensor
 from monai.transforms.io.array import LoadImage
+from pages import DOCS, PAGES, blocks
 from sitemaker import AFFINE, load, save
 from test_predict import anatomy, oblique
 
@@ -23,8 +23,6 @@ import flapsam
 from flapsam.errors import FlapsamError
 from flapsam.inference import Options
 from flapsam.volumes import volume_of
-
-README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -161,20 +159,22 @@ def test_an_adapter_that_is_none(tmp_path: Path):
         flapsam.load(tmp_path)
 
 
-def test_the_readmes_lines_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (section,) = re.findall(r"## In Python\n(.*?)\n## ", README.read_text(), re.S)
-    blocks = re.findall(r"```python\n(.*?)```", section, re.S)
-    assert len(blocks) == 2
-    lines = [line for line in blocks[0].splitlines() if line]
-    assert len(lines) == 5
+def test_the_readmes_and_the_pages_lines_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (short,) = blocks(PAGES[0], "python")
+    (long,) = blocks(DOCS / "volumes.md", "python")
+    assert short.section == long.section == "In Python"
+    assert len([line for line in short.text.splitlines() if line]) == 5
     saved_lively(tmp_path / "runs" / "run")
     path.rename(tmp_path / "ct.nii.gz")
     sitk.WriteImage(sitk.ReadImage(str(tmp_path / "ct.nii.gz")), str(tmp_path / "ct.nrrd"))
     monkeypatch.chdir(tmp_path)
-    known: dict[str, object] = {}
-    exec(blocks[0], known)
+    exec(short.text, {})
     assert set(np.unique(np.asanyarray(load(tmp_path / "labels.nii.gz").dataobj))) == {0, 1, 2}
-    exec(blocks[1], known)
+    known: dict[str, Any] = {}
+    for line in long.text.splitlines():
+        exec(line, known)
+        if line.startswith("labels"):
+            assert type(known["labels"]).__name__ == line.rpartition("# ")[2].rpartition(".")[2]
 
 
 def test_import_is_quick():

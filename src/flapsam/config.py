@@ -50,6 +50,7 @@ class Data(Options):
     """Which volumes, at which sites, with which labels."""
 
     path: Path
+    """The data's folder."""
     layout: str = "auto"
     """A data set or layout as ``flapsam data list`` names it; ``auto`` takes the one that the folder looks like."""
     table: Path | None = None
@@ -137,6 +138,7 @@ class Lora(Options):
     """Low-rank adapters. The scale is 1 (alpha = rank)."""
 
     rank: Positive = 32
+    """Of every adapter."""
     projections: Annotated[list[Projection], Field(min_length=1)] = ["q", "v"]
     """Of every attention: query, key, value and output."""
     layers: Annotated[list[Layers], Field(min_length=1)] = ["encoder", "decoder"]
@@ -162,12 +164,17 @@ class Training(Options):
     augment: Literal["paper", "gentle", "none"] = "paper"
     """The paper's strong augmentation, or small changes that suit short runs. True and false stand for paper and none."""
     learning_rate: Annotated[float, Field(gt=0)] = 8e-4
+    """After warm-up; AdamW."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """AdamW's."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's."""
     warmup_steps: Positive = 250
+    """Steps of a client in which the learning rate rises from 0."""
     schedule_epochs: Positive | None = 200
     """The learning rate would reach zero after warm-up and this many epochs; null: at the end of the run."""
     schedule_power: Annotated[float, Field(ge=0)] = 7
+    """Of the polynomial by which the learning rate falls; 1 is a straight line."""
     cross_entropy: Annotated[float, Field(ge=0)] = 0.2
     """Weight of the cross-entropy term."""
     dice: Annotated[float, Field(ge=0)] = 0.8
@@ -196,12 +203,15 @@ class Rounds(Options):
     """The federation's rounds."""
 
     count: Positive = 100
+    """Rounds of a run, at most."""
     weights: Literal["slices", "cases", "uniform"] | dict[str, Annotated[float, Field(ge=0)]] = "slices"
     """A client's weight in the mean: its share of training slices or cases, equal, or given by site."""
     validate_every: Positive = 1
+    """Rounds from one validation to the next; the last round has one, too."""
     patience: Positive | None = None
     """Stop when the best Dice of so many validations is not above the best before them by more than ``settled``."""
     settled: Annotated[float, Field(ge=0)] = 0.002
+    """Dice that ``patience`` counts as no progress."""
     min_sites: Positive = 2
     """Between hospitals: a round that fewer answer is not closed. The mean of one site's tensors would show them to all."""
     deadline: Annotated[float, Field(gt=0)] = 3600
@@ -229,7 +239,9 @@ class ServerOptions(Options):
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """1 for ``fedavgm`` and 0.01 for the others if not given."""
     momentum: Fraction = 0.9
+    """Share of the way before that is kept."""
     second_moment: Fraction = 0.99
+    """Share of the squared way before that is kept; not ``fedavgm``'s."""
     floor: Annotated[float, Field(gt=0)] = 1e-3
     """Added to the root of the second moment."""
 
@@ -238,9 +250,13 @@ class Grid(Options):
     """Cells of ``flapsam bench``: every combination of these. What is not given comes from the run itself."""
 
     strategies: list[str] | None = None
+    """What trains and travels."""
     modes: list[Mode] = ["federated"]
+    """As a run's ``modes``."""
     aggregators: list[str] | None = None
+    """How the sites' tensors are joined; only federated."""
     seeds: list[int] | None = None
+    """Repetitions; differences are paired by seed, too."""
     leave_one_out: bool = False
     """Each site in turn never trains and is tested on; only federated."""
     variants: dict[str, dict[str, Any]] = {"": {}}
@@ -253,16 +269,20 @@ class RunConfig(Options):
     preset: str = "fast"
     """Where the fields that are not given come from: ``paper`` or ``fast``."""
     seed: int = 0
+    """Every random choice follows from it."""
     data: Data
     samples: Samples = Samples()
     backbone: Backbone = Backbone()
     strategy: str = "flap"
+    """What trains and travels: ``full``, ``attention``, ``decoder``, ``partial-decoder``, ``lora``, ``lora-decoder`` or
+    ``flap``."""
     lora: Lora = Lora()
     frozen: list[OutputPart] = []
     """Parts of the mask decoder's output that stay as they start and never travel, whatever the strategy trains."""
     training: Training = Training()
     rounds: Rounds = Rounds()
     aggregator: str = "flexlora"
+    """How the sites' tensors are joined."""
     server: ServerOptions = ServerOptions()
     compression: Compression = Compression()
     site_ranks: dict[str, Positive] = {}
@@ -272,6 +292,7 @@ class RunConfig(Options):
     inference_batch: Positive | None = None
     """Slices a batch at validation and test; as many as fit if not given."""
     device: str = "cpu"
+    """``cpu``, ``cuda``, ``mps`` or ``auto``."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 runs the network under autocast; parameters and packets stay fp32."""
     threads: Positive | None = None

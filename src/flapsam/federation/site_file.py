@@ -16,6 +16,7 @@ class SiteData(Options):
     path: Path
     """A folder with ``images`` and ``labels``, or any layout of ``flapsam data list``."""
     layout: str = "auto"
+    """As a run's ``data.layout``."""
     table: Path | None = None
     """A CSV with columns ``case,site`` and, if wanted, ``split`` and ``subject``."""
     site: str | None = None
@@ -26,11 +27,13 @@ class SiteFile(Options):
     """What a site says of itself, as in ``site.yaml``."""
 
     data: SiteData
+    """Where its volumes are."""
     state: Path = Path("state")
     """Folder for what a run must not forget, unpacked volumes, the site's own log and its adapters."""
     strategies: list[str] | None = None
     """Those that this site takes part in; all if not given."""
     aggregators: list[str] | None = None
+    """The same of aggregators."""
     max_rounds: Positive | None = None
     """The largest number of rounds of a run."""
     min_cases: Positive = 1
@@ -40,6 +43,7 @@ class SiteFile(Options):
     weights: Weights | None = None
     """The backbone's checkpoint, if it is not where ``flapsam backbone get`` puts it."""
     device: str = "cpu"
+    """Of a fit."""
     threads: Positive | None = None
     """A fit; all cores if not given."""
     free_memory_gib: Annotated[float, Field(ge=0)] = 2

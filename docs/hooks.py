@@ -1,0 +1,118 @@
+"""What the pages take from the code while they are built, so that it cannot go stale: commands, fields and registries.
+
+A page says ``<!-- commands -->``, or ``<!-- fields flapsam.config.Training -->``, where the table belongs.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import griffe
+import typer
+import yaml
+from pydantic import BaseModel
+
+from flapsam.cli import app
+from flapsam.config import RunConfig
+from flapsam.presets import PRESETS
+
+MARKER = re.compile(r"^<!-- (commands|fields (\S+)) -->$", re.MULTILINE)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """MkDocs asks for a page's text before it becomes HTML."""
+    return MARKER.sub(lambda found: fields(found[2]) if found[2] else commands(), markdown)
+
+
+def commands() -> str:
+    """Every command of the command line, with its arguments and options."""
+    return "\n".join(_described("flapsam", typer.main.get_command(app)))
+
+
+def _described(name: str, command: Any) -> Iterator[str]:
+    if hasattr(command, "commands"):
+        for part, below in command.commands.items():
+            yield from _described(f"{name} {part}", below)
+        return
+    shown = [parameter for parameter in command.params if not parameter.hidden]
+    arguments = [parameter for parameter in shown if parameter.param_type_name == "argument"]
+    usage = " ".join([name, *map(_usage, arguments), *(f"{_longest(p)} {_value(p)}" for p in shown if _is_needed(p))])
+    yield f"## {name}\n\n{command.help}\n\n```\n{usage} [options]\n```\n"
+    yield "| argument or option | default | meaning |\n|---|---|---|"
+    for parameter in shown:
+        names = [_usage(parameter)] if parameter in arguments else [*parameter.opts, *parameter.secondary_opts]
+        value = "" if parameter in arguments or parameter.is_flag else f" `{_value(parameter)}`"
+        default = "needed" if parameter.required else _shown(parameter.default, parameter)
+        yield f"| {', '.join(f'`{name}`' for name in names)}{value} | {default} | {_cell(parameter.help or '')} |"
+    yield ""
+
+
+def _is_needed(parameter: Any) -> bool:
+    return parameter.required and parameter.param_type_name == "option"
+
+
+def _longest(parameter: Any) -> str:
+    return max(parameter.opts, key=len)
+
+
+def _value(parameter: Any) -> str:
+    return parameter.metavar or parameter.name.upper()
+
+
+def _usage(parameter: Any) -> str:
+    return _value(parameter) if parameter.required or parameter.metavar else f"[{_value(parameter)}]"
+
+
+def _shown(default: Any, parameter: Any) -> str:
+    flag = getattr(parameter, "is_flag", False) and not parameter.secondary_opts
+    return "" if default in (None, "") or flag else f"`{_longest(parameter) if default is True else default}`"
+
+
+def fields(path: str) -> str:
+    """A table of a model's fields but those that are groups themselves: defaults, by preset where they differ, and meaning.
+
+    Raises:
+        ValueError: a field has no description.
+    """
+    module, name = path.rsplit(".", 1)
+    model: type[BaseModel] = getattr(import_module(module), name)
+    documented = griffe.load(module, search_paths=["src"])[name].members
+    group = next((key for key, field in RunConfig.model_fields.items() if field.annotation is model), "")
+    columns = _columns(model, group)
+    rows = [f"| field | {' | '.join(columns)} | meaning |\n|---|{'---|' * len(columns)}---|"]
+    for field, about in model.model_fields.items():
+        if isinstance(about.annotation, type) and issubclass(about.annotation, BaseModel):
+            continue
+        if documented[field].docstring is None:
+            raise ValueError(f"{path}.{field} has no description; write a string below it")
+        default = "needed" if about.is_required() else _yaml(about.get_default(call_default_factory=True))
+        values = [_yaml(column[field]) if field in column else default for column in columns.values()]
+        where = f"`{group}.{field}`" if group else f"`{field}`"
+        rows.append(f"| {' | '.join([where, *values, _cell(documented[field].docstring.value)])} |")
+    return "\n".join(rows) + "\n"
+
+
+def _columns(model: type[BaseModel], group: str) -> Mapping[str, Mapping[str, Any]]:
+    """Heading of a column → what takes the place of the fields' own defaults."""
+    if model is RunConfig:
+        return {f"`{name}`": {**values, "preset": name} for name, values in PRESETS.items()}
+    if any(group in values for values in PRESETS.values()):
+        return {f"`{name}`": values.get(group, {}) for name, values in PRESETS.items()}
+    return {"default": {}}
+
+
+def _yaml(value: Any) -> str:
+    if value is None or value in ("", [], {}):
+        return "none"
+    if isinstance(value, list) and any(isinstance(part, BaseModel) for part in value):
+        return "one cell, the run itself"
+    plain = list(value) if isinstance(value, tuple) else f"{value}" if isinstance(value, Path) else value
+    text = yaml.safe_dump(plain, default_flow_style=True).removesuffix("...\n").strip()
+    return f"`{text}`"
+
+
+def _cell(text: str) -> str:
+    """Text for one cell of a table."""
+    return " ".join(text.replace("``", "`").replace("|", "\\|").split())

@@ -1,0 +1,245 @@
+"""The documentation says what is so: its commands run or exist, its links lead somewhere, its configurations are valid."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from command import flapsam
+from pages import DOCS, PAGES, ROOT, Block, anchors, blocks, commands, inline_commands, links
+
+from flapsam.cli import app
+from flapsam.config import RunConfig, validated
+from flapsam.federation.engines.nvflare.kits import FederationFile
+from flapsam.federation.site_file import SiteFile
+
+PENDING: set[str] = {"report", "view", "status", "demo", "--quiet", "--track", "docs/images/report.png"}
+"""Commands, options and files that the pages know already."""
+SERVES = "view"
+"""Runs until Ctrl-C, so it is not run here."""
+SMALLER = {
+    "flapsam data phantom sites": "flapsam data phantom sites --sites 2 --cases 4",
+    "--cases 3 --seed 7": "--cases 2 --seed 7",
+    "size: 160 ": "size: 32 ",
+    "count: 12,": "count: 2,",
+    "batch_size: 4 ": "batch_size: 12 ",
+}
+"""What the tutorial is shrunk by, so that it takes a minute: fewer cases, rounds, pixels and steps."""
+
+
+def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """Its blocks in order: commands, files to write, and Python."""
+    monkeypatch.chdir(tmp_path)
+    applied = set()
+    run = []
+    for block in blocks(DOCS / "tutorial.md", "", "yaml", "python"):
+        text = block.text
+        for words, fewer in SMALLER.items():
+            if words in text:
+                applied.add(words)
+                text = text.replace(words, fewer)
+        if block.language == "yaml":
+            name = text.splitlines()[0].removeprefix("# ")
+            assert Path(name).exists(), "init has written it"
+            Path(name).write_text(text)
+        elif block.language == "python":
+            exec(text, {})
+        else:
+            for words in commands(Block(block.page, block.section, "", text)):
+                if words[0] in PENDING | {SERVES}:
+                    continue
+                outcome = flapsam(capfd, *words)
+                assert outcome.code == 0, outcome.err
+                run.append(words[0])
+    assert applied == set(SMALLER)
+    assert run == ["data", "data", "init", "traffic", "simulate", "data", "predict", "evaluate"]
+    for path in ("runs/run/adapter/README.md", "out/volumes.csv", "out/labels.txt", "labels.nii.gz"):
+        assert Path(path).exists()
+
+
+ROOT_COMMAND: Any = typer.main.get_command(app)
+
+
+def unknown(words: list[str]) -> str:
+    """What of a command does not exist; nothing if all does."""
+    command = ROOT_COMMAND
+    left = list(words)
+    while hasattr(command, "commands"):
+        if not left or left[0].startswith("-") or left[0].isupper():
+            return ""
+        name = left.pop(0)
+        if name in PENDING:
+            return ""
+        if name not in command.commands:
+            return f"command {name}"
+        command = command.commands[name]
+    options = {name: option for option in command.params for name in (*option.opts, *option.secondary_opts)}
+    arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
+    given = 0
+    while left:
+        word = left.pop(0)
+        if word.startswith("-"):
+            name, equals, _ = word.partition("=")
+            if name == "--help" or name in PENDING:
+                continue
+            if name not in options:
+                return f"option {name}"
+            if not (equals or options[name].is_flag) and not left:
+                return f"a value of {name}"
+            del left[: 0 if equals or options[name].is_flag else 1]
+        else:
+            given += 1
+    if given > len(arguments) and all(argument.nargs == 1 for argument in arguments):
+        return f"argument {given}"
+    return ""
+
+
+SHOWN = [(page, words) for page in PAGES for block in blocks(page, "", "bash", "sh") for words in commands(block)]
+MENTIONED = [(page, words) for page in PAGES for words in inline_commands(page)]
+
+
+def test_there_are_commands_to_look_at():
+    assert len(SHOWN) > 60
+    assert len(MENTIONED) > 20
+
+
+def named(value: Path | list[str]) -> str:
+    return " ".join(value) if isinstance(value, list) else value.name
+
+
+@pytest.mark.parametrize(("page", "words"), SHOWN + MENTIONED, ids=named)
+def test_commands_exist(page: Path, words: list[str]):
+    assert unknown(words) == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("simulat run.yaml", "command simulat"),
+        ("data chek sites", "command chek"),
+        ("simulate run.yaml --worker 2", "option --worker"),
+        ("simulate run.yaml --workers", "a value of --workers"),
+        ("simulate run.yaml other.yaml", "argument 2"),
+        ("simulate run.yaml --workers 2 --set a=1 --json", ""),
+        ("predict run a b c -o out", ""),
+    ],
+)
+def test_what_does_not_exist_is_found(line: str, reason: str):
+    assert unknown(line.split()) == reason
+
+
+def test_every_command_is_shown_somewhere():
+    """On a page that people write; the reference has all by itself."""
+    shown = [" ".join(words) for _, words in SHOWN + MENTIONED]
+    leaves = [name for name, command in ROOT_COMMAND.commands.items() if not hasattr(command, "commands")]
+    leaves += [f"{name} {part}" for name, group in ROOT_COMMAND.commands.items() for part in getattr(group, "commands", {})]
+    assert [name for name in leaves if not any(line.startswith(name) for line in shown)] == []
+
+
+def test_what_is_pending_is_not_there_yet():
+    assert not PENDING & set(ROOT_COMMAND.commands)
+    assert [path for path in PENDING if (ROOT / path).exists()] == []
+
+
+MAKE = sorted(
+    {target for page in PAGES for target in re.findall(r"`make ([\w-]+)`", page.read_text())}
+    | {target for page in PAGES for block in blocks(page, "") for target in re.findall(r"^make ([\w-]+)", block.text, re.M)}
+)
+
+
+@pytest.mark.parametrize("target", MAKE)
+def test_make_targets_exist(target: str):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path):
+    for link in links(page):
+        if link.startswith(("https://", "http://", "mailto:")):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists() or link in PENDING, link
+        if anchor and target.suffix == ".md":
+            assert anchor in anchors(target), link
+        # The site holds nothing of what lies beside it.
+        assert page.parent != DOCS or target.is_relative_to(DOCS), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page: Path):
+    for path in re.findall(r"`((?:benchmarks|examples|tests|src)/[\w./-]+)", page.read_text()):
+        assert (ROOT / path).exists(), path
+
+
+CONFIGURATIONS = [block for page in PAGES for block in blocks(page, "yaml")]
+KINDS = {"FEDERATION.yaml": FederationFile, "site.yaml": SiteFile}
+"""File → what it describes; every other block is a run's configuration."""
+
+
+@pytest.mark.parametrize("block", CONFIGURATIONS, ids=lambda block: f"{block.page.stem}: {block.section}")
+def test_configurations_are_valid(block: Block):
+    first = block.text.splitlines()[0].removeprefix("# ")
+    tree = yaml.safe_load(block.text)
+    validated(tree, KINDS.get(Path(first).name, RunConfig), block.page.name)  # type: ignore[type-var]
+
+
+def test_the_navigation_has_every_page():
+    listed = set(re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert listed == {page.name for page in DOCS.glob("*.md")}
+
+
+def test_tests_that_the_method_names_exist():
+    for file, name in re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", (DOCS / "method.md").read_text()):
+        assert f"def {name}" in (ROOT / "tests" / file).read_text()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built pages, as ``make docs`` makes them; whatever the build says is a warning."""
+    pytest.importorskip("mkdocs")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT / "src")}
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (built.returncode, built.stdout, built.stderr) == (0, "", "")
+    return folder
+
+
+def test_built_pages_ask_nothing_of_the_network(site: Path):
+    pages = sorted(site.glob("*.html"))
+    assert len(pages) == len(list(DOCS.glob("*.md"))) + 1  # and 404.html
+    for page in pages:
+        fetched = re.findall(r"<(?:script|img|iframe|link)\b[^>]*?(?:src|href)=\"?([^\s\">]+)", page.read_text())
+        assert fetched
+        for address in fetched:
+            assert not address.startswith(("http:", "https:", "//")), (page.name, address)
+    for sheet in site.rglob("*.css"):
+        assert not re.search(r"url\(\s*[\"']?(?:https?:)?//", sheet.read_text()), sheet
+    for script in ("mathjax", "katex", "mermaid"):
+        assert not any(f'class="{script}"' in page.read_text() for page in pages), "its script would come from elsewhere"
+
+
+def test_the_reference_has_every_command_and_every_field(site: Path):
+    text = (site / "commands.html").read_text()
+    for _, words in SHOWN:
+        if words[0] not in PENDING:
+            group = 2 if words[0] in ("data", "backbone", "federation") else 1
+            assert f"flapsam {' '.join(words[:group])}<" in text
+    assert "<code>--workers WORKERS</code>" in text or "<code>--workers</code>" in text
+    fields = re.findall(r"<td><code>([\w.]+)</code></td>", (site / "configuration.html").read_text())
+    for name, field in RunConfig.model_fields.items():
+        parts = getattr(field.annotation, "model_fields", None)
+        assert {f"{name}.{part}" for part in parts} <= set(fields) if parts else name in fields
+
+
+def test_the_reference_has_the_presets_defaults(site: Path):
+    (row,) = re.findall(
+        r"<tr>\s*<td><code>training.batch_size</code></td>(.*?)</tr>", (site / "configuration.html").read_text(), re.S
+    )
+    assert re.findall(r"<td><code>(.*?)</code></td>", row) == ["3", "12"]

@@ -1,0 +1,156 @@
+"""The examples of docs/extending.md, through the tests that every member of a registry passes."""
+
+import json
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import test_aggregation
+import test_compression
+import test_datasets
+import test_formats
+import test_strategies
+from pages import DOCS, blocks
+from sitemaker import make_sites, write_run
+
+from flapsam.config import read_config
+from flapsam.errors import FlapsamError
+from flapsam.experiments.simulation import simulate
+from flapsam.federation.aggregation import AGGREGATORS
+from flapsam.federation.compression import CODECS, VALUES
+from flapsam.federation.ledger import read_ledger
+from flapsam.presets import PRESETS
+from flapsam.sam import STRATEGIES
+from flapsam.sites import DATASETS
+from flapsam.traffic import strategy_table
+from flapsam.volumes import FORMATS, Volume, formats
+
+TABLES: list[Any] = [
+    *(STRATEGIES, AGGREGATORS, VALUES, CODECS, DATASETS, FORMATS, PRESETS),
+    *(test_strategies.EXPECTED, test_aggregation.EXPECTED, test_compression.BOUNDS),
+]
+PAGE = DOCS / "extending.md"
+
+
+@pytest.fixture(autouse=True)
+def _tables_are_as_before() -> Iterator[None]:
+    before, miniatures = [dict(table) for table in TABLES], list(test_datasets.MINIATURES)
+    yield
+    for table, entries in zip(TABLES, before, strict=True):
+        table.clear()
+        table.update(entries)
+    test_datasets.MINIATURES[:] = miniatures
+
+
+def example(section: str) -> SimpleNamespace:
+    """What a section's blocks define; those that begin with the file of a test know what that test knows."""
+    defined: dict[str, Any] = {}
+    for block in blocks(PAGE, "python"):
+        if block.section == section:
+            first = block.text.splitlines()[0]
+            known = vars(import_module(Path(first).stem)) if first.startswith("# tests/") else {}
+            names = {**known, "__name__": "example"}
+            exec(block.text, names)
+            defined |= names
+    return SimpleNamespace(**defined)
+
+
+def test_every_section_with_code_is_run_here():
+    run = ["A strategy", "An aggregator", "A codec", "A data set", "An image format", "A preset", "An engine"]
+    assert list(dict.fromkeys(block.section for block in blocks(PAGE, "python"))) == run
+
+
+def test_a_strategy(tmp_path: Path):
+    example("A strategy")
+    parameters, gib, less = test_strategies.EXPECTED["lora-masks"]
+    (row,) = (row for row in strategy_table("sam-vit-b", image_size=224) if row.strategy == "lora-masks")
+    assert row.parameters == parameters
+    assert row.gib == pytest.approx(gib, abs=5e-5)
+    assert row.less == pytest.approx(less, abs=5e-3)
+    test_strategies.test_saved_and_loaded_it_predicts_the_same("lora-masks", tmp_path)
+    test_strategies.test_only_what_travels_gets_a_gradient("lora-masks")
+
+
+@pytest.mark.parametrize("weights", test_aggregation.WEIGHTS.values(), ids=test_aggregation.WEIGHTS)
+@pytest.mark.parametrize("ranks", [[4], [2, 4, 3]], ids=["equal ranks", "mixed ranks"])
+def test_an_aggregator(ranks: list[int], weights: list[float]):
+    example("An aggregator")
+    test_aggregation.test_what_an_aggregator_gives("uniform", 5, ranks, weights)
+    test_aggregation.test_a_client_of_weight_0_is_as_if_it_were_not_there("uniform")
+    test_aggregation.test_without_weight_there_is_no_mean("uniform")
+    test_aggregation.test_factors_that_nobody_changed_come_back_where_the_basis_is_kept("uniform")
+
+
+def test_a_codec():
+    example("A codec")
+    test_compression.test_round_trip_within_its_bound("fp16")
+    test_compression.test_same_seed_same_entries("fp16")
+    test_compression.test_with_feedback_the_mean_of_many_sends_comes_to_the_tensor("fp16")
+
+
+def test_a_data_set(tmp_path: Path):
+    example("A data set")
+    miniature = test_datasets.MINIATURES[-1]
+    test_datasets.test_every_data_set_has_a_miniature()
+    test_datasets.test_every_data_set_reads_its_miniature(miniature, tmp_path)
+    (tmp_path / "north-1_mask.nii.gz").unlink()
+    assert DATASETS["flat"].read(tmp_path).problems == [
+        f"{tmp_path / 'north-1_mask.nii.gz'}: the label map is missing; add it or leave the image out"
+    ]
+
+
+@pytest.mark.parametrize("codes", ["RAS", "PIR"])
+def test_an_image_format(codes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    example("An image format")
+    # Made from the registry when the module is loaded, as it is with an entry in the sources.
+    monkeypatch.setattr(formats, "_ENDS", [".npz", *formats._ENDS])
+
+    def save_as(volume: Volume, path: Path) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, image=volume.array, affine=volume.affine)
+        return path
+
+    monkeypatch.setattr(test_formats, "save_as", save_as)
+    test_formats.test_read_and_written_where_it_lay("NumPy", ".npz", codes, tmp_path)
+    (tmp_path / "broken.npz").write_bytes(b"PK")
+    with pytest.raises(FlapsamError, match=r"broken\.npz: no archive with the arrays image and affine"):
+        formats.read_image(tmp_path / "broken.npz")
+
+
+def test_a_preset(tmp_path: Path):
+    example("A preset")
+    path = tmp_path / "run.yaml"
+    path.write_text("preset: quick\ndata: {path: ., labels: {a: 1}}\n")
+    config = read_config(path)
+    assert (config.rounds.count, config.lora.rank, config.training.batch_size) == (5, 8, 12)
+
+
+def test_an_engine_gives_what_the_local_one_gives_and_lives_without_a_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    data = make_sites(tmp_path / "data", sites=2, cases=4)
+    config = read_config(write_run(tmp_path / "run.yaml", data, rounds={"count": 2, "min_sites": 1}))
+    simulate(config)
+    run_over_bad_lines = example("An engine").run_over_bad_lines
+    cut: list[tuple[str, int]] = []
+
+    def run_rounds(name, server, clients, ledger, observer, workers):
+        run_over_bad_lines(
+            server,
+            clients,
+            lambda event, **fields: ledger.write(event, federation=name, **fields),
+            lambda site, number: (site, number) in cut,
+        )
+
+    monkeypatch.setattr("flapsam.experiments.simulation.run_rounds", run_rounds)
+    simulate(config.model_copy(update={"output": tmp_path / "same"}))
+    adapter = Path("adapter") / "adapter_model.safetensors"
+    assert (tmp_path / "same" / adapter).read_bytes() == (tmp_path / "run" / adapter).read_bytes()
+    cut.append(("site_0", 2))
+    simulate(config.model_copy(update={"output": tmp_path / "cut"}))
+    missing = [event for event in read_ledger(tmp_path / "cut" / "events.jsonl") if event["event"] == "missing"]
+    assert [(event["site"], event["round"], event["reason"]) for event in missing] == [("site_0", 2, "its line was cut")]
+    assert (tmp_path / "cut" / adapter).read_bytes() != (tmp_path / "run" / adapter).read_bytes()
+    assert json.loads((tmp_path / "cut" / "results.json").read_text())["traffic"]["ratio"] > 1
