@@ -8,10 +8,7 @@ export HF_HUB_OFFLINE := 1
 
 demo: .venv/installed
 	rm -rf demo
-	$(BIN)/flapsam data phantom demo/sites
-	$(BIN)/flapsam simulate examples/demo.yaml
-	$(BIN)/flapsam predict demo/run demo/sites --split test --output demo/label_maps
-	$(BIN)/flapsam evaluate demo/label_maps demo/sites --adapter demo/run
+	$(BIN)/flapsam demo
 
 # The hospitals' tests mostly wait, so both run side by side; threads that wait must then not keep a core busy.
 test: .venv/installed-dev
