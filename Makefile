@@ -1,10 +1,10 @@
-# Everything that a newcomer needs: make demo, make test, make lint. Each sets up .venv first, once.
+# Everything that a newcomer needs: make demo, make test, make lint; make release builds what is published. Each sets up .venv first, once.
 
 PYTHON ?= python3.11
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-units test-hospitals lint format clean
+.PHONY: demo test test-units test-hospitals lint format release clean
 
 demo: .venv/installed
 	rm -rf demo
@@ -29,8 +29,12 @@ format: .venv/installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Wheel and sdist in dist/; the wheel is tried in an environment of its own, with the whole demo.
+release: .venv/installed-dev
+	.ci/release $(abspath $(BIN))/python
+
 clean:
-	rm -rf .venv demo
+	rm -rf .venv demo dist
 
 .venv/installed: pyproject.toml hatch_build.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
