@@ -98,17 +98,79 @@ def simulate(
     from flapsam.config import read_config
     from flapsam.experiments.simulation import simulate as run
     from flapsam.report import tables
+    from flapsam.report.page import write_report
 
     configuration = read_config(config, assignments or [])
     with interruptible(f"What is done is kept in {configuration.output}; go on with --resume.") as observer:
         results = run(configuration, resume=resume, workers=workers, observer=observer)
+        page = write_report(results.folder, observer=observer)
     if as_json:
         return print_json(results.as_json())
     out.print(tables.dice_table(results))
     out.print(tables.class_table({mode: sites["pooled"] for mode, sites in results.summaries().items()}))
     if results.traffic:
         out.print(tables.traffic_table(results))
-    out.print(f"Adapters, label maps and the ledger are in {results.folder}", highlight=False, soft_wrap=True)
+    text = f"Adapters, label maps and the ledger are in {results.folder}, the report is {page}"
+    out.print(text, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="The folder of a run, or of several to compare.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="PAGE.html",
+            help="The page; report/index.html in the run's folder, or comparison.html.",
+        ),
+    ] = None,
+    images: Annotated[bool, typer.Option(help="Put slices of the best, median and worst cases into the page.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Write a run's report as one HTML page that needs no network, or one that compares several runs."""
+    from flapsam.report.comparison import write_comparison
+    from flapsam.report.page import write_report
+
+    if len(runs) > 1:
+        page = write_comparison(runs, output or Path("comparison.html"))
+    else:
+        with observing() as observer:
+            page = write_report(runs[0], output, images=images, observer=observer)
+    if as_json:
+        return print_json({"report": str(page)})
+    out.print(f"The report is in {page}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def view(
+    path: Annotated[Path, typer.Argument(metavar="RUN_OR_IMAGE", help="The folder of a run, or an image.")],
+    case: Annotated[str | None, typer.Argument(help="Of the run: CASE or SITE/CASE; else its report opens.")] = None,
+    prediction: Annotated[Path | None, typer.Option(help="A label map of the image.")] = None,
+    truth: Annotated[Path | None, typer.Option(help="Another one, to compare it with.")] = None,
+    trained: Annotated[
+        Path | None,
+        typer.Option("--adapter", metavar="RUN_OR_ADAPTER", help="Says what the image's label values are called."),
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="A free one if not given.")] = 0,
+    browser: Annotated[bool, typer.Option(help="Open the address in a browser.")] = True,
+) -> None:
+    """Look at volumes with their label maps in a browser, from this machine alone, until Ctrl-C."""
+    from flapsam.report.viewing import image_server, run_server
+
+    with interruptible("The address is closed.") as observer:
+        if (path / "events.jsonl").exists() or (path / "run.yaml").exists():
+            server, address = run_server(path, case, port, observer)
+        else:
+            label_maps = [(name, file) for name, file in (("prediction", prediction), ("truth", truth)) if file]
+            server, address = image_server(path, label_maps, trained, port)
+        out.print(f"Open {address}\nIt answers on this machine alone, until Ctrl-C.", highlight=False, soft_wrap=True)
+        if browser:
+            import webbrowser
+
+            webbrowser.open(address)
+        server.http.serve_forever()
 
 
 @app.command()

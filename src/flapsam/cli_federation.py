@@ -108,14 +108,16 @@ def run(
     from flapsam.config import read_config
     from flapsam.federation.engines.nvflare.coordination import run as conduct
     from flapsam.federation.engines.nvflare.kits import read_kit
+    from flapsam.report.page import write_report
 
     configuration = read_config(config, [*(assignments or []), *FIXED])
     advice = "The server goes on with the round; the same command follows it, and flapsam federation stop ends it."
     with interruptible(advice) as observer:
         adapter = conduct(configuration, read_kit(kit, "coordinator"), observer, wait=wait)
+        page = write_report(adapter.parent, observer=observer)
     if as_json:
         return print_json({"adapter": str(adapter)})
-    out.print(f"The adapter is in {adapter}", highlight=False, soft_wrap=True)
+    out.print(f"The adapter is in {adapter}, the report is {page}", highlight=False, soft_wrap=True)
 
 
 @federation_app.command()

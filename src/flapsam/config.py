@@ -286,6 +286,8 @@ class RunConfig(Options):
     """The run's folder."""
     bench: list[Grid] = [Grid()]
     """What ``flapsam bench`` compares; a cell that stands in several grids is computed once."""
+    notes: str = ""
+    """What the run is about, in your own words; the report shows it."""
     licence: str | None = None
     """Of the adapter, as an SPDX identifier; the backbone's if not given."""
 
@@ -379,7 +381,7 @@ def fingerprint(config: RunConfig) -> str:
     """SHA-256 of all that a run's result may depend on but the machine."""
     # Without what is at its default, a field that a later version adds changes nothing.
     tree = config.model_dump(mode="json", exclude_defaults=True)
-    for field in ("format", "output", "bench", "threads", "device", "licence", "inference_batch"):
+    for field in ("format", "output", "bench", "threads", "device", "licence", "notes", "inference_batch"):
         tree.pop(field, None)
     del tree["data"]["path"]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

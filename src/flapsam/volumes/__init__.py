@@ -13,7 +13,7 @@ from flapsam.volumes.formats import (
     write_labels,
     write_probabilities,
 )
-from flapsam.volumes.legend import Legend, itk_snap, legend_of
+from flapsam.volumes.legend import COLOURS, Legend, itk_snap, legend_of
 from flapsam.volumes.nifti import count_modalities, is_nifti, read_geometry, write_label_like, write_volume
 from flapsam.volumes.objects import labels_like, volume_of
 from flapsam.volumes.volume import (
@@ -27,6 +27,7 @@ from flapsam.volumes.volume import (
 
 __all__ = [
     "CANONICAL_AXES",
+    "COLOURS",
     "FORMATS",
     "Geometry",
     "Legend",

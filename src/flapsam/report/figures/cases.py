@@ -1,0 +1,72 @@
+"""Test Dice of every case: points over boxes, by site, class and mode."""
+
+import numpy as np
+
+from flapsam.report.figures.drawing import GRID, INK, MARKERS, SERIES, WIDTH, chart, dice_axis, legend, new_figure, short
+from flapsam.report.run import TITLES, Run
+from flapsam.report.section import CaseName, Section, Table
+from flapsam.report.tables import number
+
+SPREAD = 0.75
+"""Of all of a site's boxes together, where sites are 1 apart."""
+
+
+def dice_per_case(run: Run) -> Section | None:
+    """Points over boxes; None where no test case was scored."""
+    if not run.scores:
+        return None
+    sites = sorted({score.site for scores in run.scores.values() for score in scores})
+    figure = new_figure(max(WIDTH, 1.2 + 0.28 * len(sites) * (len(run.scores) + 1)), 0.9 + 2.3 * len(run.classes))
+    panels = figure.subplots(len(run.classes), 1, sharex=True, squeeze=False)[:, 0]
+    width = SPREAD / len(run.scores)
+    for axes, name in zip(panels, run.classes, strict=True):
+        for index, scores in enumerate(run.scores.values()):
+            for place, site in enumerate(sites):
+                dices = [score.dice[name] for score in scores if score.site == site]
+                values = [value for value in dices if value is not None]
+                if values:
+                    _box(axes, values, place - SPREAD / 2 + width * (index + 0.5), width, SERIES[index], MARKERS[index])
+        axes.set_title(name if len(name) < 60 else short(name))
+        axes.set_ylabel("test Dice")
+        dice_axis(axes)
+        axes.grid(axis="x", visible=False)
+    panels[-1].set_xticks(range(len(sites)), [short(site) for site in sites], rotation=90 if len(sites) > 8 else 0)
+    panels[-1].set_xlim(-0.6, len(sites) - 0.4)
+    looks = [{"color": SERIES[i], "marker": MARKERS[i], "linestyle": "none"} for i in range(len(run.scores))]
+    legend(figure, [(TITLES[mode], look) for mode, look in zip(run.scores, looks, strict=True)])
+    count = len({(score.site, score.case) for scores in run.scores.values() for score in scores})
+    return Section(
+        "cases",
+        "Dice per case",
+        "A point is a test case; a box has the middle half of a site's cases, the line in it is the median. Test cases were "
+        "read once, after the last round.",
+        [chart(figure, "Test Dice per case by site and class", f"{count} cases at {len(sites)} sites; the table has each.")],
+        [_table(run)],
+    )
+
+
+def _box(axes, values: list[float], centre: float, width: float, colour: str, marker: str) -> None:
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+    axes.bar(centre, high - low, 0.8 * width, low, color=GRID, edgecolor=colour, linewidth=0.8, zorder=1)
+    axes.plot([centre - 0.4 * width, centre + 0.4 * width], [middle, middle], color=INK, linewidth=1.6, zorder=2)
+    # The same places each time: points in their order, spread over the box.
+    spread = (np.arange(len(values)) * 0.618 % 1 - 0.5) * 0.6 * width
+    axes.plot(centre + spread, values, marker, color=colour, markersize=3.4, alpha=0.85, zorder=3)
+
+
+def _table(run: Run) -> Table:
+    several = len(run.scores) > 1
+    head, columns = ["site", "case"], []
+    for mode, scores in run.scores.items():
+        prefix = f"{TITLES[mode]}: " if several else ""
+        head += [f"{prefix}{name}" for name in run.classes] + [f"{prefix}{name}, HD95 (mm)" for name in run.classes]
+        columns.append({(score.site, score.case): score for score in scores})
+    rows = []
+    for site, case in sorted({key for column in columns for key in column}):
+        cells = [site, CaseName(site, case)]
+        for column in columns:
+            score = column.get((site, case))
+            cells += [number(score.dice[name] if score else None) for name in run.classes]
+            cells += [number(score.hd95[name] if score else None, 1) for name in run.classes]
+        rows.append(cells)
+    return Table("cases-table", "Dice and 95 % Hausdorff distance of every test case", head, rows, text_columns=2)

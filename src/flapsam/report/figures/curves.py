@@ -1,0 +1,113 @@
+"""Figures that each site tells round by round: validation Dice and training loss."""
+
+from matplotlib.axes import Axes
+
+from flapsam.metrics import mean
+from flapsam.report.figures.drawing import (
+    INK,
+    MARKERS,
+    MUTED,
+    SERIES,
+    WIDTH,
+    chart,
+    dice_axis,
+    every,
+    legend,
+    new_figure,
+    rounds_axis,
+)
+from flapsam.report.run import TITLES, Run, Series
+from flapsam.report.section import Section, Table
+from flapsam.report.tables import number
+
+MEAN = "mean of the sites"
+
+
+def dice_curves(run: Run) -> Section | None:
+    """Validation Dice per round and site; None where nothing was validated."""
+    curves = {mode: run.validation(mode) for mode in run.modes}
+    return _section(
+        run,
+        {mode: series for mode, series in curves.items() if series},
+        name="dice-per-round",
+        title="Dice per round",
+        what="validation Dice",
+        text="Mean Dice over the classes on each site's validation cases, after so many rounds. Test cases are not in it.",
+    )
+
+
+def losses(run: Run) -> Section | None:
+    """Training loss per round and site; None where no site told any."""
+    curves = {mode: run.fits(mode, "loss") for mode in run.modes}
+    training = run.config.training
+    return _section(
+        run,
+        {mode: series for mode, series in curves.items() if series},
+        name="losses",
+        title="Training loss",
+        what="training loss",
+        text=f"Mean over a round's steps of {training.cross_entropy:g} · cross-entropy + {training.dice:g} · Dice loss.",
+    )
+
+
+def _section(run: Run, curves: dict[str, Series], *, name: str, title: str, what: str, text: str) -> Section | None:
+    if not curves:
+        return None
+    figure = new_figure(WIDTH, 3.9)
+    panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
+    sites = sorted({site for series in curves.values() for site in series} - {"centralised"})
+    looks = looks_of(sites)
+    for axes, (mode, series) in zip(panels, curves.items(), strict=True):
+        draw_curves(axes, series, looks)
+        axes.set_title(TITLES[mode])
+    panels[0].set_ylabel(what)
+    if what.endswith("Dice"):
+        dice_axis(panels[0])
+    else:
+        panels[0].set_ylim(bottom=0)
+    shown = list(looks.items()) if len(sites) <= len(SERIES) else [("a site each", looks[sites[0]])]
+    legend(figure, [*shown, (MEAN, {"color": INK, "linestyle": "--"})])
+    last = {mode: mean(points[max(points)] for points in series.values()) for mode, series in curves.items()}
+    ends = ", ".join(f"{TITLES[mode]} {number(value)}" for mode, value in last.items())
+    return Section(
+        name,
+        title,
+        text,
+        [chart(figure, f"{title}, a line a site", f"Mean of the sites at the end: {ends}.")],
+        [_table(f"{name}-{mode}", f"{title}, {TITLES[mode]}", series) for mode, series in curves.items()],
+    )
+
+
+def looks_of(sites: list[str]) -> dict[str, dict]:
+    """Site → how its line is drawn: its own colour and marker, or, where sites are many, a thin grey line."""
+    if len(sites) > len(SERIES):
+        return {site: {"color": MUTED, "linewidth": 0.6, "alpha": 0.6} for site in sites}
+    return {site: {"color": SERIES[i], "marker": MARKERS[i]} for i, site in enumerate(sites)}
+
+
+def draw_curves(axes: Axes, series: Series, looks: dict[str, dict]) -> None:
+    """A line a site, and their mean where there are several."""
+    for site, points in series.items():
+        rounds = sorted(points)
+        look = looks.get(site, {"color": INK, "marker": "o"})
+        axes.plot(rounds, [points[one] for one in rounds], markevery=every(len(rounds)), **look)
+    if len(series) > 1:
+        means = means_of(series)
+        axes.plot(list(means), list(means.values()), color=INK, linestyle="--", linewidth=2)
+    rounds_axis(axes)
+
+
+def means_of(series: Series) -> dict[int, float]:
+    """Round → mean over the sites that told it."""
+    rounds = sorted({one for points in series.values() for one in points})
+    told = {one: [points[one] for points in series.values() if one in points] for one in rounds}
+    return {one: sum(values) / len(values) for one, values in told.items()}
+
+
+def _table(name: str, caption: str, series: Series) -> Table:
+    means = means_of(series)
+    rows = [
+        [str(one), *(number(points.get(one)) for points in series.values()), number(average)]
+        for one, average in means.items()
+    ]
+    return Table(name, caption, ["round", *series, MEAN], rows, text_columns=0)

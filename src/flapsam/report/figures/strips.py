@@ -1,0 +1,193 @@
+"""Cases in slices: the image with contours of truth and prediction, for the best, the median and the worst of every site."""
+
+from base64 import b64encode
+from collections.abc import Iterable, Sequence
+from io import BytesIO
+
+import numpy as np
+from contourpy import contour_generator
+from markupsafe import Markup, escape
+from nibabel import orientations
+from numpy.typing import NDArray
+from PIL import Image
+
+from flapsam.config import Samples
+from flapsam.errors import FlapsamError
+from flapsam.federation.observer import Observer
+from flapsam.metrics import CaseScores, mean
+from flapsam.report.run import Run
+from flapsam.report.section import Section, Strip
+from flapsam.report.tables import number
+from flapsam.sites import Case, label_map
+from flapsam.slices import read_pair
+from flapsam.volumes import COLOURS, Volume, canonical_slice_axis, read_label
+
+PANELS = 5
+"""Slices of a case."""
+PIXELS = 144
+"""Longer side of a slice's picture at most, so that a page of many sites stays small."""
+MARGIN = 0.25
+"""Around what is outlined, of its size."""
+GAP = 0.02
+"""Between two slices, of a slice's side."""
+
+
+def strips(run: Run, cases: dict[tuple[str, str], Case], observer: Observer) -> Section | None:
+    """Best, median and worst test case of every site; None where no test case was scored.
+
+    Args:
+        run: the run.
+        cases: (site, name) → case, of those whose files are here.
+        observer: is told of every case.
+    """
+    if not run.scores:
+        return None
+    mode = next(iter(run.scores))
+    chosen = chosen_cases(run.scores[mode])
+    drawn, missing = [], []
+    observer.begin("pictures of cases", len(chosen))
+    for rank, score in chosen:
+        try:
+            drawn.append(_strip(run, mode, cases, rank, score))
+        except FlapsamError as error:
+            missing.append(f"{score.site}, {score.case}: {error}")
+        observer.step()
+    observer.end()
+    text = (
+        "Slices through the best, the median and the worst test case of every site, by mean Dice over the classes. "
+        "Patients' right is on the left, as radiologists have it; heads and faces are up or left. These are patients' "
+        "images: mind where the page goes."
+    )
+    if missing:
+        text += f" {len(missing)} of {len(chosen)} cannot be shown; {missing[0]}"
+    return Section("slices", "Cases in slices", text, strips=drawn)
+
+
+def chosen_cases(scores: Iterable[CaseScores]) -> list[tuple[str, CaseScores]]:
+    """Best, median and worst of every site, in this order; each case once."""
+    by_site: dict[str, list[tuple[float, str, CaseScores]]] = {}
+    for score in scores:
+        value = mean(score.dice.values())
+        if value is not None:
+            by_site.setdefault(score.site, []).append((value, score.case, score))
+    chosen = []
+    for _, found in sorted(by_site.items()):
+        found.sort(key=lambda one: (-one[0], one[1]))
+        places = {"best": 0, "median": len(found) // 2, "worst": len(found) - 1}
+        taken = set()
+        for rank, place in places.items():
+            if place not in taken:
+                taken.add(place)
+                chosen.append((rank, found[place][2]))
+    return chosen
+
+
+def _strip(run: Run, mode: str, cases: dict[tuple[str, str], Case], rank: str, score: CaseScores) -> Strip:
+    case = cases.get((score.site, score.case))
+    if case is None:
+        raise FlapsamError(f"its volumes are not in {run.config.data.path}")
+    image, truth = read_pair(case, label_map(run.config.data, case.site))
+    path = run.folder / "predictions" / mode / case.site / f"{case.name}.nii.gz"
+    predicted = read_label(path)
+    if predicted.array.shape != truth.array.shape:
+        raise FlapsamError(f"{path}: its label map has another shape than the image")
+    about = "; ".join(
+        f"{name} {number(dice)}" + (f" ({number(score.hd95[name], 1)} mm)" if score.hd95[name] is not None else "")
+        for name, dice in score.dice.items()
+    )
+    title = f"{rank} case of {score.site}: {score.case}, Dice {about}"
+    return Strip(
+        score.site, score.case, rank, about, draw_strip(image, truth, predicted, run.config.samples, title, case.site)
+    )
+
+
+def draw_strip(image: Volume, truth: Volume, predicted: Volume, samples: Samples, title: str, site: str = "") -> Markup:
+    """Slices side by side as SVG: what is outlined fills each, at its true proportions.
+
+    Args:
+        image: of one or several modalities, of which the first is shown.
+        truth: class indices.
+        predicted: class indices.
+        samples: says which way slices lie, and the range of intensities.
+        title: what is shown, in words.
+        site: whose range of intensities is used if it has one of its own.
+    """
+    axis = canonical_slice_axis(image.affine, samples.axis)
+    grey, true, found = (_stacked(volume, axis) for volume in (image, truth, predicted))
+    spacing = np.empty(3)
+    spacing[orientations.io_orientation(image.affine)[:, 0].astype(int)] = image.spacing
+    down, across = (float(spacing[other]) for other in (2, 1, 0) if other != axis)
+    occupied = (true > 0) | (found > 0)
+    rows, columns = _box(np.any(occupied, axis=0), down, across)
+    low, high = samples.site_clip.get(site) or samples.clip or np.percentile(grey[:, rows, columns], (0.5, 99.5))
+    height, width = (rows.stop - rows.start) * down, (columns.stop - columns.start) * across
+    side = max(height, width)
+    pitch = width / side + GAP
+    parts = []
+    for index, number_of in enumerate(_places(occupied)):
+        shown = np.clip((grey[number_of, rows, columns] - float(low)) / max(float(high - low), 1e-6), 0, 1)
+        contours = [
+            f'<path class="{kind}" style="stroke:{COLOURS[(value - 1) % len(COLOURS)]}" d="{path}"/>'
+            for kind, labels in (("truth", true), ("prediction", found))
+            for value in range(1, int(max(true.max(), found.max())) + 1)
+            if (path := _outline(labels[number_of, rows, columns] == value, down / side, across / side))
+        ]
+        parts.append(
+            f'<g transform="translate({index * pitch:.4f} 0)">'
+            f'<image width="{width / side:.4f}" height="{height / side:.4f}" preserveAspectRatio="none" '
+            f'href="data:image/jpeg;base64,{_jpeg(shown)}"/>{"".join(contours)}</g>'
+        )
+    total = PANELS * pitch - GAP
+    name = escape(title)
+    return Markup(
+        f'<svg class="strip" viewBox="0 0 {total:.4f} {height / side:.4f}" role="img" aria-label="{name}">'
+        f"<title>{name}</title>{''.join(parts)}</svg>"
+    )
+
+
+def _stacked(volume: Volume, axis: int) -> NDArray:
+    """(slice, row, column): heads and faces up or left, patients' right on the left."""
+    array = volume.to_canonical().array
+    array = array[..., 0] if array.ndim == 4 else array
+    return np.moveaxis(array, axis, 0)[:, ::-1, ::-1].swapaxes(1, 2)
+
+
+def _places(occupied: NDArray[np.bool_]) -> Sequence[int]:
+    """Slices spread evenly over those in which there is anything."""
+    slices = np.flatnonzero(occupied.any(axis=(1, 2)))
+    if not len(slices):
+        slices = np.arange(len(occupied))
+    return [int(slices[int((index + 0.5) * len(slices) / PANELS)]) for index in range(PANELS)]
+
+
+def _box(occupied: NDArray[np.bool_], down: float, across: float) -> tuple[slice, slice]:
+    """A square in mm around what is occupied, as far as the slice goes; the whole slice where nothing is."""
+    if not occupied.any():
+        return slice(0, occupied.shape[0]), slice(0, occupied.shape[1])
+    ends = [np.flatnonzero(occupied.any(axis=other))[[0, -1]] for other in (1, 0)]
+    half = max((e[1] + 1 - e[0]) * mm for e, mm in zip(ends, (down, across), strict=True)) * (0.5 + MARGIN)
+    box = []
+    for (first, last), mm, size in zip(ends, (down, across), occupied.shape, strict=True):
+        centre, reach = (first + last + 1) / 2, max(half / mm, 8)
+        box.append(slice(max(round(centre - reach), 0), min(round(centre + reach), size)))
+    return box[0], box[1]
+
+
+def _jpeg(shown: NDArray) -> str:
+    picture = Image.fromarray(np.uint8(np.round(255 * shown)))
+    picture.thumbnail((PIXELS, PIXELS), Image.Resampling.LANCZOS)
+    buffer = BytesIO()
+    picture.save(buffer, "JPEG", quality=80, optimize=True)
+    return b64encode(buffer.getvalue()).decode()
+
+
+def _outline(mask: NDArray[np.bool_], down: float, across: float) -> str:
+    """The border of a mask as the path of an SVG."""
+    if not mask.any():
+        return ""
+    # Padded, so that what touches the border is closed; voxel 0's middle is then at 1 and its edge at 0.5.
+    lines = contour_generator(z=np.pad(mask, 1).astype(np.float32)).lines(0.5)
+    return "".join(
+        "M" + "L".join(f"{(x - 0.5) * across:.3f} {(y - 0.5) * down:.3f}" for x, y in np.asarray(line)) + "Z"
+        for line in lines
+    )

@@ -1,0 +1,196 @@
+"""The report: a run's folder → one HTML page that opens from disk, in light and dark, and asks for nothing outside."""
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+
+from flapsam import __version__
+from flapsam.config import write_config
+from flapsam.errors import FlapsamError
+from flapsam.federation.observer import Observer
+from flapsam.files import make_folder, write_text
+from flapsam.report.figures.attendance import attendance
+from flapsam.report.figures.cases import dice_per_case
+from flapsam.report.figures.curves import dice_curves, losses
+from flapsam.report.figures.drawing import chart_style
+from flapsam.report.figures.gain import modes_by_site
+from flapsam.report.figures.phases import phases
+from flapsam.report.figures.strips import strips
+from flapsam.report.figures.traffic import traffic
+from flapsam.report.run import TITLES, Run, read_run
+from flapsam.report.section import Block, CaseName, Section, Table
+from flapsam.report.tables import NONE, number, size
+from flapsam.sam import strategy
+from flapsam.sites import Case, read_sites
+from flapsam.traffic import full_packet_bytes
+from flapsam.volumes import legend_of
+
+REPORT = Path("report") / "index.html"
+"""In a run's folder."""
+Link = Callable[[str, str], str | None]
+"""Site and case → where the case opens, if it does."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A figure at the top of the page."""
+
+    name: str
+    value: str
+    small: str = ""
+
+
+def write_report(folder: Path, output: Path | None = None, *, images: bool = True, observer: Observer | None = None) -> Path:
+    """Write the page of a run.
+
+    Args:
+        folder: of the run, over or not.
+        output: the page; ``report/index.html`` in the folder if not given.
+        images: whether patients' slices are in it.
+        observer: is told what happens.
+
+    Returns:
+        The page.
+
+    Raises:
+        FlapsamError: there is no run, a file is damaged, or the page cannot be written.
+    """
+    run = read_run(folder)
+    path = output or folder / REPORT
+    make_folder(path.parent)
+    write_text(path, report_page(run, images=images, observer=observer or Observer()))
+    return path
+
+
+def report_page(run: Run, *, images: bool = True, link: Link | None = None, observer: Observer | None = None) -> str:
+    """The page of a run as HTML.
+
+    Args:
+        run: what its folder holds.
+        images: whether patients' slices are in it.
+        link: where cases open; names stay plain text if not given.
+        observer: is told what happens.
+    """
+    cases = cases_of(run)
+    subjects = {f"{site}/{name}": case.subject for (site, name), case in cases.items()}
+    with chart_style():
+        sections = [
+            modes_by_site(run, subjects),
+            dice_per_case(run),
+            dice_curves(run),
+            traffic(run),
+            losses(run),
+            phases(run),
+            attendance(run),
+            strips(run, cases, observer or Observer()) if images else None,
+            _description(run),
+        ]
+    rounds = max((run.rounds(mode) for mode in run.modes), default=0)
+    warning = (
+        "" if run.finished else f"This run is not over: {rounds} of {run.config.rounds.count} rounds are in its ledger."
+    )
+    return render(
+        title=run.name,
+        kind="A run of flapsam",
+        notes=run.config.notes,
+        warning=warning,
+        about=_about(run),
+        tiles=_tiles(run, rounds),
+        sections=[section for section in sections if section],
+        segments=legend_of(run.classes),
+        link=link,
+    )
+
+
+def render(**content: Any) -> str:
+    """The page's template, filled; everything in it but charts is escaped."""
+    style = Markup((Path(__file__).parent / "templates" / "page.css").read_text(encoding="utf-8"))
+    return (
+        pages()
+        .get_template("page.html")
+        .render(**{"link": None, "segments": (), **content}, style=style, version=__version__)
+    )
+
+
+def pages() -> Environment:
+    """The templates, in which everything is escaped."""
+    found = Environment(loader=PackageLoader("flapsam.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    found.tests["casename"] = lambda value: isinstance(value, CaseName)
+    return found
+
+
+def cases_of(run: Run) -> dict[tuple[str, str], Case]:
+    """(site, name) → case, of a run that was tested and whose data are here; none otherwise."""
+    if not run.scores:
+        return {}
+    try:
+        sites = read_sites(run.config.data, run.config.seed)
+    except FlapsamError:
+        return {}
+    return {(case.site, case.name): case for site in sites for case in site.cases}
+
+
+def _about(run: Run) -> str:
+    config = run.config
+    low_rank = f", rank {config.lora.rank}" if strategy(config.strategy).lora else ""
+    return (
+        f"{', '.join(run.classes)} at {len(run.sites)} sites: {config.backbone.name}, strategy {config.strategy}{low_rank}, "
+        f"aggregator {config.aggregator}, codec {config.compression.codec}, preset {config.preset}, seed {config.seed}."
+    )
+
+
+def _tiles(run: Run, rounds: int) -> list[Tile]:
+    tiles = []
+    pooled = {mode: run.pooled(mode) for mode in run.scores}
+    for mode, summary in pooled.items():
+        if summary:
+            tiles.append(Tile(f"test Dice, {TITLES[mode]}", number(summary.mean_dice), f"{summary.cases} cases"))
+    if not tiles:
+        validated = run.validation("federated")
+        last = [points[max(points)] for points in validated.values()]
+        if last:
+            tiles.append(Tile("validation Dice", number(sum(last) / len(last)), "mean of the sites, at the end"))
+    federated, local = pooled.get("federated"), pooled.get("local")
+    if federated and local and federated.mean_dice is not None and local.mean_dice is not None:
+        tiles.append(Tile("collaborative gain", f"{federated.mean_dice - local.mean_dice:+.3f}", "federated − local-only"))
+    tiles.append(Tile("sites", str(len(run.sites)), f"{rounds} of {run.config.rounds.count} rounds"))
+    fits = sum(len(points) for points in run.fits("federated", "steps").values())
+    if fits:
+        ratio = 2 * full_packet_bytes(run.config) * fits / run.travelled
+        tiles.append(Tile("a site and round", size(run.travelled / fits), f"{ratio:,.1f} × less than full fine-tuning"))
+    return tiles
+
+
+def _description(run: Run) -> Section:
+    splits = sorted({split for event in run.of("site") for split in event["cases"]}, key=["train", "val", "test"].index)
+    rows = [[e["site"], *(str(e["cases"].get(split, NONE)) for split in splits)] for e in run.of("site")]
+    found = dict(run.environment)
+    command = found.pop("command", [])
+    packages = found.pop("packages", {})
+    table = [[name, str(value)] for name, value in found.items()] + [[name, value] for name, value in packages.items()]
+    # Between hospitals each site says for itself where its data are.
+    stayed = run.config.data.path == Path("/")
+    place = "The data stayed at the sites." if stayed else f"The data were in {run.config.data.path}."
+    called = shlex.join([Path(command[0]).name, *command[1:]]) if command else ""
+    described = write_config(run.config.model_copy(update={"notes": ""}))
+    return Section(
+        "repeat",
+        "Data, environment, and how to repeat it",
+        f"{place} The same configuration, data, versions and threads give the same bits.",
+        tables=[
+            Table("sites-table", "Cases of each site", ["site", *splits], rows),
+            Table("environment-table", "Environment", ["what", "value"], table, text_columns=2),
+        ],
+        blocks=[
+            Block("The command", f"{called}\n", opened=True),
+            Block(
+                "To repeat it elsewhere, from the configuration below", "flapsam simulate run.yaml --set output=runs/again\n"
+            ),
+            Block("run.yaml, every field spelled out", described),
+        ],
+    )

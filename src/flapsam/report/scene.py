@@ -1,0 +1,107 @@
+"""What the viewer shows: an image and label maps over it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel
+import numpy as np
+
+from flapsam.errors import FlapsamError
+from flapsam.report.page import cases_of
+from flapsam.report.run import TITLES, Run
+from flapsam.sites import Case, label_map
+from flapsam.slices import read_pair
+from flapsam.volumes import Legend, Volume, legend_of, read_image, read_label, source_at
+
+SHOWN = 0.5
+"""Opacity of the first label map; the others are there to be faded in."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A volume, read when it is asked for."""
+
+    name: str
+    read: Callable[[], Volume]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An image and label maps of it, whose values have names and colours."""
+
+    title: str
+    layers: Sequence[Layer]
+    """The image first."""
+    legend: Legend
+
+
+def scenes_of(run: Run) -> dict[tuple[str, str], Scene]:
+    """(site, case) → scene, of every case of which there is a label map.
+
+    Raises:
+        FlapsamError: the run has made no label maps, or its data are not here.
+    """
+    cases = cases_of(run)
+    folders = {mode: run.folder / "predictions" / mode for mode in TITLES}
+    found: dict[tuple[str, str], Scene] = {}
+    for key, case in sorted(cases.items()):
+        maps = {mode: folder / case.site / f"{case.name}.nii.gz" for mode, folder in folders.items()}
+        layers = [
+            Layer(f"prediction, {TITLES[mode]}", lambda path=path: read_label(path))
+            for mode, path in maps.items()
+            if path.exists()
+        ]
+        if layers:
+            image, truth = _image_and_truth(run, case)
+            found[key] = Scene(f"{case.site}, {case.name}", [image, *layers, truth], legend_of(run.classes))
+    if not found:
+        why = "it has made no label maps yet" if cases else f"its data are not in {run.config.data.path}"
+        raise FlapsamError(f"{run.folder}: there is no case to look at, because {why}")
+    return found
+
+
+def scene_of(image: Path, label_maps: Sequence[tuple[str, Path]], classes: Sequence[str]) -> Scene:
+    """An image's file and label maps of it.
+
+    Args:
+        image: in any of the formats, or a folder with a DICOM series.
+        label_maps: name and file of each.
+        classes: names of the values 1, 2, …; where there are none, the values found are their own names.
+
+    Raises:
+        FlapsamError: a file is missing or broken, or a label map has another shape than the image.
+    """
+    source = source_at(image)
+    volume = read_image(source)
+    maps = [(name, path, read_label(path)) for name, path in label_maps]
+    for _, path, labels in maps:
+        if labels.array.shape != volume.array.shape[:3]:
+            raise FlapsamError(f"{path}: its shape is {labels.array.shape}, that of {image} {volume.array.shape[:3]}")
+    highest = max((int(labels.array.max()) for _, _, labels in maps), default=0)
+    names = [*classes, *(f"value {value}" for value in range(len(classes) + 1, highest + 1))]
+    layers = [Layer("image", lambda: volume), *(Layer(name, lambda labels=labels: labels) for name, _, labels in maps)]
+    return Scene(image.name, layers, legend_of(names))
+
+
+def nifti_of(volume: Volume) -> bytes:
+    """A volume as the bytes of a NIfTI file, uncompressed; of several modalities the first."""
+    array = volume.array[..., 0] if volume.array.ndim == 4 else volume.array
+    if array.dtype.kind == "f":
+        array = array.astype(np.float32, copy=False)
+    elif array.dtype.itemsize > 2 or array.dtype.kind == "b":
+        # What browsers draw best; int32 label maps have few values.
+        narrow = np.min_scalar_type(int(array.min())), np.min_scalar_type(int(array.max()))
+        array = array.astype(np.promote_types(*narrow) if np.promote_types(*narrow).itemsize <= 2 else np.float32)
+    return nibabel.Nifti1Image(array, volume.affine, dtype=array.dtype).to_bytes()
+
+
+def _image_and_truth(run: Run, case: Case) -> tuple[Layer, Layer]:
+    labels = label_map(run.config.data, case.site)
+
+    def truth() -> Volume:
+        read = read_pair(case, labels)[1]
+        # What no score looks at is shown as background.
+        return Volume(np.maximum(read.array, 0), read.affine)
+
+    return Layer("image", lambda: read_image(*case.images)), Layer("truth", truth)

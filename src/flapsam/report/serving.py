@@ -1,0 +1,136 @@
+"""The viewer's server: on this machine alone, under an address that cannot be guessed."""
+
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
+
+from flapsam.errors import FlapsamError
+from flapsam.report.page import pages
+from flapsam.report.scene import SHOWN, Scene, nifti_of
+
+HOST = "127.0.0.1"
+VIEWER = Path(__file__).parent / "viewer"
+FILES = {"niivue.js": "text/javascript", "view.js": "text/javascript", "view.css": "text/css"}
+HEADERS = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self' blob: 'wasm-unsafe-eval'; worker-src blob:; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; connect-src 'self' data: blob:; base-uri 'self'; "
+    "form-action 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+Key = tuple[str, ...]
+"""Names that say which scene it is, such as site and case."""
+Content = tuple[str, bytes]
+"""Type and bytes."""
+
+
+class ViewServer:
+    """Serves scenes, and a page that leads to them, until it is closed."""
+
+    def __init__(self, scenes: Mapping[Key, Scene], *, port: int = 0) -> None:
+        """Listen on loopback.
+
+        Args:
+            scenes: to be looked at.
+            port: a free one if 0.
+
+        Raises:
+            FlapsamError: the port is taken, or NiiVue is not in this installation.
+        """
+        missing = [name for name in FILES if not (VIEWER / name).exists()]
+        if missing:
+            raise FlapsamError(f"{VIEWER / missing[0]}: the viewer is not in this installation; install flapsam again")
+        self.scenes = scenes
+        self.start_page: Callable[[], str] | None = None
+        """The page at the root, if there is one."""
+        self.token = secrets.token_urlsafe(24)
+        try:
+            self.http = ThreadingHTTPServer((HOST, port), _handler(self))
+        except OSError as error:
+            raise FlapsamError(
+                f"port {port}: it cannot be used ({error.strerror}); leave out --port for a free one"
+            ) from error
+        self.root = f"/{self.token}/"
+        self.address = f"http://{HOST}:{self.http.server_port}{self.root}"
+
+    def link(self, *key: str) -> str:
+        """Where a scene opens, on this server."""
+        return f"{self.root}case/{'/'.join(quote(part, safe='') for part in key)}/"
+
+    def content(self, path: str) -> Content | None:
+        """What is at a path of a request; None if there is nothing."""
+        first, *parts = [unquote(part) for part in urlsplit(path).path.split("/")[1:]]
+        if not secrets.compare_digest(first.encode(), self.token.encode()):
+            return None
+        if parts == [""] and self.start_page:
+            return "text/html; charset=utf-8", self.start_page().encode()
+        if len(parts) == 1 and parts[0] in FILES:
+            return FILES[parts[0]], (VIEWER / parts[0]).read_bytes()
+        if len(parts) > 2 and parts[0] == "case" and tuple(parts[1:-1]) in self.scenes:
+            return self._of_scene(tuple(parts[1:-1]), parts[-1])
+        return None
+
+    def _of_scene(self, key: Key, name: str) -> Content | None:
+        scene = self.scenes[key]
+        if name == "":
+            return "text/html; charset=utf-8", self._page(key, scene).encode()
+        number = name.removesuffix(".nii")
+        if number.isdecimal() and int(number) < len(scene.layers):
+            return "application/octet-stream", nifti_of(scene.layers[int(number)].read())
+        return None
+
+    def _page(self, key: Key, scene: Scene) -> str:
+        layers = [
+            {"name": layer.name, "url": f"{self.link(*key)}{index}.nii", "opacity": SHOWN if index == 1 else 0}
+            for index, layer in enumerate(scene.layers)
+        ]
+        segments = [{"value": s.value, "name": s.name, "colour": s.colour, "rgb": s.rgb} for s in scene.legend]
+        described: dict[str, Any] = {"title": scene.title, "layers": layers, "segments": segments}
+        return pages().get_template("view.html").render(scene=described, base=self.root, links=list(self._links(key)))
+
+    def _links(self, key: Key) -> Iterator[tuple[str, str]]:
+        if self.start_page:
+            yield "report", self.root
+        keys = list(self.scenes)
+        place = keys.index(key)
+        if place > 0:
+            yield "previous case", self.link(*keys[place - 1])
+        if place + 1 < len(keys):
+            yield "next case", self.link(*keys[place + 1])
+
+
+def _handler(server: ViewServer) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            try:
+                found = self._allowed() and server.content(self.path)
+            except FlapsamError as error:
+                return self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, "text/plain; charset=utf-8", str(error).encode())
+            if not found:
+                return self._answer(HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", b"There is nothing here.\n")
+            self._answer(HTTPStatus.OK, *found)
+
+        def _allowed(self) -> bool:
+            # A page of another site may lead its own name here, and then read what it gets (DNS rebinding).
+            return self.headers.get("Host") in [f"{name}:{server.http.server_port}" for name in (HOST, "localhost")]
+
+        def _answer(self, status: HTTPStatus, kind: str, content: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(content)))
+            for name, value in HEADERS.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: Any) -> None:
+            """The addresses hold the token, so nothing is logged."""
+
+    return Handler
