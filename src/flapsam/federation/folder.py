@@ -43,9 +43,11 @@ def read_identity(folder: Path) -> dict[str, Any]:
     try:
         identity = json.loads(path.read_text())
     except OSError as error:
-        raise FlapsamError(f"{folder}: there is no run here, {IDENTITY} is missing") from error
+        raise FlapsamError(
+            f"{folder}: there is no run here; give a folder that flapsam simulate or federation run has written"
+        ) from error
     except ValueError as error:
-        raise FlapsamError(f"{path}: damaged, it is no JSON; start the run anew in another folder") from error
+        raise FlapsamError(f"{path}: it is damaged") from error
     # Folders did not say their format at first.
     if problem := too_new(identity.setdefault("format", 1), FORMAT):
         raise FlapsamError(f"{path}: {problem}")
