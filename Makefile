@@ -1,17 +1,15 @@
-# Everything that a newcomer needs: make demo, make test, make lint, make docs. Each sets up .venv first, once.
+# Everything that a newcomer needs: make demo, make test, make lint, make docs; make release builds what is published.
+# Each sets up .venv first, once.
 
 PYTHON ?= python3.11
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-units test-hospitals lint format docs clean
+.PHONY: demo test test-units test-hospitals lint format docs release clean
 
 demo: .venv/installed
 	rm -rf demo
-	$(BIN)/flapsam data phantom demo/sites
-	$(BIN)/flapsam simulate examples/demo.yaml
-	$(BIN)/flapsam predict demo/run demo/sites --split test --output demo/label_maps
-	$(BIN)/flapsam evaluate demo/label_maps demo/sites --adapter demo/run
+	$(BIN)/flapsam demo
 
 # The hospitals' tests mostly wait, so both run side by side; threads that wait must then not keep a core busy.
 test: .venv/installed-dev
@@ -36,8 +34,12 @@ format: .venv/installed-dev
 docs: .venv/installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+# Wheel and sdist in dist/; the wheel is tried in an environment of its own, with the whole demo.
+release: .venv/installed-dev
+	.ci/release $(abspath $(BIN))/python
+
 clean:
-	rm -rf .venv demo site
+	rm -rf .venv demo dist site
 
 .venv/installed: pyproject.toml hatch_build.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

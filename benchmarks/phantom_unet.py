@@ -3,7 +3,7 @@
     python benchmarks/phantom_unet.py FOLDER [--minutes 30]
 
 MONAI's ``BasicUNet`` (1.2 million parameters, random weights, all of them trained) learns from the pooled training cases
-with the samples, augmentation, loss and optimizer of ``examples/demo.yaml``, every slice, for about as many steps as the
+with the samples, augmentation, loss and optimizer of ``flapsam demo``, every slice, for about as many steps as the
 demo and for more. What is missing in ``results/phantom_unet.json`` is computed, on one thread, until the minutes are over.
 """
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from flapsam.config import RunConfig, read_config
 from flapsam.device import set_up_torch
+from flapsam.experiments.demo import DESCRIPTION
 from flapsam.federation.rounds import score_cases
 from flapsam.metrics import summarise
 from flapsam.sam import Sam
@@ -64,7 +65,7 @@ def compute(config: RunConfig, epochs: int) -> dict[str, object]:
 def main() -> None:
     given = arguments(__doc__).parse_args()
     values = [f"data.path={given.data.resolve()}", "training.empty_slices=1"]
-    config = read_config(HERE.parent / "examples" / "demo.yaml", values)
+    config = read_config(DESCRIPTION, values)
     cells = read_cells(RESULTS)
     end = time.monotonic() + 60 * given.minutes
     for epochs in EPOCHS:

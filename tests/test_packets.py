@@ -87,7 +87,8 @@ PLAIN = save({"values": VALUES}, metadata={"flapsam": HEADER.model_dump_json()})
 REFUSED = {
     "empty": (b"", "not a flapsam packet"),
     "other file": (b"PK\x03\x04" + bytes(100), "not a flapsam packet"),
-    "first format": (b"FLAPSAM1" + GOOD[8:], "not a flapsam packet"),
+    "first format": (b"FLAPSAM1" + GOOD[8:], "need the same version of flapsam"),
+    "later format": (b"FLAPSAM3" + GOOD[8:], "need the same version of flapsam"),
     "flipped bit": (GOOD[:-1] + bytes([GOOD[-1] ^ 1]), "damaged"),
     "cut short": (GOOD[:-5], "damaged"),
     "no frame": (sealed(b"garbage"), "not readable"),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flapsam import __version__
 from flapsam.config import RANDOM, Backbone, ClassValues, Lora, OutputPart, Samples, Weights
-from flapsam.errors import FlapsamError
+from flapsam.errors import FlapsamError, too_new
 from flapsam.files import write_text, written_whole
 from flapsam.sam import Sam, adapted_weights, architecture, assemble, load_travelling, lora_config, strategy
 from flapsam.sam.sources import source
@@ -116,9 +116,8 @@ def read_card(folder: Path) -> AdapterCard:
         raise FlapsamError(f"{folder}: not an adapter, {CARD} is missing") from error
     except ValueError as error:
         raise FlapsamError(f"{path}: not an adapter's description, it is no JSON") from error
-    written = description.get("format") if isinstance(description, dict) else None
-    if isinstance(written, int) and written > FORMAT:
-        raise FlapsamError(f"{path}: format {written} is newer than flapsam {__version__} knows; install a newer flapsam")
+    if problem := too_new(description.get("format") if isinstance(description, dict) else None, FORMAT):
+        raise FlapsamError(f"{path}: {problem}")
     try:
         return AdapterCard.model_validate(_upgrade(description))
     except ValidationError as error:

@@ -43,6 +43,26 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 @app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="A new folder for everything.")] = Path("demo"),
+    sites: Annotated[int, typer.Option(min=2)] = 4,
+    cases: Annotated[int, typer.Option(min=4, help="At each site.")] = 10,
+    assignments: Assignments = None,
+) -> None:
+    """Try everything without data: make up sites, train on them, segment and score; about 5 minutes on two cores."""
+    import shlex
+
+    from flapsam.experiments.demo import begin_demo, demo_commands
+
+    changes = assignments or []
+    begin_demo(folder, changes)
+    for command in demo_commands(folder, sites=sites, cases=cases, assignments=changes):
+        out.print(f"\n[bold]$ {escaped(shlex.join(['flapsam', *command]))}[/]", highlight=False, soft_wrap=True)
+        if code := app(command, standalone_mode=False):
+            raise typer.Exit(code)
+
+
+@app.command()
 def init(
     data: Annotated[Path, typer.Argument(help="The data's folder, in any layout of `flapsam data list`.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="RUN.yaml", help="What is written.")] = Path("run.yaml"),

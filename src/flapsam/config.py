@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from flapsam.errors import FlapsamError
+from flapsam.errors import FlapsamError, too_new
 from flapsam.presets import PRESETS, with_preset
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -33,6 +33,8 @@ RESERVED_LABELS = ("background", "ignore")
 """Names in ``labels`` that are no class: values joined to the background, and values left out of loss and scores."""
 
 
+FORMAT = 1
+"""Of a run's description. A field that is added with a default leaves it; a field that changes its meaning raises it."""
 PATHS = ("data.path", "data.table", "backbone.weights", "output")
 """Fields of a run that are paths."""
 
@@ -266,6 +268,8 @@ class Grid(Options):
 class RunConfig(Options):
     """A whole run, as in ``RUN.yaml``."""
 
+    format: Literal[1] = FORMAT
+    """Of this description."""
     preset: str = "fast"
     """Where the fields that are not given come from: ``paper`` or ``fast``."""
     seed: int = 0
@@ -313,6 +317,9 @@ class RunConfig(Options):
     def _fill(cls, tree: Any) -> Any:
         if not isinstance(tree, dict):
             return tree
+        # Before anything else: a later version may also have fields that are unknown here.
+        if problem := too_new(tree.get("format"), FORMAT):
+            raise ValueError(problem)
         name = tree.get("preset", cls.model_fields["preset"].default)
         if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"preset: there is no '{name}'; choose {' or '.join(PRESETS)}")
@@ -395,7 +402,7 @@ def fingerprint(config: RunConfig) -> str:
     """SHA-256 of all that a run's result may depend on but the machine."""
     # Without what is at its default, a field that a later version adds changes nothing.
     tree = config.model_dump(mode="json", exclude_defaults=True)
-    for field in ("output", "bench", "threads", "device", "licence", "notes", "inference_batch"):
+    for field in ("format", "output", "bench", "threads", "device", "licence", "notes", "inference_batch"):
         tree.pop(field, None)
     del tree["data"]["path"]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

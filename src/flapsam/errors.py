@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import TypeVar
 
+from flapsam import __version__
+
 T = TypeVar("T")
 
 
@@ -11,6 +13,13 @@ class FlapsamError(Exception):
 
     The command line prints it without a traceback and ends with exit code 2.
     """
+
+
+def too_new(written: object, known: int) -> str | None:
+    """What to say of a file whose format has this number, if that is above the highest one known."""
+    if isinstance(written, int) and written > known:
+        return f"format {written} is newer than flapsam {__version__} knows; install a newer flapsam"
+    return None
 
 
 def choose(field: str, name: str, registry: Mapping[str, T]) -> T:

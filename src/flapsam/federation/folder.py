@@ -3,13 +3,16 @@
 import json
 import uuid
 from pathlib import Path
+from typing import Any
 
 from flapsam.config import RunConfig, read_config, write_config
 from flapsam.environment import environment
-from flapsam.errors import FlapsamError
+from flapsam.errors import FlapsamError, too_new
 from flapsam.files import check_writable, write_text
 
 DESCRIPTION, IDENTITY, LEDGER = "run.yaml", "environment.json", "events.jsonl"
+FORMAT = 1
+"""Of the folder: its files, the ledger's events, and the state that a run is resumed from."""
 
 
 def begin_run(config: RunConfig) -> str:
@@ -21,7 +24,7 @@ def begin_run(config: RunConfig) -> str:
     check_writable(config.output)
     write_text(config.output / DESCRIPTION, write_config(config))
     run = uuid.uuid4().hex
-    write_text(config.output / IDENTITY, json.dumps({"run": run, **environment()}, indent=2) + "\n")
+    write_text(config.output / IDENTITY, json.dumps({"format": FORMAT, "run": run, **environment()}, indent=2) + "\n")
     return run
 
 
@@ -30,14 +33,36 @@ def is_begun(folder: Path) -> bool:
     return (folder / IDENTITY).exists()
 
 
+def read_identity(folder: Path) -> dict[str, Any]:
+    """Which run is in a folder (``run``), and what it ran on.
+
+    Raises:
+        FlapsamError: there is none, or a later version has written it.
+    """
+    path = folder / IDENTITY
+    try:
+        identity = json.loads(path.read_text())
+    except OSError as error:
+        raise FlapsamError(
+            f"{folder}: there is no run here; give a folder that flapsam simulate or federation run has written"
+        ) from error
+    except ValueError as error:
+        raise FlapsamError(f"{path}: it is damaged") from error
+    # Folders did not say their format at first.
+    if problem := too_new(identity.setdefault("format", 1), FORMAT):
+        raise FlapsamError(f"{path}: {problem}")
+    return identity
+
+
 def found_run(config: RunConfig) -> str:
     """The id of the run in the folder ``config.output``.
 
     Raises:
-        FlapsamError: it was begun with another configuration.
+        FlapsamError: it was begun with another configuration, or by a later version.
     """
+    identity = read_identity(config.output)
     description = config.output / DESCRIPTION
     # Read, not compared as text: a later version writes fields that an earlier one did not know.
     if write_config(read_config(description)) != write_config(config):
         raise FlapsamError(f"{description}: the run here was started with another configuration; give that one to resume it")
-    return json.loads((config.output / IDENTITY).read_text())["run"]
+    return identity["run"]

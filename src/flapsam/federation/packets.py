@@ -1,8 +1,8 @@
 """The packet: the only thing that crosses a site's border.
 
-Layout: ``FLAPSAM2``, the SHA-256 (32 bytes) of all that follows, then one zstandard frame. In it lies a safetensors file
-with a codec's entries, whose metadata holds one entry ``flapsam``: the header as JSON. Nothing in a packet is trusted before
-it is checked.
+Layout: ``FLAPSAM2``, whose digit is the packet's format, the SHA-256 (32 bytes) of all that follows, then one zstandard
+frame. In it lies a safetensors file with a codec's entries, whose metadata holds one entry ``flapsam``: the header as JSON.
+Nothing in a packet is trusted before it is checked.
 """
 
 import hashlib
@@ -24,7 +24,8 @@ from flapsam.config import Compression
 from flapsam.federation.compression import codec
 from flapsam.federation.compression.codec import Codec
 
-MAGIC = b"FLAPSAM2"
+NAME = b"FLAPSAM"
+MAGIC = NAME + b"2"
 ENTRY = "flapsam"
 SMALL = 8 << 20
 """Content up to so many bytes is compressed at zstandard's level 19, which saves some hundredths; more at level 1."""
@@ -156,6 +157,8 @@ def decode(data: bytes | memoryview, agreed: Callable[[Header], Contract], limit
     view = memoryview(data)
     body = view[prefix:]
     if view[: len(MAGIC)] != MAGIC:
+        if view[: len(NAME)] == NAME:
+            raise PacketRefused("a packet of another format: server and sites need the same version of flapsam")
         raise PacketRefused("not a flapsam packet")
     if hashlib.sha256(body).digest() != view[len(MAGIC) : prefix]:
         raise PacketRefused("damaged: the checksum differs")

@@ -1,6 +1,5 @@
 """A run as its report reads it: the files of its folder, and series from its ledger."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flapsam.config import RunConfig, read_config
-from flapsam.errors import FlapsamError
-from flapsam.federation.folder import DESCRIPTION, IDENTITY, LEDGER, is_begun
+from flapsam.federation.folder import DESCRIPTION, LEDGER, read_identity
 from flapsam.federation.ledger import Event, read_ledger
 from flapsam.metrics import CaseScores, Summary, by_site, summarise
 
@@ -129,16 +127,9 @@ def read_run(folder: Path) -> Run:
     """Read a run's folder, whether the run is over or not.
 
     Raises:
-        FlapsamError: there is no run, or one of its files is damaged.
+        FlapsamError: there is no run, one of its files is damaged, or a later version has written it.
     """
-    if not is_begun(folder):
-        raise FlapsamError(
-            f"{folder}: there is no run here; give a folder that flapsam simulate or federation run has written"
-        )
-    try:
-        environment = json.loads((folder / IDENTITY).read_text())
-    except ValueError as error:
-        raise FlapsamError(f"{folder / IDENTITY}: it is damaged") from error
+    environment = read_identity(folder)
     ledger = folder / LEDGER
     events = read_ledger(ledger, whole_lines=True) if ledger.exists() else []
     return Run(folder, read_config(folder / DESCRIPTION), environment, events)

@@ -1,0 +1,85 @@
+"""Files that the first version of each format left behind, kept in ``written``, and files of versions to come."""
+
+import json
+from pathlib import Path
+from shutil import copytree
+
+import pytest
+import torch
+import yaml
+from test_packets import CONTRACT
+
+from flapsam.adapter import load_adapter
+from flapsam.config import fingerprint, read_config
+from flapsam.errors import FlapsamError
+from flapsam.federation.folder import DESCRIPTION, IDENTITY, LEDGER, found_run, read_identity
+from flapsam.federation.ledger import read_ledger
+from flapsam.federation.packets import decode
+from flapsam.trained import find_trained
+
+WRITTEN = Path(__file__).parent / "written"
+RUN = WRITTEN / "run-format-1"
+
+
+def with_format(path: Path, number: object) -> None:
+    """Let a run's YAML or JSON say another format."""
+    path.write_text(json.dumps({**yaml.safe_load(path.read_text()), "format": number}))
+
+
+def test_a_run():
+    config = read_config(RUN / DESCRIPTION)
+    assert (config.format, config.strategy, config.lora.rank, config.rounds.count) == (1, "lora", 1, 2)
+    assert found_run(config) == "ad77cfbecf484efb8166717e89d3d7cd"
+    assert read_identity(RUN)["format"] == 1
+    events = read_ledger(RUN / LEDGER)
+    assert [event["bytes_up"] for event in events if event["event"] == "fit"] == [2074, 2060, 2117, 2110]
+    assert events[-1]["event"] == "end"
+
+
+def test_its_adapter():
+    trained = find_trained(RUN)
+    assert trained.run is not None
+    assert trained.run.output == RUN
+    network, card = load_adapter(trained.folder)
+    assert (card.run, card.rounds, card.classes) == ("ad77cfbecf484efb8166717e89d3d7cd", 2, ["ball", "core"])
+    with torch.inference_mode():
+        assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 3, 32, 32)
+
+
+def test_a_packet():
+    header, tensors = decode((WRITTEN / "packet-format-2").read_bytes(), lambda header: CONTRACT, CONTRACT.tensor_bytes)
+    assert (header.run, header.round, header.sender, header.samples) == ("r", 3, "site", 7)
+    assert header.metrics == {"loss": 0.5, "dice": None}
+    assert {name: tensor.tolist() for name, tensor in tensors.items()} == {
+        "a.weight": [[0, 1, 2], [3, 4, 5]],
+        "b.bias": [0.5, -1.25],
+    }
+
+
+def test_the_format_is_no_part_of_what_a_result_depends_on(tmp_path: Path):
+    folder = copytree(RUN, tmp_path / "run")
+    with_format(folder / DESCRIPTION, 1)
+    assert fingerprint(read_config(folder / DESCRIPTION)) == fingerprint(read_config(RUN / DESCRIPTION))
+
+
+@pytest.mark.parametrize("file", [DESCRIPTION, IDENTITY])
+def test_what_a_later_version_wrote_is_refused(file: str, tmp_path: Path):
+    folder = copytree(RUN, tmp_path / "run")
+    with_format(folder / file, 2)
+    with pytest.raises(FlapsamError, match=rf"{file}: format 2 is newer than flapsam .* knows; install a newer flapsam"):
+        found_run(read_config(folder / DESCRIPTION))
+
+
+def test_a_format_that_never_was(tmp_path: Path):
+    folder = copytree(RUN, tmp_path / "run")
+    with_format(folder / DESCRIPTION, 0)
+    with pytest.raises(FlapsamError, match="'format': Input should be 1"):
+        read_config(folder / DESCRIPTION)
+
+
+@pytest.mark.parametrize(("text", "reason"), [(None, "there is no run here"), ("{", "it is damaged")])
+def test_a_folder_without_a_run(text: str | None, reason: str, tmp_path: Path):
+    if text is not None:
+        (tmp_path / IDENTITY).write_text(text)
+    with pytest.raises(FlapsamError, match=reason):
+        read_identity(tmp_path)
