@@ -10,6 +10,8 @@ from flapsam.errors import FlapsamError
 from flapsam.files import check_writable, write_text
 
 DESCRIPTION, IDENTITY, LEDGER = "run.yaml", "environment.json", "events.jsonl"
+LOCK = "lock"
+"""In ``state``: locked by the process that is at work on the run."""
 
 
 def begin_run(config: RunConfig) -> str:
