@@ -21,18 +21,6 @@ from flapsam.console import (
     out,
     print_json,
 )
-    Assignments,
-    Json,
-    Quiet,
-    Track,
-    escaped,
-    interrupted,
-    interruptible,
-    notes,
-    observing,
-    out,
-    print_json,
-)
 from flapsam.errors import FlapsamError
 
 app = typer.Typer(

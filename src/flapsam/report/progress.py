@@ -6,7 +6,7 @@ from threading import RLock
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn
 from rich.text import Text
 
 from flapsam.config import RunConfig
@@ -25,15 +25,19 @@ class ConsoleObserver(Observer):
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self.draws = console.is_terminal and not console.is_dumb_terminal
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left"),
+            TextColumn("{task.fields[pace]}"),
             console=console,
         )
+        self.task: Task | None = None
+        self.standing: Standing | None = None
+        self.at_work: dict[str, str] = {}
+        # The view is drawn in a thread of its own.
+        self.lock = RLock()
         self.live = Live(
             get_renderable=self._view,
             console=console,
@@ -41,14 +45,9 @@ class ConsoleObserver(Observer):
             transient=True,
             vertical_overflow="crop",
         )
-        self.task: Task | None = None
-        self.standing: Standing | None = None
-        self.at_work: dict[str, str] = {}
-        # The view is drawn in a thread of its own.
-        self.lock = RLock()
 
     def __enter__(self) -> "ConsoleObserver":
-        if self.console.is_terminal and not self.console.quiet:
+        if self.draws and not self.console.quiet:
             self.live.start()
         return self
 
@@ -65,10 +64,10 @@ class ConsoleObserver(Observer):
     def begin(self, title: str, steps: int, done: int = 0) -> None:
         with self.lock:
             self._clear()
-            self.bar.add_task(escape(title), total=steps or None, completed=done, rate="")
+            self.bar.add_task(escape(title), total=steps or None, completed=done, pace="")
             (self.task,) = self.bar.tasks
             self.title = title
-        if not self.console.is_terminal:
+        if not self.draws:
             self.say(title)
 
     def step(self, count: float = 1) -> None:
@@ -81,8 +80,8 @@ class ConsoleObserver(Observer):
             self._clear()
         if one is not None:
             self.say(end_line(one))
-        elif task is not None and self.console.is_terminal:
-            self.say(f"{self.title}: {task.completed:.0f} in {duration(task.elapsed or 0)}")
+        elif task is not None and self.draws:
+            self.say(f"{self.title}, {task.completed:.0f} in {duration(task.elapsed or 0)}")
 
     def works(self, site: str, work: str) -> None:
         with self.lock:
@@ -96,7 +95,7 @@ class ConsoleObserver(Observer):
                 self.standing.add(event)
             text = event_line(event, self.standing.under_way if self.standing else None)
         # On a terminal the view says how the rounds do.
-        if text and (event["event"] != "round" or not self.console.is_terminal):
+        if text and (event["event"] != "round" or not self.draws):
             self.say(text)
 
     def _trained(self) -> FederationStanding | None:
@@ -115,7 +114,8 @@ class ConsoleObserver(Observer):
                 return Group()
             speed, one = self.task.speed, self._trained()
             unit = " steps" if one is not None and (self.task.total or 0) > one.planned else ""
-            self.bar.update(self.task.id, rate=rate(speed, unit) if speed else "")
+            left = f", {duration(self.task.time_remaining)} left" if self.task.time_remaining is not None else ""
+            self.bar.update(self.task.id, pace=rate(speed, unit) + left if speed else "")
             parts: list[RenderableType | None] = [self.bar.get_renderable()]
             if one is not None and self.standing is not None:
                 parts += [Text(_facts(one, self.standing), style="dim"), sites_view(one, self.at_work)]
@@ -123,14 +123,13 @@ class ConsoleObserver(Observer):
 
 
 def _facts(one: FederationStanding, standing: Standing) -> str:
-    """The round, Dice, bytes and times of a run in two lines at most."""
+    """The round and times, Dice and bytes, in a line each."""
     at = now()
     first = f"round {one.rounds + 1} of {one.planned}" if one.rounds < one.planned and not one.over else "the result is sent"
     left = standing.round_seconds_left(at)
     if left is not None and not one.over:
-        first += f", {duration(left)} left of it"
+        first += f", {duration(left)} left"
     whole = standing.seconds_left(at)
     if whole is not None and len(standing.federations) > 1:
-        first += f", about {duration(whole)} of the run"
-    second = " · ".join(filter(None, [dice_line(one), bytes_line(one)]))
-    return "\n".join(filter(None, [first, second]))
+        first += f"; the whole run, about {duration(whole)}"
+    return "\n".join(filter(None, [first, dice_line(one), bytes_line(one)]))

@@ -201,9 +201,7 @@ class Standing:
             "bytes_up": self.bytes_up,
             "bytes_down": self.bytes_down,
             "cases": self.cases,
-            **{
-                kind: {"count": len(events), "last": events[-1] if events else None} for kind, events in self.trouble.items()
-            },
+            **{kind: {"count": len(events), "last": next(reversed(events), None)} for kind, events in self.trouble.items()},
             "federations": {
                 name: {
                     "mode": one.mode,

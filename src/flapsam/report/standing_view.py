@@ -25,11 +25,8 @@ def dice_line(one: FederationStanding) -> str:
     """The newest validation Dice and the best; nothing before there is one."""
     if one.newest is None or one.best is None:
         return ""
-    number_, value = one.newest
-    text = f"validation Dice {value:.3f} after round {number_}"
-    if one.best[0] == number_:
-        return f"{text}, the best" if number_ > 1 else text
-    return f"{text}, best {one.best[1]:.3f} after round {one.best[0]}"
+    text = f"validation Dice {one.newest[1]:.3f} after round {one.newest[0]}"
+    return text if one.newest[1] >= one.best[1] else f"{text}, best {one.best[1]:.3f} after round {one.best[0]}"
 
 
 def bytes_line(one: FederationStanding) -> str:

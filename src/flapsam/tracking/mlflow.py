@@ -21,15 +21,16 @@ BATCH = 100
 
 
 class Mlflow(Tracker):
-    """Logs metrics to ``MLFLOW_TRACKING_URI`` or, without it, to files in the run's folder. Points that are there are left out."""
+    """Logs to ``MLFLOW_TRACKING_URI`` or, without it, to files in the run's folder; points that are there are left out."""
 
     def __init__(self, run: Tracked) -> None:
         store = os.environ.get("MLFLOW_TRACKING_URI")
+        self.place = f"the MLflow server at {store}"
         if not store:
-            # Its database wants packages that the skinny MLflow lacks.
+            # A database wants packages that the skinny MLflow lacks.
             os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
             store = run.folder.absolute().as_uri()
-        self.place = f"mlflow ui --backend-store-uri {store}"
+            self.place = f"MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri {store}"
         self.client = MlflowClient(tracking_uri=store)
         experiment = self._experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT)
         found = self.client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{run.run}'")

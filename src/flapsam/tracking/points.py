@@ -46,11 +46,8 @@ class Points:
         """The points that the next event adds."""
         self.standing.add(event)
         time = moment(event).timestamp()
-        return [
-            Point(series, name, step, float(value), time)
-            for series, name, step, value in self._values(event)
-            if value is not None
-        ]
+        values = self._values(event)
+        return [Point(series, name, step, float(value), time) for series, name, step, value in values if value is not None]
 
     def _values(self, event: Event) -> Iterator[Value]:
         kind = event["event"]
