@@ -262,15 +262,15 @@ class Standing:
         return rounds * typical - min(max(spent, 0.0), typical)
 
     def _seconds_elsewhere(self, members: Sequence[str]) -> float | None:
-        """What the fits of these sites took in all federations, one after another."""
-        total = 0.0
+        """What the fits of these sites took in all federations, one after another; None while some are not known."""
+        total = 0.0 if members else None
         for name in members:
             known = [
                 site.seconds
                 for one in self.federations.values()
                 if (site := one.sites.get(name)) is not None and site.seconds is not None
             ]
-            if not known:
+            if total is None or not known:
                 return None
             total += fmean(known)
         return total

@@ -62,7 +62,7 @@ def as_json_of(status: Status) -> dict[str, Any]:
 
 def show(folder: Path, console: Console) -> None:
     """Print where a run stands."""
-    console.print(_view(read_status(folder)))
+    console.print(_view(read_status(folder)), soft_wrap=True)
 
 
 def watch(folder: Path, console: Console) -> None:
