@@ -10,7 +10,7 @@ import pytest
 from command import flapsam
 from ledgermaker import LEDGER, at, begun, closed, event, fit, site, validation
 from rich.console import Console
-from sitemaker import write_run
+from sitemaker import make_sites, write_run
 
 from flapsam.config import RunConfig, read_config
 from flapsam.federation.ledger import Event, Ledger
@@ -208,3 +208,13 @@ def test_following_ends_with_the_run(config: RunConfig, tmp_path: Path, capfd: p
     writer.join()
     assert "federated: round 2 of 4 in 10 s" in outcome.out
     assert "ended" in outcome.out.splitlines()[-1]
+
+
+def test_two_processes_are_never_at_work_on_one_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    run = write_run(tmp_path / "run.yaml", make_sites(tmp_path / "data"))
+    lock = alone(tmp_path / "run" / "state" / "lock")
+    outcome = flapsam(capfd, "simulate", run)
+    lock.close()
+    assert outcome.code == 2
+    assert "another process is at work here" in outcome.err
+    assert not (tmp_path / "run" / "events.jsonl").exists()

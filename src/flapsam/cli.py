@@ -20,6 +20,7 @@ from flapsam.console import (
     observing,
     out,
     print_json,
+    warn,
 )
 from flapsam.errors import FlapsamError
 
@@ -97,7 +98,7 @@ def simulate(
 
     configuration = read_config(config, assignments or [])
     advice = f"What is done is kept in {configuration.output}; go on with --resume."
-    with interruptible(advice) as shown, tracked(shown, track) as observer:
+    with interruptible(advice) as shown, tracked(shown, track, warn) as observer:
         results = run(configuration, resume=resume, workers=workers, observer=observer)
     if as_json:
         return print_json(results.as_json())

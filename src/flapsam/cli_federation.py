@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flapsam.console import Assignments, Json, Quiet, Track, interruptible, notes, out, print_json
+from flapsam.console import Assignments, Json, Quiet, Track, interruptible, notes, out, print_json, warn
 from flapsam.errors import FlapsamError
 
 federation_app = typer.Typer(help="Run between hospitals, over mutual TLS.", no_args_is_help=True)
@@ -115,7 +115,7 @@ def run(
 
     configuration = read_config(config, [*(assignments or []), *FIXED])
     advice = "The server goes on with the round; the same command follows it, and flapsam federation stop ends it."
-    with interruptible(advice) as shown, tracked(shown, track) as observer:
+    with interruptible(advice) as shown, tracked(shown, track, warn) as observer:
         adapter = conduct(configuration, read_kit(kit, "coordinator"), observer, wait=wait)
     if as_json:
         return print_json({"adapter": str(adapter)})

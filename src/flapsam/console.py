@@ -48,6 +48,11 @@ def interruptible(advice: str) -> "Iterator[ConsoleObserver]":
         yield observer
 
 
+def warn(text: str) -> None:
+    """Something that went wrong and ends nothing; ``--quiet`` does not hush it."""
+    notes.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 @contextmanager
 def interrupted(advice: str) -> Iterator[None]:
     """Ends with the advice and exit code 130 when it is interrupted."""

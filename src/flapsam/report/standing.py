@@ -10,7 +10,7 @@ from flapsam.config import Mode, RunConfig
 from flapsam.federation.ledger import Event
 
 RECENT = 5
-"""Rounds whose middle says how long the next will take."""
+"""Rounds, or fits of a site, whose middle says how long the next will take."""
 TROUBLE = ("refused", "missing", "excluded")
 """Events of a site that does not count in a round, or takes no part; each says why."""
 IN_A_ROUND = ("fit", "validation", "refused", "missing")
@@ -55,6 +55,8 @@ class FederationStanding:
     """Of every round."""
     validation: dict[int, dict[str, float | None]] = field(default_factory=dict)
     """Round → site → mean Dice of what the round gave."""
+    dice: dict[int, float] = field(default_factory=dict)
+    """Round → validation Dice, the mean over the sites that tell theirs, once all of them did."""
     bytes_up: int = 0
     bytes_down: int = 0
     tested: int = 0
@@ -70,21 +72,20 @@ class FederationStanding:
         """Sites that have answered the round under way."""
         return [site.name for site in self.sites.values() if site.round > self.rounds]
 
-    @property
-    def dice(self) -> dict[int, float]:
-        """Round → validation Dice, the mean over the sites that tell theirs, where all of them did."""
-        found: dict[int, float] = {}
-        for number, scores in sorted(self.validation.items()):
+    def settle(self) -> None:
+        """Take in the Dice of rounds of which all has been told."""
+        for number in sorted(self.validation.keys() - self.dice.keys()):
+            scores = self.validation[number]
             known = [value for value in scores.values() if value is not None]
             # What a round gave is told with the next round's answers, by one site after another.
             if known and (number < self.rounds or self.told or len(scores) >= self._telling(number)):
-                found[number] = fmean(known)
-        return found
+                self.dice[number] = fmean(known)
 
     def _telling(self, number: int) -> int:
         """How many sites are expected to tell what a round gave: as many as before, or at first all that answered it."""
-        before = max((len(scores) for other, scores in self.validation.items() if other != number), default=0)
-        return before or sum(site.round >= number for site in self.sites.values())
+        if self.dice:
+            return len(self.validation[max(self.dice)])
+        return sum(site.round >= number for site in self.sites.values())
 
     @property
     def newest(self) -> tuple[int, float] | None:
@@ -127,6 +128,8 @@ class Standing:
         self.ended = False
         self._since: datetime | None = None
         """When the round under way began, or what came before it ended."""
+        self._fits: dict[str, list[float]] = {}
+        """Site → seconds that its newest fits took, in whatever federation."""
         self._plan()
         for event in events:
             self.add(event)
@@ -146,6 +149,7 @@ class Standing:
             self.ended = True
             for one in self.federations.values():
                 one.over = one.told = True
+                one.settle()
         if "federation" in event:
             self._of_federation(kind, event)
         if kind not in IN_A_ROUND or self._since is None:
@@ -228,6 +232,7 @@ class Standing:
         if one is not self.under_way:
             if self.under_way is not None:
                 self.under_way.over = self.under_way.told = True
+                self.under_way.settle()
             self.under_way = one
         one.bytes_up += event.get("bytes_up", 0)
         one.bytes_down += event.get("bytes_down", 0)
@@ -243,6 +248,8 @@ class Standing:
             site = one.site(event["site"])
             site.round, site.loss, site.trouble = event["round"], event.get("loss"), None
             site.seconds = event.get("seconds") or event.get("site_seconds")
+            if site.seconds is not None:
+                self._fits[site.name] = [*self._fits.get(site.name, [])[1 - RECENT :], site.seconds]
         elif kind in TROUBLE:
             one.site(event["site"]).trouble = event
         elif kind == "delivery":
@@ -250,6 +257,7 @@ class Standing:
         elif kind == "test":
             one.over = one.told = True
             one.tested += 1
+        one.settle()
 
     def _seconds_left(self, one: FederationStanding, now: datetime) -> float | None:
         rounds = one.planned - one.rounds
@@ -262,18 +270,9 @@ class Standing:
         return rounds * typical - min(max(spent, 0.0), typical)
 
     def _seconds_elsewhere(self, members: Sequence[str]) -> float | None:
-        """What the fits of these sites took in all federations, one after another; None while some are not known."""
-        total = 0.0 if members else None
-        for name in members:
-            known = [
-                site.seconds
-                for one in self.federations.values()
-                if (site := one.sites.get(name)) is not None and site.seconds is not None
-            ]
-            if total is None or not known:
-                return None
-            total += fmean(known)
-        return total
+        """What the newest fits of these sites took wherever they were, one after another; None while some are not known."""
+        known = [median(self._fits[name]) for name in members if name in self._fits]
+        return sum(known) if members and len(known) == len(members) else None
 
     def _plan(self) -> None:
         """All federations of the run, as far as sites are known; what is known of them stays."""

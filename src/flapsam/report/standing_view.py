@@ -116,8 +116,10 @@ def activity_line(standing: Standing, at: datetime, locked: bool) -> str:
     if standing.ended:
         return f"{begun}, ended {moment(standing.last):%Y-%m-%d %H:%M:%S} UTC"
     age = max(0.0, (at - moment(standing.last)).total_seconds())
-    where = "".join(f", {key} {standing.last[key]}" for key in ("federation", "round", "site") if key in standing.last)
-    last = f"last event {duration(age)} ago ({standing.last['event']}{where})"
+    event = standing.last
+    site = f" of {event['site']}" if "site" in event else ""
+    number_ = f" in round {event['round']}" if "round" in event and event["event"] != "round" else ""
+    last = f"last event {duration(age)} ago ({event['event']}{site}{number_})"
     if locked:
         return f"{begun}, {last}; a process is at work on it"
     typical = standing.under_way.round_seconds if standing.under_way else None
@@ -172,7 +174,8 @@ def _doing(site: SiteStanding, one: FederationStanding, at_work: Mapping[str, st
         return "has the result", "green"
     if site.round > one.rounds or (site.round == one.rounds == one.planned):
         return f"answered in {duration(site.seconds)}" if site.seconds is not None else "answered", "green"
-    return "waits", "dim"
+    # Where nobody says who is at work, all may be.
+    return "waits" if at_work else "has not answered yet", "dim"
 
 
 def _counted(one: FederationStanding, at_work: Collection[str]) -> str:

@@ -102,8 +102,13 @@ class Tracking(Observer):
 
 
 @contextmanager
-def tracked(observer: Observer, names: Sequence[str] | None) -> Iterator[Observer]:
+def tracked(observer: Observer, names: Sequence[str] | None, warn: Callable[[str], None]) -> Iterator[Observer]:
     """The observer, and trackers beside it, if any.
+
+    Args:
+        observer: is told at the end how to look at what was written.
+        names: of trackers.
+        warn: is told of one that fails.
 
     Raises:
         FlapsamError: as ``tracker``.
@@ -111,11 +116,13 @@ def tracked(observer: Observer, names: Sequence[str] | None) -> Iterator[Observe
     if not names:
         yield observer
         return
-    tracking = Tracking(names, observer.say)
+    tracking = Tracking(names, warn)
     try:
         yield Observers(observer, tracking)
     finally:
         tracking.close()
+        for place in tracking.places:
+            observer.say(f"Figures: {place}")
 
 
 def track_run(folder: Path, names: Sequence[str]) -> list[str]:

@@ -16,8 +16,8 @@ from flapsam.tracking.tracker import Tracked, Tracker
 
 EXPERIMENT = "flapsam"
 RUN_TAG = "flapsam.run"
-BATCH = 100
-"""Parameters that go out at once, at most."""
+PARAMETERS, METRICS = 100, 1000
+"""That go out at once, at most."""
 
 
 class Mlflow(Tracker):
@@ -25,7 +25,7 @@ class Mlflow(Tracker):
 
     def __init__(self, run: Tracked) -> None:
         store = os.environ.get("MLFLOW_TRACKING_URI")
-        self.place = f"the MLflow server at {store}"
+        self.place = "in MLflow, where MLFLOW_TRACKING_URI says"
         if not store:
             # A database wants packages that the skinny MLflow lacks.
             os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
@@ -42,24 +42,26 @@ class Mlflow(Tracker):
         else:
             self.run = self.client.create_run(experiment, tags={RUN_TAG: run.run}, run_name=run.name).info.run_id
             fields = [Param(_allowed(name), value) for name, value in run.parameters.items()]
-            for start in range(0, len(fields), BATCH):
-                self.client.log_batch(self.run, params=fields[start : start + BATCH])
+            for start in range(0, len(fields), PARAMETERS):
+                self.client.log_batch(self.run, params=fields[start : start + PARAMETERS])
+        self.waiting: list[Metric] = []
         self.last = 0.0
 
     def write(self, points: Sequence[Point]) -> None:
-        metrics = [
+        self.waiting += [
             Metric(key, point.value, round(1000 * point.time), point.step)
             for point in points
             if not self._is_known(key := _allowed(f"{point.series}/{point.name}"), point.step)
         ]
-        if metrics:
-            self.client.log_batch(self.run, metrics=metrics)
         self.last = points[-1].time
 
     def flush(self) -> None:
-        pass
+        for start in range(0, len(self.waiting), METRICS):
+            self.client.log_batch(self.run, metrics=self.waiting[start : start + METRICS])
+        self.waiting.clear()
 
     def close(self, ended: bool) -> None:
+        self.flush()
         self.client.set_terminated(self.run, "FINISHED" if ended else "KILLED", end_time=round(1000 * self.last))
 
     def _is_known(self, key: str, step: int) -> bool:

@@ -44,18 +44,19 @@ class Points:
 
     def of(self, event: Event) -> list[Point]:
         """The points that the next event adds."""
+        before = self.standing.under_way
         self.standing.add(event)
         time = moment(event).timestamp()
-        values = self._values(event)
+        values = self._values(event, before)
         return [Point(series, name, step, float(value), time) for series, name, step, value in values if value is not None]
 
-    def _values(self, event: Event) -> Iterator[Value]:
+    def _values(self, event: Event, before: FederationStanding | None) -> Iterator[Value]:
         kind = event["event"]
         one = self.standing.federations.get(event.get("federation", ""))
         if one is not None:
             yield from self._of_federation(one, kind, event)
-        for other in self.standing.federations.values():
-            # The Dice of a last round may be complete only when something else has begun.
+        # The Dice of a last round may be complete only when something else has begun.
+        for other in filter(None, (before, self.standing.under_way)):
             for number, dice in other.dice.items():
                 if (other.name, number) not in self.told:
                     self.told.add((other.name, number))

@@ -19,14 +19,18 @@ class TensorBoard(Tracker):
         self.place = f"tensorboard --logdir {run.folder}"
         shutil.rmtree(run.folder, ignore_errors=True)
         self.writers: dict[str, SummaryWriter] = {}
+        self.fresh: set[str] = set()
+        """Series with points that are not in their file yet."""
 
     def write(self, points: Sequence[Point]) -> None:
         for point in points:
+            self.fresh.add(point.series)
             self._writer(point.series).add_scalar(point.name, point.value, point.step, walltime=point.time)
 
     def flush(self) -> None:
-        for writer in self.writers.values():
-            writer.flush()
+        for series in self.fresh:
+            self.writers[series].flush()
+        self.fresh.clear()
 
     def close(self, ended: bool) -> None:
         for writer in self.writers.values():
