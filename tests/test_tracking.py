@@ -1,5 +1,6 @@
 """What trackers wrote is read with their own readers and compared with a ledger written by hand."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,7 +13,6 @@ from command import flapsam
 from ledgermaker import FINISHED, begun
 from sitemaker import make_sites, write_run
 
-from flapsam import tracking
 from flapsam.config import RunConfig, read_config
 from flapsam.errors import FlapsamError
 from flapsam.federation.ledger import read_ledger
@@ -21,8 +21,8 @@ from flapsam.tracking import TRACKERS, Tracking, track_run
 
 Curves = dict[str, list[tuple[int, float]]]
 
-SITE = {"cross_entropy": [(1, 1.0), (2, 1.0)], "dice_loss": [(1, 0.25), (2, 0.25)], "bytes_up": [(1, 100), (2, 100)]}
-DOWN = {"bytes_down": [(1, 10), (2, 60), (3, 60)]}
+SITE: Curves = {"cross_entropy": [(1, 1.0), (2, 1.0)], "dice_loss": [(1, 0.25), (2, 0.25)], "bytes_up": [(1, 100), (2, 100)]}
+DOWN: Curves = {"bytes_down": [(1, 10), (2, 60), (3, 60)]}
 EXPECTED: dict[str, Curves] = {
     "federated": {
         "seconds": [(1, 10.0), (2, 10.0)],
@@ -155,7 +155,7 @@ def test_a_missing_package_is_one_sentence(
     name: str, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     folder = begun(tmp_path / "run", config, FINISHED)
-    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     outcome = flapsam(capfd, "track", folder, "--to", name)
     assert outcome.code == 2
     assert outcome.err.strip() == f"Error: tracking with {name} needs pip install 'flapsam[{name}]'"
