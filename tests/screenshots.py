@@ -1,6 +1,6 @@
 """The documentation's pictures, from a run that `make demo` has made.
 
-    .venv/bin/python tests/screenshots.py demo/run docs/images
+.venv/bin/python tests/screenshots.py demo/run docs/images
 """
 
 import io

@@ -18,8 +18,6 @@ from flapsam.config import RunConfig, validated
 from flapsam.federation.engines.nvflare.kits import FederationFile
 from flapsam.federation.site_file import SiteFile
 
-PENDING: set[str] = {"report", "view", "status", "demo", "--quiet", "--track", "docs/images/report.png"}
-"""Commands, options and files that the pages know already."""
 SERVES = "view"
 """Runs until Ctrl-C, so it is not run here."""
 SMALLER = {
@@ -51,14 +49,20 @@ def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capf
             exec(text, {})
         else:
             for words in commands(Block(block.page, block.section, "", text)):
-                if words[0] in PENDING | {SERVES}:
+                if words[0] == SERVES:
                     continue
                 outcome = flapsam(capfd, *words)
                 assert outcome.code == 0, outcome.err
                 run.append(words[0])
     assert applied == set(SMALLER)
     assert run == ["data", "data", "init", "traffic", "simulate", "data", "predict", "evaluate"]
-    for path in ("runs/run/adapter/README.md", "out/volumes.csv", "out/labels.txt", "labels.nii.gz"):
+    for path in (
+        "runs/run/report/index.html",
+        "runs/run/adapter/README.md",
+        "out/volumes.csv",
+        "out/labels.txt",
+        "labels.nii.gz",
+    ):
         assert Path(path).exists()
 
 
@@ -73,8 +77,6 @@ def unknown(words: list[str]) -> str:
         if not left or left[0].startswith("-") or left[0].isupper():
             return ""
         name = left.pop(0)
-        if name in PENDING:
-            return ""
         if name not in command.commands:
             return f"command {name}"
         command = command.commands[name]
@@ -85,7 +87,7 @@ def unknown(words: list[str]) -> str:
         word = left.pop(0)
         if word.startswith("-"):
             name, equals, _ = word.partition("=")
-            if name == "--help" or name in PENDING:
+            if name == "--help":
                 continue
             if name not in options:
                 return f"option {name}"
@@ -141,11 +143,6 @@ def test_every_command_is_shown_somewhere():
     assert [name for name in leaves if not any(line.startswith(name) for line in shown)] == []
 
 
-def test_what_is_pending_is_not_there_yet():
-    assert not PENDING & set(ROOT_COMMAND.commands)
-    assert [path for path in PENDING if (ROOT / path).exists()] == []
-
-
 MAKE = sorted(
     {target for page in PAGES for target in re.findall(r"`make ([\w-]+)`", page.read_text())}
     | {target for page in PAGES for block in blocks(page, "") for target in re.findall(r"^make ([\w-]+)", block.text, re.M)}
@@ -164,7 +161,7 @@ def test_links_lead_somewhere(page: Path):
             continue
         name, _, anchor = link.partition("#")
         target = (page.parent / name).resolve() if name else page
-        assert target.exists() or link in PENDING, link
+        assert target.exists(), link
         if anchor and target.suffix == ".md":
             assert anchor in anchors(target), link
         # The site holds nothing of what lies beside it.
@@ -228,9 +225,8 @@ def test_built_pages_ask_nothing_of_the_network(site: Path):
 def test_the_reference_has_every_command_and_every_field(site: Path):
     text = (site / "commands.html").read_text()
     for _, words in SHOWN:
-        if words[0] not in PENDING:
-            group = 2 if words[0] in ("data", "backbone", "federation") else 1
-            assert f"flapsam {' '.join(words[:group])}<" in text
+        group = 2 if words[0] in ("data", "backbone", "federation") else 1
+        assert f"flapsam {' '.join(words[:group])}<" in text
     assert "<code>--workers WORKERS</code>" in text or "<code>--workers</code>" in text
     fields = re.findall(r"<td><code>([\w.]+)</code></td>", (site / "configuration.html").read_text())
     for name, field in RunConfig.model_fields.items():

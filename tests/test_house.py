@@ -37,6 +37,7 @@ FLOORS = [
     ["flapsam.prediction", "flapsam.check", "flapsam.datasets", "flapsam.backbones", "flapsam.export"],
     ["flapsam.evaluation", "flapsam.experiments", "flapsam.site_check"],
     ["flapsam.report"],
+    ["flapsam.tracking"],
     ["flapsam.console"],
     ["flapsam.cli_federation"],
     ["flapsam.cli"],

@@ -250,11 +250,13 @@ def test_the_ledger_repairs_a_cut_line_and_writes_nothing_twice(tmp_path: Path):
     ledger.write("fit", federation="f", round=1, site="a", loss=0.5)
     with path.open("a") as file:
         file.write('{"event": "fit", "fed')
-    again = Ledger(path)
+    told: list[int] = []
+    again = Ledger(path, lambda event: told.append(event["round"]))
     assert again.holds("fit", federation="f", round=1, site="a")
     again.write("fit", federation="f", round=1, site="a", loss=0.7)
     again.write("fit", federation="f", round=2, site="a", loss=0.4)
     assert [(event["round"], event["loss"]) for event in read_ledger(path)] == [(1, 0.5), (2, 0.4)]
+    assert told == [2]
 
 
 def test_a_damaged_ledger_is_said(tmp_path: Path):

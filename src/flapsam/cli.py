@@ -8,7 +8,20 @@ import typer
 
 from flapsam import __version__
 from flapsam.cli_federation import federation_app
-from flapsam.console import Assignments, Json, escaped, interruptible, notes, observing, out, print_json
+from flapsam.console import (
+    Assignments,
+    Json,
+    Quiet,
+    Track,
+    escaped,
+    interrupted,
+    interruptible,
+    notes,
+    observing,
+    out,
+    print_json,
+    warn,
+)
 from flapsam.errors import FlapsamError
 
 app = typer.Typer(
@@ -60,12 +73,16 @@ def demo(
         out.print(f"\n[bold]$ {escaped(shlex.join(['flapsam', *command]))}[/]", highlight=False, soft_wrap=True)
         if code := app(command, standalone_mode=False):
             raise typer.Exit(code)
+    out.print(
+        f"\nTo look at the cases in three planes and 3-D: flapsam view {folder / 'run'}", highlight=False, soft_wrap=True
+    )
 
 
 @app.command()
 def init(
     data: Annotated[Path, typer.Argument(help="The data's folder, in any layout of `flapsam data list`.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="RUN.yaml", help="What is written.")] = Path("run.yaml"),
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Look at data and write a configuration for them, with a reason beside each choice."""
@@ -92,6 +109,8 @@ def simulate(
     assignments: Assignments = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Sites that are fitted side by side.")] = 1,
+    track: Track = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Fine-tune SAM across sites on this machine: volumes → adapter, label maps and scores."""
@@ -99,9 +118,11 @@ def simulate(
     from flapsam.experiments.simulation import simulate as run
     from flapsam.report import tables
     from flapsam.report.page import write_report
+    from flapsam.tracking import tracked
 
     configuration = read_config(config, assignments or [])
-    with interruptible(f"What is done is kept in {configuration.output}; go on with --resume.") as observer:
+    advice = f"What is done is kept in {configuration.output}; go on with --resume."
+    with interruptible(advice) as shown, tracked(shown, track, warn) as observer:
         results = run(configuration, resume=resume, workers=workers, observer=observer)
         page = write_report(results.folder, observer=observer)
     if as_json:
@@ -127,6 +148,7 @@ def report(
         ),
     ] = None,
     images: Annotated[bool, typer.Option(help="Put slices of the best, median and worst cases into the page.")] = True,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Write a run's report as one HTML page that needs no network, or one that compares several runs."""
@@ -174,6 +196,35 @@ def view(
 
 
 @app.command()
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, which may be under way elsewhere.")],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on showing it until the run ends.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Where a run stands, by its ledger: rounds, sites, Dice, bytes, what went wrong, time left."""
+    from flapsam.report.status import as_json_of, read_status, show, watch
+
+    if follow and as_json:
+        raise FlapsamError("--follow: leave out --json, which prints where the run stands now")
+    with interrupted("The run is left alone."):
+        if as_json:
+            return print_json(as_json_of(read_status(run)))
+        (watch if follow else show)(run, out)
+
+
+@app.command()
+def track(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    to: Annotated[list[str], typer.Option("--to", metavar="TRACKER", help="tensorboard or mlflow; repeatable.")],
+) -> None:
+    """Write a run's figures from its ledger for TensorBoard or MLflow; what is there already is not written twice."""
+    from flapsam.tracking import track_run
+
+    for place in track_run(run, to):
+        out.print(place, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
 def bench(
     config: Annotated[
         str, typer.Argument(metavar="RUN.yaml", help="The run, whose field bench says what is compared; or known settings.")
@@ -182,6 +233,7 @@ def bench(
     assignments: Assignments = None,
     only: Annotated[str, typer.Option(help="Only cells whose names fit, such as 'flap*'.")] = "*",
     minutes: Annotated[float | None, typer.Option(min=0, help="No cell is begun after these.")] = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Compare strategies, modes, aggregators and seeds in one table; what is missing is computed."""
@@ -269,6 +321,7 @@ def predict(
         typer.Option(help="fp32, bf16, fp16 or auto, the fastest by a short measurement; on a CPU fp32."),
     ] = None,
     threads: Threads = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Segment volumes: a label map an image, in the image's own grid and format."""
@@ -355,6 +408,7 @@ def evaluate(
         Path | None,
         typer.Option("--adapter", metavar="RUN_OR_ADAPTER", help="Says which values in LABELS stand for which class."),
     ] = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Score label maps against the truth: 3-D Dice and 95 % Hausdorff distance per case, site and class."""
@@ -492,6 +546,7 @@ def info_of_data(
 def get_data(
     name: Annotated[str, typer.Argument(help="As `flapsam data list` names it.")],
     folder: Annotated[Path, typer.Argument(help="Where it is unpacked.")],
+    quiet: Quiet = False,
 ) -> None:
     """Download a data set that anyone may have, or say how to get it."""
     from flapsam.datasets import fetch_data
@@ -506,6 +561,7 @@ def check(
     path: Annotated[Path, typer.Argument(help="The data's folder, in any layout of `flapsam data list`.")],
     config: Annotated[Path | None, typer.Option(metavar="RUN.yaml", help="Says which label values are classes.")] = None,
     labels: Annotated[list[int] | None, typer.Option("--label", help="A label value that may occur; repeatable.")] = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Read every case and list every problem, before any training."""
@@ -532,6 +588,7 @@ def phantom(
     sites: Annotated[int, typer.Option(min=1)] = 4,
     cases: Annotated[int, typer.Option(min=2, help="At each site; three in ten are for the test.")] = 10,
     seed: int = 0,
+    quiet: Quiet = False,
 ) -> None:
     """Make up sites: CT-like abdomens with kidneys and tumours."""
     from flapsam.experiments.phantom import make_phantom
@@ -556,7 +613,7 @@ def list_backbones(as_json: Json = False) -> None:
 
 
 @backbone_app.command()
-def get(name: Annotated[str, typer.Argument(help="As `flapsam backbone list` names it.")]) -> None:
+def get(name: Annotated[str, typer.Argument(help="As `flapsam backbone list` names it.")], quiet: Quiet = False) -> None:
     """Download a backbone's weights; a broken download is gone on with."""
     from flapsam.backbones import fetch
 
@@ -589,6 +646,7 @@ def pretrain(
     quick: Annotated[bool, typer.Option("--quick", help="Twenty steps, to see that it runs.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what the folder holds.")] = False,
     threads: Threads = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Train sam-tiny from nothing on synthetic images: how the weights that ship with flapsam were made."""

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flapsam.console import Assignments, Json, interruptible, notes, out, print_json
+from flapsam.console import Assignments, Json, Quiet, Track, interruptible, notes, out, print_json, warn
 from flapsam.errors import FlapsamError
 
 federation_app = typer.Typer(help="Run between hospitals, over mutual TLS.", no_args_is_help=True)
@@ -72,6 +72,7 @@ def check(
     kit: KitArgument,
     data: SiteFileOption = None,
     config: Annotated[Path | None, typer.Option(metavar="RUN.yaml", help="A run whose beginning is tried out.")] = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Tell a site in advance whether certificate, network, data and memory will do."""
@@ -102,6 +103,8 @@ def run(
     kit: CoordinatorKit = COORDINATOR,
     assignments: Assignments = None,
     wait: Annotated[float, typer.Option(min=0, help="Seconds for sites that are not there, once there are enough.")] = 60,
+    track: Track = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Conduct a run to its end, on the server's machine; what was begun is gone on with."""
@@ -109,10 +112,11 @@ def run(
     from flapsam.federation.engines.nvflare.coordination import run as conduct
     from flapsam.federation.engines.nvflare.kits import read_kit
     from flapsam.report.page import write_report
+    from flapsam.tracking import tracked
 
     configuration = read_config(config, [*(assignments or []), *FIXED])
     advice = "The server goes on with the round; the same command follows it, and flapsam federation stop ends it."
-    with interruptible(advice) as observer:
+    with interruptible(advice) as shown, tracked(shown, track, warn) as observer:
         adapter = conduct(configuration, read_kit(kit, "coordinator"), observer, wait=wait)
         page = write_report(adapter.parent, observer=observer)
     if as_json:

@@ -1,5 +1,6 @@
 """Writing files so that a reader never sees half of one."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -8,6 +9,9 @@ from pathlib import Path
 from typing import IO
 
 from flapsam.errors import FlapsamError
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+"""How a disk says that it knows no locks; work there goes on without."""
 
 
 @contextmanager
@@ -91,7 +95,24 @@ def alone(path: Path, *, wait: bool = True) -> IO[bytes]:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError as error:
         raise FlapsamError(f"{path.parent}: another process is at work here; end that one first") from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
     return file
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process on this machine, or on one whose locks the disk carries here, has a file locked by ``alone``."""
+    import fcntl
+
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _umask() -> int:

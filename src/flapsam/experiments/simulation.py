@@ -22,7 +22,7 @@ from flapsam.federation.aggregation import aggregator
 from flapsam.federation.agreement import Agreement
 from flapsam.federation.engines.local import run_rounds
 from flapsam.federation.engines.workers import Workers
-from flapsam.federation.folder import LEDGER, begin_run, found_run, is_begun
+from flapsam.federation.folder import LEDGER, LOCK, begin_run, found_run, is_begun
 from flapsam.federation.ledger import Ledger, read_ledger
 from flapsam.federation.observer import Observer
 from flapsam.federation.preparation import (
@@ -40,7 +40,7 @@ from flapsam.federation.preparation import (
 from flapsam.federation.rounds import Client, ClientData, Server
 from flapsam.federation.state import ClientState, ServerState
 from flapsam.federation.weights import client_weights, training_size
-from flapsam.files import write_text
+from flapsam.files import alone, write_text
 from flapsam.inference import predict_volume
 from flapsam.metrics import CaseScores, Summary, by_site, score_case, summarise
 from flapsam.model_card import model_card
@@ -147,7 +147,13 @@ class _Simulation:
         weights = client_weights({site.name: training_size(site, config) for site in training}, config.rounds)
         training = [hold_out_validation(site, config.data.validation_fraction, config.seed) for site in training]
         self.run_id = self._open_folder()
-        self.ledger = Ledger(self.folder / LEDGER)
+        with alone(self.folder / "state" / LOCK, wait=False):
+            return self._run(sites, training, weights)
+
+    def _run(self, sites: Sequence[Site], training: Sequence[Site], weights: Mapping[str, float]) -> Results:
+        config = self.config
+        self.ledger = Ledger(self.folder / LEDGER, self.observer.event)
+        self.observer.opened(config, read_ledger(self.ledger.path))
         clients = self._prepare(training)
         self.assembled = assembled_for(config)
         self.observer.say(self.assembled.origin.about)
@@ -167,7 +173,7 @@ class _Simulation:
         parameters = sum(tensor.numel() for tensor in travelling_state(self.assembled.network).values())
         results = Results(self.folder, scores, parameters, self._traffic())
         write_text(self.folder / "results.json", json.dumps(results.as_json(), indent=2) + "\n")
-        self.observer.event(self.ledger.write("end"))
+        self.ledger.write("end")
         shutil.rmtree(self._cache, ignore_errors=True)
         return results
 
@@ -192,7 +198,7 @@ class _Simulation:
         for site in sites:
             clients.append(prepare_site(site, self.config, self._cache / site.name, self.observer.step))
             cases = {split: len(site.of(split)) for split in ("train", "val", "test")}
-            self.observer.event(self.ledger.write("site", site=site.name, cases=cases))
+            self.ledger.write("site", site=site.name, cases=cases)
         self.observer.end()
         return clients
 
@@ -204,7 +210,7 @@ class _Simulation:
         known = [event["windows"] for event in read_ledger(self.ledger.path) if event["event"] == "micro_batch"]
         self.config = with_windows(self.config, self.assembled.network, *known[:1])
         if not known:
-            self.observer.event(self.ledger.write("micro_batch", windows=self.config.training.micro_batch))
+            self.ledger.write("micro_batch", windows=self.config.training.micro_batch)
         windows = self.config.training.micro_batch
         self.observer.say(f"micro_batch: {windows} of a batch's {training.batch_size} windows fit into memory at once")
 
@@ -276,7 +282,7 @@ class _Simulation:
                 score = score_case(
                     case.name, case.site, predicted, truth.array, image.spacing, labels.classes, labels.annotated
                 )
-                self.observer.event(self.ledger.write("test", **identity, dice=score.dice, hd95=score.hd95))
+                self.ledger.write("test", **identity, dice=score.dice, hd95=score.hd95)
             self.observer.step()
         self.observer.end()
 

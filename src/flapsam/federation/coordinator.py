@@ -10,7 +10,7 @@ from flapsam.adapter import save_adapter
 from flapsam.config import RunConfig, read_config
 from flapsam.errors import FlapsamError
 from flapsam.federation.conduct import Carry, deliver, rounds
-from flapsam.federation.folder import DESCRIPTION, LEDGER, is_begun, read_identity
+from flapsam.federation.folder import DESCRIPTION, LEDGER, LOCK, is_begun, read_identity
 from flapsam.federation.handshake import REASONS, Presence, Proposal, differences, read_message
 from flapsam.federation.ledger import Ledger, read_ledger
 from flapsam.federation.packets import HEADER_BYTES
@@ -47,7 +47,7 @@ class Coordinator:
         if not is_begun(folder):
             raise FlapsamError(f"{folder}: there is no run here")
         self.folder = folder
-        self._lock = alone(folder / "state" / "lock")
+        self._lock = alone(folder / "state" / LOCK)
         self.config = read_config(folder / DESCRIPTION)
         self.run: str = read_identity(folder)["run"]
         self.ledger = Ledger(folder / LEDGER)

@@ -13,6 +13,8 @@ from flapsam.files import check_writable, write_text
 DESCRIPTION, IDENTITY, LEDGER = "run.yaml", "environment.json", "events.jsonl"
 FORMAT = 1
 """Of the folder: its files, the ledger's events, and the state that a run is resumed from."""
+LOCK = "lock"
+"""In ``state``: locked by the process that is at work on the run."""
 
 
 def begin_run(config: RunConfig) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,18 @@ REPEATED = ("refused", "missing", "excluded", "job", "job_end", "label_map")
 class Ledger:
     """Appends events to a file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, told: Callable[[Event], object] = lambda _: None) -> None:
         """Open a ledger; a last line that a crash cut short is removed.
+
+        Args:
+            path: of its file.
+            told: is given every event that is written.
 
         Raises:
             FlapsamError: the file cannot be read or written.
         """
         self.path = path
+        self.told = told
         try:
             if path.exists():
                 whole = path.read_bytes()
@@ -38,8 +44,8 @@ class Ledger:
         """Whether an event stands there already."""
         return _identity({"event": event, **identity}) in self.known
 
-    def write(self, event: str, **fields: Any) -> Event:
-        """Append an event with the time, unless it stands there already; returns it."""
+    def write(self, event: str, **fields: Any) -> None:
+        """Append an event with the time, unless it stands there already."""
         entry = {"event": event, "time": datetime.now(UTC).isoformat(timespec="seconds"), **fields}
         if event in REPEATED or _identity(entry) not in self.known:
             before = self.path.stat().st_size
@@ -51,7 +57,7 @@ class Ledger:
                 os.truncate(self.path, before)
                 raise
             self.known.add(_identity(entry))
-        return entry
+            self.told(entry)
 
 
 def read_ledger(path: Path, *, whole_lines: bool = False) -> list[Event]:

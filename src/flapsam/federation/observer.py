@@ -1,7 +1,8 @@
 """What long work tells whoever is watching."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from flapsam.config import RunConfig
 from flapsam.federation.ledger import Event
 
 
@@ -20,8 +21,49 @@ class Observer:
     def end(self) -> None:
         """The work that began last is over."""
 
+    def opened(self, config: RunConfig, events: Sequence[Event]) -> None:
+        """A run begins, or goes on after these events of its ledger; its folder is ``config.output``."""
+
+    def works(self, site: str, work: str) -> None:
+        """A site begins its part of a round: ``fit`` or ``validate``."""
+
     def event(self, event: Event) -> None:
-        """An event of the ledger."""
+        """An event that is new in the ledger."""
+
+
+class Observers(Observer):
+    """Several that watch the same run."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self.observers = observers
+
+    def say(self, text: str) -> None:
+        for one in self.observers:
+            one.say(text)
+
+    def begin(self, title: str, steps: int, done: int = 0) -> None:
+        for one in self.observers:
+            one.begin(title, steps, done)
+
+    def step(self, count: float = 1) -> None:
+        for one in self.observers:
+            one.step(count)
+
+    def end(self) -> None:
+        for one in self.observers:
+            one.end()
+
+    def opened(self, config: RunConfig, events: Sequence[Event]) -> None:
+        for one in self.observers:
+            one.opened(config, events)
+
+    def works(self, site: str, work: str) -> None:
+        for one in self.observers:
+            one.works(site, work)
+
+    def event(self, event: Event) -> None:
+        for one in self.observers:
+            one.event(event)
 
 
 def watched(observer: Observer, title: str) -> Callable[[int, int], None]:

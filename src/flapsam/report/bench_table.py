@@ -11,7 +11,7 @@ from rich.table import Table
 from flapsam.experiments.bench import Bench, RowSummary
 from flapsam.experiments.comparison import Difference
 from flapsam.files import write_text
-from flapsam.report.tables import NONE, number
+from flapsam.report.units import NONE, number
 
 MISSING = "missing"
 

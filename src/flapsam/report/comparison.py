@@ -11,7 +11,7 @@ from flapsam.report.figures.drawing import chart_style
 from flapsam.report.page import cases_of, render
 from flapsam.report.run import TITLES, Run, read_run
 from flapsam.report.section import Section, Table
-from flapsam.report.tables import NONE, number
+from flapsam.report.units import NONE, number
 
 
 def write_comparison(folders: Sequence[Path], output: Path) -> Path:

@@ -24,7 +24,7 @@ from flapsam.report.figures.strips import strips
 from flapsam.report.figures.traffic import traffic
 from flapsam.report.run import TITLES, Run, read_run
 from flapsam.report.section import Block, CaseName, Section, Table
-from flapsam.report.tables import NONE, number, size
+from flapsam.report.units import NONE, number, size
 from flapsam.sam import strategy
 from flapsam.sites import Case, read_sites
 from flapsam.traffic import full_packet_bytes

@@ -1,11 +1,23 @@
-"""Long work on a terminal: a bar with the time left; elsewhere, a line a round."""
+"""Long work on a terminal: a bar, and of a run its sites, Dice, bytes and time left; elsewhere, a line a round."""
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from collections.abc import Sequence
+from threading import RLock
 
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn
+from rich.text import Text
+
+from flapsam.config import RunConfig
 from flapsam.federation.ledger import Event
 from flapsam.federation.observer import Observer
-from flapsam.metrics import mean
+from flapsam.report.standing import FederationStanding, Standing, now
+from flapsam.report.standing_view import bytes_line, dice_line, end_line, event_line, sites_view
+from flapsam.report.units import duration, rate
+
+REFRESHES = 4
+"""A second."""
 
 
 class ConsoleObserver(Observer):
@@ -13,67 +25,111 @@ class ConsoleObserver(Observer):
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.bars = Progress(
+        self.draws = console.is_terminal and not console.is_dumb_terminal
+        self.bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[news]}"),
+            TextColumn("{task.fields[pace]}"),
             console=console,
-            disable=not console.is_terminal,
         )
-        self.title = ""
-        self.task: TaskID | None = None
-        self.validation: dict[int, list[float | None]] = {}
+        self.task: Task | None = None
+        self.standing: Standing | None = None
+        self.at_work: dict[str, str] = {}
+        # The view is drawn in a thread of its own.
+        self.lock = RLock()
+        self.live = Live(
+            get_renderable=self._view,
+            console=console,
+            refresh_per_second=REFRESHES,
+            transient=True,
+            vertical_overflow="crop",
+        )
 
     def __enter__(self) -> "ConsoleObserver":
-        self.bars.start()
+        if self.draws and not self.console.quiet:
+            self.live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bars.stop()
+        self.live.stop()
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
+    def opened(self, config: RunConfig, events: Sequence[Event]) -> None:
+        with self.lock:
+            self.standing = Standing(config, events)
+
     def begin(self, title: str, steps: int, done: int = 0) -> None:
-        self.title = title
-        self.validation.clear()
-        self.task = self.bars.add_task(title, total=steps, completed=done, news="")
-        if not self.console.is_terminal:
+        with self.lock:
+            self._clear()
+            self.bar.add_task(escape(title), total=steps or None, completed=done, pace="")
+            (self.task,) = self.bar.tasks
+            self.title = title
+        if not self.draws:
             self.say(title)
 
     def step(self, count: float = 1) -> None:
         if self.task is not None:
-            self.bars.advance(self.task, count)
+            self.bar.advance(self.task.id, count)
 
     def end(self) -> None:
-        if self.task is not None:
-            self.bars.update(self.task, completed=self.bars.tasks[self.task].total)
-        if self.validation:
-            self._show("done")
+        with self.lock:
+            task, one = self.task, self._trained()
+            self._clear()
+        if one is not None:
+            self.say(end_line(one))
+        elif task is not None and self.draws:
+            self.say(f"{self.title}, {task.completed:.0f} in {duration(task.elapsed or 0)}")
+
+    def works(self, site: str, work: str) -> None:
+        with self.lock:
+            self.at_work[site] = work
 
     def event(self, event: Event) -> None:
-        if event["event"] == "validation":
-            self.validation.setdefault(event["round"], []).append(event["dice"]["mean"])
-        elif event["event"] == "refused":
-            self.say(f"round {event['round']}: the packet of {event['site']} is refused: {event['reason']}")
-        elif event["event"] == "missing":
-            self.say(f"round {event['round']}: nothing from {event['site']}: {event['reason']}")
-        elif event["event"] == "excluded":
-            self.say(f"{event['site']} does not take part: {event['reason']}")
-        elif event["event"] == "job_end" and "reason" in event:
-            self.say(event["reason"])
-        elif event["event"] == "round":
-            self._show(f"round {event['round']} in {event['seconds']:.0f} s")
+        with self.lock:
+            if event["event"] in ("fit", "delivery", "refused", "missing"):
+                self.at_work.pop(event["site"], None)
+            if self.standing is not None:
+                self.standing.add(event)
+            text = event_line(event, self.standing.under_way if self.standing else None)
+        # On a terminal the view says how the rounds do.
+        if text and (event["event"] != "round" or not self.draws):
+            self.say(text)
 
-    def _show(self, news: str) -> None:
-        newest = max(self.validation, default=0)
-        dice = mean(self.validation.get(newest, []))
-        if dice is not None:
-            news += f", validation Dice {dice:.3f} after round {newest}"
+    def _trained(self) -> FederationStanding | None:
+        """The federation that the bar is of."""
+        return self.standing.federations.get(self.title) if self.standing and self.task else None
+
+    def _clear(self) -> None:
         if self.task is not None:
-            self.bars.update(self.task, news=news)
-        if not self.console.is_terminal:
-            self.say(f"{self.title}: {news}")
+            self.bar.remove_task(self.task.id)
+        self.task = None
+        self.at_work.clear()
+
+    def _view(self) -> RenderableType:
+        with self.lock:
+            if self.task is None:
+                return Group()
+            speed, one = self.task.speed, self._trained()
+            unit = " steps" if one is not None and (self.task.total or 0) > one.planned else ""
+            left = f", {duration(self.task.time_remaining)} left" if self.task.time_remaining is not None else ""
+            self.bar.update(self.task.id, pace=rate(speed, unit) + left if speed else "")
+            parts: list[RenderableType | None] = [self.bar.get_renderable()]
+            if one is not None and self.standing is not None:
+                parts += [Text(_facts(one, self.standing), style="dim"), sites_view(one, self.at_work)]
+            return Group(*(part for part in parts if part is not None))
+
+
+def _facts(one: FederationStanding, standing: Standing) -> str:
+    """The round and times, Dice and bytes, in a line each."""
+    at = now()
+    first = f"round {one.rounds + 1} of {one.planned}" if one.rounds < one.planned and not one.over else "the result is sent"
+    left = standing.round_seconds_left(at)
+    if left is not None and not one.over:
+        first += f", {duration(left)} left"
+    whole = standing.seconds_left(at)
+    if whole is not None and len(standing.federations) > 1:
+        first += f"; the whole run, about {duration(whole)}"
+    return "\n".join(filter(None, [first, dice_line(one), bytes_line(one)]))

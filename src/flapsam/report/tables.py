@@ -7,23 +7,8 @@ from rich.table import Table
 from flapsam.experiments.simulation import Results
 from flapsam.memory import StepMemory
 from flapsam.metrics import CaseScores, Summary, by_site, summarise
+from flapsam.report.units import NONE, number, size
 from flapsam.traffic import RunTraffic, StrategyTraffic
-
-NONE = "–"
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """A number, or a dash where there is none."""
-    return NONE if value is None else f"{value:.{digits}f}"
-
-
-def size(count: float) -> str:
-    """Bytes for people: powers of 1024."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"
 
 
 def dice_table(results: Results) -> Table:

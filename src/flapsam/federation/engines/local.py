@@ -27,12 +27,12 @@ def run_rounds(
         server: at its start or in the middle of a run.
         clients: in the order of the sites' names.
         ledger: gets an event a fit, a refusal, a validation, a round.
-        observer: is told of steps and events.
+        observer: is told of steps and of what each site does.
         workers: fit the clients, if given; the result is the same.
     """
 
     def record(event: str, **fields: Any) -> None:
-        observer.event(ledger.write(event, federation=name, **fields))
+        ledger.write(event, federation=name, **fields)
 
     def carry(work: Work) -> Iterator[Answer]:
         for client, packets, answer in _answers(work, server, clients, observer, workers):
@@ -60,6 +60,7 @@ def _answers(
     if workers is None:
         for client in clients:
             packets = server.packets(client.data.site, client.held)
+            observer.works(client.data.site, work)
             yield client, packets, client.fit(packets, observer.step) if work == "fit" else client.validate(packets)
         return
     sent: deque[tuple[Client, list[bytes]]] = deque()
@@ -67,6 +68,7 @@ def _answers(
     def jobs() -> Iterator[tuple[str, list[bytes]]]:
         for client in clients:
             sent.append((client, server.packets(client.data.site, client.held)))
+            observer.works(client.data.site, work)
             yield client.data.site, sent[-1][1]
 
     for answer in workers.each(work, jobs()):

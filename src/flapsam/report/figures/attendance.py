@@ -3,7 +3,7 @@
 from flapsam.report.figures.drawing import INK, MUTED, SERIES, WIDTH, chart, legend, new_figure, short
 from flapsam.report.run import Run
 from flapsam.report.section import Section, Table
-from flapsam.report.tables import NONE
+from flapsam.report.units import NONE
 
 LOOKS = {
     "answered": {"color": MUTED, "marker": "s", "linestyle": "none", "markersize": 3.5},

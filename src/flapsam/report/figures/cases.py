@@ -5,7 +5,7 @@ import numpy as np
 from flapsam.report.figures.drawing import GRID, INK, MARKERS, SERIES, WIDTH, chart, dice_axis, legend, new_figure, short
 from flapsam.report.run import TITLES, Run
 from flapsam.report.section import CaseName, Section, Table
-from flapsam.report.tables import number
+from flapsam.report.units import number
 
 SPREAD = 0.75
 """Of all of a site's boxes together, where sites are 1 apart."""

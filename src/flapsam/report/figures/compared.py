@@ -22,7 +22,7 @@ from flapsam.report.figures.drawing import (
 from flapsam.report.figures.gain import interval, mean_dices
 from flapsam.report.run import TITLES, Run, Series
 from flapsam.report.section import Section, Table
-from flapsam.report.tables import NONE, number, size
+from flapsam.report.units import NONE, number, size
 
 Runs = Mapping[str, Run]
 """Name → run, in the order in which they were given."""

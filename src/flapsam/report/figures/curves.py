@@ -18,7 +18,7 @@ from flapsam.report.figures.drawing import (
 )
 from flapsam.report.run import TITLES, Run, Series
 from flapsam.report.section import Section, Table
-from flapsam.report.tables import number
+from flapsam.report.units import number
 
 MEAN = "mean of the sites"
 

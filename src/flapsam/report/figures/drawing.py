@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from flapsam.report.section import Chart
-from flapsam.report.tables import size
+from flapsam.report.units import size
 
 INK, MUTED, GRID, PAPER = "#010100", "#010101", "#010102", "#010103"
 SERIES = tuple(f"#0102{index:02x}" for index in range(8))

@@ -5,7 +5,7 @@ from flapsam.metrics import CaseScores, mean
 from flapsam.report.figures.drawing import INK, MARKERS, MUTED, SERIES, WIDTH, chart, legend, new_figure, short
 from flapsam.report.run import TITLES, Run
 from flapsam.report.section import Section, Table
-from flapsam.report.tables import NONE, number
+from flapsam.report.units import NONE, number
 
 POOLED = "all cases"
 OPENED = 12

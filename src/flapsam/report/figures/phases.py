@@ -5,7 +5,7 @@ from datetime import datetime
 from flapsam.report.figures.drawing import SERIES, WIDTH, chart, new_figure
 from flapsam.report.run import TITLES, Run, mode_of
 from flapsam.report.section import Section, Table
-from flapsam.report.tables import NONE
+from flapsam.report.units import NONE
 
 PHASES = ("fits", "aggregation", "the rest of the rounds", "validation at the end and test")
 

@@ -17,7 +17,7 @@ from flapsam.federation.observer import Observer
 from flapsam.metrics import CaseScores, mean
 from flapsam.report.run import Run
 from flapsam.report.section import Section, Strip
-from flapsam.report.tables import number
+from flapsam.report.units import number
 from flapsam.sites import Case, label_map
 from flapsam.slices import read_pair
 from flapsam.volumes import COLOURS, Volume, canonical_slice_axis, read_label

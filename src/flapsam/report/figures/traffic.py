@@ -16,7 +16,7 @@ from flapsam.report.figures.drawing import (
 )
 from flapsam.report.run import Run, Series
 from flapsam.report.section import Section, Table
-from flapsam.report.tables import NONE, size
+from flapsam.report.units import NONE, size
 from flapsam.traffic import StrategyTraffic, strategy_table
 
 MEASURED = "this run, measured"

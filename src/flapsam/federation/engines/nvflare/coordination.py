@@ -116,6 +116,7 @@ class Run:
         """
         folder = self.config.output
         run = found_run(self.config) if is_begun(folder) else begin_run(self.config)
+        self.observer.opened(self.config, [])
         self._read_ledger()
         self.observer.begin(NAME, self.config.rounds.count, self._rounds())
         bad = 0

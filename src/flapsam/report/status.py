@@ -1,0 +1,103 @@
+"""``flapsam status``: where a run stands that another process, perhaps on another machine, is at work on."""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+
+from flapsam.config import read_config
+from flapsam.errors import FlapsamError
+from flapsam.federation.folder import DESCRIPTION, IDENTITY, LEDGER, LOCK, is_begun
+from flapsam.federation.ledger import Event, read_ledger
+from flapsam.files import is_locked
+from flapsam.report.standing import Standing, now
+from flapsam.report.standing_view import activity_line, event_line, standing_view, trouble_lines
+
+LOOK_SECONDS = 1.0
+"""Between two looks at the ledger."""
+
+
+@dataclass
+class Status:
+    """A run, seen from outside."""
+
+    folder: Path
+    run: str
+    standing: Standing
+    seen: int
+    """Events of its ledger that are in that."""
+    locked: bool
+    """Whether a process is known to be at work on it."""
+
+
+def read_status(folder: Path) -> Status:
+    """Read where a run stands.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        FlapsamError: there is no run, or its files are damaged.
+    """
+    if not is_begun(folder):
+        raise FlapsamError(f"{folder}: there is no run here; give the folder that the run's field output names")
+    try:
+        run = json.loads((folder / IDENTITY).read_text())["run"]
+    except (OSError, ValueError, KeyError) as error:
+        raise FlapsamError(f"{folder / IDENTITY}: cannot be read, so it is not known which run this is") from error
+    events = _events(folder)
+    standing = Standing(read_config(folder / DESCRIPTION), events)
+    return Status(folder, run, standing, len(events), is_locked(folder / "state" / LOCK))
+
+
+def as_json_of(status: Status) -> dict[str, Any]:
+    """For other programs."""
+    about = {"folder": str(status.folder), "run": status.run, "at_work": status.locked}
+    return about | status.standing.as_json(now())
+
+
+def show(folder: Path, console: Console) -> None:
+    """Print where a run stands."""
+    console.print(_view(read_status(folder)), soft_wrap=True)
+
+
+def watch(folder: Path, console: Console) -> None:
+    """Show where a run stands until it ends; where the console is no terminal, a line a round."""
+    status = read_status(folder)
+    if console.is_terminal:
+        with Live(_view(status), console=console, auto_refresh=False) as live:
+            while not status.standing.ended:
+                time.sleep(LOOK_SECONDS)
+                status = read_status(folder)
+                live.update(_view(status), refresh=True)
+        return
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    for line in [activity_line(status.standing, now(), status.locked), *trouble_lines(status.standing)]:
+        say(line)
+    seen = status.seen
+    while not status.standing.ended:
+        time.sleep(LOOK_SECONDS)
+        events = _events(folder)
+        for event in events[seen:]:
+            status.standing.add(event)
+            if line := event_line(event, status.standing.under_way):
+                say(line)
+        seen = len(events)
+    say(activity_line(status.standing, now(), status.locked))
+
+
+def _events(folder: Path) -> list[Event]:
+    ledger = folder / LEDGER
+    # A run that has just begun has none, and of one under way the last line may be half written.
+    return read_ledger(ledger, whole_lines=True) if ledger.exists() else []
+
+
+def _view(status: Status) -> RenderableType:
+    return standing_view(status.standing, f"{status.folder}: run {status.run[:12]}", now(), status.locked)
