@@ -1,6 +1,5 @@
 """``flapsam status``: where a run stands that another process, perhaps on another machine, is at work on."""
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +8,9 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.live import Live
 
-from flapsam.config import read_config
-from flapsam.errors import FlapsamError
-from flapsam.federation.folder import DESCRIPTION, IDENTITY, LEDGER, LOCK, is_begun
-from flapsam.federation.ledger import Event, read_ledger
+from flapsam.federation.folder import LOCK
 from flapsam.files import is_locked
+from flapsam.report.run import read_run
 from flapsam.report.standing import Standing, now
 from flapsam.report.standing_view import activity_line, event_line, standing_view, trouble_lines
 
@@ -43,15 +40,9 @@ def read_status(folder: Path) -> Status:
     Raises:
         FlapsamError: there is no run, or its files are damaged.
     """
-    if not is_begun(folder):
-        raise FlapsamError(f"{folder}: there is no run here; give the folder that the run's field output names")
-    try:
-        run = json.loads((folder / IDENTITY).read_text())["run"]
-    except (OSError, ValueError, KeyError) as error:
-        raise FlapsamError(f"{folder / IDENTITY}: cannot be read, so it is not known which run this is") from error
-    events = _events(folder)
-    standing = Standing(read_config(folder / DESCRIPTION), events)
-    return Status(folder, run, standing, len(events), is_locked(folder / "state" / LOCK))
+    run = read_run(folder)
+    standing = Standing(run.config, run.events)
+    return Status(folder, run.environment["run"], standing, len(run.events), is_locked(folder / "state" / LOCK))
 
 
 def as_json_of(status: Status) -> dict[str, Any]:
@@ -84,19 +75,13 @@ def watch(folder: Path, console: Console) -> None:
     seen = status.seen
     while not status.standing.ended:
         time.sleep(LOOK_SECONDS)
-        events = _events(folder)
+        events = read_run(folder).events
         for event in events[seen:]:
             status.standing.add(event)
             if line := event_line(event, status.standing.under_way):
                 say(line)
         seen = len(events)
     say(activity_line(status.standing, now(), status.locked))
-
-
-def _events(folder: Path) -> list[Event]:
-    ledger = folder / LEDGER
-    # A run that has just begun has none, and of one under way the last line may be half written.
-    return read_ledger(ledger, whole_lines=True) if ledger.exists() else []
 
 
 def _view(status: Status) -> RenderableType:
