@@ -63,6 +63,18 @@ def test_the_figures_are_those_of_the_ledger(tmp_path: Path):
     assert "Every site answered in every round" in page.text
 
 
+def test_fits_side_by_side_take_as_long_as_the_slowest(tmp_path: Path):
+    run = make_run(tmp_path)
+    ledger = run / "events.jsonl"
+    events = [json.loads(line) for line in ledger.read_text().splitlines()]
+    for event in events:
+        if event["event"] == "fit" and event["federation"] == "federated":
+            event |= {"site_seconds": 2.1, "seconds": 2.0 if event["site"] == "alpha" else 1.0}
+    ledger.write_text("".join(json.dumps(event) + "\n" for event in events))
+    # Two rounds of 5 s, in each 2 s of fitting and 0.25 s of aggregation.
+    assert read(run).tables["time-table"][1][:4] == ["federated", "4.0", "0.5", "5.5"]
+
+
 def test_drop_outs_are_told_with_their_reasons(tmp_path: Path):
     page = read(make_run(tmp_path, troubles=TROUBLES))
     told = {(row[0], row[1], row[3], row[4]) for row in page.tables["attendance-table"][1:]}

@@ -47,14 +47,17 @@ def phases(run: Run) -> Section | None:
 def _times(run: Run, mode: str) -> dict[str, float]:
     parts: dict[str, float] = dict.fromkeys(PHASES, 0.0)
     fitting: dict[tuple[str, int], list[float]] = {}
+    apart = False
     for event in run.of("fit", mode):
         fitting.setdefault((event["federation"], event["round"]), []).append(event.get("seconds") or 0.0)
+        # Only an engine between hospitals tells how long a site took.
+        apart = apart or "site_seconds" in event
     for event in run.of("round", mode):
         aggregation = event["aggregation_seconds"]
         left = event["seconds"] - aggregation
         fits = fitting.get((event["federation"], event["round"]), [])
-        # One after another their sum; side by side they cannot take longer than the round.
-        fit = sum(fits) if sum(fits) <= left else min(max(fits), left)
+        # One after another their sum, which side by side may be more than the round took.
+        fit = min(max(fits, default=0.0), left) if apart or sum(fits) > left else sum(fits)
         parts["fits"] += fit
         parts["aggregation"] += aggregation
         parts["the rest of the rounds"] += left - fit
