@@ -77,7 +77,9 @@ def test_a_format_that_never_was(tmp_path: Path):
         read_config(folder / DESCRIPTION)
 
 
-@pytest.mark.parametrize(("text", "reason"), [(None, "there is no run here"), ("{", "it is damaged")])
+@pytest.mark.parametrize(
+    ("text", "reason"), [(None, "there is no run here"), ("{", "not known which run"), ("[1]", "not known which run")]
+)
 def test_a_folder_without_a_run(text: str | None, reason: str, tmp_path: Path):
     if text is not None:
         (tmp_path / IDENTITY).write_text(text)

@@ -1,6 +1,5 @@
 """``flapsam status``: where a run stands that another process, perhaps on another machine, is at work on."""
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,7 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 
 from flapsam.config import read_config
-from flapsam.errors import FlapsamError
-from flapsam.federation.folder import DESCRIPTION, IDENTITY, LEDGER, LOCK, is_begun
+from flapsam.federation.folder import DESCRIPTION, LEDGER, LOCK, read_identity
 from flapsam.federation.ledger import Event, read_ledger
 from flapsam.files import is_locked
 from flapsam.report.standing import Standing, now
@@ -41,14 +39,9 @@ def read_status(folder: Path) -> Status:
         folder: of the run.
 
     Raises:
-        FlapsamError: there is no run, or its files are damaged.
+        FlapsamError: there is no run, its files are damaged, or a later version has written it.
     """
-    if not is_begun(folder):
-        raise FlapsamError(f"{folder}: there is no run here; give the folder that the run's field output names")
-    try:
-        run = json.loads((folder / IDENTITY).read_text())["run"]
-    except (OSError, ValueError, KeyError) as error:
-        raise FlapsamError(f"{folder / IDENTITY}: cannot be read, so it is not known which run this is") from error
+    run = read_identity(folder)["run"]
     events = _events(folder)
     standing = Standing(read_config(folder / DESCRIPTION), events)
     return Status(folder, run, standing, len(events), is_locked(folder / "state" / LOCK))

@@ -6,14 +6,13 @@ changes no fingerprint, and a run may be gone on with under another tracker. The
 
 import importlib
 import importlib.util
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from flapsam.config import RunConfig, read_config
 from flapsam.errors import FlapsamError
-from flapsam.federation.folder import DESCRIPTION, IDENTITY, LEDGER, is_begun
+from flapsam.federation.folder import DESCRIPTION, LEDGER, is_begun, read_identity
 from flapsam.federation.ledger import Event, read_ledger
 from flapsam.federation.observer import Observer, Observers
 from flapsam.tracking.points import Points
@@ -59,7 +58,7 @@ class Tracking(Observer):
     def opened(self, config: RunConfig, events: Sequence[Event]) -> None:
         """Begin, with what the ledger holds already."""
         self.config = config
-        run = json.loads((config.output / IDENTITY).read_text())["run"]
+        run = read_identity(config.output)["run"]
         self.points = Points(config)
         for name, kind in self.kinds.items():
             about = Tracked(run, config, config.output / FOLDER / name)
