@@ -125,6 +125,11 @@ def test_printed_it_is_a_few_pages(browser: Browser, tmp_path: Path):
     page = write_report(make_run(tmp_path), tmp_path / "page.html")
     seen = watch(browser, dark=True)
     seen.page.goto(page.as_uri())
+    seen.page.emulate_media(media="print")
+    seen.page.set_viewport_size({"width": 718, "height": 1000})
+    # Nothing is cut off at the paper's edge, and dark screens do not print dark.
+    assert seen.page.evaluate("document.documentElement.scrollWidth") <= 718
+    assert seen.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     printed = seen.page.pdf(format="A4")
     assert 2 <= printed.count(b"/Type /Page\n") + printed.count(b"/Type/Page/") <= 12
 

@@ -124,15 +124,19 @@ def simulate(
     advice = f"What is done is kept in {configuration.output}; go on with --resume."
     with interruptible(advice) as shown, tracked(shown, track, warn) as observer:
         results = run(configuration, resume=resume, workers=workers, observer=observer)
-        page = write_report(results.folder, observer=observer)
     if as_json:
-        return print_json(results.as_json())
-    out.print(tables.dice_table(results))
-    out.print(tables.class_table({mode: sites["pooled"] for mode, sites in results.summaries().items()}))
-    if results.traffic:
-        out.print(tables.traffic_table(results))
-    text = f"Adapters, label maps and the ledger are in {results.folder}, the report is {page}"
-    out.print(text, highlight=False, soft_wrap=True)
+        print_json(results.as_json())
+    else:
+        out.print(tables.dice_table(results))
+        out.print(tables.class_table({mode: sites["pooled"] for mode, sites in results.summaries().items()}))
+        if results.traffic:
+            out.print(tables.traffic_table(results))
+    # Last, so that the results are told whatever becomes of the page.
+    with observing() as observer:
+        page = write_report(results.folder, observer=observer)
+    if not as_json:
+        text = f"Adapters, label maps and the ledger are in {results.folder}, the report is {page}"
+        out.print(text, highlight=False, soft_wrap=True)
 
 
 @app.command()

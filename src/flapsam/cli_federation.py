@@ -118,10 +118,13 @@ def run(
     advice = "The server goes on with the round; the same command follows it, and flapsam federation stop ends it."
     with interruptible(advice) as shown, tracked(shown, track, warn) as observer:
         adapter = conduct(configuration, read_kit(kit, "coordinator"), observer, wait=wait)
-        page = write_report(adapter.parent, observer=observer)
     if as_json:
-        return print_json({"adapter": str(adapter)})
-    out.print(f"The adapter is in {adapter}, the report is {page}", highlight=False, soft_wrap=True)
+        print_json({"adapter": str(adapter)})
+    else:
+        out.print(f"The adapter is in {adapter}", highlight=False, soft_wrap=True)
+    page = write_report(adapter.parent)
+    if not as_json:
+        out.print(f"The report is {page}", highlight=False, soft_wrap=True)
 
 
 @federation_app.command()

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flapsam.federation.ledger import Event
+from flapsam.report.run import TITLES
 from flapsam.report.standing import FederationStanding, SiteStanding, Standing, moment
 from flapsam.report.units import NONE, duration, number, size
 
@@ -16,7 +17,6 @@ FEW = 12
 NAMED = 3
 """Sites that are named where all are counted."""
 WORKS = {"fit": "fits", "validate": "validates"}
-MODES = {"local": "local-only"}
 STALE = 3
 """Without an event for so many times what a round takes, a run may have stopped."""
 
@@ -154,7 +154,7 @@ def _modes(standing: Standing) -> Table:
         newest = [one.newest[1] for one in group if one.newest]
         best = [one.best for one in group if one.best]
         table.add_row(
-            MODES.get(mode, mode),
+            TITLES[mode],
             rounds,
             number(sum(newest) / len(newest) if newest else None),
             number(sum(value for _, value in best) / len(best) if best else None),

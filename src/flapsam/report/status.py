@@ -8,10 +8,9 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.live import Live
 
-from flapsam.config import read_config
-from flapsam.federation.folder import DESCRIPTION, LEDGER, LOCK, read_identity
-from flapsam.federation.ledger import Event, read_ledger
+from flapsam.federation.folder import LOCK
 from flapsam.files import is_locked
+from flapsam.report.run import read_run
 from flapsam.report.standing import Standing, now
 from flapsam.report.standing_view import activity_line, event_line, standing_view, trouble_lines
 
@@ -39,12 +38,11 @@ def read_status(folder: Path) -> Status:
         folder: of the run.
 
     Raises:
-        FlapsamError: there is no run, its files are damaged, or a later version has written it.
+        FlapsamError: there is no run, or its files are damaged.
     """
-    run = read_identity(folder)["run"]
-    events = _events(folder)
-    standing = Standing(read_config(folder / DESCRIPTION), events)
-    return Status(folder, run, standing, len(events), is_locked(folder / "state" / LOCK))
+    run = read_run(folder)
+    standing = Standing(run.config, run.events)
+    return Status(folder, run.environment["run"], standing, len(run.events), is_locked(folder / "state" / LOCK))
 
 
 def as_json_of(status: Status) -> dict[str, Any]:
@@ -77,19 +75,13 @@ def watch(folder: Path, console: Console) -> None:
     seen = status.seen
     while not status.standing.ended:
         time.sleep(LOOK_SECONDS)
-        events = _events(folder)
+        events = read_run(folder).events
         for event in events[seen:]:
             status.standing.add(event)
             if line := event_line(event, status.standing.under_way):
                 say(line)
         seen = len(events)
     say(activity_line(status.standing, now(), status.locked))
-
-
-def _events(folder: Path) -> list[Event]:
-    ledger = folder / LEDGER
-    # A run that has just begun has none, and of one under way the last line may be half written.
-    return read_ledger(ledger, whole_lines=True) if ledger.exists() else []
 
 
 def _view(status: Status) -> RenderableType:

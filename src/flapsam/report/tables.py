@@ -7,6 +7,7 @@ from rich.table import Table
 from flapsam.experiments.simulation import Results
 from flapsam.memory import StepMemory
 from flapsam.metrics import CaseScores, Summary, by_site, summarise
+from flapsam.report.run import TITLES
 from flapsam.report.units import NONE, number, size
 from flapsam.traffic import RunTraffic, StrategyTraffic
 
@@ -18,7 +19,7 @@ def dice_table(results: Results) -> Table:
     table.add_column("site")
     table.add_column("cases", justify="right")
     for mode in summaries:
-        table.add_column({"local": "local-only"}.get(mode, mode), justify="right")
+        table.add_column(TITLES[mode], justify="right")
     compared = {"federated", "local"} <= summaries.keys()
     if compared:
         table.add_column("gain", justify="right")

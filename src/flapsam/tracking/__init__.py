@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from flapsam.config import RunConfig, read_config
+from flapsam.config import RunConfig
 from flapsam.errors import FlapsamError
-from flapsam.federation.folder import DESCRIPTION, LEDGER, is_begun, read_identity
-from flapsam.federation.ledger import Event, read_ledger
+from flapsam.federation.folder import read_identity
+from flapsam.federation.ledger import Event
 from flapsam.federation.observer import Observer, Observers
+from flapsam.report.run import read_run
 from flapsam.tracking.points import Points
 from flapsam.tracking.tracker import Tracked, Tracker
 
@@ -137,13 +138,11 @@ def track_run(folder: Path, names: Sequence[str]) -> list[str]:
     Raises:
         FlapsamError: as ``tracker``; or the folder holds no run; or a tracker fails.
     """
-    if not is_begun(folder):
-        raise FlapsamError(f"{folder}: there is no run here; give the folder that the run's field output names")
+    run = read_run(folder)
     failures: list[str] = []
     tracking = Tracking(names, failures.append)
     # The folder may have been moved since.
-    config = read_config(folder / DESCRIPTION).model_copy(update={"output": folder})
-    tracking.opened(config, read_ledger(folder / LEDGER, whole_lines=True))
+    tracking.opened(run.config.model_copy(update={"output": folder}), run.events)
     tracking.close()
     if failures:
         raise FlapsamError("; ".join(failures))
