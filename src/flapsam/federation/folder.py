@@ -39,19 +39,20 @@ def read_identity(folder: Path) -> dict[str, Any]:
     """Which run is in a folder (``run``), and what it ran on.
 
     Raises:
-        FlapsamError: there is none, or a later version has written it.
+        FlapsamError: there is none, it cannot be read, or a later version has written it.
     """
     path = folder / IDENTITY
     try:
-        identity = json.loads(path.read_text())
-    except OSError as error:
+        written = json.loads(path.read_text())
+        # Folders did not say their format at first; which run they hold, always.
+        identity = {"format": 1, **written, "run": written["run"]}
+    except FileNotFoundError as error:
         raise FlapsamError(
             f"{folder}: there is no run here; give a folder that flapsam simulate or federation run has written"
         ) from error
-    except ValueError as error:
-        raise FlapsamError(f"{path}: it is damaged") from error
-    # Folders did not say their format at first.
-    if problem := too_new(identity.setdefault("format", 1), FORMAT):
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise FlapsamError(f"{path}: cannot be read, so it is not known which run this is") from error
+    if problem := too_new(identity["format"], FORMAT):
         raise FlapsamError(f"{path}: {problem}")
     return identity
 
