@@ -37,7 +37,7 @@ def mathml(latex: str, display: str) -> str:
         raise ValueError(f"no formula: {latex.strip()} ({error!r})") from error
     # The converter lets both of these pass.
     unknown = [text for text in tree.itertext() if "\\" in text]
-    halves = [fraction for fraction in tree.iter("{*}mfrac") if len(fraction) != 2]
+    halves = [fraction for fraction in tree.findall(".//{*}mfrac") if len(fraction) != 2]
     if unknown or halves:
         raise ValueError(f"no formula: {latex.strip()} ({', '.join(unknown) or 'half a fraction'})")
     return formula
