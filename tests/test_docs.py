@@ -1,11 +1,13 @@
 """The documentation says what is so: its commands run or exist, its links lead somewhere, its configurations are valid."""
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import typer
@@ -168,6 +170,18 @@ def test_links_lead_somewhere(page: Path):
         assert page.parent != DOCS or target.is_relative_to(DOCS), link
 
 
+@pytest.mark.parametrize("diagram", sorted((DOCS / "images").glob("*.svg")), ids=lambda diagram: diagram.name)
+def test_diagrams_say_what_they_show_and_fetch_nothing(diagram: Path):
+    tree = ElementTree.parse(diagram).getroot()
+    assert [element.tag.partition("}")[2] for element in tree][:2] == ["title", "desc"]
+    assert all(element.text for element in tree[:2])
+    assert not [element for element in tree.iter() if element.tag.endswith(("script", "image", "foreignObject"))]
+    pointers = [element.attrib["href"] for element in tree.iter() if "href" in element.attrib]
+    pointers += re.findall(r"url\(([^)]*)\)|@import", diagram.read_text())
+    assert pointers
+    assert all(pointer.startswith("#") for pointer in pointers)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_are_named_exist(page: Path):
     for path in re.findall(r"`((?:benchmarks|examples|tests|src)/[\w./-]+)", page.read_text()):
@@ -220,6 +234,28 @@ def test_built_pages_ask_nothing_of_the_network(site: Path):
         assert not re.search(r"url\(\s*[\"']?(?:https?:)?//", sheet.read_text()), sheet
     for script in ("mathjax", "katex", "mermaid"):
         assert not any(f'class="{script}"' in page.read_text() for page in pages), "its script would come from elsewhere"
+
+
+def test_formulas_become_mathml(site: Path):
+    """Counted in the Markdown, where they are LaTeX: blocks, and what stands between two dollars in a line."""
+    text = re.sub(r"^```math\n.*?^```$", "", (DOCS / "method.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    page = (site / "method.html").read_text()
+    assert page.count('display="block"') == len(blocks(DOCS / "method.md", "math")) == 10
+    assert page.count('display="inline"') == text.count("$") / 2 > 20
+    for built in site.glob("*.html"):
+        assert "arithmatex" not in built.read_text(), "no script is there to set it"
+
+
+@pytest.mark.parametrize("latex", [r"\unknown{x}", r"\frac{1}", r"\left( x", "a & b"])
+def test_a_formula_that_does_not_come_out_ends_the_build(latex: str):
+    pytest.importorskip("latex2mathml")
+    specification = importlib.util.spec_from_file_location("formulas", DOCS / "formulas.py")
+    assert specification is not None and specification.loader is not None
+    formulas = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(formulas)
+    assert "<mfrac>" in formulas.mathml(r"\frac{1}{2}", "block")
+    with pytest.raises(ValueError, match="no formula"):
+        formulas.mathml(latex, "block")
 
 
 def test_the_reference_has_every_command_and_every_field(site: Path):
