@@ -75,6 +75,23 @@ def test_fits_side_by_side_take_as_long_as_the_slowest(tmp_path: Path):
     assert read(run).tables["time-table"][1][:4] == ["federated", "4.0", "0.5", "5.5"]
 
 
+def test_sites_that_keep_their_metrics_at_home_are_counted(tmp_path: Path):
+    run = make_run(tmp_path, modes=("federated",), troubles=TROUBLES)
+    ledger = run / "events.jsonl"
+    events = [json.loads(line) for line in ledger.read_text().splitlines()]
+    for event in events:
+        if event["event"] == "fit":
+            event |= dict.fromkeys(("loss", "cross_entropy", "dice_loss", "steps", "seconds", "waiting"))
+            event["site_seconds"] = 2.2
+    kept = [event for event in events if event["event"] not in ("validation", "test")]
+    ledger.write_text("".join(json.dumps(event) + "\n" for event in kept))
+    page = read(run)
+    # Two fits of 3 KiB; in round 2 a packet of 100 B is refused and beta does not answer; deliveries of 512 B.
+    assert "3.55 KiB" in page.text
+    assert page.tables["time-table"][1][1] == "2.2"
+    assert not {"losses-federated", "dice-per-round-federated"} & page.tables.keys()
+
+
 def test_drop_outs_are_told_with_their_reasons(tmp_path: Path):
     page = read(make_run(tmp_path, troubles=TROUBLES))
     told = {(row[0], row[1], row[3], row[4]) for row in page.tables["attendance-table"][1:]}

@@ -183,10 +183,11 @@ def view(
     browser: Annotated[bool, typer.Option(help="Open the address in a browser.")] = True,
 ) -> None:
     """Look at volumes with their label maps in a browser, from this machine alone, until Ctrl-C."""
+    from flapsam.federation.folder import is_begun
     from flapsam.report.viewing import image_server, run_server
 
     with interruptible("The address is closed.") as observer:
-        if (path / "events.jsonl").exists() or (path / "run.yaml").exists():
+        if is_begun(path):
             server, address = run_server(path, case, port, observer)
         else:
             label_maps = [(name, file) for name, file in (("prediction", prediction), ("truth", truth)) if file]
@@ -500,12 +501,11 @@ def doctor(as_json: Json = False) -> None:
     import psutil
     import torch
 
-    from flapsam.device import default_threads, find_device
+    from flapsam.device import find_device
     from flapsam.environment import environment
 
     found = {
         **environment(),
-        "cores": default_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "memory_free_gib": round(psutil.virtual_memory().available / 2**30, 1),
         "disk_free_gib": round(psutil.disk_usage(".").free / 2**30, 1),

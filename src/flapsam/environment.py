@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flapsam import __version__
+from flapsam.device import default_threads
 
 PACKAGES = ("torch", "transformers", "peft", "monai", "nibabel", "numpy", "safetensors", "zstandard")
 """Those whose versions can change a result."""
@@ -21,6 +22,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": platform.machine(),
+        "cores": default_threads(),
         "packages": {name: version(name) for name in PACKAGES},
     }
 

@@ -159,7 +159,7 @@ def _tiles(run: Run, rounds: int) -> list[Tile]:
     if federated and local and federated.mean_dice is not None and local.mean_dice is not None:
         tiles.append(Tile("collaborative gain", f"{federated.mean_dice - local.mean_dice:+.3f}", "federated − local-only"))
     tiles.append(Tile("sites", str(len(run.sites)), f"{rounds} of {run.config.rounds.count} rounds"))
-    fits = sum(len(points) for points in run.fits("federated", "steps").values())
+    fits = sum(len(points) for points in run.fits("federated", "bytes_up").values())
     if fits:
         ratio = 2 * full_packet_bytes(run.config) * fits / run.travelled
         tiles.append(Tile("a site and round", size(run.travelled / fits), f"{ratio:,.1f} × less than full fine-tuning"))
@@ -176,6 +176,9 @@ def _description(run: Run) -> Section:
     # Between hospitals each site says for itself where its data are.
     stayed = run.config.data.path == Path("/")
     place = "The data stayed at the sites." if stayed else f"The data were in {run.config.data.path}."
+    again = f"flapsam {'federation run' if stayed else 'simulate'} run.yaml --set output=runs/again"
+    if run.config.threads is None and "cores" in found and not stayed:
+        again += f" --set threads={found['cores']}"
     called = shlex.join([Path(command[0]).name, *command[1:]]) if command else ""
     described = write_config(run.config.model_copy(update={"notes": ""}))
     return Section(
@@ -188,9 +191,7 @@ def _description(run: Run) -> Section:
         ],
         blocks=[
             Block("The command", f"{called}\n", opened=True),
-            Block(
-                "To repeat it elsewhere, from the configuration below", "flapsam simulate run.yaml --set output=runs/again\n"
-            ),
+            Block("To repeat it elsewhere, from the configuration below", f"{again}\n"),
             Block("run.yaml, every field spelled out", described),
         ],
     )

@@ -16,7 +16,7 @@ WORDS = {"missing": "no answer", "refused": "packet refused", "excluded": "does 
 
 def attendance(run: Run) -> Section | None:
     """Site by round, with the reasons; None where there were no rounds of several sites."""
-    answered = run.fits("federated", "steps")
+    answered = run.fits("federated", "bytes_up")
     troubles = [event for event in run.events if event["event"] in TROUBLES]
     if not answered and not troubles:
         return None

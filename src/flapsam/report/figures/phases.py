@@ -49,7 +49,8 @@ def _times(run: Run, mode: str) -> dict[str, float]:
     fitting: dict[tuple[str, int], list[float]] = {}
     apart = False
     for event in run.of("fit", mode):
-        fitting.setdefault((event["federation"], event["round"]), []).append(event.get("seconds") or 0.0)
+        seconds = event.get("seconds") or event.get("site_seconds") or 0.0
+        fitting.setdefault((event["federation"], event["round"]), []).append(seconds)
         # Only an engine between hospitals tells how long a site took.
         apart = apart or "site_seconds" in event
     for event in run.of("round", mode):
