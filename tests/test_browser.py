@@ -293,7 +293,18 @@ def test_volumes_become_what_the_viewer_draws(dtype: type, values: tuple[float, 
 
 
 @pytest.mark.parametrize(
-    "wrong", ["no run", "no such case", "several cases", "another shape", "no image", "port", "no label maps"]
+    "wrong",
+    [
+        "no run",
+        "a run's label maps",
+        "a case of an image",
+        "no such case",
+        "several cases",
+        "another shape",
+        "no image",
+        "port",
+        "no label maps",
+    ],
 )
 def test_what_cannot_be_viewed_is_one_sentence(wrong: str, tmp_path: Path, capfd):
     run = make_run(tmp_path)
@@ -301,6 +312,10 @@ def test_what_cannot_be_viewed_is_one_sentence(wrong: str, tmp_path: Path, capfd
     arguments: list[Path | str] = [run, "nothing"]
     if wrong == "no run":
         arguments = [tmp_path / "sites"]
+    elif wrong == "a run's label maps":
+        arguments = [run, "--truth", image]
+    elif wrong == "a case of an image":
+        arguments = [image, "case0"]
     elif wrong == "several cases":
         arguments = [run, "case0"]
     elif wrong == "another shape":

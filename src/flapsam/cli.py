@@ -186,8 +186,13 @@ def view(
     from flapsam.federation.folder import is_begun
     from flapsam.report.viewing import image_server, run_server
 
+    is_run = is_begun(path)
+    if is_run and (prediction or truth or trained):
+        raise FlapsamError(f"{path}: a run has its own label maps; leave out --prediction, --truth and --adapter")
+    if case and not is_run:
+        raise FlapsamError(f"{path}: there is no run here, so no case {case}; give a run's folder, or an image alone")
     with interruptible("The address is closed.") as observer:
-        if is_begun(path):
+        if is_run:
             server, address = run_server(path, case, port, observer)
         else:
             label_maps = [(name, file) for name, file in (("prediction", prediction), ("truth", truth)) if file]
