@@ -24,8 +24,9 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 
 @pytest.fixture(autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+def _one_thread() -> None:
+    # Several test processes run side by side, and threads of theirs would wait for each other.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
