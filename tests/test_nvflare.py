@@ -180,11 +180,15 @@ def test_a_site_that_is_killed_takes_part_again_when_it_is_back(hospitals: Hospi
 
 
 def test_a_run_that_was_stopped_is_gone_on_with(hospitals: Hospitals, tmp_path: Path, simulated, capfd):
-    # More rounds than are done while the word to stop goes its way on a busy machine.
-    config, run = write_run(tmp_path / "run.yaml", hospitals.data, **LONG | {"rounds": {"count": 6}}), tmp_path / "run"
+    config, run = write_run(tmp_path / "run.yaml", hospitals.data, **LONG), tmp_path / "run"
     hospitals.start_run(config)
     until(lambda: rounds_done(run) == 1)
+    # Held, so that the run does not end before it is told to.
+    held = descendant(hospitals, "site_a", "site_process")
+    held.suspend()
     assert flapsam(capfd, "federation", "stop", "--kit", hospitals.kit("coordinator")).out == "1 jobs ended\n"
+    with suppress(psutil.NoSuchProcess):
+        held.resume()
     assert "the run was stopped; the same command goes on with it" in hospitals.follow(config, code=2)
     hospitals.start_run(config)
     hospitals.follow(config)

@@ -337,7 +337,8 @@ def predict(
     """Segment volumes: a label map an image, in the image's own grid and format."""
     if split not in (None, "train", "val", "test"):
         raise FlapsamError(f"--split {split}: choose train, val or test")
-    from flapsam.device import default_threads, set_up_torch
+    from flapsam.device import set_up_torch
+    from flapsam.environment import default_threads
     from flapsam.images import find_cases, find_images
     from flapsam.inference import Options
     from flapsam.model import load
@@ -659,7 +660,7 @@ def pretrain(
     as_json: Json = False,
 ) -> None:
     """Train sam-tiny from nothing on synthetic images: how the weights that ship with flapsam were made."""
-    from flapsam.device import default_threads
+    from flapsam.environment import default_threads
     from flapsam.experiments.pretraining import Recipe
     from flapsam.experiments.pretraining import pretrain as run
 

@@ -31,8 +31,3 @@ def set_up_torch(threads: int, *, deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
     # Every tensor here is written before it is read; filling memory first costs a fifth of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def default_threads() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

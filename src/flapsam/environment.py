@@ -1,5 +1,6 @@
 """What a run ran on."""
 
+import os
 import platform
 import sys
 from contextlib import suppress
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from flapsam import __version__
-from flapsam.device import default_threads
 
 PACKAGES = ("torch", "transformers", "peft", "monai", "nibabel", "numpy", "safetensors", "zstandard")
 """Those whose versions can change a result."""
@@ -25,6 +25,11 @@ def environment() -> dict[str, Any]:
         "cores": default_threads(),
         "packages": {name: version(name) for name in PACKAGES},
     }
+
+
+def default_threads() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 PROCESS = Path("/proc/self")

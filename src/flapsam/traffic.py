@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -73,8 +74,7 @@ def strategy_table(
     """
     sizes = architecture(source(backbone).architecture)
     size = image_size or sizes.default_size
-    lora = Lora(rank=rank)
-    counts = {name: _parameters(_outline(sizes, name, image_size=size, classes=classes, lora=lora)) for name in STRATEGIES}
+    counts = {name: _count(sizes, name, size, classes, rank) for name in STRATEGIES}
     return [
         StrategyTraffic(name, STRATEGIES[name].paper_name, count, count * BYTES * 2 * rounds / 2**30, counts["full"] / count)
         for name, count in counts.items()
@@ -100,6 +100,11 @@ def predict_traffic(config: RunConfig) -> list[RunTraffic]:
     parameters = _parameters(outline)
     ranks = sorted({config.lora.rank, *config.site_ranks.values()}, reverse=True)
     return [RunTraffic(rank, config.rounds.count, parameters, *_weighed(agreement, rank, config), full) for rank in ranks]
+
+
+@cache
+def _count(sizes: Architecture, name: str, image_size: int, classes: int, rank: int) -> int:
+    return _parameters(_outline(sizes, name, image_size=image_size, classes=classes, lora=Lora(rank=rank)))
 
 
 def _outline(

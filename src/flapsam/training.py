@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flapsam.augmentation import AUGMENTATIONS
 from flapsam.config import Samples, Training
-from flapsam.device import default_threads
+from flapsam.environment import default_threads
 from flapsam.errors import FlapsamError
 from flapsam.features import Features, can_be_kept
 from flapsam.files import written_whole

@@ -13,7 +13,8 @@ import torch
 import yaml
 
 from flapsam.config import ClassValues, Data, RunConfig, read_config
-from flapsam.device import default_threads, set_up_torch
+from flapsam.device import set_up_torch
+from flapsam.environment import default_threads
 from flapsam.errors import FlapsamError
 from flapsam.experiments.settings import SETTINGS, read_settings
 from flapsam.federation.observer import Observer

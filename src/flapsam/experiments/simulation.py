@@ -16,7 +16,7 @@ from typing import Any
 
 from flapsam.adapter import save_adapter
 from flapsam.config import RunConfig
-from flapsam.device import default_threads
+from flapsam.environment import default_threads
 from flapsam.errors import FlapsamError
 from flapsam.federation.aggregation import aggregator
 from flapsam.federation.agreement import Agreement

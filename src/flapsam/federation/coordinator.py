@@ -12,7 +12,7 @@ from flapsam.errors import FlapsamError
 from flapsam.federation.conduct import Carry, deliver, rounds
 from flapsam.federation.folder import DESCRIPTION, LEDGER, LOCK, is_begun, read_identity
 from flapsam.federation.handshake import REASONS, Presence, Proposal, differences, read_message
-from flapsam.federation.ledger import Ledger, read_ledger
+from flapsam.federation.ledger import TOGETHER, Ledger, read_ledger
 from flapsam.federation.packets import HEADER_BYTES
 from flapsam.federation.preparation import agree, assembled_for, card_of
 from flapsam.federation.rounds import VALIDATION, Server
@@ -20,9 +20,6 @@ from flapsam.federation.state import ServerState
 from flapsam.federation.weights import TrainingSize, client_weights
 from flapsam.files import alone, write_text
 from flapsam.model_card import model_card
-
-NAME = "federated"
-"""Of the federation, in the ledger."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ class Coordinator:
 
     def record(self, event: str, **fields: Any) -> None:
         """Write an event of this federation."""
-        self.ledger.write(event, federation=NAME, **fields)
+        self.ledger.write(event, federation=TOGETHER, **fields)
 
     def admit(self, site: str, answer: bytes) -> None:
         """Let a site take part, or say in the ledger why it does not.
@@ -104,7 +101,7 @@ class Coordinator:
         if len(self.held) < self.config.rounds.min_sites:
             few = f"{len(self.held)} sites take part, rounds.min_sites is {self.config.rounds.min_sites}"
             raise FlapsamError(f"{few}; see the ledger for the reasons")
-        state = ServerState(self.folder / "state" / NAME / "server")
+        state = ServerState(self.folder / "state" / TOGETHER / "server")
         options = self.config.rounds
         if isinstance(options.weights, dict):
             # Given for all, and some may not be there yet.
@@ -145,9 +142,9 @@ class Coordinator:
             if stopped() and self.server.rounds_done < self.config.rounds.count:
                 return False
         deliver(self.server, carry, self._recorded)
-        card = card_of(self.run, NAME, self.server.rounds_done, self._with_modalities(), self.origin)
+        card = card_of(self.run, TOGETHER, self.server.rounds_done, self._with_modalities(), self.origin)
         save_adapter(self.folder / "adapter", card, self.server.tensors)
-        write_text(self.folder / "adapter" / "README.md", model_card(card, NAME, read_ledger(self.ledger.path)))
+        write_text(self.folder / "adapter" / "README.md", model_card(card, TOGETHER, read_ledger(self.ledger.path)))
         self.ledger.write("end")
         return True
 

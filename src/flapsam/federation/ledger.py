@@ -10,6 +10,8 @@ from typing import Any
 from flapsam.errors import FlapsamError
 
 Event = dict[str, Any]
+TOGETHER = "federated"
+"""Name of the federation of all sites; one that trains alone is ``local/SITE``, the pooled data ``centralised``."""
 IDENTITY = ("event", "federation", "round", "site", "case")
 """Fields that say which event it is; a resumed run does not write the same event twice."""
 REPEATED = ("refused", "missing", "excluded", "job", "job_end", "label_map")

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from flapsam.adapter import AdapterCard, BackboneCard
 from flapsam.config import Compression, RunConfig
-from flapsam.device import default_threads, find_device, set_up_torch
+from flapsam.device import find_device, set_up_torch
+from flapsam.environment import default_threads
 from flapsam.errors import FlapsamError, choose
 from flapsam.federation.aggregation import Aggregator, aggregator
 from flapsam.federation.agreement import Agreement

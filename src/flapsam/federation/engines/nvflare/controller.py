@@ -22,14 +22,12 @@ from flapsam import __version__
 from flapsam.errors import FlapsamError
 from flapsam.federation.conduct import Answer, Work
 from flapsam.federation.coordinator import Coordinator
-from flapsam.federation.engines.nvflare.executor import ALIVE, ANSWER, CODE, NUMBER, PACKETS, SECONDS, VERSION
+from flapsam.federation.engines.nvflare.executor import ALIVE, ANSWER, CODE, NUMBER, PACKETS, REGROUP, SECONDS, VERSION
 from flapsam.federation.engines.nvflare.kits import HEARTBEAT_SECONDS
 from flapsam.federation.handshake import GONE, LIMIT, REASONS, VERSION_PATTERN
 from flapsam.federation.packets import FRAMING_BYTES
 from flapsam.files import make_folder
 
-REGROUP = "flapsam.regroup"
-"""The administrator's command to end the job after the round under way."""
 JOIN_SECONDS = 900
 """A site unpacks its volumes before it answers the handshake."""
 GONE_SECONDS = 2 * HEARTBEAT_SECONDS

@@ -17,14 +17,12 @@ from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
 from flapsam.config import RunConfig
 from flapsam.errors import FlapsamError
-from flapsam.federation.coordinator import NAME
-from flapsam.federation.engines.nvflare.controller import REGROUP
+from flapsam.federation.engines.nvflare.executor import REGROUP
 from flapsam.federation.engines.nvflare.kits import ADMINISTRATOR, Kit
 from flapsam.federation.folder import LEDGER, begin_run, found_run, is_begun
 from flapsam.federation.handshake import GONE
-from flapsam.federation.ledger import Event, read_ledger
+from flapsam.federation.ledger import TOGETHER, Event, read_ledger
 from flapsam.federation.observer import Observer
-from flapsam.federation.preparation import resolve
 
 Result = TypeVar("Result")
 PACKAGE = "flapsam.federation.engines.nvflare"
@@ -118,7 +116,7 @@ class Run:
         run = found_run(self.config) if is_begun(folder) else begin_run(self.config)
         self.observer.opened(self.config, [])
         self._read_ledger()
-        self.observer.begin(NAME, self.config.rounds.count, self._rounds())
+        self.observer.begin(TOGETHER, self.config.rounds.count, self._rounds())
         bad = 0
         job = self._attach(run)
         while not self._done():
@@ -296,6 +294,9 @@ def run(config: RunConfig, kit: Kit, observer: Observer, *, wait: float = WAIT_S
     Raises:
         FlapsamError: the configuration is wrong, or the run does not get on.
     """
+    # Here, because it takes seconds to load, for which a word to stop need not wait.
+    from flapsam.federation.preparation import resolve
+
     config = resolve(config)
     odd = sorted(set(config.data.sites or []) - set(kit.card.sites))
     if odd:

@@ -24,6 +24,8 @@ ALIVE = "flapsam.alive"
 """What a site says all the while: NVFLARE does not notice that one has died which is back at once."""
 ALIVE_SECONDS = 3
 """Between two signs of life."""
+REGROUP = "flapsam.regroup"
+"""The administrator's command to the server to end the job after the round under way."""
 SITE_FILE = "FLAPSAM_SITE_FILE"
 """Environment variable: the site's own file. It is the site's to set, so no job can choose another."""
 
