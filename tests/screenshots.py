@@ -27,7 +27,7 @@ def save(picture: bytes, path: Path) -> None:
 
 def main(run: Path, images: Path) -> None:
     images.mkdir(parents=True, exist_ok=True)
-    page = write_report(run)
+    page = write_report(run).resolve()
     server, address = run_server(run, None, 0, Observer())
     threading.Thread(target=server.run, daemon=True).start()
     with open_browser() as browser:
@@ -41,7 +41,6 @@ def main(run: Path, images: Path) -> None:
         seen = watch(browser, width=1100, height=900).page
         seen.goto(page.as_uri())
         save(seen.locator("#slices .strips section").nth(1).screenshot(), images / "slices.jpg")
-        save(seen.locator("#traffic figure").screenshot(), images / "traffic.png")
         seen = watch(browser, width=1100, height=820).page
         seen.goto(address)
         seen.locator(".strips section").nth(1).locator("a").first.click()

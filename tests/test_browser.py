@@ -92,8 +92,7 @@ def test_the_report_opens_from_disk(kind: str, browser: Browser, tmp_path: Path)
         assert len(tables["attendance-table"]) == 1 + len(TROUBLES)
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [400, 1200])
+@pytest.mark.parametrize(("width", "dark"), [(400, True), (1200, False)], ids=["narrow, dark", "wide, light"])
 def test_the_report_is_usable_and_accessible(width: int, dark: bool, browser: Browser, tmp_path: Path):
     page = write_report(make_run(tmp_path, troubles=TROUBLES, notes="A trial."), tmp_path / "page.html")
     seen = watch(browser, width=width, dark=dark)
