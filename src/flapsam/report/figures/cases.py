@@ -1,6 +1,7 @@
 """Test Dice of every case: points over boxes, by site, class and mode."""
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from flapsam.report.figures.drawing import GRID, INK, MARKERS, SERIES, WIDTH, chart, dice_axis, legend, new_figure, short
 from flapsam.report.run import TITLES, Run
@@ -45,7 +46,7 @@ def dice_per_case(run: Run) -> Section | None:
     )
 
 
-def _box(axes, values: list[float], centre: float, width: float, colour: str, marker: str) -> None:
+def _box(axes: Axes, values: list[float], centre: float, width: float, colour: str, marker: str) -> None:
     low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
     axes.bar(centre, high - low, 0.8 * width, low, color=GRID, edgecolor=colour, linewidth=0.8, zorder=1)
     axes.plot([centre - 0.4 * width, centre + 0.4 * width], [middle, middle], color=INK, linewidth=1.6, zorder=2)

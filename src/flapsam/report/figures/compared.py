@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from flapsam.experiments.comparison import compare
+from flapsam.experiments.comparison import Difference, compare
 from flapsam.metrics import CaseScores
 from flapsam.report.figures.curves import means_of
 from flapsam.report.figures.drawing import (
@@ -174,7 +174,9 @@ def _pooled(scores: list[CaseScores], name: str) -> float | None:
     return sum(found.values()) / len(found) if found else None
 
 
-def _difference(scores: list[CaseScores], others: list[CaseScores], name: str, subjects: Mapping[str, str]):
+def _difference(
+    scores: list[CaseScores], others: list[CaseScores], name: str, subjects: Mapping[str, str]
+) -> Difference | None:
     mine, theirs = _dices(scores, name), _dices(others, name)
     return compare(mine, theirs, {key: subjects.get(key, key) for key in mine})
 
