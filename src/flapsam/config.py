@@ -398,6 +398,26 @@ def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     return validated(tree, RunConfig, "bench")
 
 
+def flat(config: RunConfig, *without: str) -> dict[str, str]:
+    """Every field under its dotted name, such as ``training.batch_size``, and its value as text.
+
+    Args:
+        config: the run.
+        without: groups or fields of the first level that are left out.
+    """
+    found: dict[str, str] = {}
+
+    def walk(tree: Any, prefix: str) -> None:
+        if isinstance(tree, dict) and tree:
+            for key, value in tree.items():
+                walk(value, f"{prefix}.{key}" if prefix else str(key))
+        else:
+            found[prefix] = str(tree)
+
+    walk(config.model_dump(mode="json", exclude=set(without)), "")
+    return found
+
+
 def fingerprint(config: RunConfig) -> str:
     """SHA-256 of all that a run's result may depend on but the machine."""
     # Without what is at its default, a field that a later version adds changes nothing.

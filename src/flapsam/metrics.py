@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 
@@ -31,7 +30,8 @@ def hd95(predicted: NDArray[np.bool_], truth: NDArray[np.bool_], spacing: Sequen
     """95 % Hausdorff distance in mm, the larger of the two directions (MONAI); None if either is empty."""
     if not predicted.any() or not truth.any():
         return None
-    # MONAI takes a second to load, which most commands and a federation's processes need not wait for.
+    # torch and MONAI take seconds to load, which most commands and a federation's processes need not wait for.
+    import torch
     from monai.metrics.hausdorff_distance import compute_hausdorff_distance
 
     box = _box(predicted | truth)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from flapsam.adapter import CARD, AdapterCard
-from flapsam.federation.ledger import Event
+from flapsam.federation.ledger import Event, scores_in
 from flapsam.metrics import CaseScores, Summary, by_site, summarise
 from flapsam.sam import strategy
 
@@ -21,11 +21,7 @@ def model_card(card: AdapterCard, federation: str, events: Sequence[Event]) -> s
     """
     alone = federation.removeprefix("local/") if federation.startswith("local/") else None
     cases = {e["site"]: e["cases"] for e in events if e["event"] == "site" and alone in (None, e["site"])}
-    scores = [
-        CaseScores(event["case"], event["site"], event["dice"], event["hd95"])
-        for event in events
-        if event["event"] == "test" and event["federation"] == federation
-    ]
+    scores = [scores_in(event) for event in events if event["event"] == "test" and event["federation"] == federation]
     together = {
         "federated": f"by {len(cases)} sites together",
         "local": "by one site alone",

@@ -23,7 +23,7 @@ from flapsam.federation.agreement import Agreement
 from flapsam.federation.engines.local import run_rounds
 from flapsam.federation.engines.workers import Workers
 from flapsam.federation.folder import LEDGER, LOCK, begin_run, found_run, is_begun
-from flapsam.federation.ledger import Ledger, read_ledger
+from flapsam.federation.ledger import Ledger, read_ledger, scores_in
 from flapsam.federation.observer import Observer
 from flapsam.federation.preparation import (
     agree,
@@ -168,8 +168,7 @@ class _Simulation:
             write_text(self.folder / federation.adapter / "README.md", text)
         for event in read_ledger(self.ledger.path):
             if event["event"] == "test":
-                score = CaseScores(event["case"], event["site"], event["dice"], event["hd95"])
-                scores.setdefault(event["federation"].split("/")[0], []).append(score)
+                scores.setdefault(event["federation"].split("/")[0], []).append(scores_in(event))
         parameters = sum(tensor.numel() for tensor in travelling_state(self.assembled.network).values())
         results = Results(self.folder, scores, parameters, self._traffic())
         write_text(self.folder / "results.json", json.dumps(results.as_json(), indent=2) + "\n")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flapsam.errors import FlapsamError
+from flapsam.metrics import CaseScores
 
 Event = dict[str, Any]
 TOGETHER = "federated"
@@ -79,6 +80,11 @@ def read_ledger(path: Path, *, whole_lines: bool = False) -> list[Event]:
         raise FlapsamError(f"{path}: there is no ledger here; is this the folder of a run?") from error
     except ValueError as error:
         raise FlapsamError(f"{path}: the ledger is damaged") from error
+
+
+def scores_in(event: Event) -> CaseScores:
+    """What a ``test`` event says of its case."""
+    return CaseScores(event["case"], event["site"], event["dice"], event["hd95"])
 
 
 def _identity(event: Event) -> tuple[Any, ...]:

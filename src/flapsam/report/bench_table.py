@@ -9,9 +9,8 @@ from dataclasses import asdict
 from rich.table import Table
 
 from flapsam.experiments.bench import Bench, RowSummary
-from flapsam.experiments.comparison import Difference
 from flapsam.files import write_text
-from flapsam.report.units import NONE, number
+from flapsam.report.units import NONE, interval, number
 
 MISSING = "missing"
 
@@ -54,8 +53,8 @@ def _line(row: RowSummary, classes: Sequence[str]) -> dict[str, str]:
         **{name: here(number(row.dice.get(name))) for name in classes},
         "Dice": here(number(row.mean_dice)),
         **{f"HD95 {name} (mm)": here(number(row.hd95.get(name), 1)) for name in classes},
-        "gain over local": here(_difference(row.gain)),
-        "difference to the first": here(_difference(row.difference)),
+        "gain over local": here(interval(row.gain)),
+        "difference to the first": here(interval(row.difference)),
         "unseen site": number(row.unseen_dice),
         "parameters": NONE if row.parameters is None else f"{row.parameters:,}",
         "MiB up": here(_mib(row.bytes_up)),
@@ -81,14 +80,6 @@ def _sites(rows: Sequence[RowSummary]) -> list[dict[str, str]]:
         for row in rows
         if row.unseen
     ]
-
-
-def _difference(difference: Difference | None) -> str:
-    if difference is None:
-        return NONE
-    if difference.low is None or difference.high is None:
-        return f"{difference.mean:+.3f}"
-    return f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
 
 
 def _mib(count: float | None) -> str:

@@ -8,7 +8,7 @@ from flapsam.errors import FlapsamError
 from flapsam.files import write_text
 from flapsam.report.figures.compared import Runs, configurations, dice_by_class, overlaid, traffic_of_each
 from flapsam.report.figures.drawing import chart_style
-from flapsam.report.page import cases_of, render
+from flapsam.report.page import cases_of, render, subjects_of
 from flapsam.report.run import TITLES, Run, read_run
 from flapsam.report.section import Section, Table
 from flapsam.report.units import NONE, number
@@ -34,7 +34,7 @@ def write_comparison(folders: Sequence[Path], output: Path) -> Path:
     mode = next((mode for mode in TITLES if all(mode in run.modes for run in runs.values())), None)
     if mode is None:
         raise FlapsamError(f"{', '.join(runs)}: they have no mode in common, so there is nothing to compare")
-    subjects = {f"{site}/{name}": case.subject for run in runs.values() for (site, name), case in cases_of(run).items()}
+    subjects = {key: subject for run in runs.values() for key, subject in subjects_of(cases_of(run)).items()}
     with chart_style():
         sections = [
             dice_by_class(runs, mode, subjects),

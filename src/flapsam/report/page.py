@@ -1,7 +1,7 @@
 """The report: a run's folder → one HTML page that opens from disk, in light and dark, and asks for nothing outside."""
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,10 +77,9 @@ def report_page(run: Run, *, images: bool = True, link: Link | None = None, obse
         observer: is told what happens.
     """
     cases = cases_of(run)
-    subjects = {f"{site}/{name}": case.subject for (site, name), case in cases.items()}
     with chart_style():
         sections = [
-            modes_by_site(run, subjects),
+            modes_by_site(run, subjects_of(cases)),
             dice_per_case(run),
             dice_curves(run),
             traffic(run),
@@ -133,6 +132,11 @@ def cases_of(run: Run) -> dict[tuple[str, str], Case]:
     except FlapsamError:
         return {}
     return {(case.site, case.name): case for site in sites for case in site.cases}
+
+
+def subjects_of(cases: Mapping[tuple[str, str], Case]) -> dict[str, str]:
+    """``SITE/CASE`` → subject."""
+    return {f"{site}/{name}": case.subject for (site, name), case in cases.items()}
 
 
 def _about(run: Run) -> str:

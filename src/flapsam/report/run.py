@@ -8,7 +8,7 @@ from typing import Any
 
 from flapsam.config import RunConfig, read_config
 from flapsam.federation.folder import DESCRIPTION, LEDGER, read_identity
-from flapsam.federation.ledger import Event, read_ledger
+from flapsam.federation.ledger import Event, read_ledger, scores_in
 from flapsam.metrics import CaseScores, Summary, by_site, summarise
 
 TITLES = {"federated": "federated", "local": "local-only", "centralised": "centralised"}
@@ -85,7 +85,7 @@ class Run:
         """Mode → test scores, a case an entry."""
         found: dict[str, list[CaseScores]] = {mode: [] for mode in self.modes}
         for event in self.of("test"):
-            found[mode_of(event)].append(CaseScores(event["case"], event["site"], event["dice"], event["hd95"]))
+            found[mode_of(event)].append(scores_in(event))
         return {mode: sorted(scores, key=lambda score: (score.site, score.case)) for mode, scores in found.items() if scores}
 
     @cached_property

@@ -1,5 +1,10 @@
 """Numbers, bytes and times as people read them."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flapsam.experiments.comparison import Difference
+
 NONE = "–"
 
 
@@ -15,6 +20,15 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
         count /= 1024
     return f"{count:.2f} GiB"
+
+
+def interval(difference: "Difference | None") -> str:
+    """A difference with its 95 % interval."""
+    if difference is None:
+        return NONE
+    if difference.low is None or difference.high is None:
+        return f"{difference.mean:+.3f}"
+    return f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
 
 
 def duration(seconds: float) -> str:

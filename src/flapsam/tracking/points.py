@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from flapsam.config import RunConfig
-from flapsam.federation.ledger import Event
+from flapsam.federation.ledger import Event, scores_in
 from flapsam.metrics import CaseScores, by_site, summarise
 from flapsam.report.standing import FederationStanding, Standing, moment
 
@@ -82,8 +82,7 @@ class Points:
                 yield one.name, "bytes_up_so_far", event["round"], one.bytes_up
                 yield one.name, "bytes_down_so_far", event["round"], one.bytes_down
         elif kind == "test":
-            scores = CaseScores(event["case"], event["site"], event["dice"], event["hd95"])
-            self.tests.setdefault(one.name, []).append(scores)
+            self.tests.setdefault(one.name, []).append(scores_in(event))
 
     def _at_the_end(self) -> Iterator[Value]:
         """Test Dice by site and pooled, at the last round; and all bytes, with those of the delivery."""

@@ -4,9 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from flapsam.config import RunConfig
+from flapsam.config import RunConfig, flat
 from flapsam.tracking.points import Point
 
 
@@ -28,17 +27,7 @@ class Tracked:
     @property
     def parameters(self) -> dict[str, str]:
         """The configuration, flat: ``training.batch_size`` → ``12``."""
-        found: dict[str, str] = {}
-
-        def walk(tree: Any, prefix: str) -> None:
-            if isinstance(tree, dict) and tree:
-                for key, value in tree.items():
-                    walk(value, f"{prefix}.{key}" if prefix else str(key))
-            else:
-                found[prefix] = str(tree)
-
-        walk(self.config.model_dump(mode="json", exclude={"bench"}), "")
-        return found
+        return flat(self.config, "bench")
 
 
 class Tracker(ABC):

@@ -3,6 +3,7 @@
 from flapsam.report.figures.drawing import INK, MUTED, SERIES, WIDTH, chart, legend, new_figure, short
 from flapsam.report.run import Run
 from flapsam.report.section import Section, Table
+from flapsam.report.standing import TROUBLE
 from flapsam.report.units import NONE
 
 LOOKS = {
@@ -10,14 +11,13 @@ LOOKS = {
     "missing": {"color": SERIES[1], "marker": "X", "linestyle": "none", "markersize": 8},
     "refused": {"color": SERIES[5], "marker": "D", "linestyle": "none", "markersize": 6},
 }
-TROUBLES = ("missing", "refused", "excluded")
 WORDS = {"missing": "no answer", "refused": "packet refused", "excluded": "does not take part"}
 
 
 def attendance(run: Run) -> Section | None:
     """Site by round, with the reasons; None where there were no rounds of several sites."""
     answered = run.fits("federated", "bytes_up")
-    troubles = [event for event in run.events if event["event"] in TROUBLES]
+    troubles = [event for event in run.events if event["event"] in TROUBLE]
     if not answered and not troubles:
         return None
     if not troubles:
@@ -38,7 +38,7 @@ def attendance(run: Run) -> Section | None:
     axes.set_xlabel("round")
     axes.spines["left"].set_color(INK)
     legend(figure, list(LOOKS.items()))
-    counts = {what: sum(event["event"] == what for event in troubles) for what in TROUBLES}
+    counts = {what: sum(event["event"] == what for event in troubles) for what in TROUBLE}
     told = ", ".join(f"{count} × {WORDS[what]}" for what, count in counts.items() if count)
     rows = [
         [WORDS[event["event"]], event["site"], event["time"], event["reason"], str(event.get("round", NONE))]

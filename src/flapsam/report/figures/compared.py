@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from flapsam.config import flat
 from flapsam.experiments.comparison import Difference, compare
 from flapsam.metrics import CaseScores
 from flapsam.report.figures.curves import means_of
@@ -12,17 +13,17 @@ from flapsam.report.figures.drawing import (
     WIDTH,
     bytes_axis,
     chart,
-    dice_axis,
     every,
     legend,
     new_figure,
     rounds_axis,
     short,
+    value_axis,
 )
-from flapsam.report.figures.gain import interval, mean_dices
+from flapsam.report.figures.gain import mean_dices
 from flapsam.report.run import TITLES, Run, Series
 from flapsam.report.section import Section, Table
-from flapsam.report.units import NONE, number, size
+from flapsam.report.units import NONE, interval, number, size
 
 Runs = Mapping[str, Run]
 """Name → run, in the order in which they were given."""
@@ -47,12 +48,8 @@ def overlaid(runs: Runs, mode: str, name: str, title: str, what: str, read: Call
     looks = _looks(runs)
     for label, points in means.items():
         axes.plot(list(points), list(points.values()), markevery=every(len(points)), **looks[label])
-    axes.set_ylabel(what)
+    value_axis(axes, what)
     rounds_axis(axes)
-    if what.endswith("Dice"):
-        dice_axis(axes)
-    else:
-        axes.set_ylim(bottom=0)
     legend(figure, [(label, looks[label]) for label in means])
     rounds = sorted({one for points in means.values() for one in points})
     rows = [[str(one), *(number(points.get(one)) for points in means.values())] for one in rounds]
@@ -142,12 +139,10 @@ def traffic_of_each(runs: Runs) -> Section | None:
 
 def configurations(runs: Runs) -> Section:
     """The fields in which the runs differ."""
-    trees = {
-        label: _flat(run.config.model_dump(mode="json", exclude={"output", "notes", "bench"})) for label, run in runs.items()
-    }
+    trees = {label: flat(run.config, "output", "notes", "bench") for label, run in runs.items()}
     fields = list(dict.fromkeys(field for tree in trees.values() for field in tree))
-    different = [field for field in fields if len({str(tree.get(field, NONE)) for tree in trees.values()}) > 1]
-    rows = [[field, *(str(tree.get(field, NONE)) for tree in trees.values())] for field in different]
+    different = [field for field in fields if len({tree.get(field, NONE) for tree in trees.values()}) > 1]
+    rows = [[field, *(tree.get(field, NONE) for tree in trees.values())] for field in different]
     text = "All other fields agree." if different else "No field of their configurations differs."
     table = Table("fields-table", "Fields that differ", ["field", *trees], rows, text_columns=len(trees) + 1, opened=True)
     return Section("fields", "Configurations", text, tables=[table] if different else [])
@@ -179,10 +174,3 @@ def _difference(
 ) -> Difference | None:
     mine, theirs = _dices(scores, name), _dices(others, name)
     return compare(mine, theirs, {key: subjects.get(key, key) for key in mine})
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat

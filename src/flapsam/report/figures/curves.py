@@ -10,11 +10,11 @@ from flapsam.report.figures.drawing import (
     SERIES,
     WIDTH,
     chart,
-    dice_axis,
     every,
     legend,
     new_figure,
     rounds_axis,
+    value_axis,
 )
 from flapsam.report.run import TITLES, Run, Series
 from flapsam.report.section import Section, Table
@@ -25,10 +25,8 @@ MEAN = "mean of the sites"
 
 def dice_curves(run: Run) -> Section | None:
     """Validation Dice per round and site; None where nothing was validated."""
-    curves = {mode: run.validation(mode) for mode in run.modes}
     return _section(
-        run,
-        {mode: series for mode, series in curves.items() if series},
+        {mode: run.validation(mode) for mode in run.modes},
         name="dice-per-round",
         title="Dice per round",
         what="validation Dice",
@@ -38,11 +36,9 @@ def dice_curves(run: Run) -> Section | None:
 
 def losses(run: Run) -> Section | None:
     """Training loss per round and site; None where no site told any."""
-    curves = {mode: run.fits(mode, "loss") for mode in run.modes}
     training = run.config.training
     return _section(
-        run,
-        {mode: series for mode, series in curves.items() if series},
+        {mode: run.fits(mode, "loss") for mode in run.modes},
         name="losses",
         title="Training loss",
         what="training loss",
@@ -50,7 +46,8 @@ def losses(run: Run) -> Section | None:
     )
 
 
-def _section(run: Run, curves: dict[str, Series], *, name: str, title: str, what: str, text: str) -> Section | None:
+def _section(curves: dict[str, Series], *, name: str, title: str, what: str, text: str) -> Section | None:
+    curves = {mode: series for mode, series in curves.items() if series}
     if not curves:
         return None
     figure = new_figure(WIDTH, 3.9)
@@ -60,11 +57,7 @@ def _section(run: Run, curves: dict[str, Series], *, name: str, title: str, what
     for axes, (mode, series) in zip(panels, curves.items(), strict=True):
         draw_curves(axes, series, looks)
         axes.set_title(TITLES[mode])
-    panels[0].set_ylabel(what)
-    if what.endswith("Dice"):
-        dice_axis(panels[0])
-    else:
-        panels[0].set_ylim(bottom=0)
+    value_axis(panels[0], what)
     shown = list(looks.items()) if len(sites) <= len(SERIES) else [("a site each", looks[sites[0]])]
     legend(figure, [*shown, (MEAN, {"color": INK, "linestyle": "--"})])
     last = {mode: mean(points[max(points)] for points in series.values()) for mode, series in curves.items()}

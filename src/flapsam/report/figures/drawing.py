@@ -19,10 +19,10 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from flapsam.report.section import Chart
 from flapsam.report.units import size
 
-INK, MUTED, GRID, PAPER = "#010100", "#010101", "#010102", "#010103"
+INK, MUTED, GRID = "#010100", "#010101", "#010102"
 SERIES = tuple(f"#0102{index:02x}" for index in range(8))
 """Stand-ins that no page shows: each becomes a variable of the style sheet, with a value for light and one for dark."""
-VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper"} | {c: f"series-{i}" for i, c in enumerate(SERIES, 1)}
+VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid"} | {c: f"series-{i}" for i, c in enumerate(SERIES, 1)}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 """Series differ in form, too, for those who do not tell the colours apart."""
 WIDTH = 10.4
@@ -124,6 +124,15 @@ def dice_axis(axes: Axes) -> None:
 def every(points: int) -> int:
     """Of so many points on a line, every which one has a marker, so that they stay apart."""
     return max(1, points // MARKED)
+
+
+def value_axis(axes: Axes, what: str) -> None:
+    """A Dice or a loss: the one from 0 to 1, the other from 0 on."""
+    axes.set_ylabel(what)
+    if what.endswith("Dice"):
+        dice_axis(axes)
+    else:
+        axes.set_ylim(bottom=0)
 
 
 def rounds_axis(axes: Axes) -> None:

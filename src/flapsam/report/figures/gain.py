@@ -1,11 +1,11 @@
 """What training together gives: mean test Dice by site of each mode, and the differences."""
 
-from flapsam.experiments.comparison import Difference, compare
+from flapsam.experiments.comparison import compare
 from flapsam.metrics import CaseScores, mean
 from flapsam.report.figures.drawing import INK, MARKERS, MUTED, SERIES, WIDTH, chart, legend, new_figure, short
 from flapsam.report.run import TITLES, Run
 from flapsam.report.section import Section, Table
-from flapsam.report.units import NONE, number
+from flapsam.report.units import interval, number
 
 POOLED = "all cases"
 OPENED = 12
@@ -57,15 +57,6 @@ def mean_dices(scores: list[CaseScores]) -> dict[str, float]:
     """``SITE/CASE`` → mean Dice over its classes."""
     found = {f"{score.site}/{score.case}": mean(score.dice.values()) for score in scores}
     return {key: value for key, value in found.items() if value is not None}
-
-
-def interval(difference: Difference | None) -> str:
-    """A difference with its 95 % interval."""
-    if difference is None:
-        return NONE
-    if difference.low is None or difference.high is None:
-        return f"{difference.mean:+.3f}"
-    return f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
 
 
 def _text(compared: list[str]) -> str:

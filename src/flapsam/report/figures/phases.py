@@ -1,10 +1,10 @@
 """Where the time of a run went."""
 
-from datetime import datetime
-
+from flapsam.federation.ledger import Event
 from flapsam.report.figures.drawing import SERIES, WIDTH, chart, new_figure
 from flapsam.report.run import TITLES, Run, mode_of
 from flapsam.report.section import Section, Table
+from flapsam.report.standing import moment
 from flapsam.report.units import NONE
 
 PHASES = ("fits", "aggregation", "the rest of the rounds", "validation at the end and test")
@@ -68,15 +68,14 @@ def _times(run: Run, mode: str) -> dict[str, float]:
 
 def _after_rounds(run: Run, mode: str) -> float:
     """From the end of each federation's last round to its last event; the ledger has whole seconds."""
-    seconds = 0.0
-    names = {event["federation"] for event in run.events if mode_of(event) == mode}
-    for name in names:
-        of_it = [event for event in run.events if event.get("federation") == name]
-        closed = [event for event in of_it if event["event"] == "round"]
-        if closed:
-            ends = (datetime.fromisoformat(closed[-1]["time"]), datetime.fromisoformat(of_it[-1]["time"]))
-            seconds += max((ends[1] - ends[0]).total_seconds(), 0.0)
-    return seconds
+    closed: dict[str, Event] = {}
+    last: dict[str, Event] = {}
+    for event in run.events:
+        if mode_of(event) == mode:
+            last[event["federation"]] = event
+            if event["event"] == "round":
+                closed[event["federation"]] = event
+    return sum(max((moment(last[name]) - moment(event)).total_seconds(), 0.0) for name, event in closed.items())
 
 
 def _by_site(run: Run) -> Table:
