@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command import flapsam
+from html_page import Page
 from nibabel import orientations
-from page import Page
 from reportmaker import make_run
 
 from flapsam.config import Samples
