@@ -9,7 +9,12 @@ import typer
 from flapsam.console import Assignments, Json, Quiet, Track, interruptible, notes, out, print_json, warn
 from flapsam.errors import FlapsamError
 
-federation_app = typer.Typer(help="Run between hospitals, over mutual TLS.", no_args_is_help=True)
+federation_app = typer.Typer(
+    help="""Run between hospitals, over mutual TLS.
+
+    WARNING: all parties must trust each other fully. Today a participant can read other participants' files.""",
+    no_args_is_help=True,
+)
 
 KitArgument = Annotated[Path, typer.Argument(metavar="KIT", help="The start-up kit's folder.")]
 CoordinatorKit = Annotated[Path, typer.Option("--kit", metavar="KIT", help="The coordinator's start-up kit.")]
