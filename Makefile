@@ -16,10 +16,10 @@ test: .venv/installed-dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(MAKE) --jobs=2 --output-sync=line --no-print-directory test-units test-hospitals
 
 test-units: .venv/installed-dev
-	$(BIN)/python -m pytest --ignore tests/test_nvflare.py --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --ignore tests/federation/test_nvflare.py --numprocesses 2 --dist loadfile
 
 test-hospitals: .venv/installed-dev
-	$(BIN)/python -m pytest tests/test_nvflare.py
+	$(BIN)/python -m pytest tests/federation/test_nvflare.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

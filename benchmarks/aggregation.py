@@ -31,11 +31,11 @@ from sklearn.utils.extmath import randomized_svd
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from flapsam.config import Lora
+from flapsam.base.files import write_text
 from flapsam.federation.aggregation import Reply, aggregator
 from flapsam.federation.aggregation.aggregator import A, B, lora_layers
 from flapsam.federation.state import ServerState
-from flapsam.files import write_text
+from flapsam.run.config import Lora
 from flapsam.sam import apply_strategy, architecture, build, strategy, travelling
 from flapsam.sam.sources import source
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from flapsam.experiments.simulation import simulate
 from flapsam.federation.aggregation import Reply, aggregator
-from flapsam.federation.observer import Observer
-from flapsam.federation.rounds import score_cases
+from flapsam.federation.client import score_cases
 from flapsam.federation.state import ServerState
+from flapsam.run.observer import Observer
 from flapsam.sam import assemble_run, load_travelling
 
 RESULTS = HERE / "results" / "averaging.json"

@@ -8,11 +8,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from flapsam.config import RunConfig, read_config
-from flapsam.files import write_text
+from flapsam.base.files import write_text
+from flapsam.learning.prepared import PreparedCase, prepare
+from flapsam.run.config import RunConfig, Split
+from flapsam.run.reading import read_config
 from flapsam.sites import hold_out_validation, label_map, read_sites
-from flapsam.sites.case import Split
-from flapsam.slices import PreparedCase, prepare
 
 HERE = Path(__file__).parent
 UNCOMPRESSED = {"aggregator": "flexlora", "compression.codec": "fp32"}

@@ -14,11 +14,12 @@ from pathlib import Path
 from cells import HERE
 from matplotlib.figure import Figure
 
-from flapsam.config import RunConfig, changed
+from flapsam.base.files import write_text, written_whole
 from flapsam.experiments.bench import Bench, Cell, Row, RowSummary, cells_of, read_bench
 from flapsam.experiments.settings import read_settings
-from flapsam.files import write_text, written_whole
-from flapsam.traffic import RunTraffic, predict_traffic, strategy_table
+from flapsam.federation.traffic import RunTraffic, predict_traffic, strategy_table
+from flapsam.run.config import RunConfig
+from flapsam.run.reading import changed
 
 RESULTS = HERE / "results" / "communication"
 MIB = 2**20

@@ -31,12 +31,12 @@ from numpy.typing import NDArray
 from step_time import seconds, shapes
 from torch.utils.flop_counter import FlopCounterMode
 
-from flapsam.adapter import AdapterCard, BackboneCard, save_adapter
-from flapsam.config import RANDOM, Backbone, Lora, Samples
-from flapsam.device import set_up_torch
-from flapsam.inference import Precision, predict_volume
+from flapsam.adapters.store import AdapterCard, BackboneCard, save_adapter
+from flapsam.base.device import set_up_torch
+from flapsam.learning.inference import Precision, predict_volume
+from flapsam.learning.slices import from_square, stack_of, to_square
+from flapsam.run.config import RANDOM, Backbone, Lora, Samples
 from flapsam.sam import Assembled, Sam, assemble, fuse, travelling, travelling_state
-from flapsam.slices import from_square, stack_of, to_square
 from flapsam.volumes import Volume
 
 WINDOW = 5

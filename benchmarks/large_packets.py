@@ -15,14 +15,13 @@ from pathlib import Path
 import psutil
 from cells import HERE, by_sites
 
-sys.path.insert(0, str(HERE.parent / "tests"))
-from federationmaker import Hospitals
-from sitemaker import write_run
-
-from flapsam.federation.ledger import read_ledger
+sys.path.insert(0, str(HERE.parent))
+from flapsam.run.ledger import Fitted, RoundClosed, read_ledger
+from tests.helpers.hospitals import Hospitals
+from tests.helpers.sites import write_run
 
 ROLES = {
-    "site_process": "a site's fit",
+    "fit_process": "a site's fit",
     "worker_process": "a site's job",
     "runner_process": "the server's job",
     "client_train": "a site's NVFLARE",
@@ -75,18 +74,18 @@ def measure(sites: int, folder: Path) -> dict:
     finally:
         hospitals.stop_all()
     events = read_ledger(folder / "run/events.jsonl")
-    rounds = [event for event in events if event["event"] == "round"]
-    fits = [event for event in events if event["event"] == "fit"]
-    slowest = {r["round"]: max(fit["site_seconds"] for fit in fits if fit["round"] == r["round"]) for r in rounds}
+    rounds = [event for event in events if isinstance(event, RoundClosed)]
+    fits = [event for event in events if isinstance(event, Fitted)]
+    slowest = [max(fit.site_seconds or 0 for fit in fits if fit.round == closed.round) for closed in rounds]
     return {
         "sites": sites,
-        "packet_mib": max(fit["bytes_up"] for fit in fits) >> 20,
-        "down_mib": max(fit["bytes_down"] for fit in fits) >> 20,
+        "packet_mib": max(fit.bytes_up for fit in fits) >> 20,
+        "down_mib": max(fit.bytes_down for fit in fits) >> 20,
         "peak_mib": dict(sorted(seen.items())),
         "seconds": seconds,
-        "round_seconds": [event["seconds"] for event in rounds],
-        "slowest_site_seconds": list(slowest.values()),
-        "aggregation_seconds": [event["aggregation_seconds"] for event in rounds],
+        "round_seconds": [event.seconds for event in rounds],
+        "slowest_site_seconds": slowest,
+        "aggregation_seconds": [event.aggregation_seconds for event in rounds],
     }
 
 

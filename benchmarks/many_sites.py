@@ -19,7 +19,7 @@ import yaml
 from cells import by_sites
 
 from flapsam.experiments.phantom import make_phantom
-from flapsam.federation.ledger import read_ledger
+from flapsam.run.ledger import Fitted, RoundClosed, read_ledger
 
 ROUNDS, WORKERS, CASES = 2, 2, 4
 
@@ -48,17 +48,17 @@ def measure(sites: int, folder: Path) -> dict:
         time.sleep(0.1)
     assert process.returncode == 0
     events = read_ledger(folder / "run/events.jsonl")
-    fits = [event for event in events if event["event"] == "fit"]
-    rounds = [event for event in events if event["event"] == "round"]
+    fits = [event for event in events if isinstance(event, Fitted)]
+    rounds = [event for event in events if isinstance(event, RoundClosed)]
     return {
         "sites": sites,
         "seconds": time.perf_counter() - started,
-        "round_seconds": [event["seconds"] for event in rounds],
-        "aggregation_seconds": [event["aggregation_seconds"] for event in rounds],
-        "fit_seconds": sum(event["seconds"] for event in fits),
+        "round_seconds": [event.seconds for event in rounds],
+        "aggregation_seconds": [event.aggregation_seconds for event in rounds],
+        "fit_seconds": sum(event.seconds or 0 for event in fits),
         "mib": {"together": together >> 20, "server": server >> 20, "worker": worker >> 20},
-        "kib_up": sum(event["bytes_up"] for event in fits) / len(fits) / 1024,
-        "ledger": {"bytes": (folder / "run/events.jsonl").stat().st_size, **Counter(event["event"] for event in events)},
+        "kib_up": sum(event.bytes_up for event in fits) / len(fits) / 1024,
+        "ledger": {"bytes": (folder / "run/events.jsonl").stat().st_size, **Counter(event.event for event in events)},
     }
 
 

@@ -16,11 +16,11 @@ from typing import Any
 
 from cells import HERE, Cells, arguments, hippocampus, paired, prepared, read_cells, write_cells
 
-from flapsam.device import set_up_torch
-from flapsam.federation.rounds import score_cases
-from flapsam.presets import PRESETS
+from flapsam.base.device import set_up_torch
+from flapsam.federation.client import score_cases
+from flapsam.learning.training import Learner, batches_per_epoch, fit
+from flapsam.run.presets import PRESETS
 from flapsam.sam import assemble_run
-from flapsam.training import Learner, batches_per_epoch, fit
 
 RESULTS = HERE / "results" / "measures.json"
 TRAINED_ON = ("site_1", "site_2")

@@ -8,8 +8,7 @@ about 12 GiB on its way.
 
 import argparse
 
-from flapsam.device import find_device
-from flapsam.memory import memory_table
+from flapsam.learning.memory import memory_table
 
 BACKBONES = {"sam-tiny": (128, 256), "sam-vit-b": (224, 512), "sam-vit-l": (224, 512), "sam-vit-h": (224, 512)}
 
@@ -24,12 +23,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="fp32")
     given = parser.parse_args()
-    device = find_device(given.device)
     counts: list[int] = []
     for backbone, sizes in BACKBONES.items():
         for size in sizes:
             rows = memory_table(
-                backbone, image_size=size, strategy=given.strategy, rank=32, device=device, precision=given.precision
+                backbone, image_size=size, strategy=given.strategy, rank=32, device=given.device, precision=given.precision
             )
             if not counts:
                 counts = [row.slices for row in rows]

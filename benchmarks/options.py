@@ -21,13 +21,13 @@ import torch
 from cells import HERE, Cells, arguments, read_cells, write_cells
 from scipy.stats import t as student
 
-from flapsam.device import set_up_torch
-from flapsam.images import find_cases
-from flapsam.inference import Options
-from flapsam.metrics import score_case
-from flapsam.model import Model, load
+from flapsam.adapters.images import images_of_split
+from flapsam.adapters.model import Model, load
+from flapsam.adapters.trained import find_trained
+from flapsam.base.device import set_up_torch
+from flapsam.learning.inference import PredictionOptions
+from flapsam.learning.metrics import score_case
 from flapsam.sites import label_map
-from flapsam.trained import find_trained
 from flapsam.volumes import read_image, read_label
 
 RESULTS = HERE / "results" / "options.json"
@@ -66,14 +66,14 @@ def compute(row: str, run: Path, data: Path) -> dict[str, Any]:
         raise SystemExit(f"{run}: no run")
     dice: dict[str, dict[str, float | None]] = {}
     seconds = 0.0
-    for job in find_cases(data, trained, "test"):
+    for job in images_of_split(data, trained, "test"):
         mapping = label_map(trained.run.data, job.site)
         assert isinstance(job.image, Path)
         volume = read_image(job.image)
         truth_path = job.image.parent.parent / "labels" / job.image.name
         truth = mapping.apply(read_label(truth_path).array, truth_path)
         began = time.perf_counter()
-        labels = model.segment(volume, Options(**ROWS[row])).labels
+        labels = model.segment(volume, PredictionOptions(**ROWS[row])).labels
         seconds += time.perf_counter() - began
         name = job.stem.as_posix()
         dice[name] = dict(score_case(name, job.site, labels, truth, None, mapping.classes, mapping.annotated).dice)

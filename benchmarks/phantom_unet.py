@@ -17,13 +17,14 @@ from cells import HERE, arguments, prepared, read_cells, write_cells
 from monai.networks.nets.basic_unet import BasicUNet
 from torch import Tensor, nn
 
-from flapsam.config import RunConfig, read_config
-from flapsam.device import set_up_torch
+from flapsam.base.device import set_up_torch
 from flapsam.experiments.demo import DESCRIPTION
-from flapsam.federation.rounds import score_cases
-from flapsam.metrics import summarise
+from flapsam.federation.client import score_cases
+from flapsam.learning.metrics import summarise
+from flapsam.learning.training import Learner, fit
+from flapsam.run.config import RunConfig
+from flapsam.run.reading import read_config
 from flapsam.sam import Sam
-from flapsam.training import Learner, fit
 
 RESULTS = HERE / "results" / "phantom_unet.json"
 EPOCHS = (12, 24)

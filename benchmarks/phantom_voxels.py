@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from sklearn.mixture import GaussianMixture
 
-from flapsam.config import ClassValues, Data
-from flapsam.metrics import CaseScores, score_case, summarise
+from flapsam.learning.metrics import CaseScores, score_case, summarise
+from flapsam.run.config import ClassValues, Data
 from flapsam.sites import Site, label_map, read_sites
-from flapsam.slices import read_pair
+from flapsam.sites.pairs import read_pair
 
 CLASSES: dict[str, ClassValues] = {"kidney": 1, "tumour": 2}
 VOXELS_PER_CLASS = 20_000

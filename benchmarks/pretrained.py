@@ -18,8 +18,8 @@ from statistics import mean
 
 from cells import HERE, Cells, arguments, paired, read_cells, write_cells
 
-from flapsam.config import read_config
 from flapsam.experiments.simulation import simulate
+from flapsam.run.reading import read_config
 from flapsam.sam.checkpoints import SHIPPED
 
 RESULTS = HERE / "results" / "pretrained.json"

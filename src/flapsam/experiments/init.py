@@ -12,19 +12,20 @@ import numpy as np
 import torch
 import yaml
 
-from flapsam.config import ClassValues, Data, RunConfig, read_config
-from flapsam.device import set_up_torch
-from flapsam.environment import default_threads
-from flapsam.errors import FlapsamError
+from flapsam.base.device import set_up_torch
+from flapsam.base.environment import default_threads
+from flapsam.base.errors import FlapsamError
+from flapsam.base.files import write_text
 from flapsam.experiments.settings import SETTINGS, read_settings
-from flapsam.federation.observer import Observer
-from flapsam.files import write_text
-from flapsam.memory import windows_that_fit
+from flapsam.federation.traffic import predict_traffic
+from flapsam.learning.memory import windows_that_fit
+from flapsam.learning.training import Learner, loss_of
+from flapsam.run.config import ClassValues, Data, RunConfig
+from flapsam.run.observer import Observer
+from flapsam.run.reading import read_config
 from flapsam.sam import Sam, assemble_run
 from flapsam.sites import Site, find_dataset, read_sites
-from flapsam.slices import read_files
-from flapsam.traffic import predict_traffic
-from flapsam.training import Learner, loss_of
+from flapsam.sites.pairs import read_files
 from flapsam.volumes import CANONICAL_AXES, Volume
 
 AIR = -500

@@ -16,8 +16,8 @@ from nibabel import orientations
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
-from flapsam.files import check_writable, write_text
-from flapsam.seeds import seed_for
+from flapsam.base.files import check_writable, write_text
+from flapsam.base.seeds import seed_for
 from flapsam.sites.folders import TABLE
 from flapsam.volumes import Volume, write_volume
 

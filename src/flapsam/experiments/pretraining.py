@@ -15,13 +15,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flapsam.device import set_up_torch
-from flapsam.errors import FlapsamError
+from flapsam.base.device import set_up_torch
+from flapsam.base.environment import default_threads
+from flapsam.base.errors import FlapsamError
+from flapsam.base.files import check_writable, write_text, written_whole
+from flapsam.base.seeds import seed_for
 from flapsam.experiments.synthesis import TASKS, Scenes, draw_scenes
-from flapsam.federation.observer import Observer
-from flapsam.files import check_writable, write_text, written_whole
+from flapsam.run.observer import Observer
 from flapsam.sam import Sam, architecture, build
-from flapsam.seeds import seed_for
 
 HELD_OUT = 128
 """Scenes that are only scored."""
@@ -103,7 +104,7 @@ def pretrain(
     recipe: Recipe,
     *,
     command: str,
-    threads: int,
+    threads: int | None = None,
     resume: bool = False,
     every: int = 500,
     observer: Observer | None = None,
@@ -114,7 +115,7 @@ def pretrain(
         folder: of this pretraining; ``state.safetensors`` in it is what ``resume`` reads.
         recipe: what to do.
         command: how a reader repeats it, kept in the weights' file.
-        threads: of the arithmetic.
+        threads: number of threads; all cores if None.
         resume: go on where the folder's state stands.
         every: steps between states and scores.
         observer: is told of steps.
@@ -127,7 +128,7 @@ def pretrain(
     """
     observer = observer or Observer()
     check_writable(folder)
-    set_up_torch(threads, deterministic=True)
+    set_up_torch(threads or default_threads(), deterministic=True)
     network = build(architecture(recipe.backbone), image_size=recipe.size, classes=len(TASKS), seed=recipe.seed)
     trained = [p for name, p in network.named_parameters() if not name.startswith("prompt_encoder.") or "no_mask" in name]
     optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)

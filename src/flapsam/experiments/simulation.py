@@ -1,12 +1,12 @@
 """All sites on one machine: volumes → rounds → adapters, label maps and scores.
 
-Every mode is a set of federations: ``federated`` is one of all sites, ``local`` one of each site alone, ``centralised`` one
-whose only client holds the pooled data.
+Every mode is a set of cohorts: ``federated`` is one of all sites, ``local`` one of each site alone, ``centralised``
+one whose only client holds the pooled data.
 """
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -14,17 +14,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flapsam.adapter import save_adapter
-from flapsam.config import RunConfig
-from flapsam.environment import default_threads
-from flapsam.errors import FlapsamError
+from torch import Tensor
+
+from flapsam.adapters.card import write_model_card
+from flapsam.adapters.store import AdapterCard, save_adapter
+from flapsam.base.environment import default_threads
+from flapsam.base.errors import FlapsamError
+from flapsam.base.files import alone, write_text
 from flapsam.federation.aggregation import aggregator
 from flapsam.federation.agreement import Agreement
+from flapsam.federation.client import Client, ClientData
 from flapsam.federation.engines.local import run_rounds
 from flapsam.federation.engines.workers import Workers
-from flapsam.federation.folder import LEDGER, LOCK, begin_run, found_run, is_begun
-from flapsam.federation.ledger import Ledger, read_ledger, scores_in
-from flapsam.federation.observer import Observer
 from flapsam.federation.preparation import (
     agree,
     agree_alone,
@@ -37,17 +38,30 @@ from flapsam.federation.preparation import (
     with_modalities,
     with_windows,
 )
-from flapsam.federation.rounds import Client, ClientData, Server
+from flapsam.federation.server import Server
+from flapsam.federation.shares import client_shares, training_size
 from flapsam.federation.state import ClientState, ServerState
-from flapsam.federation.weights import client_weights, training_size
-from flapsam.files import alone, write_text
-from flapsam.inference import predict_volume
-from flapsam.metrics import CaseScores, Summary, by_site, score_case, summarise
-from flapsam.model_card import model_card
-from flapsam.sam import Sam, fuse, load_tensors, travelling_state
+from flapsam.federation.traffic import full_packet_bytes
+from flapsam.learning.inference import predict_volume
+from flapsam.learning.metrics import CaseScores, Summary, by_site, score_case, scores_of, summarise
+from flapsam.run.config import SPLITS, Mode, RunConfig
+from flapsam.run.folder import RunFolder
+from flapsam.run.ledger import (
+    TOGETHER,
+    CaseTested,
+    Cohort,
+    Event,
+    Fitted,
+    Ledger,
+    MicroBatchChosen,
+    RunEnded,
+    SiteJoined,
+    bytes_sent,
+)
+from flapsam.run.observer import Observer
+from flapsam.sam import Assembled, Sam, fuse, load_tensors, travelling_state
 from flapsam.sites import Site, hold_out_validation, label_map, read_sites
-from flapsam.slices import read_pair
-from flapsam.traffic import full_packet_bytes
+from flapsam.sites.pairs import read_pair
 from flapsam.volumes import legend_of, write_label_like
 
 
@@ -74,8 +88,11 @@ class Results:
     scores: dict[str, list[CaseScores]]
     """Test scores of each mode, a case an entry."""
     parameters: int
-    """That train, and travel."""
+    """Number of parameters that train and travel."""
     traffic: Traffic | None
+    """None where nothing travelled."""
+    events: Sequence[Event] = ()
+    """The run's ledger."""
 
     def summaries(self) -> dict[str, dict[str, Summary]]:
         """Mode → site → means over its cases; ``pooled`` holds the means over all cases."""
@@ -99,199 +116,245 @@ class Results:
 
 
 @dataclass(frozen=True)
-class Federation:
-    """Who trains one model together."""
+class CohortTraining:
+    """What one cohort trains with, and the sites on whose test cases its model is scored."""
 
-    name: str
-    mode: str
+    cohort: Cohort
     clients: Sequence[ClientData]
     tested: Sequence[Site]
-    """Sites on whose test cases the model is scored."""
-    adapter: Path
-    """Where its adapter goes, relative to the run's folder."""
 
 
-def simulate(config: RunConfig, *, resume: bool = False, workers: int = 1, observer: Observer | None = None) -> Results:
+@dataclass(frozen=True)
+class Prepared:
+    """All that a run needs before its first round."""
+
+    config: RunConfig
+    """Resolved: nothing in it is left open."""
+    run: str
+    """The run's id."""
+    folder: RunFolder
+    ledger: Ledger
+    assembled: Assembled
+    start: Mapping[str, Tensor]
+    """The tensors that every cohort starts from."""
+    shares: Mapping[str, float]
+    """Site → its share in the mean."""
+    trainings: Sequence[CohortTraining]
+    """A training for each cohort, in the order of ``modes``."""
+
+
+def simulate(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    workers: int = 1,
+    sites: Sequence[Site] | None = None,
+    observer: Observer | None = None,
+) -> Results:
     """Run a configuration to its end.
 
     Args:
         config: the run.
-        resume: go on with the run in ``config.output`` where a crash or an interruption stopped it.
-        workers: sites that are fitted side by side, each on ``config.threads`` threads, or an equal part of all cores if
-            these are not given. The result depends on the threads, not on the workers.
-        observer: is told what happens.
+        resume: continue the run in ``config.output`` from where it stopped.
+        workers: sites that are fitted side by side, each on ``config.threads`` threads, or on an equal part of all cores if
+            no number is given. The result depends on the threads, not on the workers.
+        sites: the sites of ``config.data``, if they have been read before.
+        observer: follows the run.
 
     Raises:
         FlapsamError: the configuration, the data or the output folder is wrong.
     """
     if workers > 1 and config.threads is None:
         config = config.model_copy(update={"threads": max(1, default_threads() // workers)})
-    return _Simulation(resolve(config), resume=resume, workers=workers, observer=observer or Observer()).run()
+    observer = observer or Observer()
+    config = resolve(config)
+    sites = read_sites(config.data, config.seed) if sites is None else sites
+    training = [site for site in sites if site.name not in config.data.unseen]
+    _check_cases(sites, training)
+    _check_ranks(training, config)
+    config = with_modalities(config, [case for site in sites for case in site.cases])
+    shares = client_shares({site.name: training_size(site, config) for site in training}, config.rounds)
+    folder = RunFolder(config.output)
+    run = _open_folder(folder, config, resume)
+    with alone(folder.lock, wait=False):
+        prepared = prepare(config, run, sites, shares, observer)
+        for part in prepared.trainings:
+            rounds = train(prepared, part, workers, observer)
+            test(prepared, part, observer)
+            write_model_card(*_card(prepared, part.cohort, rounds), part.cohort, prepared.ledger.events())
+        results = _results(prepared)
+        write_text(folder.results, json.dumps(results.as_json(), indent=2) + "\n")
+        prepared.ledger.write(RunEnded())
+        shutil.rmtree(folder.cache, ignore_errors=True)
+    return results
 
 
-class _Simulation:
-    def __init__(self, config: RunConfig, *, resume: bool, workers: int, observer: Observer) -> None:
-        self.config = config
-        self.folder = config.output
-        self.resume = resume
-        self.workers = workers
-        self.observer = observer
+def prepare(config: RunConfig, run: str, sites: Sequence[Site], shares: Mapping[str, float], observer: Observer) -> Prepared:
+    """Unpack the volumes and assemble the network.
 
-    def run(self) -> Results:
-        config = self.config
-        sites = read_sites(config.data, config.seed)
-        training = [site for site in sites if site.name not in config.data.unseen]
-        _check_cases(sites, training)
-        _check_ranks(training, config)
-        config = self.config = with_modalities(config, [case for site in sites for case in site.cases])
-        weights = client_weights({site.name: training_size(site, config) for site in training}, config.rounds)
-        training = [hold_out_validation(site, config.data.validation_fraction, config.seed) for site in training]
-        self.run_id = self._open_folder()
-        with alone(self.folder / "state" / LOCK, wait=False):
-            return self._run(sites, training, weights)
+    Args:
+        config: resolved.
+        run: the run's id.
+        sites: all sites, each with its test cases.
+        shares: site that trains → its share in the mean.
+        observer: follows the work.
 
-    def _run(self, sites: Sequence[Site], training: Sequence[Site], weights: Mapping[str, float]) -> Results:
-        config = self.config
-        self.ledger = Ledger(self.folder / LEDGER, self.observer.event)
-        self.observer.opened(config, read_ledger(self.ledger.path))
-        clients = self._prepare(training)
-        self.assembled = assembled_for(config)
-        self.observer.say(self.assembled.origin.about)
-        self._measure_memory()
-        self.start = start_of(self.assembled.network, aggregator(config.aggregator, config.lora.rank))
-        scores: dict[str, list[CaseScores]] = {}
-        for federation in self._federations(training, clients, sites):
-            rounds = self._train(federation, weights)
-            self._test(federation)
-            card = card_of(self.run_id, federation.mode, rounds, config, self.assembled.origin)
-            text = model_card(card, federation.name, read_ledger(self.ledger.path))
-            write_text(self.folder / federation.adapter / "README.md", text)
-        for event in read_ledger(self.ledger.path):
-            if event["event"] == "test":
-                scores.setdefault(event["federation"].split("/")[0], []).append(scores_in(event))
-        parameters = sum(tensor.numel() for tensor in travelling_state(self.assembled.network).values())
-        results = Results(self.folder, scores, parameters, self._traffic())
-        write_text(self.folder / "results.json", json.dumps(results.as_json(), indent=2) + "\n")
-        self.ledger.write("end")
-        shutil.rmtree(self._cache, ignore_errors=True)
-        return results
+    Raises:
+        FlapsamError: a case or the backbone is wrong.
+    """
+    folder = RunFolder(config.output)
+    fraction = config.data.validation_fraction
+    training = [hold_out_validation(site, fraction, config.seed) for site in sites if site.name in shares]
+    ledger = Ledger(folder.ledger, observer.event)
+    observer.opened(config, ledger.events())
+    observer.begin("reading volumes", sum(len(site.of("train", "val")) for site in training))
+    clients = []
+    for site in training:
+        clients.append(prepare_site(site, config, folder.cache / site.name, observer.step))
+        ledger.write(SiteJoined(site=site.name, cases={split: len(site.of(split)) for split in SPLITS}))
+    observer.end()
+    assembled = assembled_for(config)
+    observer.say(assembled.origin.about)
+    if config.training.micro_batch == "auto":
+        config = _measured(config, assembled.network, ledger)
+        windows, batch = config.training.micro_batch, config.training.batch_size
+        observer.say(f"micro_batch: {windows} of a batch's {batch} windows fit into memory at once")
+    start = start_of(assembled.network, aggregator(config.aggregator, config.lora.rank))
+    trainings = [part for mode in config.modes for part in _trainings(mode, training, clients, sites)]
+    return Prepared(config, run, folder, ledger, assembled, start, shares, trainings)
 
-    @property
-    def _cache(self) -> Path:
-        return self.folder / "cache"
 
-    def _open_folder(self) -> str:
-        """Make the run's folder, or check that it holds this run; returns the run's id."""
-        if is_begun(self.folder):
-            if not self.resume:
-                raise FlapsamError(f"{self.folder}: there is a run here already; add --resume, or choose another output")
-            return found_run(self.config)
-        if self.resume:
-            raise FlapsamError(f"{self.folder}: there is no run here to resume; leave out --resume")
-        return begin_run(self.config)
+def train(prepared: Prepared, training: CohortTraining, workers: int, observer: Observer) -> int:
+    """Run a cohort's rounds and save its adapter, which the network holds afterwards.
 
-    def _prepare(self, sites: Sequence[Site]) -> list[ClientData]:
-        """Unpack every training and validation case."""
-        self.observer.begin("reading volumes", sum(len(site.of("train", "val")) for site in sites))
-        clients = []
-        for site in sites:
-            clients.append(prepare_site(site, self.config, self._cache / site.name, self.observer.step))
-            cases = {split: len(site.of(split)) for split in ("train", "val", "test")}
-            self.ledger.write("site", site=site.name, cases=cases)
-        self.observer.end()
-        return clients
+    Args:
+        prepared: the run.
+        training: the cohort and its data.
+        workers: sites that are fitted side by side.
+        observer: follows the rounds.
 
-    def _measure_memory(self) -> None:
-        """Put a number in the place of ``micro_batch: auto``; a run that is gone on with keeps its first."""
-        training = self.config.training
-        if training.micro_batch != "auto":
-            return
-        known = [event["windows"] for event in read_ledger(self.ledger.path) if event["event"] == "micro_batch"]
-        self.config = with_windows(self.config, self.assembled.network, *known[:1])
-        if not known:
-            self.ledger.write("micro_batch", windows=self.config.training.micro_batch)
-        windows = self.config.training.micro_batch
-        self.observer.say(f"micro_batch: {windows} of a batch's {training.batch_size} windows fit into memory at once")
+    Returns:
+        The number of rounds done.
+    """
+    config, network, cohort = prepared.config, prepared.assembled.network, training.cohort
+    together = cohort == TOGETHER
+    load_tensors(network, prepared.start)
+    agreement = (agree if together else agree_alone)(prepared.run, config, network)
+    server = Server(
+        agreement,
+        prepared.shares if together else {data.site: 1.0 for data in training.clients},
+        ServerState(prepared.folder.server_state(cohort)),
+        options=config.server if together else None,
+        seed=config.seed,
+    )
+    description = (config, agreement, training.clients, prepared.folder.client_states(cohort))
+    clients = list(_clients(network, *description).values())
+    side_by_side = min(workers, len(clients)) > 1
+    with Workers(workers, partial(_own_clients, *description)) if side_by_side else nullcontext() as processes:
+        run_rounds(cohort, server, clients, prepared.ledger, observer, processes)
+    folder, card = _card(prepared, cohort, server.rounds_done)
+    save_adapter(folder, card, server.tensors)
+    load_tensors(network, server.tensors)
+    return server.rounds_done
 
-    def _federations(
-        self, training: Sequence[Site], clients: Sequence[ClientData], tested: Sequence[Site]
-    ) -> list[Federation]:
-        result = []
-        for mode in self.config.modes:
-            if mode == "federated":
-                result.append(Federation(mode, mode, clients, tested, Path("adapter")))
-            elif mode == "centralised":
-                pooled = ClientData(
-                    mode, [c for data in clients for c in data.train], [c for data in clients for c in data.val]
-                )
-                result.append(Federation(mode, mode, [pooled], tested, Path("adapter-centralised")))
-            else:
-                result += [
-                    Federation(f"{mode}/{site.name}", mode, [data], [site], Path("adapter-local") / site.name)
-                    for site, data in zip(training, clients, strict=True)
-                ]
-        return result
 
-    def _train(self, federation: Federation, weights: Mapping[str, float]) -> int:
-        """Run the rounds and save the adapter, which the network holds afterwards; returns the number of rounds."""
-        config, assembled = self.config, self.assembled
-        state = self.folder / "state" / federation.name
-        together = federation.mode == "federated"
-        load_tensors(assembled.network, self.start)
-        agreement = (agree if together else agree_alone)(self.run_id, config, assembled.network)
-        server = Server(
-            agreement,
-            weights if together else {data.site: 1.0 for data in federation.clients},
-            ServerState(state / "server"),
-            options=config.server if together else None,
-            seed=config.seed,
-        )
-        description = (config, agreement, federation.clients, state / "sites")
-        clients = list(_clients(assembled.network, *description).values())
-        side_by_side = min(self.workers, len(clients)) > 1
-        with Workers(self.workers, partial(_own_clients, *description)) if side_by_side else nullcontext() as workers:
-            run_rounds(federation.name, server, clients, self.ledger, self.observer, workers)
-        card = card_of(self.run_id, federation.mode, server.rounds_done, config, assembled.origin)
-        save_adapter(self.folder / federation.adapter, card, server.tensors)
-        load_tensors(assembled.network, server.tensors)
-        return server.rounds_done
+def test(prepared: Prepared, training: CohortTraining, observer: Observer) -> None:
+    """Predict and score a cohort's test cases, each once.
 
-    def _test(self, federation: Federation) -> None:
-        """Predict and score the test cases, each once; label maps go to ``predictions``."""
-        config = self.config
-        cases = [case for site in federation.tested for case in site.of("test")]
-        # As ``flapsam predict`` has it, so that label maps are the same to the last voxel.
-        network = fuse(deepcopy(self.assembled.network))
-        self.observer.begin(f"{federation.name}: test", len(cases))
-        for case in cases:
-            identity = {"federation": federation.name, "site": case.site, "case": case.name}
-            if not self.ledger.holds("test", **identity):
-                labels = label_map(config.data, case.site)
-                image, truth = read_pair(case, labels)
-                predicted = predict_volume(
-                    network,
-                    image,
-                    config.samples,
-                    batch=config.inference_batch,
-                    precision=config.precision,
-                    site=case.site,
-                ).labels
-                target = self.folder / "predictions" / federation.mode / case.site / f"{case.name}.nii.gz"
-                write_label_like(predicted, case.image, target, legend_of(config.data.classes))
-                score = score_case(
-                    case.name, case.site, predicted, truth.array, image.spacing, labels.classes, labels.annotated
-                )
-                self.ledger.write("test", **identity, dice=score.dice, hd95=score.hd95)
-            self.observer.step()
-        self.observer.end()
+    Args:
+        prepared: the run, whose network holds the cohort's adapter.
+        training: the cohort and the sites that it is tested on.
+        observer: follows the cases.
+    """
+    config, cohort = prepared.config, training.cohort
+    cases = [case for site in training.tested for case in site.of("test")]
+    scored = {
+        (event.site, event.case)
+        for event in prepared.ledger.events()
+        if isinstance(event, CaseTested) and event.cohort == cohort
+    }
+    # The fused network, as in ``flapsam predict``, so that label maps are the same to the last voxel.
+    network = fuse(deepcopy(prepared.assembled.network))
+    observer.begin(f"{cohort}: test", len(cases))
+    for case in cases:
+        if (case.site, case.name) not in scored:
+            labels = label_map(config.data, case.site)
+            image, truth = read_pair(case, labels)
+            predicted = predict_volume(
+                network,
+                image,
+                config.samples,
+                batch=config.inference_batch,
+                precision=config.precision,
+                site=case.site,
+            ).labels
+            target = prepared.folder.label_map(cohort.mode, case.site, case.name)
+            write_label_like(predicted, case.image, target, legend_of(config.data.classes))
+            score = score_case(case.name, case.site, predicted, truth.array, image.spacing, labels.classes, labels.annotated)
+            event = CaseTested(cohort=cohort, site=case.site, case=case.name, dice=score.dice, hd95=score.hd95)
+            prepared.ledger.write(event)
+        observer.step()
+    observer.end()
 
-    def _traffic(self) -> Traffic | None:
-        if "federated" not in self.config.modes:
-            return None
-        events = [event for event in read_ledger(self.ledger.path) if event.get("federation") == "federated"]
-        fits = sum(event["event"] == "fit" for event in events)
-        up, down = (sum(event.get(key, 0) for event in events) / fits for key in ("bytes_up", "bytes_down"))
-        return Traffic(up, down, full_packet_bytes(self.config))
+
+def _open_folder(folder: RunFolder, config: RunConfig, resume: bool) -> str:
+    """Begin the run's folder, or check that it holds this run; returns the run's id."""
+    if folder.is_begun:
+        if not resume:
+            raise FlapsamError(f"{folder.path}: there is a run here already; add --resume, or choose another output")
+        return folder.resume(config)
+    if resume:
+        raise FlapsamError(f"{folder.path}: there is no run here to resume; leave out --resume")
+    return folder.begin(config)
+
+
+def _measured(config: RunConfig, network: Sam, ledger: Ledger) -> RunConfig:
+    """A number in the place of ``micro_batch: auto``. A resumed run keeps its first."""
+    known = [event.windows for event in ledger.events() if isinstance(event, MicroBatchChosen)]
+    config = with_windows(config, network, *known[:1])
+    if isinstance(config.training.micro_batch, int):
+        ledger.write(MicroBatchChosen(windows=config.training.micro_batch))
+    return config
+
+
+def _trainings(
+    mode: Mode, training: Sequence[Site], clients: Sequence[ClientData], sites: Sequence[Site]
+) -> Iterator[CohortTraining]:
+    """The cohorts of a mode."""
+    if mode == "federated":
+        yield CohortTraining(TOGETHER, clients, sites)
+    elif mode == "centralised":
+        train = [case for data in clients for case in data.train]
+        val = [case for data in clients for case in data.val]
+        yield CohortTraining(Cohort(mode), [ClientData(mode, train, val)], sites)
+    else:
+        for site, data in zip(training, clients, strict=True):
+            yield CohortTraining(Cohort(mode, site.name), [data], [site])
+
+
+def _card(prepared: Prepared, cohort: Cohort, rounds: int) -> tuple[Path, AdapterCard]:
+    """The folder of a cohort's adapter, and the adapter's description."""
+    card = card_of(prepared.run, cohort.mode, rounds, prepared.config, prepared.assembled.origin)
+    return prepared.folder.adapter(cohort), card
+
+
+def _results(prepared: Prepared) -> Results:
+    scores: dict[str, list[CaseScores]] = {}
+    events = prepared.ledger.events()
+    for event in events:
+        if isinstance(event, CaseTested):
+            scores.setdefault(event.cohort.mode, []).append(scores_of(event))
+    parameters = sum(tensor.numel() for tensor in travelling_state(prepared.assembled.network).values())
+    return Results(prepared.folder.path, scores, parameters, _traffic(prepared.config, events), tuple(events))
+
+
+def _traffic(config: RunConfig, events: Sequence[Event]) -> Traffic | None:
+    """Mean bytes of a fit, with all that the federated cohort sent and received."""
+    fits = sum(isinstance(event, Fitted) and event.cohort == TOGETHER for event in events)
+    if not fits:
+        return None
+    up, down = bytes_sent(events, TOGETHER)
+    return Traffic(up / fits, down / fits, full_packet_bytes(config))
 
 
 def _clients(

@@ -6,11 +6,14 @@ from functools import cached_property
 
 from torch import Tensor
 
-from flapsam.config import Compression
 from flapsam.federation.aggregation.aggregator import A, Aggregator, B
 from flapsam.federation.packets import Contract, Header
+from flapsam.run.config import Compression
 
 SERVER = "server"
+"""The sender of the server's packets."""
+VALIDATION = "validation."
+"""Prefix of the validation metrics in a header; ``validation.mean`` is the mean over the classes."""
 
 
 @dataclass(frozen=True)
@@ -113,3 +116,8 @@ def padded(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]])
             result[name] = tensor.new_zeros(shapes[name])
             result[name][tuple(slice(length) for length in tensor.shape)] = tensor
     return result
+
+
+def changed(old: Mapping[str, Tensor], part: Mapping[str, Tensor], replace: bool) -> dict[str, Tensor]:
+    """The tensors with some of them replaced, or added to."""
+    return {**old, **(part if replace else {name: old[name] + change for name, change in part.items()})}

@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from flapsam.config import Compression
 from flapsam.federation.compression import codec
 from flapsam.federation.compression.codec import Codec
+from flapsam.run.config import Compression
 
 NAME = b"FLAPSAM"
 MAGIC = NAME + b"2"

@@ -5,17 +5,18 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flapsam.adapter import AdapterCard, BackboneCard
-from flapsam.config import Compression, RunConfig
-from flapsam.device import find_device, set_up_torch
-from flapsam.environment import default_threads
-from flapsam.errors import FlapsamError, choose
+from flapsam.adapters.store import AdapterCard, BackboneCard
+from flapsam.base.device import find_device, set_up_torch
+from flapsam.base.environment import default_threads
+from flapsam.base.errors import FlapsamError, choose
 from flapsam.federation.aggregation import Aggregator, aggregator
 from flapsam.federation.agreement import Agreement
+from flapsam.federation.client import ClientData
 from flapsam.federation.compression import codec
-from flapsam.federation.rounds import ClientData
 from flapsam.federation.server_optimizers import SERVER_OPTIMIZERS
-from flapsam.memory import windows_that_fit
+from flapsam.learning.memory import windows_that_fit
+from flapsam.learning.prepared import PreparedCase, prepare
+from flapsam.run.config import Compression, RunConfig
 from flapsam.sam import (
     Assembled,
     Origin,
@@ -27,11 +28,11 @@ from flapsam.sam import (
     tensors_of,
     travelling_state,
 )
-from flapsam.sam.checkpoints import find_weights
+from flapsam.sam.checkpoints import find_checkpoint
 from flapsam.sam.encoder import checkpoint_layers
 from flapsam.sam.sources import source
 from flapsam.sites import Case, Site, label_map
-from flapsam.slices import PreparedCase, check_geometry, prepare
+from flapsam.sites.pairs import check_geometry
 from flapsam.volumes import count_modalities, read_geometry
 
 
@@ -42,7 +43,7 @@ def resolve(config: RunConfig) -> RunConfig:
         FlapsamError: a name in it is unknown.
     """
     sizes = architecture(source(config.backbone.name).architecture)
-    find_weights(config.backbone)
+    find_checkpoint(config.backbone)
     strategy(config.strategy)
     size = config.samples.size or sizes.default_size
     sizes.tokens(size)
@@ -168,7 +169,7 @@ def card_of(run: str, mode: str, rounds: int, config: RunConfig, origin: Origin)
         backbone=BackboneCard(
             name=config.backbone.name,
             pixels=config.backbone.pixels,
-            weights=Path(origin.weights).name,
+            weights=Path(origin.checkpoint).name,
             masks=config.backbone.masks,
             seed=config.seed,
             checksum=origin.checksum,

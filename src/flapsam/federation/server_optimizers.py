@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from flapsam.config import ServerOptions
-from flapsam.errors import choose
+from flapsam.base.errors import choose
+from flapsam.run.config import ServerOptions
 
 Moments = dict[str, dict[str, Tensor]]
 """``m`` and ``v``, each by the tensors' names; empty before the first round."""

@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from flapsam.errors import FlapsamError
+from flapsam.base.errors import FlapsamError
+from flapsam.base.files import make_folder, write_bytes, written_whole
 from flapsam.federation.aggregation import Reply
-from flapsam.files import make_folder, write_bytes, written_whole
 
 Groups = Mapping[str, Mapping[str, Tensor]]
 """Tensors by what they are for, then by name."""

@@ -3,8 +3,8 @@
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from flapsam.base.files import written_whole
 from flapsam.experiments.bench import Bench, front, measured
-from flapsam.files import written_whole
 
 BLUE, GREY = "#0072B2", "#767676"
 """Of Okabe and Ito's colours, which the colour-blind tell apart; and a grey that stands out from white by 4.5 to 1."""

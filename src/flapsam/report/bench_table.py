@@ -8,8 +8,8 @@ from dataclasses import asdict
 
 from rich.table import Table
 
+from flapsam.base.files import write_text
 from flapsam.experiments.bench import Bench, RowSummary
-from flapsam.files import write_text
 from flapsam.report.units import NONE, interval, number
 
 MISSING = "missing"

@@ -1,17 +1,50 @@
 """Several runs on one page: overlaid curves, and a table of paired differences."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from flapsam.errors import FlapsamError
-from flapsam.files import write_text
-from flapsam.report.figures.compared import Runs, configurations, dice_by_class, overlaid, traffic_of_each
+from flapsam.base.errors import FlapsamError
+from flapsam.base.files import write_text
+from flapsam.report.cases import cases_of, subjects_of
+from flapsam.report.figures.compared import (
+    DICE,
+    LOSS,
+    SiteTraffic,
+    configurations,
+    dice_by_class,
+    overlaid,
+    traffic_of_each,
+)
 from flapsam.report.figures.drawing import chart_style
-from flapsam.report.page import cases_of, render, subjects_of
+from flapsam.report.page import render, write_report
 from flapsam.report.run import TITLES, Run, read_run
 from flapsam.report.section import Section, Table
 from flapsam.report.units import NONE, number
+from flapsam.run.observer import Observer
+
+COMPARISON = Path("comparison.html")
+"""Where several runs are compared, unless another file is given."""
+
+
+def write_reports(folders: Sequence[Path], output: Path | None, *, images: bool, observer: Observer) -> Path:
+    """Write the report of one run, or the comparison of several.
+
+    Args:
+        folders: the runs' folders.
+        output: the page; if None, the run's own place for it, or ``comparison.html``.
+        images: whether a run's report shows slices of patients.
+        observer: follows the work.
+
+    Returns:
+        The page.
+
+    Raises:
+        FlapsamError: as ``write_report`` and ``write_comparison``.
+    """
+    if len(folders) == 1:
+        return write_report(folders[0], output, images=images, observer=observer)
+    return write_comparison(folders, output or COMPARISON)
 
 
 def write_comparison(folders: Sequence[Path], output: Path) -> Path:
@@ -27,7 +60,7 @@ def write_comparison(folders: Sequence[Path], output: Path) -> Path:
     Raises:
         FlapsamError: a folder is no run, one is given twice, or no mode is in all of them.
     """
-    twice = [folder for folder, count in Counter(one.resolve() for one in folders).items() if count > 1]
+    twice = [folder for folder, count in Counter(path.resolve() for path in folders).items() if count > 1]
     if twice:
         raise FlapsamError(f"{twice[0]}: this run is given twice; give runs that differ")
     runs = _named([read_run(folder) for folder in folders])
@@ -37,11 +70,11 @@ def write_comparison(folders: Sequence[Path], output: Path) -> Path:
     subjects = {key: subject for run in runs.values() for key, subject in subjects_of(cases_of(run)).items()}
     with chart_style():
         sections = [
-            dice_by_class(runs, mode, subjects),
-            overlaid(runs, mode, "dice-per-round", "Dice per round", "validation Dice", lambda run: run.validation(mode)),
-            overlaid(runs, mode, "losses", "Training loss", "training loss", lambda run: run.fits(mode, "loss")),
-            traffic_of_each(runs),
-            configurations(runs),
+            dice_by_class({label: run.scores.get(mode, []) for label, run in runs.items()}, mode, subjects),
+            overlaid({label: run.validation(mode) for label, run in runs.items()}, mode, DICE),
+            overlaid({label: run.fits(mode, lambda fit: fit.loss) for label, run in runs.items()}, mode, LOSS),
+            traffic_of_each({label: _site_traffic(run) for label, run in runs.items()}),
+            configurations({label: run.config for label, run in runs.items()}),
             _folders(runs, mode),
         ]
     page = render(
@@ -57,18 +90,23 @@ def write_comparison(folders: Sequence[Path], output: Path) -> Path:
     return output
 
 
-def _named(runs: Sequence[Run]) -> Runs:
-    """Each run under its folder's name, or the whole path where two have the same."""
+def _site_traffic(run: Run) -> SiteTraffic | None:
+    sites = len(run.bytes_up)
+    return SiteTraffic(run.rounds("federated"), run.travelled / sites) if sites else None
+
+
+def _named(runs: Sequence[Run]) -> dict[str, Run]:
+    """Each run under its folder's name, or under the whole path where two have the same."""
     names = Counter(run.name for run in runs)
-    return {run.name if names[run.name] == 1 else str(run.folder): run for run in runs}
+    return {run.name if names[run.name] == 1 else str(run.folder.path): run for run in runs}
 
 
-def _folders(runs: Runs, mode: str) -> Section:
+def _folders(runs: Mapping[str, Run], mode: str) -> Section:
     rows = []
     for label, run in runs.items():
         pooled = run.pooled(mode)
         dice = number(pooled.mean_dice) if pooled else NONE
-        cells = [label, str(run.folder), run.config.notes or NONE, str(len(run.sites)), str(run.rounds(mode)), dice]
+        cells = [label, str(run.folder.path), run.config.notes or NONE, str(len(run.sites)), str(run.rounds(mode)), dice]
         rows.append(cells)
     head = ["run", "folder", "notes", "sites", "rounds", "test Dice"]
     table = Table("runs-table", "The runs", head, rows, text_columns=3, opened=True)

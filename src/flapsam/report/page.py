@@ -9,11 +9,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from flapsam import __version__
-from flapsam.config import write_config
-from flapsam.errors import FlapsamError
-from flapsam.federation.observer import Observer
-from flapsam.files import make_folder, write_text
+from flapsam.base.errors import FlapsamError
+from flapsam.base.files import make_folder, write_text
+from flapsam.base.version import __version__
+from flapsam.federation.traffic import StrategyTraffic, full_packet_bytes, strategy_table
+from flapsam.report.cases import CaseKey, cases_of, read_volumes, subjects_of
 from flapsam.report.figures.attendance import attendance
 from flapsam.report.figures.cases import dice_per_case
 from flapsam.report.figures.curves import dice_curves, losses
@@ -22,16 +22,17 @@ from flapsam.report.figures.gain import modes_by_site
 from flapsam.report.figures.phases import phases
 from flapsam.report.figures.strips import strips
 from flapsam.report.figures.traffic import traffic
-from flapsam.report.run import TITLES, Run, read_run
+from flapsam.report.run import TITLES, Run, Series, read_run
 from flapsam.report.section import Block, CaseName, Section, Table
+from flapsam.report.times import phase_times, site_times
 from flapsam.report.units import NONE, number, size
+from flapsam.run.config import SPLITS, RunConfig
+from flapsam.run.observer import Observer
+from flapsam.run.reading import write_config
 from flapsam.sam import strategy
-from flapsam.sites import Case, read_sites
-from flapsam.traffic import full_packet_bytes
+from flapsam.sites import Case
 from flapsam.volumes import legend_of
 
-REPORT = Path("report") / "index.html"
-"""In a run's folder."""
 Link = Callable[[str, str], str | None]
 """Site and case → where the case opens, if it does."""
 
@@ -61,7 +62,7 @@ def write_report(folder: Path, output: Path | None = None, *, images: bool = Tru
         FlapsamError: there is no run, a file is damaged, or the page cannot be written.
     """
     run = read_run(folder)
-    path = output or folder / REPORT
+    path = output or run.folder.report
     make_folder(path.parent)
     write_text(path, report_page(run, images=images, observer=observer or Observer()))
     return path
@@ -77,16 +78,17 @@ def report_page(run: Run, *, images: bool = True, link: Link | None = None, obse
         observer: is told what happens.
     """
     cases = cases_of(run)
+    federated = run.rounds("federated")
     with chart_style():
         sections = [
-            modes_by_site(run, subjects_of(cases)),
-            dice_per_case(run),
-            dice_curves(run),
-            traffic(run),
-            losses(run),
-            phases(run),
-            attendance(run),
-            strips(run, cases, observer or Observer()) if images else None,
+            modes_by_site(run.scores, subjects_of(cases)),
+            dice_per_case(run.scores, run.classes),
+            dice_curves({mode: run.validation(mode) for mode in run.modes}),
+            traffic(run.bytes_up, run.bytes_down, run.delivered, federated, _strategies(run.config, federated)),
+            losses({mode: run.fits(mode, lambda fit: fit.loss) for mode in run.modes}, run.config.training),
+            phases(phase_times(run), site_times(run)),
+            attendance(_answered(run), run.troubles, federated),
+            _strips(run, cases, observer or Observer()) if images else None,
             _description(run),
         ]
     rounds = max((run.rounds(mode) for mode in run.modes), default=0)
@@ -94,7 +96,7 @@ def report_page(run: Run, *, images: bool = True, link: Link | None = None, obse
         "" if run.finished else f"This run is not over: {rounds} of {run.config.rounds.count} rounds are in its ledger."
     )
     return render(
-        title=f"{run.folder.resolve().parent.name}/{run.name}",
+        title=f"{run.folder.path.resolve().parent.name}/{run.name}",
         kind="A run of flapsam",
         notes=run.config.notes,
         warning=warning,
@@ -123,20 +125,33 @@ def pages() -> Environment:
     return found
 
 
-def cases_of(run: Run) -> dict[tuple[str, str], Case]:
-    """(site, name) → case, of a run that was tested and whose data are here; none otherwise."""
+def _answered(run: Run) -> Series:
+    """Bytes of the packets that were accepted in the federated rounds."""
+    return run.fits("federated", lambda fit: fit.bytes_up)
+
+
+def _strips(run: Run, cases: Mapping[CaseKey, Case], observer: Observer) -> Section | None:
     if not run.scores:
-        return {}
+        return None
+    mode, scores = next(iter(run.scores.items()))
+    return strips(
+        scores, lambda score: read_volumes(run, mode, cases, (score.site, score.case)), run.config.samples, observer
+    )
+
+
+def _strategies(config: RunConfig, rounds: int) -> list[StrategyTraffic]:
+    """What the paper's strategies would send for this network."""
     try:
-        sites = read_sites(run.config.data, run.config.seed)
+        return strategy_table(
+            config.backbone.name,
+            image_size=config.samples.size,
+            classes=len(config.data.classes),
+            rank=config.lora.rank,
+            rounds=max(rounds, 1),
+        )
     except FlapsamError:
-        return {}
-    return {(case.site, case.name): case for site in sites for case in site.cases}
-
-
-def subjects_of(cases: Mapping[tuple[str, str], Case]) -> dict[str, str]:
-    """``SITE/CASE`` → subject."""
-    return {f"{site}/{name}": case.subject for (site, name), case in cases.items()}
+        # A backbone that this version does not know: what was measured is still worth showing.
+        return []
 
 
 def _about(run: Run) -> str:
@@ -163,7 +178,7 @@ def _tiles(run: Run, rounds: int) -> list[Tile]:
     if federated and local and federated.mean_dice is not None and local.mean_dice is not None:
         tiles.append(Tile("collaborative gain", f"{federated.mean_dice - local.mean_dice:+.3f}", "federated − local-only"))
     tiles.append(Tile("sites", str(len(run.sites)), f"{rounds} of {run.config.rounds.count} rounds"))
-    fits = sum(len(points) for points in run.fits("federated", "bytes_up").values())
+    fits = sum(len(points) for points in _answered(run).values())
     if fits:
         ratio = 2 * full_packet_bytes(run.config) * fits / run.travelled
         tiles.append(Tile("a site and round", size(run.travelled / fits), f"{ratio:,.1f} × less than full fine-tuning"))
@@ -171,8 +186,8 @@ def _tiles(run: Run, rounds: int) -> list[Tile]:
 
 
 def _description(run: Run) -> Section:
-    splits = sorted({split for event in run.of("site") for split in event["cases"]}, key=["train", "val", "test"].index)
-    rows = [[e["site"], *(str(e["cases"].get(split, NONE)) for split in splits)] for e in run.of("site")]
+    splits = sorted({split for joined in run.joined for split in joined.cases}, key=SPLITS.index)
+    rows = [[joined.site, *(str(joined.cases.get(split, NONE)) for split in splits)] for joined in run.joined]
     found = dict(run.environment)
     command = found.pop("command", [])
     packages = found.pop("packages", {})

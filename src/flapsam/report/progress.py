@@ -9,12 +9,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn
 from rich.text import Text
 
-from flapsam.config import RunConfig
-from flapsam.federation.ledger import Event
-from flapsam.federation.observer import Observer
-from flapsam.report.standing import FederationStanding, Standing, now
+from flapsam.report.standing import CohortStanding, Standing
 from flapsam.report.standing_view import bytes_line, dice_line, end_line, event_line, sites_view
 from flapsam.report.units import duration, rate
+from flapsam.run.config import RunConfig
+from flapsam.run.ledger import AnswerMissing, AnswerRefused, Delivered, Event, Fitted, RoundClosed, now
+from flapsam.run.observer import Observer
 
 REFRESHES = 4
 """A second."""
@@ -76,10 +76,10 @@ class ConsoleObserver(Observer):
 
     def end(self) -> None:
         with self.lock:
-            task, one = self.task, self._trained()
+            task, trained = self.task, self._trained()
             self._clear()
-        if one is not None:
-            self.say(end_line(one))
+        if trained is not None:
+            self.say(end_line(trained))
         elif task is not None and self.draws:
             self.say(f"{self.title}, {task.completed:.0f} in {duration(task.elapsed or 0)}")
 
@@ -89,18 +89,19 @@ class ConsoleObserver(Observer):
 
     def event(self, event: Event) -> None:
         with self.lock:
-            if event["event"] in ("fit", "delivery", "refused", "missing"):
-                self.at_work.pop(event["site"], None)
+            if isinstance(event, Fitted | Delivered | AnswerRefused | AnswerMissing):
+                self.at_work.pop(event.site, None)
             if self.standing is not None:
                 self.standing.add(event)
             text = event_line(event, self.standing.under_way if self.standing else None)
         # On a terminal the view says how the rounds do.
-        if text and (event["event"] != "round" or not self.draws):
+        if text and (not isinstance(event, RoundClosed) or not self.draws):
             self.say(text)
 
-    def _trained(self) -> FederationStanding | None:
-        """The federation that the bar is of."""
-        return self.standing.federations.get(self.title) if self.standing and self.task else None
+    def _trained(self) -> CohortStanding | None:
+        """The cohort that the bar shows, if it shows one."""
+        cohorts = self.standing.cohorts.values() if self.standing and self.task else ()
+        return next((standing for standing in cohorts if str(standing.cohort) == self.title), None)
 
     def _clear(self) -> None:
         if self.task is not None:
@@ -112,24 +113,25 @@ class ConsoleObserver(Observer):
         with self.lock:
             if self.task is None:
                 return Group()
-            speed, one = self.task.speed, self._trained()
-            unit = " steps" if one is not None and (self.task.total or 0) > one.planned else ""
+            speed, trained = self.task.speed, self._trained()
+            unit = " steps" if trained is not None and (self.task.total or 0) > trained.planned else ""
             left = f", {duration(self.task.time_remaining)} left" if self.task.time_remaining is not None else ""
             self.bar.update(self.task.id, pace=rate(speed, unit) + left if speed else "")
             parts: list[RenderableType | None] = [self.bar.get_renderable()]
-            if one is not None and self.standing is not None:
-                parts += [Text(_facts(one, self.standing), style="dim"), sites_view(one, self.at_work)]
+            if trained is not None and self.standing is not None:
+                parts += [Text(_facts(trained, self.standing), style="dim"), sites_view(trained, self.at_work)]
             return Group(*(part for part in parts if part is not None))
 
 
-def _facts(one: FederationStanding, standing: Standing) -> str:
+def _facts(trained: CohortStanding, standing: Standing) -> str:
     """The round and times, Dice and bytes, in a line each."""
     at = now()
-    first = f"round {one.rounds + 1} of {one.planned}" if one.rounds < one.planned and not one.over else "the result is sent"
+    in_rounds = trained.rounds < trained.planned and not trained.over
+    first = f"round {trained.rounds + 1} of {trained.planned}" if in_rounds else "sending the result"
     left = standing.round_seconds_left(at)
-    if left is not None and not one.over:
+    if left is not None and not trained.over:
         first += f", {duration(left)} left"
     whole = standing.seconds_left(at)
-    if whole is not None and len(standing.federations) > 1:
+    if whole is not None and len(standing.cohorts) > 1:
         first += f"; the whole run, about {duration(whole)}"
-    return "\n".join(filter(None, [first, dice_line(one), bytes_line(one)]))
+    return "\n".join(filter(None, [first, dice_line(trained), bytes_line(trained)]))

@@ -1,28 +1,47 @@
 """A run as its report reads it: the files of its folder, and series from its ledger."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from flapsam.config import RunConfig, read_config
-from flapsam.federation.folder import DESCRIPTION, LEDGER, read_identity
-from flapsam.federation.ledger import Event, read_ledger, scores_in
-from flapsam.metrics import CaseScores, Summary, by_site, summarise
+from flapsam.learning.metrics import CaseScores, Summary, by_site, scores_of, summarise
+from flapsam.run.config import RunConfig
+from flapsam.run.folder import RunFolder
+from flapsam.run.ledger import (
+    AnswerRefused,
+    CaseTested,
+    CohortEvent,
+    Delivered,
+    Event,
+    EventBase,
+    Fitted,
+    RoundClosed,
+    RunEnded,
+    SiteJoined,
+    Trouble,
+    Validated,
+    read_ledger,
+)
+from flapsam.run.reading import read_config
 
-TITLES = {"federated": "federated", "local": "local-only", "centralised": "centralised"}
-"""Mode → as people read it, in the order in which modes are shown."""
+TITLES: dict[str, str] = {"federated": "federated", "local": "local-only", "centralised": "centralised"}
+"""Mode → its name for people, in the order in which modes are shown."""
 
 Series = dict[str, dict[int, float]]
 """Site → round → value."""
+Scores = Mapping[str, Sequence[CaseScores]]
+"""Mode → test scores, a case an entry."""
+Kind = TypeVar("Kind", bound=EventBase)
+InRound = TypeVar("InRound", Fitted, Validated)
 
 
 @dataclass(frozen=True)
 class Run:
     """What a run's folder holds."""
 
-    folder: Path
+    folder: RunFolder
     config: RunConfig
     environment: dict[str, Any]
     events: list[Event]
@@ -30,62 +49,64 @@ class Run:
     @property
     def name(self) -> str:
         """The folder's own name."""
-        return self.folder.resolve().name
+        return self.folder.path.resolve().name
 
-    def of(self, event: str, mode: str | None = None) -> Iterator[Event]:
+    def of(self, kind: type[Kind], mode: str | None = None) -> Iterator[Kind]:
         """The events of a kind, of all modes or one."""
-        for one in self.events:
-            if one["event"] == event and mode in (None, mode_of(one)):
-                yield one
+        for event in self.events:
+            if isinstance(event, kind) and (mode is None or (isinstance(event, CohortEvent) and event.cohort.mode == mode)):
+                yield event
 
     @cached_property
     def modes(self) -> list[str]:
-        """Those of which anything is in the ledger."""
-        found = {mode_of(event) for event in self.events if "federation" in event}
-        return [mode for mode in TITLES if mode in found]
+        """The modes that the ledger has events of."""
+        seen = {event.cohort.mode for event in self.of(CohortEvent)}
+        return [mode for mode in TITLES if mode in seen]
 
     @cached_property
     def sites(self) -> list[str]:
         """All sites that the ledger names, in the order of their names."""
-        return sorted({event["site"] for event in self.events if "site" in event} - {"centralised"})
+        named = {site for event in self.events if (site := getattr(event, "site", None)) is not None}
+        return sorted(named - {"centralised"})
 
     @property
     def classes(self) -> list[str]:
-        """Without background."""
+        """Class names, without background."""
         return self.config.data.classes
 
     @property
     def finished(self) -> bool:
-        """Whether it came to its end."""
-        return any(self.of("end"))
+        """Whether the run is complete."""
+        return any(self.of(RunEnded))
+
+    @property
+    def joined(self) -> list[SiteJoined]:
+        """The sites that take part, with their cases."""
+        return list(self.of(SiteJoined))
+
+    @property
+    def troubles(self) -> list[Trouble]:
+        """What kept sites from answering, or from taking part."""
+        return [event for event in self.events if isinstance(event, Trouble)]
 
     def rounds(self, mode: str) -> int:
-        """Rounds done; of sites that train alone, those of the one that did most."""
-        return max((event["round"] for event in self.of("round", mode)), default=0)
+        """Rounds done; of sites that train alone, those of the site with the most."""
+        return max((event.round for event in self.of(RoundClosed, mode)), default=0)
 
-    def fits(self, mode: str, value: str) -> Series:
-        """A figure that each fit told, such as ``loss``."""
-        return self._series(self.of("fit", mode), lambda event: event.get(value))
+    def fits(self, mode: str, value: Callable[[Fitted], float | None]) -> Series:
+        """A figure that each fit reports, such as its loss."""
+        return _series(self.of(Fitted, mode), value)
 
-    def validation(self, mode: str, of: str = "mean") -> Series:
-        """Validation Dice of a class, or the mean over the classes."""
-        return self._series(self.of("validation", mode), lambda event: event["dice"].get(of))
-
-    @staticmethod
-    def _series(events: Iterator[Event], value: Any) -> Series:
-        series: Series = {}
-        for event in events:
-            found = value(event)
-            if found is not None:
-                series.setdefault(event["site"], {})[event["round"]] = found
-        return dict(sorted(series.items()))
+    def validation(self, mode: str) -> Series:
+        """Validation Dice, the mean over the classes."""
+        return _series(self.of(Validated, mode), lambda event: event.dice.get("mean"))
 
     @cached_property
     def scores(self) -> dict[str, list[CaseScores]]:
         """Mode → test scores, a case an entry."""
         found: dict[str, list[CaseScores]] = {mode: [] for mode in self.modes}
-        for event in self.of("test"):
-            found[mode_of(event)].append(scores_in(event))
+        for event in self.of(CaseTested):
+            found[event.cohort.mode].append(scores_of(event))
         return {mode: sorted(scores, key=lambda score: (score.site, score.case)) for mode, scores in found.items() if scores}
 
     @cached_property
@@ -97,39 +118,54 @@ class Run:
         """Means over all test cases."""
         return summarise(self.scores[mode]) if mode in self.scores else None
 
-    def bytes_of(self, key: str) -> Series:
-        """Bytes of every packet of the federation's rounds, refused ones too: ``bytes_up`` or ``bytes_down``."""
-        series: Series = {}
-        for what in ("fit", "refused"):
-            for event in self.of(what, "federated"):
-                of_site = series.setdefault(event["site"], {})
-                of_site[event["round"]] = of_site.get(event["round"], 0) + event.get(key, 0)
-        return dict(sorted(series.items()))
+    @cached_property
+    def bytes_up(self) -> Series:
+        """Bytes that sites sent in the federated rounds, refused packets included."""
+        return _sums((event, event.bytes_up) for kind in (Fitted, AnswerRefused) for event in self.of(kind, "federated"))
+
+    @cached_property
+    def bytes_down(self) -> Series:
+        """Bytes that sites received in the federated rounds."""
+        received = [(event, event.bytes_down) for event in self.of(Fitted, "federated")]
+        # A site whose packet was refused is in the series, too.
+        return _sums([*received, *((event, 0) for event in self.of(AnswerRefused, "federated"))])
 
     @property
     def delivered(self) -> dict[str, int]:
-        """Site → bytes of what the last round gave."""
-        return {event["site"]: event["bytes_down"] for event in self.of("delivery", "federated")}
+        """Site → bytes of the last round's result."""
+        return {event.site: event.bytes_down for event in self.of(Delivered, "federated")}
 
     @property
     def travelled(self) -> float:
         """Bytes of all packets of the federation, both ways."""
-        rounds = [self.bytes_of(way) for way in ("bytes_up", "bytes_down")]
-        return sum(sum(points.values()) for series in rounds for points in series.values()) + sum(self.delivered.values())
+        rounds = sum(sum(points.values()) for series in (self.bytes_up, self.bytes_down) for points in series.values())
+        return rounds + sum(self.delivered.values())
 
 
-def mode_of(event: Event) -> str:
-    """The mode of an event's federation, which is named ``local/SITE`` where a site trains alone."""
-    return event.get("federation", "").partition("/")[0]
-
-
-def read_run(folder: Path) -> Run:
-    """Read a run's folder, whether the run is over or not.
+def read_run(path: Path) -> Run:
+    """Read a run's folder, whether the run is complete or not.
 
     Raises:
         FlapsamError: there is no run, one of its files is damaged, or a later version has written it.
     """
-    environment = read_identity(folder)
-    ledger = folder / LEDGER
-    events = read_ledger(ledger, whole_lines=True) if ledger.exists() else []
-    return Run(folder, read_config(folder / DESCRIPTION), environment, events)
+    folder = RunFolder(path)
+    environment = folder.read_environment()
+    events = read_ledger(folder.ledger, whole_lines=True) if folder.ledger.exists() else []
+    return Run(folder, read_config(folder.config), environment, events)
+
+
+def _series(events: Iterable[InRound], value: Callable[[InRound], float | None]) -> Series:
+    series: Series = {}
+    for event in events:
+        figure = value(event)
+        if figure is not None:
+            series.setdefault(event.site, {})[event.round] = figure
+    return dict(sorted(series.items()))
+
+
+def _sums(figures: Iterable[tuple[Fitted | AnswerRefused, int]]) -> Series:
+    series: Series = {}
+    for event, figure in figures:
+        of_site = series.setdefault(event.site, {})
+        of_site[event.round] = of_site.get(event.round, 0) + figure
+    return dict(sorted(series.items()))

@@ -7,11 +7,11 @@ from pathlib import Path
 import nibabel
 import numpy as np
 
-from flapsam.errors import FlapsamError
-from flapsam.report.page import cases_of
+from flapsam.base.errors import FlapsamError
+from flapsam.report.cases import CaseKey, cases_of
 from flapsam.report.run import TITLES, Run
 from flapsam.sites import Case, label_map
-from flapsam.slices import read_pair
+from flapsam.sites.pairs import read_pair
 from flapsam.volumes import Legend, Volume, legend_of, read_image, read_label, source_at
 
 SHOWN = 0.5
@@ -39,17 +39,16 @@ class Scene:
     legend: Legend
 
 
-def scenes_of(run: Run) -> dict[tuple[str, str], Scene]:
+def scenes_of(run: Run) -> dict[CaseKey, Scene]:
     """(site, case) → scene, of every case of which there is a label map.
 
     Raises:
         FlapsamError: the run has made no label maps, or its data are not here.
     """
     cases = cases_of(run)
-    folders = {mode: run.folder / "predictions" / mode for mode in TITLES}
-    found: dict[tuple[str, str], Scene] = {}
+    scenes: dict[CaseKey, Scene] = {}
     for key, case in sorted(cases.items()):
-        maps = {mode: folder / case.site / f"{case.name}.nii.gz" for mode, folder in folders.items()}
+        maps = {mode: run.folder.label_map(mode, case.site, case.name) for mode in TITLES}
         layers = [
             Layer(f"prediction, {TITLES[mode]}", lambda path=path: read_label(path))
             for mode, path in maps.items()
@@ -57,11 +56,11 @@ def scenes_of(run: Run) -> dict[tuple[str, str], Scene]:
         ]
         if layers:
             image, truth = _image_and_truth(run, case)
-            found[key] = Scene(f"{case.site}, {case.name}", [image, *layers, truth], legend_of(run.classes))
-    if not found:
+            scenes[key] = Scene(f"{case.site}, {case.name}", [image, *layers, truth], legend_of(run.classes))
+    if not scenes:
         why = "it has made no label maps yet" if cases else f"its data are not in {run.config.data.path}"
-        raise FlapsamError(f"{run.folder}: there is no case to look at, because {why}")
-    return found
+        raise FlapsamError(f"{run.folder.path}: there is no case to look at, because {why}")
+    return scenes
 
 
 def scene_of(image: Path, label_maps: Sequence[tuple[str, Path]], classes: Sequence[str]) -> Scene:

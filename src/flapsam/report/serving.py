@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-from flapsam.errors import FlapsamError
+from flapsam.base.errors import FlapsamError
 from flapsam.report.page import pages
 from flapsam.report.scene import SHOWN, Scene, nifti_of
 

@@ -2,18 +2,36 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from statistics import fmean, median
 from typing import Any
 
-from flapsam.config import Mode, RunConfig
-from flapsam.federation.ledger import Event
+from flapsam.run.config import Mode, RunConfig
+from flapsam.run.ledger import (
+    AnswerMissing,
+    AnswerRefused,
+    Cases,
+    CaseTested,
+    Cohort,
+    CohortEvent,
+    Delivered,
+    Event,
+    Fitted,
+    JobEnded,
+    JobStarted,
+    RoundClosed,
+    RunEnded,
+    SiteExcluded,
+    SiteJoined,
+    Trouble,
+    Validated,
+)
 
 RECENT = 5
 """Rounds, or fits of a site, whose middle says how long the next will take."""
-TROUBLE = ("refused", "missing", "excluded")
-"""Events of a site that does not count in a round, or takes no part; each says why."""
-IN_A_ROUND = ("fit", "validation", "refused", "missing")
+TROUBLES = ("refused", "missing", "excluded")
+"""Kinds of ``Trouble``."""
+InRound = Fitted | Validated | AnswerRefused | AnswerMissing
 """Events while a round is under way."""
 
 
@@ -32,16 +50,15 @@ class SiteStanding:
     """Its newest validation Dice, the mean over the classes."""
     delivered: bool = False
     """Whether it has the result."""
-    trouble: Event | None = None
+    trouble: Trouble | None = None
     """What kept it from its last round, if it did not answer that."""
 
 
 @dataclass
-class FederationStanding:
-    """Those who train one model together, or one that trains alone."""
+class CohortStanding:
+    """Where a cohort stands."""
 
-    name: str
-    mode: Mode
+    cohort: Cohort
     planned: int
     """Rounds, at most."""
     members: list[str]
@@ -49,8 +66,8 @@ class FederationStanding:
     """That are done."""
     over: bool = False
     """Whether no round will follow; it may have settled before all that were planned."""
-    told: bool = False
-    """Whether no validation will follow, either."""
+    validated: bool = False
+    """Whether no validation will follow either."""
     seconds: list[float] = field(default_factory=list)
     """Of every round."""
     validation: dict[int, dict[str, float | None]] = field(default_factory=dict)
@@ -78,7 +95,7 @@ class FederationStanding:
             scores = self.validation[number]
             known = [value for value in scores.values() if value is not None]
             # What a round gave is told with the next round's answers, by one site after another.
-            if known and (number < self.rounds or self.told or len(scores) >= self._telling(number)):
+            if known and (number < self.rounds or self.validated or len(scores) >= self._telling(number)):
                 self.dice[number] = fmean(known)
 
     def _telling(self, number: int) -> int:
@@ -114,13 +131,13 @@ class Standing:
             events: of its ledger, oldest first.
         """
         self.config = config
-        self.cases: dict[str, dict[str, int]] = {}
+        self.cases: dict[str, Cases] = {}
         """Site → split → cases, of the sites that train."""
-        self.federations: dict[str, FederationStanding] = {}
-        """In the order of the run; those of sites that are not known yet are missing."""
-        self.under_way: FederationStanding | None = None
-        """The one that the newest event of a federation is of."""
-        self.trouble: dict[str, list[Event]] = {kind: [] for kind in TROUBLE}
+        self.cohorts: dict[Cohort, CohortStanding] = {}
+        """Cohorts in the order of the run, as far as their sites are known."""
+        self.under_way: CohortStanding | None = None
+        """The cohort of the newest event that has one."""
+        self.troubles: dict[str, list[Trouble]] = {kind: [] for kind in TROUBLES}
         self.stopped = ""
         """Why the last job between hospitals ended early, until the next begins."""
         self.first: Event | None = None
@@ -136,170 +153,164 @@ class Standing:
 
     def add(self, event: Event) -> None:
         """Take in the next event."""
-        kind = event["event"]
         self.first, self.last = self.first or event, event
-        if kind == "site":
-            self.cases[event["site"]] = event["cases"]
-            self._plan()
-        elif kind in TROUBLE:
-            self.trouble[kind].append(event)
-        elif kind in ("job", "job_end"):
-            self.stopped = event.get("reason", "")
-        elif kind == "end":
-            self.ended = True
-            for one in self.federations.values():
-                one.over = one.told = True
-                one.settle()
-        if "federation" in event:
-            self._of_federation(kind, event)
-        if kind not in IN_A_ROUND or self._since is None:
-            self._since = moment(event)
+        match event:
+            case SiteJoined():
+                self.cases[event.site] = event.cases
+                self._plan()
+            case AnswerRefused() | AnswerMissing() | SiteExcluded():
+                self.troubles[event.event].append(event)
+            case JobStarted():
+                self.stopped = ""
+            case JobEnded():
+                self.stopped = event.reason
+            case RunEnded():
+                self.ended = True
+                for standing in self.cohorts.values():
+                    standing.over = standing.validated = True
+                    standing.settle()
+        if isinstance(event, CohortEvent):
+            self._add_to_cohort(event)
+        if not isinstance(event, InRound) or self._since is None:
+            self._since = event.time
 
     @property
     def bytes_up(self) -> int:
-        """That travelled. What a site alone, or the pooled data's only client, sends to itself is no traffic."""
-        return sum(one.bytes_up for one in self.federations.values() if one.mode == "federated")
+        """Bytes that travelled up. What a site alone, or the pooled data's only client, sends to itself is no traffic."""
+        return sum(standing.bytes_up for standing in self.of_mode("federated"))
 
     @property
     def bytes_down(self) -> int:
-        """As ``bytes_up``."""
-        return sum(one.bytes_down for one in self.federations.values() if one.mode == "federated")
+        """Bytes that travelled down, as ``bytes_up``."""
+        return sum(standing.bytes_down for standing in self.of_mode("federated"))
 
-    def of_mode(self, mode: Mode) -> list[FederationStanding]:
-        """Its federations: one, or one a site."""
-        return [one for one in self.federations.values() if one.mode == mode]
+    def of_mode(self, mode: Mode) -> list[CohortStanding]:
+        """The cohorts of a mode: one, or one a site."""
+        return [standing for standing in self.cohorts.values() if standing.cohort.mode == mode]
 
     def seconds_left(self, now: datetime) -> float | None:
         """An estimate for all rounds that are left, without the test at the end; None before it can be made.
 
-        A federation under way goes on as in its last rounds; one that has not begun takes as long as its sites' fits took
-        elsewhere, one after another.
+        A cohort under way is taken to continue as in its last rounds. One that has not begun is taken to need as long as its
+        sites' fits took elsewhere, one after another.
         """
         if self.ended:
             return 0.0
-        total = 0.0 if self.federations else None
-        for one in self.federations.values():
-            seconds = 0.0 if one.over else self._seconds_left(one, now)
+        total = 0.0 if self.cohorts else None
+        for standing in self.cohorts.values():
+            seconds = 0.0 if standing.over else self._seconds_left(standing, now)
             if total is None or seconds is None:
                 return None
             total += seconds
         return total
 
     def round_seconds_left(self, now: datetime) -> float | None:
-        """Of the round under way, by the rounds before."""
-        one = self.under_way
-        typical = one.round_seconds if one else None
+        """An estimate for the round under way, from the rounds before."""
+        typical = self.under_way.round_seconds if self.under_way else None
         if typical is None or self._since is None:
             return None
         return max(0.0, typical - (now - self._since).total_seconds())
 
     def as_json(self, now: datetime) -> dict[str, Any]:
         """The figures for other programs."""
+        last = self.last.as_json() if self.last else None
         return {
-            "begun": self.first["time"] if self.first else None,
+            "begun": self.first.as_json()["time"] if self.first else None,
             "ended": self.ended,
             "stopped": self.stopped or None,
-            "last_event": self.last,
-            "seconds_since": (now - moment(self.last)).total_seconds() if self.last else None,
+            "last_event": last,
+            "seconds_since": (now - self.last.time).total_seconds() if self.last else None,
             "seconds_left": self.seconds_left(now),
             "bytes_up": self.bytes_up,
             "bytes_down": self.bytes_down,
             "cases": self.cases,
-            **{kind: {"count": len(events), "last": next(reversed(events), None)} for kind, events in self.trouble.items()},
+            **{
+                kind: {"count": len(events), "last": events[-1].as_json() if events else None}
+                for kind, events in self.troubles.items()
+            },
             "federations": {
-                name: {
-                    "mode": one.mode,
-                    "rounds": one.rounds,
-                    "planned": one.planned,
-                    "over": one.over,
-                    "round_seconds": one.round_seconds,
-                    "dice": one.dice,
-                    "best_round": one.best[0] if one.best else None,
-                    "bytes_up": one.bytes_up,
-                    "bytes_down": one.bytes_down,
-                    "tested": one.tested,
+                str(cohort): {
+                    "mode": cohort.mode,
+                    "rounds": standing.rounds,
+                    "planned": standing.planned,
+                    "over": standing.over,
+                    "round_seconds": standing.round_seconds,
+                    "dice": standing.dice,
+                    "best_round": standing.best[0] if standing.best else None,
+                    "bytes_up": standing.bytes_up,
+                    "bytes_down": standing.bytes_down,
+                    "tested": standing.tested,
                     "sites": {
                         site.name: {"round": site.round, "dice": site.dice, "loss": site.loss, "seconds": site.seconds}
-                        for site in one.sites.values()
+                        for site in standing.sites.values()
                     },
                 }
-                for name, one in self.federations.items()
+                for cohort, standing in self.cohorts.items()
             },
         }
 
-    def _of_federation(self, kind: str, event: Event) -> None:
-        one = self.federations.get(event["federation"]) or self._plan_one(event["federation"])
-        if one is not self.under_way:
+    def _add_to_cohort(self, event: CohortEvent) -> None:
+        standing = self.cohorts.get(event.cohort) or self._plan_one(event.cohort)
+        if standing is not self.under_way:
             if self.under_way is not None:
-                self.under_way.over = self.under_way.told = True
+                self.under_way.over = self.under_way.validated = True
                 self.under_way.settle()
-            self.under_way = one
-        one.bytes_up += event.get("bytes_up", 0)
-        one.bytes_down += event.get("bytes_down", 0)
-        if kind == "round":
-            one.rounds = event["round"]
-            one.over = one.rounds >= one.planned
-            one.seconds.append(event["seconds"])
-        elif kind == "validation":
-            one.validation.setdefault(event["round"], {})[event["site"]] = one.site(event["site"]).dice = event["dice"][
-                "mean"
-            ]
-        elif kind == "fit":
-            site = one.site(event["site"])
-            site.round, site.loss, site.trouble = event["round"], event.get("loss"), None
-            site.seconds = event.get("seconds") or event.get("site_seconds")
-            if site.seconds is not None:
-                self._fits[site.name] = [*self._fits.get(site.name, [])[1 - RECENT :], site.seconds]
-        elif kind in TROUBLE:
-            one.site(event["site"]).trouble = event
-        elif kind == "delivery":
-            one.over = one.site(event["site"]).delivered = True
-        elif kind == "test":
-            one.over = one.told = True
-            one.tested += 1
-        one.settle()
+            self.under_way = standing
+        match event:
+            case RoundClosed():
+                standing.rounds = event.round
+                standing.over = standing.rounds >= standing.planned
+                standing.seconds.append(event.seconds)
+            case Validated():
+                dice = standing.site(event.site).dice = event.dice["mean"]
+                standing.validation.setdefault(event.round, {})[event.site] = dice
+            case Fitted():
+                standing.bytes_up += event.bytes_up
+                standing.bytes_down += event.bytes_down
+                site = standing.site(event.site)
+                site.round, site.loss, site.trouble = event.round, event.loss, None
+                site.seconds = event.seconds or event.site_seconds
+                if site.seconds is not None:
+                    self._fits[site.name] = [*self._fits.get(site.name, [])[1 - RECENT :], site.seconds]
+            case AnswerRefused() | AnswerMissing() | SiteExcluded():
+                standing.bytes_up += event.bytes_up if isinstance(event, AnswerRefused) else 0
+                standing.site(event.site).trouble = event
+            case Delivered():
+                standing.bytes_down += event.bytes_down
+                standing.over = standing.site(event.site).delivered = True
+            case CaseTested():
+                standing.over = standing.validated = True
+                standing.tested += 1
+        standing.settle()
 
-    def _seconds_left(self, one: FederationStanding, now: datetime) -> float | None:
-        rounds = one.planned - one.rounds
-        typical = one.round_seconds
+    def _seconds_left(self, standing: CohortStanding, now: datetime) -> float | None:
+        rounds = standing.planned - standing.rounds
+        typical = standing.round_seconds
         if typical is None:
-            typical = self._seconds_elsewhere(one.members)
+            typical = self._seconds_elsewhere(standing.members)
         if typical is None:
             return None
-        spent = (now - self._since).total_seconds() if one is self.under_way and self._since else 0.0
+        spent = (now - self._since).total_seconds() if standing is self.under_way and self._since else 0.0
         return rounds * typical - min(max(spent, 0.0), typical)
 
     def _seconds_elsewhere(self, members: Sequence[str]) -> float | None:
-        """What the newest fits of these sites took wherever they were, one after another; None while some are not known."""
+        """What the newest fits of these sites took in any cohort, one after another; None while some are not known."""
         known = [median(self._fits[name]) for name in members if name in self._fits]
         return sum(known) if members and len(known) == len(members) else None
 
     def _plan(self) -> None:
-        """All federations of the run, as far as sites are known; what is known of them stays."""
-        known, self.federations = self.federations, {}
+        """Plan all cohorts of the run, as far as sites are known. What is known of them stays."""
+        known, self.cohorts = self.cohorts, {}
         sites = sorted(self.cases)
         for mode in self.config.modes:
-            for name in [f"{mode}/{site}" for site in sites] if mode == "local" else [mode]:
-                one = self.federations[name] = known.get(name) or FederationStanding(
-                    name, mode, self.config.rounds.count, []
-                )
-                one.members = [name.partition("/")[2]] if mode == "local" else sites
+            for cohort in [Cohort(mode, site) for site in sites] if mode == "local" else [Cohort(mode)]:
+                standing = known.get(cohort) or self._plan_one(cohort)
+                self.cohorts[cohort] = standing
+                standing.members = sites if cohort.site is None else [cohort.site]
                 if mode != "centralised":
-                    for site in one.members:
-                        one.site(site)
+                    for site in standing.members:
+                        standing.site(site)
 
-    def _plan_one(self, name: str) -> FederationStanding:
-        """A federation whose site the ledger has not named before."""
-        mode: Any = name.partition("/")[0]
-        one = FederationStanding(name, mode, self.config.rounds.count, [name.partition("/")[2]] if "/" in name else [])
-        return self.federations.setdefault(name, one)
-
-
-def moment(event: Event) -> datetime:
-    """When it was written."""
-    return datetime.fromisoformat(event["time"])
-
-
-def now() -> datetime:
-    """The time, as ledgers have it."""
-    return datetime.now(UTC)
+    def _plan_one(self, cohort: Cohort) -> CohortStanding:
+        members = [] if cohort.site is None else [cohort.site]
+        return self.cohorts.setdefault(cohort, CohortStanding(cohort, self.config.rounds.count, members))

@@ -8,11 +8,12 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.live import Live
 
-from flapsam.federation.folder import LOCK
-from flapsam.files import is_locked
+from flapsam.base.files import is_locked
 from flapsam.report.run import read_run
-from flapsam.report.standing import Standing, now
+from flapsam.report.standing import Standing
 from flapsam.report.standing_view import activity_line, event_line, standing_view, trouble_lines
+from flapsam.run.folder import RunFolder
+from flapsam.run.ledger import now
 
 LOOK_SECONDS = 1.0
 """Between two looks at the ledger."""
@@ -42,7 +43,7 @@ def read_status(folder: Path) -> Status:
     """
     run = read_run(folder)
     standing = Standing(run.config, run.events)
-    return Status(folder, run.environment["run"], standing, len(run.events), is_locked(folder / "state" / LOCK))
+    return Status(folder, run.environment["run"], standing, len(run.events), is_locked(RunFolder(folder).lock))
 
 
 def as_json_of(status: Status) -> dict[str, Any]:

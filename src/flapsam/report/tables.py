@@ -5,11 +5,18 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 
 from flapsam.experiments.simulation import Results
-from flapsam.memory import StepMemory
-from flapsam.metrics import CaseScores, Summary, by_site, summarise
+from flapsam.federation.traffic import RunTraffic, StrategyTraffic
+from flapsam.learning.memory import StepMemory
+from flapsam.learning.metrics import CaseScores, Summary, by_site, summarise
 from flapsam.report.run import TITLES
 from flapsam.report.units import NONE, number, size
-from flapsam.traffic import RunTraffic, StrategyTraffic
+
+
+def results_tables(results: Results) -> list[Table]:
+    """All tables of a simulation: Dice by site, scores by class, and traffic where there is any."""
+    pooled = {mode: sites["pooled"] for mode, sites in results.summaries().items()}
+    traffic = [traffic_table(results)] if results.traffic else []
+    return [dice_table(results), class_table(pooled), *traffic]
 
 
 def dice_table(results: Results) -> Table:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flapsam.experiments.comparison import Difference
+    from flapsam.experiments.paired import Difference
 
 NONE = "–"
 

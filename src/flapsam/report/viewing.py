@@ -3,14 +3,48 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from flapsam.adapter import read_card
-from flapsam.errors import FlapsamError
-from flapsam.federation.observer import Observer
+from flapsam.adapters.store import read_card
+from flapsam.adapters.trained import find_trained
+from flapsam.base.errors import FlapsamError
 from flapsam.report.page import report_page
 from flapsam.report.run import read_run
 from flapsam.report.scene import scene_of, scenes_of
 from flapsam.report.serving import ViewServer
-from flapsam.trained import find_trained
+from flapsam.run.folder import RunFolder
+from flapsam.run.observer import Observer
+
+
+def view_server(
+    path: Path,
+    case: str | None,
+    prediction: Path | None,
+    truth: Path | None,
+    trained: Path | None,
+    port: int,
+    observer: Observer,
+) -> tuple[ViewServer, str]:
+    """A server for a run or an image, and the address to open.
+
+    Args:
+        path: folder of a run, or an image.
+        case: case of the run.
+        prediction: label map of the image.
+        truth: second label map of the image.
+        trained: run or adapter that names the values of the image's label maps.
+        port: a free one if 0.
+        observer: follows the work.
+
+    Raises:
+        FlapsamError: as ``run_server`` and ``image_server``, or an argument belongs to the other of the two.
+    """
+    if RunFolder(path).is_begun:
+        if prediction or truth or trained:
+            raise FlapsamError(f"{path}: a run has its own label maps; leave out --prediction, --truth and --adapter")
+        return run_server(path, case, port, observer)
+    if case:
+        raise FlapsamError(f"{path}: there is no run here, so no case {case}; give a run's folder, or an image alone")
+    label_maps = [(name, file) for name, file in (("prediction", prediction), ("truth", truth)) if file]
+    return image_server(path, label_maps, trained, port)
 
 
 def run_server(folder: Path, case: str | None, port: int, observer: Observer) -> tuple[ViewServer, str]:

@@ -1,6 +1,10 @@
 """The network: encoder, decoder, strategies with their adapters, checkpoints."""
 
-from flapsam.sam.adapters import (
+from flapsam.sam.architecture import ARCHITECTURES, Architecture, architecture
+from flapsam.sam.assembly import Assembled, Origin, assemble, assemble_run
+from flapsam.sam.checkpoints import LoadReport, infer_architecture, load_checkpoint, read_checkpoint
+from flapsam.sam.fusion import fuse
+from flapsam.sam.lora import (
     adapted_weights,
     apply_strategy,
     frozen_checksum,
@@ -14,10 +18,6 @@ from flapsam.sam.adapters import (
     travelling,
     travelling_state,
 )
-from flapsam.sam.architecture import ARCHITECTURES, Architecture, architecture
-from flapsam.sam.assembly import Assembled, Origin, assemble, assemble_run
-from flapsam.sam.checkpoints import LoadReport, infer_architecture, load_weights, read_checkpoint
-from flapsam.sam.fusion import fuse
 from flapsam.sam.network import PIXELS, Sam, build
 from flapsam.sam.strategies import STRATEGIES, Strategy, strategy
 
@@ -40,9 +40,9 @@ __all__ = [
     "frozen_checksum",
     "fuse",
     "infer_architecture",
+    "load_checkpoint",
     "load_tensors",
     "load_travelling",
-    "load_weights",
     "lora_config",
     "merge_adapters",
     "named_parameters",

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from flapsam.errors import FlapsamError, choose
+from flapsam.base.errors import FlapsamError, choose
 
 
 @dataclass(frozen=True, kw_only=True)

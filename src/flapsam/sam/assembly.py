@@ -3,22 +3,22 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from flapsam.config import RANDOM, Backbone, Lora, OutputPart, RunConfig, Weights
-from flapsam.errors import FlapsamError
-from flapsam.sam.adapters import apply_strategy, frozen_checksum
+from flapsam.base.errors import FlapsamError
+from flapsam.base.seeds import seed_for
+from flapsam.run.config import RANDOM, Backbone, Checkpoint, Lora, OutputPart, RunConfig
 from flapsam.sam.architecture import architecture
-from flapsam.sam.checkpoints import find_weights, infer_architecture, load_weights, read_checkpoint, warm_masks
+from flapsam.sam.checkpoints import find_checkpoint, infer_architecture, load_checkpoint, read_checkpoint, warm_masks
+from flapsam.sam.lora import apply_strategy, frozen_checksum
 from flapsam.sam.network import Sam, build
 from flapsam.sam.sources import source
 from flapsam.sam.strategies import strategy
-from flapsam.seeds import seed_for
 
 
 @dataclass(frozen=True)
 class Origin:
     """Where a network's weights come from."""
 
-    weights: Weights
+    checkpoint: Checkpoint
     about: str
     """The same in words."""
     checksum: str
@@ -67,21 +67,21 @@ def assemble(
         pixels=known.pixels if backbone.pixels == "own" else backbone.pixels,
         seed=seed_for(seed, "network"),
     )
-    weights = find_weights(backbone)
+    checkpoint = find_checkpoint(backbone)
     state, about = None, "random weights, nothing is pretrained"
-    if weights != RANDOM:
-        state = read_checkpoint(weights)
-        found = infer_architecture(state)
-        if found not in (None, known.architecture):
-            raise FlapsamError(f"{weights}: this is a {found}; set backbone.name to it, it is {backbone.name} now")
-        about = f"{weights.name}: {load_weights(network, state, str(weights))}"
+    if checkpoint != RANDOM:
+        state = read_checkpoint(checkpoint)
+        actual = infer_architecture(state)
+        if actual not in (None, known.architecture):
+            raise FlapsamError(f"{checkpoint}: this is a {actual}; set backbone.name to it, it is {backbone.name} now")
+        about = f"{checkpoint.name}: {load_checkpoint(network, state, str(checkpoint))}"
     apply_strategy(network, chosen, lora, frozen=frozen, seed=seed_for(seed, "adapters"))
     # Warm masks are all alike, and stay alike where nothing trains that a class has for itself.
     output = network.mask_decoder.output
     apart = [*output.mask_tokens.parameters(), *output.hypernetworks.parameters()]
     if state is not None and backbone.masks == "warm" and any(parameter.requires_grad for parameter in apart):
         warm_masks(network, state)
-    return Assembled(network, Origin(weights, f"{backbone.name} with {about}", frozen_checksum(network)))
+    return Assembled(network, Origin(checkpoint, f"{backbone.name} with {about}", frozen_checksum(network)))
 
 
 def assemble_run(config: RunConfig) -> Assembled:

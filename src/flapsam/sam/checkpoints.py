@@ -14,15 +14,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flapsam.config import RANDOM, Backbone, Weights
-from flapsam.download import cache_folder
-from flapsam.errors import FlapsamError
+from flapsam.base.download import cache_folder
+from flapsam.base.errors import FlapsamError
+from flapsam.run.config import RANDOM, Backbone, Checkpoint
 from flapsam.sam.architecture import ARCHITECTURES, Architecture
 from flapsam.sam.naming import naming_of, to_own_names
 from flapsam.sam.network import Sam
 from flapsam.sam.sources import SOURCES
 
-SHIPPED = Path(__file__).parent.parent / "weights"
+SHIPPED = Path(__file__).parent / "weights"
 """Where the weights lie that come with flapsam."""
 
 MASKS = re.compile(r"^mask_decoder\.(iou_prediction_head|output\.mask_tokens|output\.hypernetworks)\.")
@@ -60,7 +60,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def load_weights(network: Sam, state: Mapping[str, Tensor], source: str, *, keep_masks: bool = False) -> LoadReport:
+def load_checkpoint(network: Sam, state: Mapping[str, Tensor], source: str, *, keep_masks: bool = False) -> LoadReport:
     """Load a checkpoint, in anyone's names, into a network without adapters.
 
     Everything that fits is taken but the mask tokens, the hypernetworks and the IoU head; of SAM's upscaling that is keys 0,
@@ -189,7 +189,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def find_weights(backbone: Backbone) -> Weights:
+def find_checkpoint(backbone: Backbone) -> Checkpoint:
     """The checkpoint of a backbone: the one that it names, else the one that is shipped or was downloaded.
 
     Raises:
@@ -199,8 +199,8 @@ def find_weights(backbone: Backbone) -> Weights:
         return RANDOM
     if backbone.weights is not None:
         # The name of a source may stand in the place of a file.
-        return weights_of(str(backbone.weights)) or Path(backbone.weights)
-    path = weights_of(backbone.name)
+        return local_checkpoint(str(backbone.weights)) or Path(backbone.weights)
+    path = local_checkpoint(backbone.name)
     if path is None:
         raise FlapsamError(
             f"backbone {backbone.name}: its weights are not here; run `flapsam backbone get {backbone.name}`, give a "
@@ -209,7 +209,7 @@ def find_weights(backbone: Backbone) -> Weights:
     return path
 
 
-def weights_of(name: str) -> Path | None:
+def local_checkpoint(name: str) -> Path | None:
     """The file of a source's weights, if it is on this machine."""
     known = SOURCES.get(name)
     if known is None:

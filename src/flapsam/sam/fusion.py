@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flapsam.sam.adapters import merge_adapters
 from flapsam.sam.encoder import EncoderAttention, attend
+from flapsam.sam.lora import merge_adapters
 from flapsam.sam.network import Sam
 
 

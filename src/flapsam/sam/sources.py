@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from flapsam.errors import choose
+from flapsam.base.errors import choose
 
 META = "https://dl.fbaipublicfiles.com/segment_anything/"
 HUB = "https://huggingface.co/{}/resolve/main/{}"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from flapsam.errors import choose
+from flapsam.base.errors import choose
 
 OUTPUT = "mask_decoder.output.*"
 

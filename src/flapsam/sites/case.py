@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-Split = Literal["train", "val", "test"]
+from flapsam.run.config import Split
 
 
 @dataclass(frozen=True)
@@ -35,13 +34,13 @@ class Site:
     name: str
     cases: tuple[Case, ...]
 
-    def of(self, *splits: Split) -> list[Case]:
+    def of(self, *splits: str) -> list[Case]:
         """The cases of these splits."""
         return [case for case in self.cases if case.split in splits]
 
 
 @dataclass(frozen=True)
-class Found:
+class CaseList:
     """What was found in a data set's folder."""
 
     cases: list[Case]

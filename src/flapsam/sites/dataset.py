@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from flapsam.config import ClassValues
-from flapsam.sites.case import Found
+from flapsam.run.config import ClassValues
+from flapsam.sites.case import CaseList
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Dataset:
     """A data set, or a layout in which any data may lie."""
 
     name: str
-    read: Callable[[Path], Found]
+    read: Callable[[Path], CaseList]
     """From the data's folder to its cases."""
     recognises: Callable[[Path], bool]
     """Whether a folder looks like it."""

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flapsam.config import ClassValues
-from flapsam.errors import FlapsamError
-from flapsam.sites.case import Case, Found
+from flapsam.base.errors import FlapsamError
+from flapsam.run.config import ClassValues
+from flapsam.sites.case import Case, CaseList
 from flapsam.sites.dataset import Dataset
 from flapsam.volumes import case_name
 
@@ -21,7 +21,7 @@ SITE = "all"
 """Such data do not say who holds what."""
 
 
-def read(path: Path) -> Found:
+def read(path: Path) -> CaseList:
     """All training pairs, at one site; the files of the makers' own test have no label maps.
 
     Raises:
@@ -40,7 +40,7 @@ def read(path: Path) -> Found:
         for there, file, kind in ((images, image, "image"), (label.exists(), label, "label map")):
             if not there:
                 problems.append(f"{file}: the {kind} of case {name} is missing; {DESCRIPTION} names it")
-    return Found(sorted(cases, key=lambda case: case.name), problems)
+    return CaseList(sorted(cases, key=lambda case: case.name), problems)
 
 
 def labels(path: Path) -> Mapping[str, ClassValues]:

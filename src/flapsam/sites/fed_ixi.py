@@ -9,7 +9,7 @@ and split: J. Ogier du Terrail et al., FLamby, NeurIPS 2022.
 
 from pathlib import Path
 
-from flapsam.sites.case import Found
+from flapsam.sites.case import CaseList
 from flapsam.sites.dataset import Dataset, Download
 from flapsam.sites.table import SHIPPED, Row, found_by, read_table
 
@@ -17,7 +17,7 @@ TABLE = SHIPPED / "fed_ixi.csv"
 FULL = "-T1.nii.gz"
 
 
-def read(path: Path) -> Found:
+def read(path: Path) -> CaseList:
     """The cases of FLamby's table, in whichever of the two layouts is there."""
     root = path / "IXI_sample" if (path / "IXI_sample").is_dir() else path
     # The table has subject and site; a third part of the name is the scan's number.

@@ -9,14 +9,14 @@ split).
 
 from pathlib import Path
 
-from flapsam.sites.case import Found
+from flapsam.sites.case import CaseList
 from flapsam.sites.dataset import Dataset
 from flapsam.sites.table import SHIPPED, found_by, read_table
 
 TABLE = SHIPPED / "fed_kits19.csv"
 
 
-def read(path: Path) -> Found:
+def read(path: Path) -> CaseList:
     """The cases of FLamby's table; further ones of the challenge are left out."""
     root = path / "data" if (path / "data").is_dir() else path
     return found_by(

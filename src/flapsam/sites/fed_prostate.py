@@ -7,14 +7,14 @@ gathered the sites from NCI-ISBI 2013, I2CVB and PROMISE12, whose own terms hold
 
 from pathlib import Path
 
-from flapsam.sites.case import Found
+from flapsam.sites.case import CaseList
 from flapsam.sites.dataset import Dataset
 from flapsam.sites.table import SHIPPED, Row, found_by, read_table
 
 TABLE = SHIPPED / "fed_prostate.csv"
 
 
-def read(path: Path) -> Found:
+def read(path: Path) -> CaseList:
     """The cases of the table."""
 
     def files(row: Row) -> tuple[Path, Path]:

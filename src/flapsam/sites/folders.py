@@ -7,8 +7,8 @@ table is present, only the cases in it are used.
 
 from pathlib import Path
 
-from flapsam.errors import FlapsamError
-from flapsam.sites.case import Found
+from flapsam.base.errors import FlapsamError
+from flapsam.sites.case import CaseList
 from flapsam.sites.dataset import Dataset
 from flapsam.sites.table import Row, found_by, read_table
 from flapsam.volumes import case_name, is_nifti
@@ -16,7 +16,7 @@ from flapsam.volumes import case_name, is_nifti
 TABLE = "sites.csv"
 
 
-def read(path: Path) -> Found:
+def read(path: Path) -> CaseList:
     """All cases of the data set.
 
     Raises:
@@ -35,7 +35,7 @@ def read(path: Path) -> Found:
 
     found = found_by(rows, files, f"{TABLE} names it" if table.exists() else "add it or leave the image out")
     unused = [] if table.exists() else [labels[place] for place in labels if place not in images]
-    return Found(
+    return CaseList(
         found.cases, [*found.problems, *(f"{label}: its image is missing; add it or remove this" for label in unused)]
     )
 

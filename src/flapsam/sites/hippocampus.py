@@ -9,14 +9,14 @@ Licence CC BY-SA 4.0. A. L. Simpson et al., arXiv 1902.09063 (2019); M. Antonell
 from pathlib import Path
 
 from flapsam.sites import decathlon
-from flapsam.sites.case import Found
+from flapsam.sites.case import CaseList
 from flapsam.sites.dataset import Dataset, Download
 from flapsam.sites.table import SHIPPED, found_by, read_table
 
 TABLE = SHIPPED / "hippocampus.csv"
 
 
-def read(path: Path) -> Found:
+def read(path: Path) -> CaseList:
     """The cases of the table; further ones of the decathlon are left out."""
     return found_by(
         read_table(TABLE),

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from flapsam.config import Data, as_values
-from flapsam.errors import FlapsamError
+from flapsam.base.errors import FlapsamError
+from flapsam.run.config import Data, as_values
 
 IGNORED = -100
 """Class of a voxel that neither loss nor scores look at."""

@@ -7,16 +7,16 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from flapsam.config import ClassValues
-from flapsam.errors import FlapsamError
-from flapsam.sites.case import Case, Found
+from flapsam.base.errors import FlapsamError
+from flapsam.run.config import ClassValues
+from flapsam.sites.case import Case, CaseList
 from flapsam.sites.dataset import Dataset
 from flapsam.sites.decathlon import DESCRIPTION, SITE, glance, plain, read_description
 
 NUMBER = len("_0000")
 
 
-def read(path: Path) -> Found:
+def read(path: Path) -> CaseList:
     """All training cases, at one site.
 
     Raises:
@@ -44,7 +44,7 @@ def read(path: Path) -> Found:
         elif not missing:
             cases.append(Case(name, SITE, name, images[0], label, other_images=tuple(images[1:])))
     unused = sorted(file for file in (path / "labelsTr").glob(f"[!._]*{ending}") if file.name[: -len(ending)] not in given)
-    return Found(cases, [*problems, *(f"{file}: its image is missing; add it or remove this" for file in unused)])
+    return CaseList(cases, [*problems, *(f"{file}: its image is missing; add it or remove this" for file in unused)])
 
 
 def labels(path: Path) -> Mapping[str, ClassValues]:

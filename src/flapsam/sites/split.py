@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from flapsam.seeds import seed_for
-from flapsam.sites.case import Case, Site, Split
+from flapsam.base.seeds import seed_for
+from flapsam.run.config import Split
+from flapsam.sites.case import Case, Site
 
 
 def draw_test(site: Site, fraction: float, seed: int) -> Site:

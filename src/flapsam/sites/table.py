@@ -3,10 +3,11 @@
 import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from flapsam.errors import FlapsamError
-from flapsam.sites.case import Case, Found, Split
+from flapsam.base.errors import FlapsamError
+from flapsam.run.config import SPLITS
+from flapsam.sites.case import Case, CaseList
 
 SHIPPED = Path(__file__).parent / "tables"
 
@@ -35,12 +36,12 @@ def read_table(table: Path) -> list[Row]:
         if key in seen:
             raise FlapsamError(f"{table}: case {key[1]} of site {key[0]} stands in two rows; remove one")
         seen.add(key)
-        if row.get("split") and row["split"] not in get_args(Split):
+        if row.get("split") and row["split"] not in SPLITS:
             raise FlapsamError(f"{table}: split of case {key[1]} is '{row['split']}'; use train, val or test")
     return rows
 
 
-def found_by(rows: Sequence[Row], files: Callable[[Row], tuple[Path, Path]], reason: str) -> Found:
+def found_by(rows: Sequence[Row], files: Callable[[Row], tuple[Path, Path]], reason: str) -> CaseList:
     """The cases of a table's rows.
 
     Args:
@@ -57,4 +58,4 @@ def found_by(rows: Sequence[Row], files: Callable[[Row], tuple[Path, Path]], rea
         if image.exists() and label.exists():
             split = row.get("split") or None
             cases.append(Case(row["case"], row["site"], row.get("subject") or row["case"], image, label, split))
-    return Found(sorted(cases, key=lambda case: (case.site, case.name)), problems)
+    return CaseList(sorted(cases, key=lambda case: (case.site, case.name)), problems)

@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 from numpy.typing import DTypeLike, NDArray
 
-from flapsam.errors import FlapsamError
+from flapsam.base.errors import FlapsamError
 
 IN_MEMORY = 512 * 2**20
 """Bytes of an array above which it lies in a file, from which the system keeps in memory what is in use."""

@@ -18,7 +18,7 @@ from pydicom.errors import InvalidDicomError
 from pydicom.pixels.utils import iter_pixels
 from pydicom.uid import UID
 
-from flapsam.errors import FlapsamError
+from flapsam.base.errors import FlapsamError
 from flapsam.volumes.allocation import check_claim, room
 from flapsam.volumes.itk import LPS
 from flapsam.volumes.volume import Volume, check_affine, check_finite

@@ -9,9 +9,9 @@ import pydicom
 from numpy.typing import NDArray
 from pydicom.sr.codedict import codes
 
-from flapsam import __version__
-from flapsam.errors import FlapsamError
-from flapsam.files import written_whole
+from flapsam.base.errors import FlapsamError
+from flapsam.base.files import written_whole
+from flapsam.base.version import __version__
 from flapsam.volumes.dicom import Series, sorted_planes
 from flapsam.volumes.legend import Legend, Segment
 

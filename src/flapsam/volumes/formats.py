@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from flapsam.errors import FlapsamError
+from flapsam.base.errors import FlapsamError
 from flapsam.volumes import nifti
 from flapsam.volumes.dicom import Series, find_series, is_dicom, read_series
 from flapsam.volumes.dicom_seg import write_dicom_seg

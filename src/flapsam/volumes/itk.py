@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from flapsam.errors import FlapsamError
-from flapsam.files import written_whole
+from flapsam.base.errors import FlapsamError
+from flapsam.base.files import written_whole
 from flapsam.volumes.allocation import check_claim, check_memory, room
 from flapsam.volumes.legend import Legend
 from flapsam.volumes.volume import Volume, check_affine, check_finite

@@ -14,8 +14,8 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.nifti1 import Nifti1Extension
 from numpy.typing import NDArray
 
-from flapsam.errors import FlapsamError
-from flapsam.files import written_whole
+from flapsam.base.errors import FlapsamError
+from flapsam.base.files import written_whole
 from flapsam.volumes.allocation import check_claim, room
 from flapsam.volumes.legend import Legend
 from flapsam.volumes.volume import Geometry, Volume, check_affine, check_finite

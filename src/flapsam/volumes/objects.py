@@ -8,7 +8,7 @@ import numpy as np
 from nibabel.spatialimages import SpatialImage
 from numpy.typing import NDArray
 
-from flapsam.errors import FlapsamError
+from flapsam.base.errors import FlapsamError
 from flapsam.volumes.itk import LPS, affine_of
 from flapsam.volumes.nifti import LABEL_MAP, MODALITIES, header_for
 from flapsam.volumes.volume import Volume, check_affine, check_finite

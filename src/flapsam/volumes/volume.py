@@ -8,7 +8,7 @@ import numpy as np
 from nibabel import orientations
 from numpy.typing import NDArray
 
-from flapsam.errors import FlapsamError
+from flapsam.base.errors import FlapsamError
 
 CANONICAL_AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
 """Axes of a canonical volume: 0 grows to the right, 1 to the front, 2 to the head (RAS+)."""

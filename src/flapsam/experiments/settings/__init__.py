@@ -4,8 +4,9 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from flapsam.config import RunConfig, read_config
-from flapsam.errors import FlapsamError
+from flapsam.base.errors import FlapsamError
+from flapsam.run.config import RunConfig
+from flapsam.run.reading import read_config
 
 SETTINGS = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
 """Name → file."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from flapsam.errors import choose
+from flapsam.base.errors import choose
 from flapsam.federation.aggregation.aggregator import Aggregator, Reply
 from flapsam.federation.aggregation.fedavg import FedAvg
 from flapsam.federation.aggregation.fedex_lora import FedExLora

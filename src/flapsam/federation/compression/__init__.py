@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import torch
 
-from flapsam.config import Compression
-from flapsam.errors import choose
+from flapsam.base.errors import choose
 from flapsam.federation.compression.codec import Codec
 from flapsam.federation.compression.topk import TopK
 from flapsam.federation.compression.values import Dense, Floats, Integers, Steps, Values
+from flapsam.run.config import Compression
 
 VALUES: dict[str, Callable[[Compression], Values]] = {
     "fp32": lambda options: Floats(torch.float32),

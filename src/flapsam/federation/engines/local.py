@@ -4,35 +4,33 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from flapsam.federation.conduct import Answer, Work, deliver, rounds
+from flapsam.federation.client import Client
 from flapsam.federation.engines.workers import Workers
-from flapsam.federation.ledger import Ledger
-from flapsam.federation.observer import Observer
-from flapsam.federation.rounds import Client, Server
-from flapsam.training import batches_per_epoch
+from flapsam.federation.rounds import Answer, Work, deliver, rounds
+from flapsam.federation.server import Server
+from flapsam.learning.training import batches_per_epoch
+from flapsam.run.ledger import Cohort, Ledger
+from flapsam.run.observer import Observer
 
 
 def run_rounds(
-    name: str,
+    cohort: Cohort,
     server: Server,
     clients: Sequence[Client],
     ledger: Ledger,
     observer: Observer,
     workers: Workers | None = None,
 ) -> None:
-    """Carry packets until the rounds are done or validation has settled, going on where the server's state stands.
+    """Run the rounds that are left on this machine, until all are done or validation has settled.
 
     Args:
-        name: of this federation, in the ledger.
+        cohort: who trains together, for the ledger.
         server: at its start or in the middle of a run.
         clients: in the order of the sites' names.
-        ledger: gets an event a fit, a refusal, a validation, a round.
-        observer: is told of steps and of what each site does.
-        workers: fit the clients, if given; the result is the same.
+        ledger: receives an event for every fit, refusal, validation and round.
+        observer: follows the steps and what each site is doing.
+        workers: processes that fit the clients side by side, if given. The result is the same.
     """
-
-    def record(event: str, **fields: Any) -> None:
-        ledger.write(event, federation=name, **fields)
 
     def carry(work: Work) -> Iterator[Answer]:
         for client, packets, answer in _answers(work, server, clients, observer, workers):
@@ -46,17 +44,17 @@ def run_rounds(
     # Every site of a simulation answers, so there are never too few.
     options = options.model_copy(update={"min_sites": 1})
     steps = sum(map(_steps, clients))
-    observer.begin(name, steps * options.count, steps * server.rounds_done)
-    for _ in rounds(server, options, carry, record):
+    observer.begin(str(cohort), steps * options.count, steps * server.rounds_done)
+    for _ in rounds(server, cohort, options, carry, ledger.write):
         pass
-    deliver(server, carry, record)
+    deliver(server, cohort, carry, ledger.write)
     observer.end()
 
 
 def _answers(
     work: Work, server: Server, clients: Sequence[Client], observer: Observer, workers: Workers | None
 ) -> Iterator[tuple[Client, list[bytes], Any]]:
-    """Each client with the packets that it got and what its ``fit`` or ``validate`` made of them, in their order."""
+    """Each client in order, with its packets and the answer of its ``fit`` or ``validate``."""
     if workers is None:
         for client in clients:
             packets = server.packets(client.data.site, client.held)
@@ -79,5 +77,5 @@ def _answers(
 
 
 def _steps(client: Client) -> int:
-    """Of its fit in a round."""
+    """Training steps of its fit in a round."""
     return batches_per_epoch(client.data.train, client.config.training) * client.config.training.epochs

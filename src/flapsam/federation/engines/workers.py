@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from flapsam.errors import FlapsamError
-from flapsam.federation.rounds import Client
+from flapsam.base.errors import FlapsamError
+from flapsam.federation.client import Client
 
 
 class Workers:

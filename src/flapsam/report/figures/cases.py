@@ -1,10 +1,12 @@
 """Test Dice of every case: points over boxes, by site, class and mode."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib.axes import Axes
 
 from flapsam.report.figures.drawing import GRID, INK, MARKERS, SERIES, WIDTH, chart, dice_axis, legend, new_figure, short
-from flapsam.report.run import TITLES, Run
+from flapsam.report.run import TITLES, Scores
 from flapsam.report.section import CaseName, Section, Table
 from flapsam.report.units import number
 
@@ -12,18 +14,23 @@ SPREAD = 0.75
 """Of all of a site's boxes together, where sites are 1 apart."""
 
 
-def dice_per_case(run: Run) -> Section | None:
-    """Points over boxes; None where no test case was scored."""
-    if not run.scores:
+def dice_per_case(scores: Scores, classes: Sequence[str]) -> Section | None:
+    """Points over boxes; None where no test case was scored.
+
+    Args:
+        scores: test scores of each mode.
+        classes: names of the classes.
+    """
+    if not scores:
         return None
-    sites = sorted({score.site for scores in run.scores.values() for score in scores})
-    figure = new_figure(max(WIDTH, 1.2 + 0.28 * len(sites) * (len(run.scores) + 1)), 0.9 + 2.3 * len(run.classes))
-    panels = figure.subplots(len(run.classes), 1, sharex=True, squeeze=False)[:, 0]
-    width = SPREAD / len(run.scores)
-    for axes, name in zip(panels, run.classes, strict=True):
-        for index, scores in enumerate(run.scores.values()):
+    sites = sorted({score.site for cases in scores.values() for score in cases})
+    figure = new_figure(max(WIDTH, 1.2 + 0.28 * len(sites) * (len(scores) + 1)), 0.9 + 2.3 * len(classes))
+    panels = figure.subplots(len(classes), 1, sharex=True, squeeze=False)[:, 0]
+    width = SPREAD / len(scores)
+    for axes, name in zip(panels, classes, strict=True):
+        for index, cases in enumerate(scores.values()):
             for place, site in enumerate(sites):
-                dices = [score.dice[name] for score in scores if score.site == site]
+                dices = [score.dice[name] for score in cases if score.site == site]
                 values = [value for value in dices if value is not None]
                 if values:
                     _box(axes, values, place - SPREAD / 2 + width * (index + 0.5), width, SERIES[index], MARKERS[index])
@@ -33,16 +40,16 @@ def dice_per_case(run: Run) -> Section | None:
         axes.grid(axis="x", visible=False)
     panels[-1].set_xticks(range(len(sites)), [short(site) for site in sites], rotation=90 if len(sites) > 8 else 0)
     panels[-1].set_xlim(-0.6, len(sites) - 0.4)
-    looks = [{"color": SERIES[i], "marker": MARKERS[i], "linestyle": "none"} for i in range(len(run.scores))]
-    legend(figure, [(TITLES[mode], look) for mode, look in zip(run.scores, looks, strict=True)])
-    count = len({(score.site, score.case) for scores in run.scores.values() for score in scores})
+    looks = [{"color": SERIES[i], "marker": MARKERS[i], "linestyle": "none"} for i in range(len(scores))]
+    legend(figure, [(TITLES[mode], look) for mode, look in zip(scores, looks, strict=True)])
+    count = len({(score.site, score.case) for cases in scores.values() for score in cases})
     return Section(
         "cases",
         "Dice per case",
         "A point is a test case; a box has the middle half of a site's cases, the line in it is the median. Test cases were "
         "read once, after the last round.",
         [chart(figure, "Test Dice per case by site and class", f"{count} cases at {len(sites)} sites; the table has each.")],
-        [_table(run)],
+        [_table(scores, classes)],
     )
 
 
@@ -55,19 +62,19 @@ def _box(axes: Axes, values: list[float], centre: float, width: float, colour: s
     axes.plot(centre + spread, values, marker, color=colour, markersize=3.4, alpha=0.85, zorder=3)
 
 
-def _table(run: Run) -> Table:
-    several = len(run.scores) > 1
+def _table(scores: Scores, classes: Sequence[str]) -> Table:
+    several = len(scores) > 1
     head, columns = ["site", "case"], []
-    for mode, scores in run.scores.items():
+    for mode, cases in scores.items():
         prefix = f"{TITLES[mode]}: " if several else ""
-        head += [f"{prefix}{name}" for name in run.classes] + [f"{prefix}{name}, HD95 (mm)" for name in run.classes]
-        columns.append({(score.site, score.case): score for score in scores})
+        head += [f"{prefix}{name}" for name in classes] + [f"{prefix}{name}, HD95 (mm)" for name in classes]
+        columns.append({(score.site, score.case): score for score in cases})
     rows = []
     for site, case in sorted({key for column in columns for key in column}):
         cells = [site, CaseName(site, case)]
         for column in columns:
             score = column.get((site, case))
-            cells += [number(score.dice[name] if score else None) for name in run.classes]
-            cells += [number(score.hd95[name] if score else None, 1) for name in run.classes]
+            cells += [number(score.dice[name] if score else None) for name in classes]
+            cells += [number(score.hd95[name] if score else None, 1) for name in classes]
         rows.append(cells)
     return Table("cases-table", "Dice and 95 % Hausdorff distance of every test case", head, rows, text_columns=2)

@@ -1,8 +1,10 @@
 """Figures that each site tells round by round: validation Dice and training loss."""
 
+from collections.abc import Mapping
+
 from matplotlib.axes import Axes
 
-from flapsam.metrics import mean
+from flapsam.learning.metrics import mean
 from flapsam.report.figures.drawing import (
     INK,
     MARKERS,
@@ -16,17 +18,18 @@ from flapsam.report.figures.drawing import (
     rounds_axis,
     value_axis,
 )
-from flapsam.report.run import TITLES, Run, Series
+from flapsam.report.run import TITLES, Series
 from flapsam.report.section import Section, Table
 from flapsam.report.units import number
+from flapsam.run.config import Training
 
 MEAN = "mean of the sites"
 
 
-def dice_curves(run: Run) -> Section | None:
-    """Validation Dice per round and site; None where nothing was validated."""
+def dice_curves(validation: Mapping[str, Series]) -> Section | None:
+    """Validation Dice per round and site, by mode; None where nothing was validated."""
     return _section(
-        {mode: run.validation(mode) for mode in run.modes},
+        validation,
         name="dice-per-round",
         title="Dice per round",
         what="validation Dice",
@@ -34,11 +37,15 @@ def dice_curves(run: Run) -> Section | None:
     )
 
 
-def losses(run: Run) -> Section | None:
-    """Training loss per round and site; None where no site told any."""
-    training = run.config.training
+def losses(curves: Mapping[str, Series], training: Training) -> Section | None:
+    """Training loss per round and site, by mode; None where no site reports any.
+
+    Args:
+        curves: the losses.
+        training: the weights of the loss's terms, for the text.
+    """
     return _section(
-        {mode: run.fits(mode, "loss") for mode in run.modes},
+        curves,
         name="losses",
         title="Training loss",
         what="training loss",
@@ -46,7 +53,7 @@ def losses(run: Run) -> Section | None:
     )
 
 
-def _section(curves: dict[str, Series], *, name: str, title: str, what: str, text: str) -> Section | None:
+def _section(curves: Mapping[str, Series], *, name: str, title: str, what: str, text: str) -> Section | None:
     curves = {mode: series for mode, series in curves.items() if series}
     if not curves:
         return None
@@ -83,7 +90,7 @@ def draw_curves(axes: Axes, series: Series, looks: dict[str, dict]) -> None:
     for site, points in series.items():
         rounds = sorted(points)
         look = looks.get(site, {"color": INK, "marker": "o"})
-        axes.plot(rounds, [points[one] for one in rounds], markevery=every(len(rounds)), **look)
+        axes.plot(rounds, [points[number] for number in rounds], markevery=every(len(rounds)), **look)
     if len(series) > 1:
         means = means_of(series)
         axes.plot(list(means), list(means.values()), color=INK, linestyle="--", linewidth=2)
@@ -91,16 +98,16 @@ def draw_curves(axes: Axes, series: Series, looks: dict[str, dict]) -> None:
 
 
 def means_of(series: Series) -> dict[int, float]:
-    """Round → mean over the sites that told it."""
-    rounds = sorted({one for points in series.values() for one in points})
-    told = {one: [points[one] for points in series.values() if one in points] for one in rounds}
-    return {one: sum(values) / len(values) for one, values in told.items()}
+    """Round → mean over the sites that report it."""
+    rounds = sorted({number for points in series.values() for number in points})
+    values = {number: [points[number] for points in series.values() if number in points] for number in rounds}
+    return {number: sum(reported) / len(reported) for number, reported in values.items()}
 
 
 def _table(name: str, caption: str, series: Series) -> Table:
     means = means_of(series)
     rows = [
-        [str(one), *(number(points.get(one)) for points in series.values()), number(average)]
-        for one, average in means.items()
+        [str(round_), *(number(points.get(round_)) for points in series.values()), number(average)]
+        for round_, average in means.items()
     ]
     return Table(name, caption, ["round", *series, MEAN], rows, text_columns=0)

@@ -1,9 +1,11 @@
 """What training together gives: mean test Dice by site of each mode, and the differences."""
 
-from flapsam.experiments.comparison import compare
-from flapsam.metrics import CaseScores, mean
+from collections.abc import Mapping, Sequence
+
+from flapsam.experiments.paired import compare
+from flapsam.learning.metrics import CaseScores, by_site, mean, summarise
 from flapsam.report.figures.drawing import INK, MARKERS, MUTED, SERIES, WIDTH, chart, legend, new_figure, short
-from flapsam.report.run import TITLES, Run
+from flapsam.report.run import TITLES, Scores
 from flapsam.report.section import Section, Table
 from flapsam.report.units import interval, number
 
@@ -12,20 +14,17 @@ OPENED = 12
 """A table of so many rows is seen without a click."""
 
 
-def modes_by_site(run: Run, subjects: dict[str, str]) -> Section | None:
+def modes_by_site(scores: Scores, subjects: Mapping[str, str]) -> Section | None:
     """A row a site; None where no test case was scored.
 
     Args:
-        run: the run.
+        scores: test scores of each mode.
         subjects: ``SITE/CASE`` → subject, of the cases whose subject is known; others are their own.
     """
-    if not run.scores:
+    if not scores:
         return None
-    names = [*sorted({site for sites in run.summaries.values() for site in sites}), POOLED]
-    dices = {mode: {**{s: one.mean_dice for s, one in sites.items()}} for mode, sites in run.summaries.items()}
-    for mode, sites in dices.items():
-        pooled = run.pooled(mode)
-        sites[POOLED] = pooled.mean_dice if pooled else None
+    dices = {mode: _mean_dices_by_site(cases) for mode, cases in scores.items()}
+    names = [*sorted({site for sites in dices.values() for site in sites} - {POOLED}), POOLED]
     figure = new_figure(WIDTH, 1.3 + 0.3 * len(names))
     axes = figure.subplots()
     for row, name in enumerate(names):
@@ -43,17 +42,17 @@ def modes_by_site(run: Run, subjects: dict[str, str]) -> Section | None:
     axes.set_xlabel("mean test Dice over the classes")
     legend(figure, [(TITLES[mode], look) for mode, look in looks.items()])
     compared = [mode for mode in dices if mode != "federated"] if "federated" in dices else []
-    told = ", ".join(f"{TITLES[mode]} {number(sites[POOLED])}" for mode, sites in dices.items())
+    described = ", ".join(f"{TITLES[mode]} {number(sites[POOLED])}" for mode, sites in dices.items())
     return Section(
         "gain",
         "What training together gives" if compared else "Test Dice by site",
         _text(compared),
-        [chart(figure, "Mean test Dice by site and mode", f"Over all cases: {told}.")],
-        [_table(run, names, dices, compared, subjects)],
+        [chart(figure, "Mean test Dice by site and mode", f"Over all cases: {described}.")],
+        [_table(scores, names, dices, compared, subjects)],
     )
 
 
-def mean_dices(scores: list[CaseScores]) -> dict[str, float]:
+def mean_dices(scores: Sequence[CaseScores]) -> dict[str, float]:
     """``SITE/CASE`` → mean Dice over its classes."""
     found = {f"{score.site}/{score.case}": mean(score.dice.values()) for score in scores}
     return {key: value for key, value in found.items() if value is not None}
@@ -69,21 +68,26 @@ def _text(compared: list[str]) -> str:
     return text
 
 
+def _mean_dices_by_site(cases: Sequence[CaseScores]) -> dict[str, float | None]:
+    """Site → mean Dice, and that over all cases."""
+    return {site: summarise(part).mean_dice for site, part in by_site(cases).items()} | {POOLED: summarise(cases).mean_dice}
+
+
 def _table(
-    run: Run,
+    scores: Scores,
     names: list[str],
     dices: dict[str, dict[str, float | None]],
     compared: list[str],
-    subjects: dict[str, str],
+    subjects: Mapping[str, str],
 ) -> Table:
-    together = mean_dices(run.scores["federated"]) if compared else {}
-    others = {mode: mean_dices(run.scores[mode]) for mode in compared}
+    together = mean_dices(scores["federated"]) if compared else {}
+    others = {mode: mean_dices(scores[mode]) for mode in compared}
     of_each = {key: subjects.get(key, key) for key in together}
     rows = []
     for name in names:
         kept = together if name == POOLED else {k: v for k, v in together.items() if k.rpartition("/")[0] == name}
         differences = [interval(compare(kept, other, of_each)) for other in others.values()]
-        count = len({(s.site, s.case) for scores in run.scores.values() for s in scores if name in (s.site, POOLED)})
+        count = len({(s.site, s.case) for cases in scores.values() for s in cases if name in (s.site, POOLED)})
         rows.append([name, str(count), *(number(sites.get(name)) for sites in dices.values()), *differences])
     head = ["site", "cases", *(TITLES[mode] for mode in dices), *(f"federated − {TITLES[mode]}" for mode in compared)]
     return Table("gain-table", "Mean test Dice by site", head, rows, opened=len(rows) <= OPENED)

@@ -1,7 +1,7 @@
 """Cases in slices: the image with contours of truth and prediction, for the best, the median and the worst of every site."""
 
 from base64 import b64encode
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 
 import numpy as np
@@ -11,16 +11,14 @@ from nibabel import orientations
 from numpy.typing import NDArray
 from PIL import Image
 
-from flapsam.config import Samples
-from flapsam.errors import FlapsamError
-from flapsam.federation.observer import Observer
-from flapsam.metrics import CaseScores, mean
-from flapsam.report.run import Run
+from flapsam.base.errors import FlapsamError
+from flapsam.learning.metrics import CaseScores, mean
+from flapsam.report.cases import CaseVolumes
 from flapsam.report.section import Section, Strip
 from flapsam.report.units import number
-from flapsam.sites import Case, label_map
-from flapsam.slices import read_pair
-from flapsam.volumes import COLOURS, Volume, canonical_slice_axis, read_label
+from flapsam.run.config import Samples
+from flapsam.run.observer import Observer
+from flapsam.volumes import COLOURS, Volume, canonical_slice_axis
 
 PANELS = 5
 """Slices of a case."""
@@ -32,23 +30,25 @@ GAP = 0.02
 """Between two slices, of a slice's side."""
 
 
-def strips(run: Run, cases: dict[tuple[str, str], Case], observer: Observer) -> Section | None:
+def strips(
+    scores: Iterable[CaseScores], read: Callable[[CaseScores], CaseVolumes], samples: Samples, observer: Observer
+) -> Section | None:
     """Best, median and worst test case of every site; None where no test case was scored.
 
     Args:
-        run: the run.
-        cases: (site, name) → case, of those whose files are here.
-        observer: is told of every case.
+        scores: test scores of one mode.
+        read: gives the volumes of a case, or raises FlapsamError.
+        samples: the direction of the slices, and the range of intensities.
+        observer: follows the cases.
     """
-    if not run.scores:
+    chosen = chosen_cases(scores)
+    if not chosen:
         return None
-    mode = next(iter(run.scores))
-    chosen = chosen_cases(run.scores[mode])
     drawn, missing = [], []
     observer.begin("pictures of cases", len(chosen))
     for rank, score in chosen:
         try:
-            drawn.append(_strip(run, mode, cases, rank, score))
+            drawn.append(_strip(rank, score, read(score), samples))
         except FlapsamError as error:
             missing.append(f"{score.site}, {score.case}: {error}")
         observer.step()
@@ -56,7 +56,7 @@ def strips(run: Run, cases: dict[tuple[str, str], Case], observer: Observer) -> 
     text = (
         "Slices through the best, the median and the worst test case of every site, by mean Dice over the classes. "
         "Patients' right is on the left, as radiologists have it; heads and faces are up or left. These are patients' "
-        "images: mind where the page goes."
+        "images: be careful who receives this page."
     )
     if missing:
         text += f" {len(missing)} of {len(chosen)} cannot be shown; {missing[0]}"
@@ -71,34 +71,25 @@ def chosen_cases(scores: Iterable[CaseScores]) -> list[tuple[str, CaseScores]]:
         if value is not None:
             by_site.setdefault(score.site, []).append((value, score.case, score))
     chosen = []
-    for _, found in sorted(by_site.items()):
-        found.sort(key=lambda one: (-one[0], one[1]))
-        places = {"best": 0, "median": len(found) // 2, "worst": len(found) - 1}
+    for _, ranked in sorted(by_site.items()):
+        ranked.sort(key=lambda scored: (-scored[0], scored[1]))
+        places = {"best": 0, "median": len(ranked) // 2, "worst": len(ranked) - 1}
         taken = set()
         for rank, place in places.items():
             if place not in taken:
                 taken.add(place)
-                chosen.append((rank, found[place][2]))
+                chosen.append((rank, ranked[place][2]))
     return chosen
 
 
-def _strip(run: Run, mode: str, cases: dict[tuple[str, str], Case], rank: str, score: CaseScores) -> Strip:
-    case = cases.get((score.site, score.case))
-    if case is None:
-        raise FlapsamError(f"its volumes are not in {run.config.data.path}")
-    image, truth = read_pair(case, label_map(run.config.data, case.site))
-    path = run.folder / "predictions" / mode / case.site / f"{case.name}.nii.gz"
-    predicted = read_label(path)
-    if predicted.array.shape != truth.array.shape:
-        raise FlapsamError(f"{path}: its label map has another shape than the image")
+def _strip(rank: str, score: CaseScores, volumes: CaseVolumes, samples: Samples) -> Strip:
     about = "; ".join(
         f"{name} {number(dice)}" + (f" ({number(score.hd95[name], 1)} mm)" if score.hd95[name] is not None else "")
         for name, dice in score.dice.items()
     )
     title = f"{rank} case of {score.site}: {score.case}, Dice {about}"
-    return Strip(
-        score.site, score.case, rank, about, draw_strip(image, truth, predicted, run.config.samples, title, case.site)
-    )
+    drawn = draw_strip(volumes.image, volumes.truth, volumes.predicted, samples, title, score.site)
+    return Strip(score.site, score.case, rank, about, drawn)
 
 
 def draw_strip(image: Volume, truth: Volume, predicted: Volume, samples: Samples, title: str, site: str = "") -> Markup:

@@ -1,6 +1,8 @@
 """What travelled, round by round and in all, beside what the paper's strategies would have sent."""
 
-from flapsam.errors import FlapsamError
+from collections.abc import Mapping, Sequence
+
+from flapsam.federation.traffic import StrategyTraffic
 from flapsam.report.figures.curves import means_of
 from flapsam.report.figures.drawing import (
     MARKERS,
@@ -14,24 +16,30 @@ from flapsam.report.figures.drawing import (
     new_figure,
     rounds_axis,
 )
-from flapsam.report.run import Run, Series
+from flapsam.report.run import Series
 from flapsam.report.section import Section, Table
 from flapsam.report.units import NONE, size
-from flapsam.traffic import StrategyTraffic, strategy_table
 
 MEASURED = "this run, measured"
 
 
-def traffic(run: Run) -> Section | None:
-    """Bytes of the federation; None where nothing travelled."""
-    up, down = run.bytes_of("bytes_up"), run.bytes_of("bytes_down")
+def traffic(
+    up: Series, down: Series, delivered: Mapping[str, int], rounds: int, strategies: Sequence[StrategyTraffic]
+) -> Section | None:
+    """Bytes of the federation; None where nothing travelled.
+
+    Args:
+        up: bytes that each site sent in each round.
+        down: bytes that each site received in each round.
+        delivered: site → bytes of the last round's result.
+        rounds: number of rounds done.
+        strategies: what the paper's strategies would send in as many rounds.
+    """
     if not up:
         return None
-    delivered = run.delivered
     sites = up.keys() | down.keys() | delivered.keys()
-    total = run.travelled / len(sites)
-    rounds = run.rounds("federated")
-    strategies = _strategies(run, rounds)
+    everything = sum(sum(points.values()) for series in (up, down) for points in series.values()) + sum(delivered.values())
+    total = everything / len(sites)
     figure = new_figure(WIDTH, 3.6)
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.15])
     looks, means = {}, {}
@@ -61,22 +69,7 @@ def traffic(run: Run) -> Section | None:
     )
 
 
-def _strategies(run: Run, rounds: int) -> list[StrategyTraffic]:
-    config = run.config
-    try:
-        return strategy_table(
-            config.backbone.name,
-            image_size=config.samples.size,
-            classes=len(config.data.classes),
-            rank=config.lora.rank,
-            rounds=max(rounds, 1),
-        )
-    except FlapsamError:
-        # A backbone that this version does not know: what was measured is still worth showing.
-        return []
-
-
-def _totals(bars: dict[str, float], strategies: list[StrategyTraffic]) -> Table:
+def _totals(bars: dict[str, float], strategies: Sequence[StrategyTraffic]) -> Table:
     full = bars.get("full")
     parameters = {row.strategy: f"{row.parameters:,}" for row in strategies}
     papers = {row.strategy: row.paper_name for row in strategies}
@@ -88,14 +81,14 @@ def _totals(bars: dict[str, float], strategies: list[StrategyTraffic]) -> Table:
     return Table("traffic-table", "Traffic of a site in all rounds", head, rows, text_columns=2)
 
 
-def _per_round(up: Series, down: Series, delivered: dict[str, int]) -> Table:
+def _per_round(up: Series, down: Series, delivered: Mapping[str, int]) -> Table:
     means = [means_of(up), means_of(down)]
     rows = []
-    for one in sorted(means[0].keys() | means[1].keys()):
-        every = sum(points.get(one, 0) for series in (up, down) for points in series.values())
-        rows.append([str(one), *(size(mean[one]) if one in mean else NONE for mean in means), size(every)])
+    for number in sorted(means[0].keys() | means[1].keys()):
+        both = sum(points.get(number, 0) for series in (up, down) for points in series.values())
+        rows.append([str(number), *(size(mean[number]) if number in mean else NONE for mean in means), size(both)])
     if delivered:
-        every = sum(delivered.values())
-        rows.append(["the end", NONE, size(every / len(delivered)), size(every)])
+        both = sum(delivered.values())
+        rows.append(["the end", NONE, size(both / len(delivered)), size(both)])
     head = ["round", "up, mean of the sites", "down, mean of the sites", "all sites, both ways"]
     return Table("traffic-rounds", "Traffic of each round", head, rows, text_columns=0)

@@ -18,15 +18,17 @@ from nvflare.apis.impl.controller import Controller
 from nvflare.apis.shareable import ReturnCode, Shareable, make_reply
 from nvflare.apis.signal import Signal
 
-from flapsam import __version__
-from flapsam.errors import FlapsamError
-from flapsam.federation.conduct import Answer, Work
-from flapsam.federation.coordinator import Coordinator
+from flapsam.base.errors import FlapsamError
+from flapsam.base.files import make_folder
+from flapsam.base.version import __version__
 from flapsam.federation.engines.nvflare.executor import ALIVE, ANSWER, CODE, NUMBER, PACKETS, REGROUP, SECONDS, VERSION
 from flapsam.federation.engines.nvflare.kits import HEARTBEAT_SECONDS
-from flapsam.federation.handshake import GONE, LIMIT, REASONS, VERSION_PATTERN
+from flapsam.federation.hospitals.handshake import GONE, LIMIT, REASONS, VERSION_PATTERN
+from flapsam.federation.hospitals.server_side import ServerSide
 from flapsam.federation.packets import FRAMING_BYTES
-from flapsam.files import make_folder
+from flapsam.federation.rounds import Answer, Work
+from flapsam.run.folder import RunFolder
+from flapsam.run.ledger import TOGETHER, JobEnded, JobStarted
 
 JOIN_SECONDS = 900
 """A site unpacks its volumes before it answers the handshake."""
@@ -117,7 +119,7 @@ class FlapsamController(Controller):
         """
         super().__init__(task_check_period=0.1)
         self.folder = folder
-        self.arrivals = Path(folder) / "state" / "arrived"
+        self.arrivals = RunFolder(Path(folder)).arrivals
         self.arrived = itertools.count()
         self.limit = LIMIT
         self.answers: queue.SimpleQueue[Received] = queue.SimpleQueue()
@@ -135,23 +137,23 @@ class FlapsamController(Controller):
         pass
 
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:  # noqa: D102
-        coordinator = Coordinator(Path(self.folder))
+        server = ServerSide(Path(self.folder))
         # What does not shrink grows by some thousandths.
-        self.limit = int(1.01 * coordinator.agreement.contract.tensor_bytes) + FRAMING_BYTES
+        self.limit = int(1.01 * server.agreement.contract.tensor_bytes) + FRAMING_BYTES
         shutil.rmtree(self.arrivals, ignore_errors=True)
         post = Post(self, fl_ctx, abort_signal)
         sites = sorted(client.name for client in fl_ctx.get_engine().get_clients())  # type: ignore[union-attr]
-        job = {"job": fl_ctx.get_job_id()}
-        coordinator.record("job", sites=sites, **job)
+        job = {"cohort": TOGETHER, "job": fl_ctx.get_job_id()}
+        server.ledger.write(JobStarted(**job, sites=sites))
         try:
-            self._shake_hands(coordinator, post, sites)
-            coordinator.open()
-            done = coordinator.conduct(lambda work: self._carry(coordinator, post, work), lambda: self.regroup)
-            coordinator.record("job_end", outcome="done" if done else "regroup", **job)
+            self._shake_hands(server, post, sites)
+            server.open()
+            done = server.train(lambda work: self._carry(server, post, work), lambda: self.regroup)
+            server.ledger.write(JobEnded(**job, outcome="done" if done else "regroup"))
         except FlapsamError as error:
-            coordinator.record("job_end", outcome="stopped", reason=str(error), **job)
+            server.ledger.write(JobEnded(**job, outcome="stopped", reason=str(error)))
         except Aborted:
-            coordinator.record("job_end", outcome="aborted", **job)
+            server.ledger.write(JobEnded(**job, outcome="aborted"))
 
     def process_result_of_unknown_task(  # noqa: D102
         self, client: Client, task_name: str, client_task_id: str, result: Shareable, fl_ctx: FLContext
@@ -185,35 +187,35 @@ class FlapsamController(Controller):
         self.regroup = True
         return {}
 
-    def _shake_hands(self, coordinator: Coordinator, post: Post, sites: list[str]) -> None:
+    def _shake_hands(self, server: ServerSide, post: Post, sites: list[str]) -> None:
         def requests() -> Iterator[tuple[str, Shareable]]:
             for site in sites:
                 data = Shareable()
-                data[PACKETS] = [np.frombuffer(coordinator.proposal, np.uint8)]
+                data[PACKETS] = [np.frombuffer(server.proposal, np.uint8)]
                 yield site, data
 
         for received in post.ask("join", requests(), JOIN_SECONDS):
             if received.problem:
-                coordinator.exclude(received.site, received.problem)
+                server.exclude(received.site, received.problem)
             elif received.number == post.number:
-                coordinator.admit(received.site, received.take())
+                server.admit(received.site, received.take())
 
-    def _carry(self, coordinator: Coordinator, post: Post, work: Work) -> Iterator[Answer]:
+    def _carry(self, server: ServerSide, post: Post, work: Work) -> Iterator[Answer]:
         bytes_down: dict[str, int] = {}
 
         def requests() -> Iterator[tuple[str, Shareable]]:
             # Sites that need the same packets share them in memory.
             made: dict[tuple[int, int], list[np.ndarray]] = {}
-            for site in coordinator.held:
-                key = coordinator.agreement.rank(site), coordinator.held[site]
+            for site in server.held:
+                key = server.agreement.rank(site), server.held[site]
                 if key not in made:
-                    made[key] = [np.frombuffer(packet, np.uint8) for packet in coordinator.packets(site)]
+                    made[key] = [np.frombuffer(packet, np.uint8) for packet in server.packets(site)]
                 bytes_down[site] = sum(packet.nbytes for packet in made[key])
                 data = Shareable()
                 data[PACKETS] = made[key]
                 yield site, data
 
-        for received in post.ask(work, requests(), coordinator.config.rounds.deadline):
+        for received in post.ask(work, requests(), server.config.rounds.deadline):
             down = bytes_down.get(received.site, 0)
             if received.problem:
                 # Of an earlier round it was told then that nothing came.
@@ -222,7 +224,7 @@ class FlapsamController(Controller):
             elif work == "fit":
                 yield Answer(received.site, down, fitted=received.take(), seconds=received.seconds)
             elif received.number == post.number:
-                scores = coordinator.read_scores(received.take())
+                scores = server.read_scores(received.take())
                 missing = "" if scores is not None else "scores that cannot be read"
                 yield Answer(received.site, down, scores=scores, missing=missing)
 

@@ -14,9 +14,9 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
-from flapsam import __version__
-from flapsam.federation.engines.site_process import SiteProcess
-from flapsam.federation.handshake import SiteFailed
+from flapsam.base.version import __version__
+from flapsam.federation.engines.fit_process import FitProcess
+from flapsam.federation.hospitals.handshake import SiteFailed
 
 ANSWER, CODE, SECONDS, NUMBER, PACKETS, VERSION = "answer", "code", "seconds", "number", "packets", "version"
 """Entries of what travels."""
@@ -26,14 +26,14 @@ ALIVE_SECONDS = 3
 """Between two signs of life."""
 REGROUP = "flapsam.regroup"
 """The administrator's command to the server to end the job after the round under way."""
-SITE_FILE = "FLAPSAM_SITE_FILE"
+SITE_CONFIG = "FLAPSAM_SITE_CONFIG"
 """Environment variable: the site's own file. It is the site's to set, so no job can choose another."""
 
 
 class FlapsamExecutor(Executor):
     """Lives as long as the job, and so does the process that fits."""
 
-    process: SiteProcess
+    process: FitProcess
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class FlapsamExecutor(Executor):
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:  # noqa: D102
         if event_type == EventType.START_RUN:
-            self.process = SiteProcess(str(fl_ctx.get_identity_name()), Path(os.environ[SITE_FILE]))
+            self.process = FitProcess(str(fl_ctx.get_identity_name()), Path(os.environ[SITE_CONFIG]))
             self.process.start()
             threading.Thread(target=self._say_alive, args=(fl_ctx.get_engine(),), daemon=True).start()
         elif event_type == EventType.END_RUN:
@@ -79,7 +79,7 @@ class FlapsamExecutor(Executor):
                 engine.fire_and_forget_aux_request(ALIVE, Shareable(), context, optional=True)
 
 
-def _stop_if(abort: Signal, done: threading.Event, process: SiteProcess) -> None:
+def _stop_if(abort: Signal, done: threading.Event, process: FitProcess) -> None:
     """End the fit when the job is aborted."""
     while not done.wait(0.2):
         if abort.triggered:

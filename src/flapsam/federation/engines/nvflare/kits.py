@@ -21,10 +21,11 @@ from nvflare.lighter.impl.workspace import WorkspaceBuilder
 from nvflare.lighter.provisioner import Provisioner
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from flapsam import __version__
-from flapsam.config import Options, read_options
-from flapsam.errors import FlapsamError
-from flapsam.files import make_folder, write_text
+from flapsam.base.errors import FlapsamError
+from flapsam.base.files import make_folder, write_text
+from flapsam.base.version import __version__
+from flapsam.run.config import StrictModel
+from flapsam.run.reading import read_options
 
 Role = Literal["server", "site", "coordinator"]
 KIT = "kit.json"
@@ -44,7 +45,7 @@ HEARTBEAT_SECONDS = 15
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
-class ServerPlace(Options):
+class ServerPlace(StrictModel):
     """Where the server is."""
 
     host: str
@@ -55,7 +56,7 @@ class ServerPlace(Options):
     """Only on the server's own loopback."""
 
 
-class FederationFile(Options):
+class FederationFile(StrictModel):
     """Who takes part, as in ``FEDERATION.yaml``."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,60}$")]

@@ -1,0 +1,106 @@
+"""An adapter merged into its backbone, in the formats of others."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.models.sam.configuration_sam import SamConfig, SamPromptEncoderConfig
+
+from flapsam.adapters.store import AdapterCard, load_adapter
+from flapsam.adapters.trained import find_trained
+from flapsam.base.errors import FlapsamError
+from flapsam.base.files import check_writable, write_text, written_whole
+from flapsam.run.config import Checkpoint
+from flapsam.sam import Sam, merge_adapters
+from flapsam.sam.naming import to_transformers_names
+
+TOLERANCE = 1e-3
+"""How far logits of onnxruntime may lie from PyTorch's."""
+
+
+def export(
+    trained: Path, output: Path, *, form: Literal["transformers", "onnx"], checkpoint: Checkpoint | None = None
+) -> list[Path]:
+    """Merge an adapter into its backbone and write the network.
+
+    Args:
+        trained: folder of an adapter or of a run.
+        output: folder for ``config.json`` and ``model.safetensors`` (transformers), or ``model.onnx`` and ``flapsam.json``.
+        form: the format. ``transformers`` uses the names of ``SamModel`` where it has the tensors. The tensors that it lacks
+            begin with ``flapsam.``, and flapsam reads the folder as a backbone's checkpoint. ``onnx`` maps images
+            (batch, 3, size, size) in [0, 1] to logits (batch, classes + 1, size, size).
+        checkpoint: the backbone's checkpoint, if the adapter needs one.
+
+    Returns:
+        The files written.
+
+    Raises:
+        FlapsamError: the adapter or its backbone is wrong, the folder cannot be written, packages for ONNX are missing, or
+            the written network computes something else.
+    """
+    found = find_trained(trained)
+    check_writable(output)
+    network, card = load_adapter(found.folder, checkpoint or found.checkpoint)
+    merge_adapters(network).eval()
+    if form == "onnx":
+        return _onnx(network, card, output)
+    return _transformers(network, card, output)
+
+
+def _transformers(network: Sam, card: AdapterCard, output: Path) -> list[Path]:
+    tensors = {name: tensor.contiguous() for name, tensor in to_transformers_names(network.state_dict()).items()}
+    model, config = output / "model.safetensors", output / "config.json"
+    with written_whole(model) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", "flapsam": card.model_dump_json()})
+    write_text(config, json.dumps(_config(network, len(card.classes)), indent=2, sort_keys=True) + "\n")
+    return [config, model]
+
+
+def _config(network: Sam, classes: int) -> dict[str, Any]:
+    """What ``SamModel.from_pretrained`` reads; its decoder has one mask fewer in its count than in its tokens."""
+    sizes = network.sizes
+    prompt = SamPromptEncoderConfig(hidden_size=sizes.decoder_width, image_size=network.image_size, patch_size=sizes.patch)
+    decoder = network.mask_decoder.transformer.config.to_dict()
+    decoder |= {"num_multimask_outputs": classes, "iou_head_hidden_dim": sizes.iou_width}
+    config = SamConfig(
+        vision_config=network.vision_encoder.config, prompt_encoder_config=prompt, mask_decoder_config=decoder
+    ).to_dict()
+    return {**config, "architectures": ["SamModel"]}
+
+
+def _onnx(network: Sam, card: AdapterCard, output: Path) -> list[Path]:
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 (PyTorch's exporter needs it)
+    except ImportError as error:
+        raise FlapsamError("ONNX needs more packages; install them with `pip install flapsam[onnx]`") from error
+    draw = torch.Generator().manual_seed(0)
+    two, three = (torch.rand(batch, 3, network.image_size, network.image_size, generator=draw) for batch in (2, 3))
+    model, description = output / "model.onnx", output / "flapsam.json"
+    with written_whole(model) as temporary, warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+        # The fused attention leaves strides that the exporter takes for the shape; the exporter's own warnings help no user.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            network,
+            (two,),
+            str(temporary),
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1, max=1024)}},
+            external_data=False,
+            verbose=False,
+            dynamo=True,
+        )
+        session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
+        with torch.inference_mode():
+            expected = network(three)
+        (logits,) = session.run(None, {"images": three.numpy()})
+        difference = float((torch.from_numpy(logits) - expected).abs().max())
+        if not difference <= TOLERANCE:
+            raise FlapsamError(f"{model}: not written, its logits differ from PyTorch's by {difference:.1e}")
+    write_text(description, card.model_dump_json(indent=2) + "\n")
+    return [description, model]

@@ -1,0 +1,97 @@
+"""Prediction as one call: what a run has trained, and images → label maps on disk."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from flapsam.adapters.images import find_images, images_of_split
+from flapsam.adapters.label_maps import VOLUMES, Outcome, predict_images
+from flapsam.adapters.model import load
+from flapsam.adapters.trained import find_trained
+from flapsam.base.device import set_up_torch
+from flapsam.base.environment import default_threads
+from flapsam.base.errors import FlapsamError
+from flapsam.learning.inference import PredictionOptions
+from flapsam.run.config import Checkpoint, Split
+from flapsam.run.observer import Observer
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What became of the images."""
+
+    outcomes: Sequence[Outcome]
+    """An outcome for each image."""
+    volumes: Path
+    """Table of the classes' volumes in millilitres."""
+
+    @property
+    def written(self) -> list[Outcome]:
+        """The images that have a label map."""
+        return [outcome for outcome in self.outcomes if not outcome.error]
+
+    @property
+    def failed(self) -> list[Outcome]:
+        """The images that could not be segmented."""
+        return [outcome for outcome in self.outcomes if outcome.error]
+
+    def as_json(self) -> dict[str, Any]:
+        """The outcomes for other programs."""
+        return {
+            "written": [str(path) for outcome in self.written for path in outcome.written],
+            "images": [outcome.as_json() for outcome in self.outcomes],
+            "volumes": str(self.volumes),
+        }
+
+
+def predict(
+    trained: Path,
+    images: Sequence[Path],
+    output: Path,
+    *,
+    split: Split | None = None,
+    series: str | None = None,
+    options: PredictionOptions = PredictionOptions(),
+    dicom_seg: bool = True,
+    resume: bool = False,
+    checkpoint: Checkpoint | None = None,
+    device: str = "cpu",
+    precision: Literal["fp32", "bf16", "fp16", "auto"] | None = None,
+    threads: int | None = None,
+    observer: Observer | None = None,
+) -> Predictions:
+    """Segment images and write a label map for each.
+
+    Args:
+        trained: folder of a run or of an adapter.
+        images: image files; folders, which are searched at any depth; or lists of paths (``.txt``).
+        output: folder for the label maps.
+        split: take only these cases of the one folder of sites in ``images``.
+        series: of folders with several DICOM series, those whose description, number or UID match this pattern.
+        options: what is done beyond predicting every slice once.
+        dicom_seg: whether DICOM images get a DICOM segmentation beside NIfTI.
+        resume: skip images that the same adapter has segmented here in the same way.
+        checkpoint: the backbone's checkpoint, if the adapter needs one.
+        device: ``cpu``, ``cuda``, ``mps`` or ``auto``.
+        precision: as ``load``.
+        threads: number of threads; all cores if None.
+        observer: follows the work.
+
+    Raises:
+        FlapsamError: there is no adapter or no image, or nothing can be written. An image that cannot be segmented raises
+            nothing; it is among ``Predictions.failed``.
+    """
+    found = find_trained(trained)
+    if split is None:
+        jobs = find_images(images, found, series=series, output=output)
+    elif len(images) == 1:
+        jobs = images_of_split(images[0], found, split)
+    else:
+        raise FlapsamError("--split: give one folder of sites")
+    set_up_torch(threads or default_threads(), deterministic=True)
+    model = load(trained, checkpoint=checkpoint, device=device, precision=precision)
+    outcomes = predict_images(
+        model, found, jobs, output, options=options, segmentation=dicom_seg, resume=resume, observer=observer or Observer()
+    )
+    return Predictions(list(outcomes), output / VOLUMES)

@@ -1,0 +1,199 @@
+"""The result of a run: a folder with the trained tensors and all that is needed to use them.
+
+``flapsam.json`` says what the adapter is. Low-rank factors are kept in PEFT's own format (``adapter_config.json``,
+``adapter_model.safetensors``), for FLAP-SAM together with the decoder's output part; what PEFT cannot express is in
+``weights.safetensors``. The model card beside them, ``README.md``, is for people.
+"""
+
+import json
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flapsam.base.errors import FlapsamError, too_new
+from flapsam.base.files import write_text, written_whole
+from flapsam.base.version import __version__
+from flapsam.run.config import RANDOM, Backbone, Checkpoint, ClassValues, Lora, OutputPart, Samples
+from flapsam.sam import Sam, adapted_weights, architecture, assemble, load_travelling, lora_config, strategy
+from flapsam.sam.sources import source
+from flapsam.sam.strategies import OUTPUT
+
+CARD, PEFT_CONFIG, PEFT_WEIGHTS, PLAIN_WEIGHTS = (
+    "flapsam.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "weights.safetensors",
+)
+PEFT_PREFIX = "base_model.model."
+CARD_FORMAT = 4
+"""Of ``flapsam.json``; ``_upgrade`` reads the older ones."""
+
+
+class BackboneCard(BaseModel):
+    """The network underneath an adapter."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    pixels: Literal["paper", "sam", "own"]
+    weights: str
+    """File name of the checkpoint, or ``random``."""
+    masks: Literal["new", "warm"]
+    seed: int
+    """Of what was not in the checkpoint."""
+    checksum: str
+    """SHA-256 of the weights that stay."""
+
+
+class AdapterCard(BaseModel):
+    """What ``flapsam.json`` says."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[4] = CARD_FORMAT
+    flapsam: str = __version__
+    run: str
+    mode: str
+    rounds: int
+    strategy: str
+    lora: Lora
+    frozen: list[OutputPart]
+    backbone: BackboneCard
+    samples: Samples
+    classes: list[str]
+    labels: dict[str, ClassValues]
+    """Values that stood for the classes in the training labels; predictions hold 1, 2, … in the order of ``classes``."""
+    licence: str
+    """An SPDX identifier, or ``unknown``."""
+
+
+def save_adapter(folder: Path, card: AdapterCard, tensors: Mapping[str, Tensor]) -> None:
+    """Write an adapter; its card is written last, so a folder with a card is whole.
+
+    Args:
+        folder: where to.
+        card: what it is.
+        tensors: those that travel, under the network's public names.
+    """
+    chosen = strategy(card.strategy)
+    output_with_lora = chosen.lora and chosen.trains == (OUTPUT,) and not card.frozen
+    peft = {n: t.contiguous() for n, t in tensors.items() if ".lora_" in n or (output_with_lora and fnmatchcase(n, OUTPUT))}
+    if any(name in tensors and not chosen.selects(name) for name in adapted_weights(tensors.keys())):
+        # An aggregator changed the adapted layers' own weights too: PEFT shall not find a part of the adapter.
+        peft = {}
+    plain = {n: t.contiguous() for n, t in tensors.items() if n not in peft}
+    if peft:
+        config = lora_config(card.lora, architecture(source(card.backbone.name).architecture).depth)
+        config.base_model_name_or_path = card.backbone.name
+        config.inference_mode = True
+        config.modules_to_save = ["output"] if output_with_lora else None
+        with written_whole(folder / PEFT_WEIGHTS) as temporary:
+            save_file({PEFT_PREFIX + name: tensor for name, tensor in peft.items()}, temporary, metadata={"format": "pt"})
+        # Sets have no order of their own; sorted, the file is the same each time.
+        write_text(folder / PEFT_CONFIG, json.dumps(config.to_dict(), indent=2, sort_keys=True, default=sorted) + "\n")
+    if plain:
+        with written_whole(folder / PLAIN_WEIGHTS) as temporary:
+            save_file(plain, temporary)
+    write_text(folder / CARD, card.model_dump_json(indent=2) + "\n")
+
+
+def read_card(folder: Path) -> AdapterCard:
+    """What an adapter is.
+
+    Raises:
+        FlapsamError: the folder is no adapter, or of a format that this version does not know.
+    """
+    path = folder / CARD
+    try:
+        description = json.loads(path.read_text())
+    except OSError as error:
+        raise FlapsamError(f"{folder}: not an adapter, {CARD} is missing") from error
+    except ValueError as error:
+        raise FlapsamError(f"{path}: not an adapter's description, it is no JSON") from error
+    if problem := too_new(description.get("format") if isinstance(description, dict) else None, CARD_FORMAT):
+        raise FlapsamError(f"{path}: {problem}")
+    try:
+        return AdapterCard.model_validate(_upgrade(description))
+    except ValidationError as error:
+        raise FlapsamError(f"{path}: not an adapter's description that flapsam {__version__} can read") from error
+
+
+def _upgrade(description: Any) -> Any:
+    """From the format that it was written in to the one of today, a format at a time."""
+    if not isinstance(description, dict):
+        return description
+    backbone = description.get("backbone")
+    if description.get("format") == 1:
+        # Adapters did not say their licence, and at first had null for random weights.
+        if isinstance(backbone, dict) and backbone.get("weights") is None:
+            backbone = {**backbone, "weights": RANDOM}
+        description = {**description, "format": 2, "licence": "unknown", "backbone": backbone}
+    if description.get("format") == 2:
+        # Masks always started anew.
+        if isinstance(backbone, dict):
+            backbone = {**backbone, "masks": "new"}
+        description = {**description, "format": 3, "backbone": backbone}
+    if description.get("format") == 3:
+        # Adapters sat on every query and value, and all of the output trained.
+        description = {**description, "format": 4, "lora": {"rank": description.get("lora_rank")}, "frozen": []}
+        description.pop("lora_rank", None)
+    return description
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The trained tensors of an adapter under the network's public names.
+
+    Raises:
+        FlapsamError: a file is missing or damaged.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in (folder / PEFT_WEIGHTS, folder / PLAIN_WEIGHTS):
+        try:
+            if path.exists():
+                tensors |= {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(path).items()}
+        except (SafetensorError, OSError) as error:
+            raise FlapsamError(f"{path}: cannot be read; is it truncated?") from error
+    if not tensors:
+        raise FlapsamError(f"{folder}: the adapter's weights are missing")
+    return tensors
+
+
+def load_adapter(folder: Path, checkpoint: Checkpoint | None = None) -> tuple[Sam, AdapterCard]:
+    """Build the network of an adapter and put the adapter on it.
+
+    Args:
+        folder: the adapter.
+        checkpoint: the backbone's checkpoint; if not given, the one that ships or was downloaded.
+
+    Raises:
+        FlapsamError: the adapter is damaged, or the backbone is missing or not the one that it was trained on.
+    """
+    card = read_card(folder)
+    if card.backbone.weights == RANDOM:
+        checkpoint = RANDOM
+    assembled = assemble(
+        Backbone(name=card.backbone.name, weights=checkpoint, pixels=card.backbone.pixels, masks=card.backbone.masks),
+        image_size=card.samples.size,
+        classes=len(card.classes),
+        strategy_name=card.strategy,
+        lora=card.lora,
+        frozen=card.frozen,
+        seed=card.backbone.seed,
+    )
+    if assembled.origin.checksum != card.backbone.checksum:
+        raise FlapsamError(
+            f"{folder}: this adapter belongs to another backbone: {card.backbone.name} from {card.backbone.weights} with "
+            f"checksum {card.backbone.checksum[:12]}, not {assembled.origin.checksum[:12]}; give that checkpoint with "
+            "--checkpoint"
+        )
+    try:
+        load_travelling(assembled.network, read_tensors(folder))
+    except ValueError as error:
+        raise FlapsamError(f"{folder}: its weights do not fit its description: {error}") from error
+    return assembled.network, card

@@ -1,0 +1,49 @@
+"""What a run ran on."""
+
+import os
+import platform
+import sys
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from flapsam.base.version import __version__
+
+PACKAGES = ("torch", "transformers", "peft", "monai", "nibabel", "numpy", "safetensors", "zstandard")
+"""Those whose versions can change a result."""
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and command line, for whoever repeats the run."""
+    return {
+        "flapsam": __version__,
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "cores": default_threads(),
+        "packages": {name: version(name) for name in PACKAGES},
+    }
+
+
+def default_threads() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+PROCESS = Path("/proc/self")
+
+
+def forget_peak() -> None:
+    """From now on ``peak_bytes`` counts anew, where the system lets it."""
+    with suppress(OSError):
+        (PROCESS / "clear_refs").write_text("5")
+
+
+def peak_bytes() -> int | None:
+    """The largest resident memory of this process; None where the system does not say."""
+    if not PROCESS.exists():
+        return None
+    lines = (PROCESS / "status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))

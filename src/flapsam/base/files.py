@@ -1,0 +1,121 @@
+"""Writing files so that a reader never sees half of one."""
+
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from flapsam.base.errors import FlapsamError
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+"""How a disk says that it knows no locks; work there goes on without."""
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path``; when the block ends well, sync it and rename it to ``path``.
+
+    The temporary name keeps the suffixes, because image libraries choose the format by them.
+
+    Raises:
+        FlapsamError: the folder cannot be made or written to, or the disk is full.
+    """
+    make_folder(path.parent)
+    try:
+        handle, name = tempfile.mkstemp(prefix=".part-", suffix=f"-{path.name}", dir=path.parent)
+    except OSError as error:
+        raise FlapsamError(f"{path.parent}: cannot write here ({error.strerror}); choose another output folder") from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except OSError as error:
+        raise FlapsamError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path``, whole or not at all."""
+    with written_whole(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8 to ``path``, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def make_folder(path: Path) -> Path:
+    """Make ``path`` and its parents; returns it.
+
+    Raises:
+        FlapsamError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FlapsamError(f"{path}: cannot make this folder ({error.strerror}); choose another output folder") from error
+    return path
+
+
+def check_writable(folder: Path) -> None:
+    """Make ``folder`` and try a file in it, before long work begins.
+
+    Raises:
+        FlapsamError: nothing can be written there.
+    """
+    probe = folder / ".writable"
+    write_bytes(probe, b"")
+    probe.unlink()
+
+
+def alone(path: Path, *, wait: bool = True) -> IO[bytes]:
+    """Lock a file until what is returned is closed or the process ends.
+
+    Args:
+        path: of the file.
+        wait: until no other process has it locked.
+
+    Raises:
+        FlapsamError: another has it locked, and it is not waited for.
+    """
+    import fcntl
+
+    make_folder(path.parent)
+    file = path.open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError as error:
+        raise FlapsamError(f"{path.parent}: another process is at work here; end that one first") from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return file
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process on this machine, or on one whose locks the disk carries here, has a file locked by ``alone``."""
+    import fcntl
+
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

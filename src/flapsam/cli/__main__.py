@@ -1,0 +1,5 @@
+"""``python -m flapsam.cli``."""
+
+from flapsam.cli import main
+
+main()

@@ -1,0 +1,47 @@
+"""``flapsam backbone``: Segment Anything Models to build on, and ``flapsam pretrain``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flapsam.cli.console import Json, Quiet, observing, out, print_json, say
+
+app = typer.Typer(help="Find, download and inspect Segment Anything Models to build on.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_backbones(as_json: Json = False) -> None:
+    """List the backbones that flapsam knows by name, and where their checkpoints are."""
+    from flapsam.report import tables
+    from flapsam.sam.backbones import list_backbones as rows_of
+
+    rows = rows_of()
+    if as_json:
+        return print_json(rows)
+    out.print(tables.plain_table(rows))
+
+
+@app.command()
+def get(name: Annotated[str, typer.Argument(help="A name from `flapsam backbone list`.")], quiet: Quiet = False) -> None:
+    """Download the checkpoint of a backbone, resuming an interrupted download."""
+    from flapsam.sam.backbones import fetch
+
+    with observing() as observer:
+        path = fetch(name, observer)
+    say(f"{name} is in {path}")
+
+
+@app.command()
+def info(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint: .pth, .safetensors, or a folder of transformers.")],
+    as_json: Json = False,
+) -> None:
+    """Describe a checkpoint: architecture, image size, parameters, checksum."""
+    from flapsam.report import tables
+    from flapsam.sam.backbones import describe
+
+    description = describe(checkpoint)
+    if as_json:
+        return print_json(description)
+    out.print(tables.plain_table([{"": name, checkpoint.name: str(value)} for name, value in description.items()]))

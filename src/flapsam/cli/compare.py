@@ -1,0 +1,70 @@
+"""Commands that compare runs: ``bench`` and ``suggest``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flapsam.cli.console import Assignments, Json, Quiet, interruptible, out, print_json, say, warn
+
+app = typer.Typer()
+
+BenchConfig = Annotated[
+    str,
+    typer.Argument(metavar="RUN.yaml", help="Configuration whose field `bench` says what to compare, or a shipped setting."),
+]
+DataFolder = Annotated[Path | None, typer.Option("--data", help="Folder of the data. Overrides data.path.")]
+
+
+@app.command()
+def bench(
+    config: BenchConfig,
+    data: DataFolder = None,
+    assignments: Assignments = None,
+    only: Annotated[str, typer.Option(help="Compute only the cells whose names match, such as 'flap*'.")] = "*",
+    minutes: Annotated[float | None, typer.Option(min=0, help="Begin no new cell after this time.")] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Compare strategies, modes, aggregators and seeds in one table. Computes the cells that are missing."""
+    from dataclasses import asdict
+
+    from flapsam.experiments.bench import bench as run
+    from flapsam.experiments.settings import read_settings
+    from flapsam.report.bench_figure import draw
+    from flapsam.report.bench_table import bench_table, write_tables
+
+    configuration = read_settings(config, data, assignments or [])
+    advice = f"Finished cells are in {configuration.output}; run the same command to continue."
+    with interruptible(advice) as observer:
+        result = run(configuration, only=only, minutes=minutes, observer=observer)
+    write_tables(result)
+    draw(result)
+    if as_json:
+        return print_json([asdict(row) for row in result.rows])
+    out.print(bench_table(result))
+    say(f"{result.folder} has all columns in bench.md, bench.csv and bench.json, and a figure in bench.svg")
+
+
+@app.command()
+def suggest(
+    config: BenchConfig,
+    data: DataFolder = None,
+    assignments: Assignments = None,
+    tolerance: Annotated[float, typer.Option(min=0, help="Loss of Dice that is acceptable.")] = 0.01,
+    as_json: Json = False,
+) -> None:
+    """Name the cheapest choice of a bench whose Dice is close to the best."""
+    from dataclasses import asdict
+
+    from flapsam.experiments.bench import read_bench
+    from flapsam.experiments.bench import suggest as choose
+    from flapsam.experiments.settings import read_settings
+
+    suggestion = choose(read_bench(read_settings(config, data, assignments or [])).rows, tolerance)
+    if as_json:
+        return print_json({"suggested": asdict(suggestion.cheapest), "best": asdict(suggestion.best)})
+    for name, row in (("best", suggestion.best), (f"cheapest within {tolerance:g}", suggestion.cheapest)):
+        say(f"{name}: {row.row.name}, Dice {row.mean_dice:.3f}, {row.parameters:,} parameters")
+    if suggestion.missing:
+        warn(f"Cells are missing, so this may change: {'; '.join(suggestion.missing)}")

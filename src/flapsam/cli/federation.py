@@ -1,0 +1,157 @@
+"""``flapsam federation``: a run between hospitals."""
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from flapsam.base.errors import FlapsamError
+from flapsam.cli.console import Assignments, Json, Quiet, Track, interruptible, out, print_json, say, warn
+
+app = typer.Typer(
+    help="""Run between hospitals, over mutual TLS.
+
+    WARNING: all parties must trust each other fully. Today a participant can read other participants' files.""",
+    no_args_is_help=True,
+)
+
+KitArgument = Annotated[Path, typer.Argument(metavar="KIT", help="Folder of the start-up kit.")]
+CoordinatorKit = Annotated[Path, typer.Option("--kit", metavar="KIT", help="Start-up kit of the coordinator.")]
+SiteConfigOption = Annotated[
+    Path | None,
+    typer.Option("--data", metavar="SITE.yaml", help="Configuration of the site. By default site.yaml in the kit."),
+]
+Unit = Annotated[bool, typer.Option("--unit", help="Print a systemd unit instead.")]
+COORDINATOR = Path("kits/coordinator")
+
+
+@app.callback()
+def _needs_nvflare() -> None:
+    if importlib.util.find_spec("nvflare") is None:
+        raise FlapsamError("flapsam federation needs NVFLARE; install it with: pip install 'flapsam[nvflare]'")
+
+
+@app.command()
+def provision(
+    federation: Annotated[
+        Path, typer.Argument(metavar="FEDERATION.yaml", help="File with the server's address and the sites' names.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the kits.")] = Path("kits"),
+    renew: Annotated[list[str] | None, typer.Option(help="SiteSide whose kit is made again, or `all`. Repeatable.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a start-up kit for the server, the coordinator and each site. Existing kits stay as they are."""
+    from flapsam.federation.engines.nvflare.kits import provision as make
+    from flapsam.report import tables
+
+    rows = [
+        {"kit": str(kit.folder), "for": kit.card.role, "certificate until": str(kit.certificate.not_valid_after_utc.date())}
+        for kit in make(federation, output, renew or [])
+    ]
+    if as_json:
+        return print_json(rows)
+    out.print(tables.plain_table(rows))
+    say(
+        "Give each participant its kit over a channel that you trust: whoever has a kit is that participant. "
+        f"Keep {output / 'authority'} to yourself."
+    )
+
+
+@app.command()
+def server(kit: KitArgument, unit: Unit = False) -> None:
+    """Run the server until Ctrl-C."""
+    _launch(kit, "server", None, unit)
+
+
+@app.command()
+def site(kit: KitArgument, data: SiteConfigOption = None, unit: Unit = False) -> None:
+    """Run a site until Ctrl-C."""
+    _launch(kit, "site", data, unit)
+
+
+@app.command()
+def check(
+    kit: KitArgument,
+    data: SiteConfigOption = None,
+    config: Annotated[Path | None, typer.Option(metavar="RUN.yaml", help="Configuration of a run to rehearse.")] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Check in advance whether a site's certificate, network, data and memory will do."""
+    from dataclasses import asdict
+
+    from flapsam.federation.engines.nvflare.preflight import check_site
+    from flapsam.report import tables
+
+    with interruptible("Nothing was changed.") as observer:
+        findings = list(check_site(kit, data, config, observer))
+    if as_json:
+        print_json([asdict(finding) for finding in findings])
+    else:
+        rows = [{"": "ok" if f.fine else "problem", "what": f.what, "about": f.about} for f in findings]
+        out.print(tables.plain_table(rows))
+    if not all(finding.fine for finding in findings):
+        raise typer.Exit(2)
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Configuration of the run, as for flapsam simulate.")],
+    kit: CoordinatorKit = COORDINATOR,
+    assignments: Assignments = None,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for missing sites, once there are enough.")] = 60,
+    track: Track = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Start or resume a run and follow it to its end. Runs on the server's machine."""
+    from flapsam.federation.engines.nvflare.jobs import run as follow
+    from flapsam.federation.hospitals.run_config import read_federated_config
+    from flapsam.report.page import write_report
+    from flapsam.report.tracking import tracked
+
+    configuration = read_federated_config(config, assignments or [])
+    advice = "The server continues. Run the same command to follow it, or flapsam federation stop to end the run."
+    with interruptible(advice) as shown, tracked(shown, track or [], warn) as observer:
+        adapter = follow(configuration, kit, observer, wait=wait)
+    if as_json:
+        print_json({"adapter": str(adapter)})
+    else:
+        say(f"The adapter is in {adapter}")
+    page = write_report(adapter.parent)
+    if not as_json:
+        say(f"The report is {page}")
+
+
+@app.command()
+def status(kit: CoordinatorKit = COORDINATOR, as_json: Json = False) -> None:
+    """Show whether the server is up and which sites are connected."""
+    from flapsam.federation.engines.nvflare.jobs import status as ask
+    from flapsam.report import tables
+
+    answer = ask(kit)
+    if as_json:
+        return print_json(answer)
+    say(f"{answer['server']}: up since {answer['since']}, {len(answer['jobs'])} jobs running")
+    rows = [{"site": name, "": "connected" if seen else "not connected"} for name, seen in answer["sites"].items()]
+    out.print(tables.plain_table(rows))
+
+
+@app.command()
+def stop(kit: CoordinatorKit = COORDINATOR, as_json: Json = False) -> None:
+    """Stop the current run. Finished rounds are kept; flapsam federation run resumes it."""
+    from flapsam.federation.engines.nvflare.jobs import stop as end
+
+    jobs = end(kit)
+    if as_json:
+        return print_json({"ended": jobs})
+    say(f"{len(jobs)} jobs stopped" if jobs else "no job is running")
+
+
+def _launch(folder: Path, role: Literal["server", "site"], site_config: Path | None, unit: bool) -> None:
+    from flapsam.federation.engines.nvflare.launch import launch, unit_of
+
+    if unit:
+        return out.print(unit_of(folder, role, site_config), highlight=False, markup=False, soft_wrap=True, end="")
+    launch(folder, role, warn, site_config=site_config)

@@ -1,0 +1,119 @@
+"""Commands about this machine and a run's demands: ``traffic``, ``memory``, ``doctor``, ``pretrain``."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from flapsam.cli.console import (
+    Assignments,
+    Device,
+    Json,
+    Quiet,
+    Rank,
+    Size,
+    Threads,
+    interruptible,
+    out,
+    print_json,
+    say,
+)
+
+app = typer.Typer()
+
+BackboneName = Annotated[str, typer.Option(help="A name from `flapsam backbone list`.")]
+
+
+@app.command()
+def traffic(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[RUN.yaml]", help="Configuration of a run whose packets are to be predicted.")
+    ] = None,
+    assignments: Assignments = None,
+    backbone: BackboneName = "sam-vit-b",
+    size: Size = None,
+    classes: Annotated[int, typer.Option(min=1, help="Number of classes, without background.")] = 2,
+    rank: Rank = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds.")] = 100,
+    as_json: Json = False,
+) -> None:
+    """Predict the traffic of a run, or show what each strategy trains and sends without compression."""
+    from dataclasses import asdict
+
+    from flapsam.federation.traffic import predict_traffic, strategy_table
+    from flapsam.report import tables
+
+    if config is not None:
+        from flapsam.run.reading import read_config
+
+        predicted = predict_traffic(read_config(config, assignments or []))
+        if as_json:
+            return print_json([{**asdict(row), "ratio": row.ratio} for row in predicted])
+        return out.print(tables.prediction_table(predicted))
+    rows = strategy_table(backbone, image_size=size, classes=classes, rank=rank, rounds=rounds)
+    if as_json:
+        return print_json([asdict(row) for row in rows])
+    say(f"{backbone}, {classes} classes, rank {rank}, {rounds} rounds, one client, both directions")
+    out.print(tables.strategy_table(rows))
+
+
+@app.command()
+def memory(
+    backbone: BackboneName = "sam-vit-b",
+    size: Size = None,
+    strategy: Annotated[str, typer.Option(help="Strategy: what trains.")] = "flap",
+    rank: Rank = 32,
+    device: Device = "cpu",
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Precision of the network's arithmetic.")] = "fp32",
+    as_json: Json = False,
+) -> None:
+    """Measure the memory of a training step on random weights, by slices at once, with and without checkpointing."""
+    from dataclasses import asdict
+
+    from flapsam.learning.memory import memory_table
+    from flapsam.report import tables
+
+    rows = memory_table(backbone, image_size=size, strategy=strategy, rank=rank, device=device, precision=precision)
+    if as_json:
+        return print_json([asdict(row) for row in rows])
+    out.print(tables.memory_table(rows))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Show what flapsam finds on this machine."""
+    from flapsam.base.device import inspect_machine
+
+    machine = inspect_machine()
+    if as_json:
+        return print_json(machine)
+    for name, value in machine.items():
+        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        say(f"{name.replace('_', ' '):>16}  {text or 'none'}")
+
+
+@app.command()
+def pretrain(
+    folder: Annotated[Path, typer.Argument(help="Folder for weights, log and state.")],
+    steps: Annotated[int, typer.Option(min=1, help="Number of training steps.")] = 10_000,
+    batch: Annotated[int, typer.Option(min=1, help="Scenes in a step.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Twenty steps, to check that it runs.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last state in the folder.")] = False,
+    threads: Threads = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Train sam-tiny from scratch on synthetic images. This is how the weights that ship with flapsam were made."""
+    from flapsam.experiments.pretraining import Recipe
+    from flapsam.experiments.pretraining import pretrain as run
+
+    recipe = Recipe(steps=20, batch=4, warmup=5, seed=seed) if quick else Recipe(steps=steps, batch=batch, seed=seed)
+    length = "--quick" if quick else f"--steps {steps} --batch {batch}"
+    command = f"flapsam pretrain {length} --seed {seed}"
+    with interruptible(f"The last state is in {folder}; add --resume to continue.") as observer:
+        scores = run(folder, recipe, command=command, threads=threads, resume=resume, observer=observer)
+    if as_json:
+        return print_json(scores)
+    for task, value in scores.items():
+        say(f"{task:>16}  held-out IoU {value:.3f}")

@@ -1,0 +1,82 @@
+"""Commands that show what a run has produced: ``report``, ``view``, ``track``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flapsam.cli.console import (
+    Json,
+    Quiet,
+    TrackerName,
+    TrainedOption,
+    interruptible,
+    observing,
+    print_json,
+    say,
+)
+
+app = typer.Typer()
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folder of a run, or of several runs to compare.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="PAGE.html",
+            help="File to write. By default report/index.html in the run's folder, or comparison.html for several runs.",
+        ),
+    ] = None,
+    images: Annotated[bool, typer.Option(help="Include slices of the best, median and worst cases.")] = True,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Write the report of a run, or a comparison of several, as one HTML page that needs no network."""
+    from flapsam.report.comparison import write_reports
+
+    with observing() as observer:
+        page = write_reports(runs, output, images=images, observer=observer)
+    if as_json:
+        return print_json({"report": str(page)})
+    say(f"Wrote the report to {page}")
+
+
+@app.command()
+def view(
+    path: Annotated[Path, typer.Argument(metavar="RUN_OR_IMAGE", help="Folder of a run, or an image.")],
+    case: Annotated[
+        str | None, typer.Argument(help="Case of the run, as CASE or SITE/CASE. Without it, the report opens.")
+    ] = None,
+    prediction: Annotated[Path | None, typer.Option(help="Label map of the image.")] = None,
+    truth: Annotated[Path | None, typer.Option(help="Second label map to compare with.")] = None,
+    trained: TrainedOption = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on. By default, any free one.")] = 0,
+    browser: Annotated[bool, typer.Option(help="Open the address in a browser.")] = True,
+) -> None:
+    """View volumes and their label maps in a browser. Serves this machine only, until Ctrl-C."""
+    from flapsam.report.viewing import view_server
+
+    with interruptible("The viewer is closed.") as observer:
+        server, address = view_server(path, case, prediction, truth, trained, port, observer)
+        say(f"Open {address}\nOnly this machine can reach it. Press Ctrl-C to stop.")
+        if browser:
+            import webbrowser
+
+            webbrowser.open(address)
+        server.run()
+
+
+@app.command()
+def track(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    to: Annotated[list[TrackerName], typer.Option("--to", help="Software to write figures for. Repeatable.")],
+) -> None:
+    """Write the figures of a run for TensorBoard or MLflow. Figures that were written before are not written again."""
+    from flapsam.report.tracking import track_run
+
+    for place in track_run(run, to):
+        say(place)

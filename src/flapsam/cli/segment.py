@@ -1,0 +1,140 @@
+"""Commands that use an adapter: ``predict``, ``evaluate``, ``export``."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from flapsam.cli.console import (
+    Checkpoint,
+    Device,
+    Json,
+    Quiet,
+    Threads,
+    TrainedArgument,
+    TrainedOption,
+    interruptible,
+    notes,
+    observing,
+    out,
+    print_json,
+    say,
+    warn,
+)
+
+app = typer.Typer()
+
+
+@app.command()
+def predict(
+    trained: TrainedArgument,
+    images: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="IMAGES...",
+            help="NIfTI, NRRD, MetaImage or DICOM files, folders with such files at any depth, or lists of paths (.txt).",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the label maps.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Skip images whose label map was made in the same way.")] = False,
+    series: Annotated[
+        str | None,
+        typer.Option(help="DICOM series to take where a folder has several: number, description or UID, such as '*T2*'."),
+    ] = None,
+    split: Annotated[
+        Literal["train", "val", "test"] | None, typer.Option(help="Take only these cases of one folder of sites.")
+    ] = None,
+    flips: Annotated[
+        str,
+        typer.Option(metavar="AXES", help="Average over mirror images, such as x (left-right). Each axis doubles the time."),
+    ] = "",
+    planes: Annotated[
+        bool,
+        typer.Option("--planes", help="Average over sagittal, coronal and axial slices. Triples the time."),
+    ] = False,
+    largest: Annotated[bool, typer.Option("--largest", help="Keep the largest connected component of each class.")] = False,
+    fill: Annotated[bool, typer.Option("--fill", help="Fill holes in each class.")] = False,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Also write the classes' probabilities as one 4-D NIfTI file.")
+    ] = False,
+    dicom_seg: Annotated[bool, typer.Option(help="For DICOM images, write a DICOM segmentation beside NIfTI.")] = True,
+    checkpoint: Checkpoint = None,
+    device: Device = "cpu",
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16", "auto"] | None,
+        typer.Option(help="auto takes the fastest, measured briefly. By default fp32 on a CPU and auto elsewhere."),
+    ] = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Segment volumes: one label map for each image, in the grid and format of the image."""
+    from flapsam.adapters.prediction import predict as run
+    from flapsam.learning.inference import PredictionOptions
+
+    with interruptible(f"Finished label maps are in {output}; add --resume to continue.") as observer:
+        predictions = run(
+            trained,
+            images,
+            output,
+            split=split,
+            series=series,
+            options=PredictionOptions(flips, planes, largest, fill, probabilities),
+            dicom_seg=dicom_seg,
+            resume=resume,
+            checkpoint=checkpoint,
+            device=device,
+            precision=precision,
+            threads=threads,
+            observer=observer,
+        )
+    if as_json:
+        print_json(predictions.as_json())
+    else:
+        count = len(predictions.written)
+        label_maps = "1 label map is" if count == 1 else f"{count} label maps are"
+        say(f"{label_maps} in {output}, volumes in millilitres in {predictions.volumes}")
+    if predictions.failed:
+        failed, total = len(predictions.failed), len(predictions.outcomes)
+        notes.print(f"[bold red]{failed} of {total} images were not segmented:[/]", highlight=False)
+        for outcome in predictions.failed:
+            warn(f"- {outcome.error}")
+        raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(help="Folder of label maps: CASE.nii.gz or SITE/CASE.nii.gz.")],
+    labels: Annotated[Path, typer.Argument(help="Folder of the truth: the same, or SITE/labels/CASE.nii.gz.")],
+    trained: TrainedOption = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Score label maps against the truth: 3-D Dice and 95 % Hausdorff distance per case, site and class."""
+    from flapsam.adapters.evaluation import evaluate as score
+    from flapsam.learning.metrics import as_json_of
+    from flapsam.report import tables
+
+    with observing() as observer:
+        scores = score(predictions, labels, trained, observer=observer)
+    if as_json:
+        return print_json(as_json_of(scores))
+    out.print(tables.scores_table(scores))
+
+
+@app.command()
+def export(
+    trained: TrainedArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the network.")],
+    form: Annotated[Literal["transformers", "onnx"], typer.Option("--format", help="Format to write.")] = "transformers",
+    checkpoint: Checkpoint = None,
+    as_json: Json = False,
+) -> None:
+    """Merge an adapter into its backbone and write the network for other software."""
+    from flapsam.adapters.export import export as write
+
+    written = write(trained, output, form=form, checkpoint=checkpoint)
+    if as_json:
+        return print_json({"written": [str(path) for path in written]})
+    for path in written:
+        say(str(path))

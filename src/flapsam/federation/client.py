@@ -1,0 +1,183 @@
+"""The client's side of the federated algorithm: a site turns the server's packets into a packet of its own."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from flapsam.base.seeds import seed_for
+from flapsam.federation.agreement import SERVER, VALIDATION, Agreement, changed, cut, padded
+from flapsam.federation.packets import Contract, Header, PacketRefused, decode, encode, encode_lossy
+from flapsam.federation.state import ClientState
+from flapsam.learning.inference import predict_stack
+from flapsam.learning.metrics import CaseScores, score_case, summarise
+from flapsam.learning.prepared import PreparedCase
+from flapsam.learning.training import FIT_METRICS, Learner, fit
+from flapsam.run.config import RunConfig
+from flapsam.sam import Sam, load_tensors, only_these_train, tensors_of
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """What one site trains and validates on."""
+
+    site: str
+    train: Sequence[PreparedCase]
+    val: Sequence[PreparedCase]
+
+
+class Client:
+    """A site's side of the algorithm."""
+
+    def __init__(
+        self,
+        network: Sam,
+        data: ClientData,
+        config: RunConfig,
+        agreement: Agreement,
+        state: ClientState,
+        *,
+        tells_metrics: bool = True,
+    ) -> None:
+        """Take part in a run, from its start or from where the state stands.
+
+        Args:
+            network: on which the site fits.
+            data: of the site.
+            config: of the run.
+            agreement: what was agreed with the server.
+            state: this site's folder.
+            tells_metrics: whether losses and validation Dice are in what leaves the site.
+        """
+        self.tells_metrics = tells_metrics
+        self.network = network
+        self.data = data
+        self.config = config
+        self.agreement = agreement
+        self.state = state
+        self.rank = agreement.rank(data.site)
+
+    @property
+    def held(self) -> int:
+        """Rounds that went into the tensors that this site has, which says what packets it needs."""
+        held = self.state.held()
+        return held[0] if held else 0
+
+    def fit(self, packets: Iterable[bytes], on_step: Callable[[], None] = lambda: None) -> bytes:
+        """One round: validate what came, train it on this site's data, answer with the result.
+
+        A round that was answered already is answered with the same bytes.
+
+        Args:
+            packets: the server's for this site, oldest first.
+            on_step: called after every training step.
+
+        Raises:
+            PacketRefused: a packet is not right.
+        """
+        done, start = self._receive(packets)
+        number = done + 1
+        kept = self.state.reply(number)
+        if kept is not None:
+            return kept
+        metrics: dict[str, float | None] = {}
+        if self.tells_metrics and done > 0 and done % self.config.rounds.validate_every == 0:
+            metrics |= self._scores()
+        learner = Learner(self.network, self.config.training, self.config.rounds.count)
+        moments = self.state.moments_before(number)
+        if moments is not None:
+            learner.load(moments)
+        if self.config.training.moments == "reset":
+            learner.reset_moments()
+        contract = self.agreement.up(self.data.site, number)
+        with only_these_train(self.network, contract.shapes):
+            report = fit(
+                self.network,
+                learner,
+                self.data.train,
+                self.config.samples,
+                seed=seed_for(self.config.seed, number, self.data.site, "fit"),
+                precision=self.config.precision,
+                on_step=on_step,
+            )
+        result = cut(tensors_of(self.network, contract.shapes), self.rank)
+        whole = all(tensor.isfinite().all() for tensor in result.values())
+        if whole:
+            learner.save(self.state.moments(number))
+        if self.tells_metrics:
+            metrics |= {name: float(getattr(report, name)) for name in FIT_METRICS}
+        header = Header(
+            run=self.agreement.run,
+            round=number,
+            base=done,
+            sender=self.data.site,
+            samples=report.slices,
+            metrics=metrics,
+        )
+        answer = self._answer(header, contract, start, result, keep_unsent=whole)
+        self.state.commit(number, answer)
+        return answer
+
+    def validate(self, packets: Iterable[bytes]) -> dict[str, float | None]:
+        """Validation Dice of the global tensors on this site: per class and mean, under ``validation.``.
+
+        Raises:
+            PacketRefused: a packet is not right.
+        """
+        self._receive(packets)
+        return self._scores() if self.tells_metrics else {}
+
+    def _receive(self, packets: Iterable[bytes]) -> tuple[int, dict[str, Tensor]]:
+        """Rounds done and the global tensors at this site's rank, which the network holds then."""
+        number, tensors = self.state.held() or (0, cut(self.agreement.start, self.rank))
+        for packet in packets:
+            header, part = decode(
+                packet, lambda header: self.agreement.from_server(header, self.rank), self.agreement.contract.tensor_bytes
+            )
+            if header.run != self.agreement.run:
+                raise PacketRefused("of another run")
+            if header.sender != SERVER:
+                raise PacketRefused(f"sent by {header.sender!r}, not by the server")
+            if header.base is None or header.round > number:
+                if header.base not in (None, number):
+                    raise PacketRefused(f"it changes what round {header.base} gave, this site has that of round {number}")
+                tensors = changed(tensors, part, header.base is None or self.agreement.lossless)
+                number = header.round
+        if self.agreement.remembers:
+            self.state.hold(number, tensors)
+        load_tensors(self.network, padded(tensors, self.agreement.contract.shapes))
+        return number, tensors
+
+    def _answer(
+        self,
+        header: Header,
+        contract: Contract,
+        start: Mapping[str, Tensor],
+        result: Mapping[str, Tensor],
+        keep_unsent: bool,
+    ) -> bytes:
+        """The packet for the server; what the codec loses is kept, to be sent with the next (Seide et al. 2014)."""
+        seed = seed_for(self.config.seed, header.round, self.data.site, "codec")
+        if self.agreement.lossless:
+            return encode(header, contract, result, seed)
+        feedback = self.config.compression.feedback
+        unsent = self.state.unsent_before(header.round) if feedback else {}
+        change = {name: result[name] - start[name] + unsent.get(name, 0.0) for name in result}
+        packet, sent = encode_lossy(header, contract, change, seed)
+        if feedback and keep_unsent:
+            self.state.keep_unsent(header.round, {**unsent, **{name: change[name] - sent[name] for name in change}})
+        return packet
+
+    def _scores(self) -> dict[str, float | None]:
+        summary = summarise(score_cases(self.network, self.data.val, self.config))
+        return {VALIDATION + name: value for name, value in {"mean": summary.mean_dice, **summary.dice}.items()}
+
+
+def score_cases(network: Sam, cases: Sequence[PreparedCase], config: RunConfig) -> list[CaseScores]:
+    """Predict unpacked cases and score them on the slices' own grid, without distances."""
+    scores = []
+    for case in cases:
+        stack = case.stack(config.samples)
+        predicted = predict_stack(network, stack, batch=config.inference_batch, precision=config.precision)
+        scores.append(score_case(case.name, case.site, predicted, case.labels(), None, config.data.classes, case.annotated))
+    return scores

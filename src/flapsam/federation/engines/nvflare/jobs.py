@@ -1,0 +1,416 @@
+"""From the coordinator's chair: submit a run, follow it, submit it again after a crash or when a site is back, end it."""
+
+import contextlib
+import io
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nvflare.fuel.flare_api.api_spec import AuthenticationError, AuthorizationError, InvalidJobDefinition
+from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
+
+from flapsam.base.errors import FlapsamError
+from flapsam.federation.engines.nvflare.executor import REGROUP
+from flapsam.federation.engines.nvflare.kits import ADMINISTRATOR, Kit, read_kit
+from flapsam.federation.hospitals.handshake import GONE
+from flapsam.run.config import RunConfig
+from flapsam.run.folder import RunFolder
+from flapsam.run.ledger import (
+    TOGETHER,
+    AnswerMissing,
+    Event,
+    Fitted,
+    JobEnded,
+    JobStarted,
+    RoundClosed,
+    RunEnded,
+    SiteExcluded,
+    read_ledger,
+)
+from flapsam.run.observer import Observer
+
+Result = TypeVar("Result")
+PACKAGE = "flapsam.federation.engines.nvflare"
+ATTEMPTS = 3
+"""Jobs in a row that may end badly without a new round."""
+WAIT_SECONDS = 60.0
+"""For which sites that are not there yet are waited for, once there are enough."""
+POLL_SECONDS = 1.0
+ENDED = ("FINISHED", "ABANDONED", "FAILED")
+"""How the status of a job begins that is over."""
+
+
+class Unreachable(Exception):  # noqa: N818 (the server may come back)
+    """The server does not answer."""
+
+
+class AdminLine:
+    """The administrator's connection, made anew when it breaks."""
+
+    def __init__(self, kit: Kit) -> None:
+        self.kit = kit
+        # What NVFLARE logs is said here in other words.
+        logging.getLogger().addHandler(logging.NullHandler())
+        self.session: Session | None = None
+
+    def __enter__(self) -> "AdminLine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._drop()
+
+    def ask(self, question: Callable[[Session], Result]) -> Result:
+        """Ask the server something.
+
+        Raises:
+            Unreachable: it does not answer.
+            FlapsamError: it refuses.
+        """
+        # NVFLARE prints what it does.
+        with contextlib.redirect_stdout(io.StringIO()):
+            try:
+                if self.session is None:
+                    self.session = new_secure_session(ADMINISTRATOR, str(self.kit.folder), timeout=5.0)
+                return question(self.session)
+            except (AuthenticationError, AuthorizationError, InvalidJobDefinition) as error:
+                self._drop()
+                raise FlapsamError(f"the server at {self.kit.card.server} refuses: {error}") from error
+            except Exception as error:
+                self._drop()
+                raise Unreachable(str(error)) from error
+
+    def _drop(self) -> None:
+        session, self.session = self.session, None
+        if session is not None:
+            with contextlib.suppress(Exception):
+                session.close()
+
+
+@dataclass
+class Job:
+    """One job of a run."""
+
+    identity: str
+    sites: list[str]
+    started: Any
+    """When the server that runs it was started."""
+    regrouped: bool = False
+    """Whether it has been asked to end after its round."""
+
+
+@dataclass
+class RunFollower:
+    """Follows a run to its end."""
+
+    config: RunConfig
+    line: AdminLine
+    observer: Observer
+    wait: float
+    size: int = 0
+    """Size of the ledger in bytes when it was last read."""
+    events: list[Event] = field(default_factory=list)
+
+    def follow(self) -> Path:
+        """Submit jobs until the run is complete; returns the adapter's folder.
+
+        Raises:
+            FlapsamError: the run cannot be completed.
+        """
+        folder = self._folder
+        run = folder.resume(self.config) if folder.is_begun else folder.begin(self.config)
+        self.observer.opened(self.config, [])
+        self._read_ledger()
+        self.observer.begin(str(TOGETHER), self.config.rounds.count, self._rounds())
+        bad = 0
+        job = self._attach(run)
+        while not self._done():
+            if job is None:
+                job = self._submit(run)
+            before = self._rounds()
+            outcome = self._watch(job)
+            bad = 0 if self._rounds() > before or outcome == "regroup" else bad + 1
+            if bad >= ATTEMPTS:
+                reasons = [event.reason for event in self.events if isinstance(event, JobEnded) and event.reason]
+                reason = f": {reasons[-1]}" if reasons else ""
+                advice = "see the server's log, then run the same command to resume"
+                raise FlapsamError(f"the run is making no progress{reason}; {advice}")
+            job = None
+        self.observer.end()
+        return folder.adapter(TOGETHER)
+
+    @property
+    def _folder(self) -> RunFolder:
+        return RunFolder(self.config.output)
+
+    def _submit(self, run: str) -> Job:
+        """Submit a new job for the sites that are connected."""
+        sites = self._wait_for_sites()
+        with tempfile.TemporaryDirectory() as folder:
+            definition = write_job(Path(folder), run, self.config.output, sites, self.config.rounds.min_sites)
+            identity = self._patiently(lambda session: session.submit_job(str(definition)))
+        info = self._patiently(lambda session: session.get_system_info())
+        return Job(identity, sites, info.server_info.start_time)
+
+    def _attach(self, run: str) -> Job | None:
+        """The job of this run that is running already, if there is one."""
+        info = self._patiently(lambda session: session.get_system_info())
+        for running in info.job_info:
+            meta = self._patiently(lambda session, job=running.job_id: session.get_job_meta(job))
+            if meta.get("name") == job_name(run):
+                job = Job(running.job_id, [], info.server_info.start_time)
+                job.sites = [site for event in self._started(job) for site in event.sites]
+                return job
+        return None
+
+    def _watch(self, job: Job) -> str:
+        """Report what happens until a job is over, and end it early when a site has returned; returns its outcome."""
+        asked = 0.0
+        while True:
+            time.sleep(0.2)
+            self._read_ledger()
+            if (end := self._end_of(job)) is not None:
+                if end.outcome == "aborted" and self._was_stopped(job):
+                    raise FlapsamError("the run was stopped; run the same command to resume")
+                return end.outcome
+            if time.monotonic() - asked < POLL_SECONDS:
+                continue
+            try:
+                info = self.line.ask(lambda session: session.get_system_info())
+                meta = self.line.ask(lambda session: session.get_job_meta(job.identity))
+            except Unreachable:
+                self.observer.say("The server does not answer. Waiting for it.")
+                info = self._patiently(lambda session: session.get_system_info())
+                meta = self._patiently(lambda session: session.get_job_meta(job.identity))
+            asked = time.monotonic()
+            if info.server_info.start_time != job.started:
+                self.observer.say("The server was restarted. The run resumes from its last complete round.")
+                return "crashed"
+            if str(meta.get("status", "")).startswith(ENDED):
+                self._read_ledger()
+                if self._end_of(job) is None:
+                    self.observer.say(f"The job ended without a result ({meta['status']}). Submitting it again.")
+                    return "crashed"
+                continue
+            self._regroup_if_back(job, [client.name for client in info.client_info or []])
+
+    def _end_of(self, job: Job) -> JobEnded | None:
+        return next((e for e in self.events if isinstance(e, JobEnded) and e.job == job.identity), None)
+
+    def _was_stopped(self, job: Job) -> bool:
+        """Whether somebody ended a job, and not the death of its server."""
+        while True:
+            info = self._patiently(lambda session: session.get_system_info())
+            meta = self._patiently(lambda session: session.get_job_meta(job.identity))
+            if info.server_info.start_time != job.started:
+                return False
+            if str(meta.get("status", "")).startswith(ENDED):
+                return "ABORTED" in meta["status"]
+            time.sleep(POLL_SECONDS)
+
+    def _regroup_if_back(self, job: Job, connected: Sequence[str]) -> None:
+        """Let the job end after its round if a site is connected that has no part in it."""
+        gone, excluded = set[str](), set[str]()
+        started = self._started(job)
+        for event in self.events[self.events.index(started[0]) :] if started else []:
+            if isinstance(event, AnswerMissing) and event.reason == GONE:
+                gone.add(event.site)
+            elif isinstance(event, Fitted):
+                gone.discard(event.site)
+            elif isinstance(event, SiteExcluded):
+                (gone if event.reason == GONE else excluded).add(event.site)
+        back = [site for site in self._wanted(connected) if site in gone or site not in job.sites]
+        back = [site for site in back if site not in excluded]
+        # Before the job has started there is nothing to end.
+        if back and not job.regrouped and started:
+            with contextlib.suppress(Unreachable):
+                self.line.ask(lambda session: session.do_app_command(job.identity, REGROUP, {}))
+                job.regrouped = True
+                self.observer.say(f"{', '.join(back)} has connected and takes part after this round.")
+
+    def _started(self, job: Job) -> list[JobStarted]:
+        """The event that a job started with; none before."""
+        return [e for e in self.events if isinstance(e, JobStarted) and e.job == job.identity][:1]
+
+    def _wait_for_sites(self) -> list[str]:
+        """The sites of the next job: all, or after a while those that are connected, if they are enough."""
+        everyone = self._wanted(self.line.kit.card.sites)
+        enough = self.config.rounds.min_sites
+        said: list[str] = []
+        since = time.monotonic()
+        while True:
+            info = self._patiently(lambda session: session.get_system_info())
+            connected = sorted(self._wanted([client.name for client in info.client_info or []]))
+            missing = sorted(set(everyone) - set(connected))
+            if not missing or (len(connected) >= enough and time.monotonic() - since > self.wait):
+                return connected
+            if missing != said:
+                limit = f"; starting without after {self.wait:g} s" if len(connected) >= enough else ""
+                self.observer.say(f"Waiting for {', '.join(missing)}{limit}.")
+                said = missing
+            time.sleep(POLL_SECONDS)
+
+    def _wanted(self, names: Sequence[str]) -> list[str]:
+        chosen = self.config.data.sites
+        return [name for name in names if chosen is None or name in chosen]
+
+    def _patiently(self, question: Callable[[Session], Result]) -> Result:
+        """Ask until the server answers."""
+        said = False
+        while True:
+            try:
+                return self.line.ask(question)
+            except Unreachable as error:
+                if not said:
+                    self.observer.say(f"No answer from the server at {self.line.kit.card.server}: {error}. Retrying.")
+                    said = True
+                time.sleep(POLL_SECONDS)
+
+    def _read_ledger(self) -> None:
+        path = self._folder.ledger
+        size = path.stat().st_size if path.exists() else 0
+        if size == self.size:
+            return
+        self.size, seen = size, len(self.events)
+        # A line may be half written.
+        self.events = read_ledger(path, whole_lines=True)
+        for event in self.events[seen:]:
+            self.observer.event(event)
+            if isinstance(event, RoundClosed):
+                self.observer.step()
+
+    def _rounds(self) -> int:
+        return sum(isinstance(event, RoundClosed) for event in self.events)
+
+    def _done(self) -> bool:
+        return any(isinstance(event, RunEnded) for event in self.events)
+
+
+def run(config: RunConfig, kit: Path, observer: Observer, *, wait: float = WAIT_SECONDS) -> Path:
+    """Start a run, or resume the one in its folder, and follow it to its end.
+
+    Args:
+        config: the run. Each site says for itself where its data are.
+        kit: folder of the coordinator's kit.
+        observer: follows the run.
+        wait: seconds to wait for missing sites, once there are enough.
+
+    Returns:
+        The adapter's folder.
+
+    Raises:
+        FlapsamError: the configuration is wrong, or the run makes no progress.
+    """
+    # Imported here because it takes seconds to load, which stopping a run need not wait for.
+    from flapsam.federation.preparation import resolve
+
+    coordinator = read_kit(kit, "coordinator")
+    config = resolve(config)
+    unknown = sorted(set(config.data.sites or []) - set(coordinator.card.sites))
+    if unknown:
+        sites = ", ".join(coordinator.card.sites)
+        raise FlapsamError(f"data.sites: there is no site '{unknown[0]}' in this federation; it has {sites}")
+    with AdminLine(coordinator) as line:
+        return RunFollower(config, line, observer, wait).follow()
+
+
+def status(kit: Path) -> dict[str, Any]:
+    """Since when the server is up, when each site last connected (None: it is not connected), and the running jobs.
+
+    Args:
+        kit: folder of the coordinator's kit.
+
+    Raises:
+        FlapsamError: the server does not answer.
+    """
+    with _answered(kit) as line:
+        info = line.ask(lambda session: session.get_system_info())
+        card = line.kit.card
+        connected = {client.name: client.last_connect_time for client in info.client_info or []}
+        return {
+            "server": card.server,
+            "since": _moment(info.server_info.start_time),
+            "sites": {site: _moment(connected[site]) if site in connected else None for site in card.sites},
+            "jobs": [job.job_id for job in info.job_info or []],
+        }
+
+
+def _moment(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+def stop(kit: Path) -> list[str]:
+    """Stop all jobs. Finished rounds are kept, and the jobs' runs can be resumed. Returns the jobs.
+
+    Args:
+        kit: folder of the coordinator's kit.
+
+    Raises:
+        FlapsamError: the server does not answer.
+    """
+    with _answered(kit) as line:
+        info = line.ask(lambda session: session.get_system_info())
+        running = [job.job_id for job in info.job_info or []]
+        waiting = [job["job_id"] for job in line.ask(lambda session: session.list_jobs()) if job["status"] == "SUBMITTED"]
+        for job in [*running, *waiting]:
+            line.ask(lambda session, job=job: session.abort_job(job))
+        return [*running, *waiting]
+
+
+@contextlib.contextmanager
+def _answered(folder: Path) -> Iterator[AdminLine]:
+    kit = read_kit(folder, "coordinator")
+    try:
+        with AdminLine(kit) as line:
+            yield line
+    except Unreachable as error:
+        raise FlapsamError(f"the server at {kit.card.server} does not answer: {error}") from error
+
+
+def job_name(run: str) -> str:
+    """Of all jobs of a run."""
+    return f"flapsam-{run[:12]}"
+
+
+def write_job(folder: Path, run: str, output: Path, sites: Sequence[str], min_sites: int) -> Path:
+    """A job is configuration only: it names a class of the installed package for the server, and one for the sites.
+
+    Args:
+        folder: where to write it.
+        run: the run's id.
+        output: the run's folder at the server. No site is told of it.
+        sites: that take part.
+        min_sites: below which the job does not begin.
+    """
+    controller = {"path": f"{PACKAGE}.controller.FlapsamController", "args": {"folder": str(output.absolute())}}
+    executor = {"path": f"{PACKAGE}.executor.FlapsamExecutor", "args": {}}
+    parts = {
+        "meta.json": {
+            "name": job_name(run),
+            "resource_spec": {},
+            "min_clients": min(min_sites, len(sites)),
+            "deploy_map": {"server": ["server"], "site": list(sites)},
+        },
+        "server/config/config_fed_server.json": {
+            "format_version": 2,
+            "server": {"task_request_interval": 0.1},
+            "workflows": [{"id": "flapsam", **controller}],
+            "components": [],
+        },
+        "site/config/config_fed_client.json": {
+            "format_version": 2,
+            "executors": [{"tasks": ["join", "fit", "validate"], "executor": executor}],
+            "components": [],
+        },
+    }
+    definition = folder / job_name(run)
+    for name, tree in parts.items():
+        path = definition / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(tree, indent=1))
+    return definition

@@ -1,0 +1,198 @@
+"""A server or a site in the foreground: NVFLARE's process, started with what its kit says, and ended with all it started."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+from cryptography.x509.oid import NameOID
+
+from flapsam.base.errors import FlapsamError
+from flapsam.base.files import alone
+from flapsam.federation.engines.nvflare.executor import SITE_CONFIG
+from flapsam.federation.engines.nvflare.kits import FEW_DAYS, HEARTBEAT_SECONDS, Kit, change_json, read_kit
+from flapsam.federation.hospitals.site_config import read_site_config
+
+LOG, OUTPUT = "log.txt", "output.txt"
+NEWS = (
+    (r"Server started", "The server is up."),
+    (r"Successfully registered client", "Connected to the server."),
+    (r"Client: New client (\S+)@\S+ joined", "{0} has connected."),
+    (r"Re-activate the client: (\S+) at", "{0} is back."),
+    (r"Client Name:(\S+) left", "{0} has left."),
+    (r"BYOC not permitted", "Refused: a job with code of its own."),
+    (r"Component '(\S+)' at .* is not in allow_list", "Refused: a job that names {0}, which this kit does not allow."),
+    (r"authenticated as '(\S+)' but claimed endpoint '(\S+)'", "Refused: {0}'s certificate, used as {1}."),
+    (r"failed to verify client identity", "Refused: somebody whose certificate is not that of its name."),
+    (r"PEER_DID_NOT_RETURN_A_CERTIFICATE", "Refused: somebody without a certificate."),
+    (r"CERTIFICATE_VERIFY_FAILED", "Refused: the other side's certificate is not of this federation."),
+)
+"""What is worth saying of NVFLARE's log: a pattern and a sentence."""
+LEAN = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_ARENA_MAX": "2"}
+"""Environment that lets glibc give back what large packets took."""
+PATIENCE_SECONDS = 20
+"""Time after which a site hears that it is not connected yet."""
+
+
+def launch(folder: Path, role: Literal["server", "site"], say: Callable[[str], None], *, site_config: Path | None) -> None:
+    """Run a server or a site until it is stopped.
+
+    Args:
+        folder: the participant's kit.
+        role: which of the two the kit must be for.
+        say: receives sentences worth reading.
+        site_config: a site's configuration; ``site.yaml`` in the kit if None.
+
+    Raises:
+        FlapsamError: the folder is no such kit, another process runs from it, the site's configuration is wrong, or NVFLARE
+            ends by itself.
+    """
+    kit = read_kit(folder, role)
+    environment = {**os.environ, **LEAN}
+    if role == "site":
+        path = site_config or kit.folder / "site.yaml"
+        site = read_site_config(path)
+        if not site.data.path.is_dir():
+            raise FlapsamError(f"{path}: data.path: there is no folder {site.data.path}")
+        environment[SITE_CONFIG] = str(path.absolute())
+    with alone(kit.folder / "running.lock", wait=False):
+        _place_storage(kit)
+        code = _run_nvflare(kit, environment, say)
+    if code:
+        raise FlapsamError(f"NVFLARE ended with code {code}; {kit.folder / LOG} and {OUTPUT} there say why")
+
+
+def _run_nvflare(kit: Kit, environment: Mapping[str, str], say: Callable[[str], None]) -> int:
+    """Run NVFLARE's process; returns its exit code, or 0 if it was stopped from here."""
+    logs = [kit.folder / name for name in (LOG, OUTPUT)]
+    for log in logs:
+        log.touch()
+    news = News(logs, say)
+    say(f"{kit.card.name} of {kit.card.federation}, server {kit.card.server}. Log: {logs[0]}. Press Ctrl-C to stop.")
+    if kit.days_left < FEW_DAYS:
+        say(f"The certificate expires in {kit.days_left} days: ask for a new kit.")
+    with (kit.folder / OUTPUT).open("ab") as output:
+        process = subprocess.Popen(
+            command(kit), stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
+        )
+    # systemd ends it as the user does, and so does a script that runs it in the background.
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ending, signal.default_int_handler)
+    since = time.monotonic()
+    try:
+        while process.poll() is None:
+            news.report()
+            if not news.said and time.monotonic() - since > PATIENCE_SECONDS:
+                news.say_once(f"Not connected yet; still trying. To find the reason: flapsam federation check {kit.folder}")
+            time.sleep(0.3)
+        news.report()
+        return process.returncode
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        end_all(process.pid)
+        process.wait()
+
+
+class News:
+    """Reports what is new in NVFLARE's logs."""
+
+    def __init__(self, logs: Sequence[Path], say: Callable[[str], None]) -> None:
+        self.files = [log.open(encoding="utf-8", errors="replace") for log in logs]
+        for file in self.files:
+            file.seek(0, os.SEEK_END)
+        self.say = say
+        self.said = ""
+        """The last sentence. NVFLARE tries on and on, so it is not said again at once."""
+
+    def report(self) -> None:
+        """Say what has come since the last time."""
+        for file in self.files:
+            for line in file:
+                for pattern, sentence in NEWS:
+                    if found := re.search(pattern, line):
+                        self.say_once(sentence.format(*found.groups()))
+
+    def say_once(self, sentence: str) -> None:
+        """Say it, unless it was the last that was said."""
+        if sentence != self.said:
+            self.say(sentence)
+        self.said = sentence
+
+
+def command(kit: Kit) -> list[str]:
+    """What NVFLARE is started with."""
+    organisation = kit.certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)[0].value
+    site = kit.card.role == "site"
+    module = "client.client_train" if site else "server.server_train"
+    own = [f"uid={kit.card.name}", f"heart_beat_interval={HEARTBEAT_SECONDS // 5}"] if site else []
+    return [
+        *(sys.executable, "-u", "-m", f"nvflare.private.fed.app.{module}", "-m", str(kit.folder)),
+        *("-s", "fed_client.json" if site else "fed_server.json"),
+        *("--set", "secure_train=true", f"org={organisation}", "config_folder=config", *own),
+    ]
+
+
+def unit_of(folder: Path, role: Literal["server", "site"], site_config: Path | None) -> str:
+    """A systemd unit that keeps a participant running; arguments as ``launch``."""
+    kit = read_kit(folder, role)
+    arguments = [sys.executable, "-m", "flapsam.cli", "federation", role, str(kit.folder)]
+    if site_config is not None:
+        arguments += ["--data", str(site_config.absolute())]
+    return f"""\
+# /etc/systemd/system/flapsam-{kit.card.name}.service; then: systemctl enable --now flapsam-{kit.card.name}
+[Unit]
+Description=flapsam {role} {kit.card.name} of {kit.card.federation}
+After=network-online.target
+Wants=network-online.target
+
+[Service]
+User=flapsam
+ExecStart={" ".join(f'"{part}"' if " " in part else part for part in arguments)}
+Restart=always
+RestartSec=5
+KillMode=control-group
+NoNewPrivileges=yes
+PrivateTmp=yes
+ProtectSystem=full
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def end_all(pid: int) -> None:
+    """End a process and all that it started."""
+    try:
+        process = psutil.Process(pid)
+        family = [*process.children(recursive=True), process]
+    except psutil.NoSuchProcess:
+        return
+    for member in family:
+        try:
+            member.terminate()
+        except psutil.NoSuchProcess:
+            continue
+    _, left = psutil.wait_procs(family, timeout=3)
+    for member in left:
+        member.kill()
+
+
+def _place_storage(kit: Kit) -> None:
+    """NVFLARE wants absolute paths for a server's jobs, and a kit may have been moved."""
+    if kit.card.role != "server":
+        return
+
+    def place(tree: dict[str, Any]) -> None:
+        tree["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str(kit.folder / "snapshots")
+        for part in tree["components"]:
+            if part["id"] == "job_manager":
+                part["args"]["uri_root"] = str(kit.folder / "jobs" / "store")
+
+    change_json(kit.folder / "local" / "resources.json", place)

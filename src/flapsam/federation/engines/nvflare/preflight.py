@@ -1,0 +1,147 @@
+"""Whether a site can take part in a federation, before it does: certificate, network, data, memory, and a run itself."""
+
+import logging
+import shutil
+import socket
+import ssl
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from flapsam.base.device import find_device
+from flapsam.base.errors import FlapsamError
+from flapsam.federation.engines.nvflare.kits import FEW_DAYS, Kit, read_kit
+from flapsam.federation.hospitals.handshake import REASONS, Presence, Proposal, SiteFailed, read_message
+from flapsam.federation.hospitals.run_config import read_federated_config
+from flapsam.federation.hospitals.site_config import SiteConfig, read_site_config
+from flapsam.federation.hospitals.site_side import SiteSide
+from flapsam.learning.memory import free_bytes, training_bytes
+from flapsam.run.config import ClassValues, Data, RunConfig
+from flapsam.run.observer import Observer
+from flapsam.sites import read_site
+from flapsam.sites.check import check_sites
+
+SECONDS = 5
+GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00"
+"""What HTTP/2 begins with: the preface, and settings without any."""
+DISK_GIB = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    fine: bool
+    about: str
+
+
+def check_site(folder: Path, site_yaml: Path | None, run_yaml: Path | None, observer: Observer) -> Iterator[Finding]:
+    """Check all that a site needs.
+
+    Args:
+        folder: the site's kit.
+        site_yaml: the site's configuration; ``site.yaml`` in the kit if None.
+        run_yaml: configuration of a run to rehearse up to the first fit.
+        observer: follows the cases.
+
+    Raises:
+        FlapsamError: the folder is no kit of a site, or a configuration is wrong.
+    """
+    kit = read_kit(folder, "site")
+    run = read_federated_config(run_yaml) if run_yaml else None
+    site = read_site_config(site_yaml or folder / "site.yaml")
+    until = kit.certificate.not_valid_after_utc.date()
+    yield Finding("certificate", kit.days_left >= FEW_DAYS, f"valid until {until}, {kit.days_left} days")
+    yield _network(kit)
+    yield from _data(kit.card.name, site, run, observer)
+    place = next(folder for folder in (site.state, *site.state.parents) if folder.exists())
+    disk = shutil.disk_usage(place).free / 2**30
+    yield Finding("disk", disk >= DISK_GIB, f"{disk:.0f} GiB free in {place}")
+    free = free_bytes(find_device(site.device)) / 2**30
+    if run is None:
+        wanted = f"{site.free_memory_gib:g} GiB are asked for (free_memory_gib)"
+        yield Finding("memory", free >= site.free_memory_gib, f"{free:.1f} GiB free on {site.device}, {wanted}")
+    else:
+        yield from _rehearsal(kit.card.name, site, run, free)
+
+
+def _network(kit: Kit) -> Finding:
+    """Connect as NVFLARE will, and wait for the server's first bytes: who is refused gets none."""
+    host, port = kit.card.server.rsplit(":", 1)
+    startup = kit.folder / "startup"
+    try:
+        context = ssl.create_default_context(cafile=str(startup / "rootCA.pem"))
+        context.load_cert_chain(startup / "client.crt", startup / "client.key")
+        context.set_alpn_protocols(["h2"])
+        with (
+            socket.create_connection((host, int(port)), SECONDS) as raw,
+            context.wrap_socket(raw, server_hostname=host) as connection,
+        ):
+            connection.sendall(GREETING)
+            if not connection.recv(9):
+                raise ConnectionResetError
+    except ssl.SSLCertVerificationError as error:
+        return Finding("network", False, f"{host}:{port} is not the server of this federation: {error.verify_message}")
+    except (ConnectionResetError, ssl.SSLError):
+        return Finding("network", False, f"{host}:{port} refuses this kit's certificate; ask for a new kit")
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        return Finding(
+            "network", False, f"{host}:{port} is not reached ({reason}); outgoing connections to it must be allowed"
+        )
+    return Finding("network", True, f"{host}:{port} answers, and takes this kit's certificate")
+
+
+def _data(name: str, site: SiteConfig, run: RunConfig | None, observer: Observer) -> Iterator[Finding]:
+    own = site.data
+    labels: dict[str, ClassValues] = dict(run.data.labels) if run else {"any": 1}
+    data = Data(path=own.path, layout=own.layout, table=own.table, labels=labels)
+    try:
+        cases = read_site(data, run.seed if run else 0, name, own.site)
+    except FlapsamError as error:
+        yield Finding("data", False, str(error))
+        return
+    observer.begin("cases", len(cases.cases))
+    checked = check_sites([cases], [], data if run else None, observer.step)
+    observer.end()
+    for problem in checked.problems:
+        yield Finding("data", False, problem)
+    training = len(cases.of("train"))
+    enough = training >= site.min_cases
+    yield Finding("data", enough, f"{len(cases.cases)} cases, {training} to train with; min_cases is {site.min_cases}")
+
+
+def _rehearsal(name: str, site: SiteConfig, run: RunConfig, free: float) -> Iterator[Finding]:
+    """All of a run's beginning, with a state of its own that is gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        participant = SiteSide(name, site.model_copy(update={"state": Path(folder)}))
+        said: list[str] = []
+        listener = _Listener(said)
+        logger = logging.getLogger("flapsam")
+        logger.addHandler(listener)
+        try:
+            proposal = Proposal.of("0" * 32, run).model_dump_json().encode()
+            presence = read_message(Presence, participant.join(proposal))
+        except SiteFailed as failure:
+            yield Finding("run", False, said[-1] if said else REASONS[str(failure)])
+            return
+        finally:
+            logger.removeHandler(listener)
+        brings = (
+            f"{presence.training_cases} training cases, {presence.training_slices} slices, backbone {presence.backbone[:12]}"
+        )
+        yield Finding("run", True, f"takes part with {brings}…")
+        config = participant.config
+        needed = training_bytes(participant.network, config.training, config.precision) / 2**30
+        yield Finding("memory", needed < free, f"a step takes {needed:.1f} GiB, {free:.1f} GiB are free on {site.device}")
+
+
+class _Listener(logging.Handler):
+    def __init__(self, said: list[str]) -> None:
+        super().__init__(logging.ERROR)
+        self.said = said
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())

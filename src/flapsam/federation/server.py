@@ -1,0 +1,176 @@
+"""The server's side of the federated algorithm: it turns the sites' packets into the packet of the next round.
+
+Engines only carry the bytes, so a simulation on a laptop and a federation of hospitals do the same arithmetic.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from flapsam.base.errors import FlapsamError
+from flapsam.base.seeds import seed_for
+from flapsam.federation.agreement import SERVER, VALIDATION, Agreement, changed, cut
+from flapsam.federation.packets import Contract, Header, PacketRefused, decode, encode, encode_lossy
+from flapsam.federation.server_optimizers import server_step
+from flapsam.federation.state import ServerState
+from flapsam.learning.metrics import mean
+from flapsam.run.config import ServerOptions
+
+
+class Server:
+    """The server's side of the algorithm.
+
+    It keeps the global tensors θ and, where packets hold differences, what the sites have of them, r: each round sends what
+    the codec makes of θ − r, so that what was lost before is in it, and the clients' changes are added to θ (DoubleSqueeze,
+    Tang et al. 2019, arXiv 1905.05957).
+    """
+
+    def __init__(
+        self,
+        agreement: Agreement,
+        shares: Mapping[str, float],
+        state: ServerState,
+        *,
+        options: ServerOptions | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Take part in a run, from its start or from where the state stands.
+
+        Args:
+            agreement: what was agreed with the sites.
+            shares: each site's share in the mean, fixed before the first round, so that no site can raise its own later.
+            state: this server's folder.
+            options: what is done with the clients' mean.
+            seed: of the run, for the rounding of what is sent.
+
+        Raises:
+            FlapsamError: the state is of another run, or damaged.
+        """
+        self.agreement = agreement
+        self.shares = shares
+        self.state = state
+        self.options = options or ServerOptions()
+        self.seed = seed
+        ranks = {agreement.aggregator.rank, *agreement.ranks.values()}
+        self.streams = {str(rank): rank for rank in sorted(ranks)}
+        """Sites of one rank get the same packets."""
+        newest = state.newest()
+        if newest is None:
+            held = {stream: cut(agreement.start, rank) for stream, rank in self.streams.items()}
+            self._commit(0, dict(agreement.start), held, {}, [])
+        else:
+            self.rounds_done, groups, about = newest
+            if about["run"] != agreement.run:
+                raise FlapsamError(f"{state.folder}: this folder holds the state of another run")
+            self.globals = groups["global"]
+            self.held = {stream: groups.get(f"held-{stream}", {}) for stream in self.streams}
+            self.moments = {kind: groups[kind] for kind in ("m", "v") if kind in groups}
+            self.validation: list[float | None] = about["validation"]
+            state.forget_replies()
+
+    def packets(self, site: str, held: int) -> list[bytes]:
+        """What a site needs that has the tensors of round ``held``: every packet since, or, if that is less, all tensors."""
+        rank, agreement = self.agreement.rank(site), self.agreement
+        header = Header(run=agreement.run, round=self.rounds_done, base=self.rounds_done, sender=SERVER)
+        if held == self.rounds_done and (agreement.remembers or held == 0):
+            return [encode(header, agreement.nothing(rank), {})]
+        if held < self.rounds_done:
+            numbers = range(held + 1 if agreement.remembers else self.rounds_done, self.rounds_done + 1)
+            chain = [self.state.packet(str(rank), number) for number in numbers]
+            if None not in chain:
+                return chain  # type: ignore[return-value]
+        return [encode(header.model_copy(update={"base": None}), agreement.whole(rank), self._held(str(rank)))]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The global tensors as sites of the run's own rank have them."""
+        return self._held(str(self.agreement.aggregator.rank))
+
+    def receive(self, packet: bytes | memoryview, site: str) -> Header:
+        """Check the reply that came from a site in the round under way and keep it.
+
+        Raises:
+            PacketRefused: the reply is not right; the round goes on without it.
+        """
+        agreement, number = self.agreement, self.rounds_done + 1
+
+        def agreed(header: Header) -> Contract:
+            if header.run != agreement.run:
+                raise PacketRefused("of another run")
+            if header.sender not in self.shares:
+                raise PacketRefused(f"sent by {header.sender!r}, who is not among the sites")
+            if header.sender != site:
+                raise PacketRefused(f"sent by {header.sender!r} in the place of {site!r}")
+            if header.round != number or header.base != self.rounds_done:
+                raise PacketRefused(f"of round {header.round}, the round is {number}")
+            if site in self.state.replied():
+                raise PacketRefused(f"{site} has answered this round already")
+            return agreement.up(site, number)
+
+        header, part = decode(packet, agreed, agreement.contract.tensor_bytes)
+        for name, value in header.metrics.items():
+            if name.startswith(VALIDATION) and value is not None and not 0 <= value <= 1:
+                raise PacketRefused(f"a validation Dice of {value}")
+        tensors = changed(cut(self.globals, agreement.rank(site)), part, agreement.lossless)
+        about = {"validation": header.metrics.get(f"{VALIDATION}mean")}
+        self.state.keep_reply(site, {name: tensors[name] for name in part}, about)
+        return header
+
+    def close_round(self) -> int:
+        """Aggregate the round's replies in the order of the sites' names; returns the number of rounds done.
+
+        Raises:
+            FlapsamError: no site answered.
+        """
+        number = self.rounds_done + 1
+        kept = [self.state.reply(site, self.shares[site]) for site in self.state.replied()]
+        replies = [reply for reply, _ in kept]
+        if not any(reply.weight > 0 for reply in replies):
+            raise FlapsamError(f"round {number}: no site with a weight above 0 answered; see the ledger for the reasons")
+        result = self.agreement.aggregator.aggregate(replies, self.globals, number)
+        result, moments = server_step(self.globals, result, self.moments, self.options)
+        held = dict(self.held)
+        packets = {}
+        for stream, rank in self.streams.items():
+            packets[stream], held[stream] = self._packet(stream, rank, number, result)
+        # Sites tell with a round's reply how the round before it did.
+        validation = [*self.validation, mean(about["validation"] for _, about in kept)]
+        self._commit(number, result, held, moments, validation, packets)
+        for stream in self.streams:
+            # Beyond that, all tensors are fewer bytes than the chain of packets.
+            self.state.forget_packets(stream, self.agreement.contract.tensor_bytes if self.agreement.remembers else 0)
+        return number
+
+    def _packet(self, stream: str, rank: int, number: int, tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, Tensor]]:
+        """What tells the sites of a rank the new global tensors, and what they have then."""
+        agreement = self.agreement
+        base = None if not agreement.remembers else number - 1
+        header = Header(run=agreement.run, round=number, base=base, sender=SERVER)
+        contract = agreement.from_server(header, rank)
+        target = {name: tensor for name, tensor in cut(tensors, rank).items() if name in contract.shapes}
+        if agreement.lossless:
+            return encode(header, contract, target), {}
+        change = {name: tensor - self.held[stream][name] for name, tensor in target.items()}
+        seed = seed_for(self.seed, number, SERVER, stream, "codec")
+        packet, sent = encode_lossy(header, contract, change, seed)
+        return packet, changed(self.held[stream], sent, replace=False)
+
+    def _held(self, stream: str) -> dict[str, Tensor]:
+        """What the sites of a stream have."""
+        return cut(self.globals, self.streams[stream]) if self.agreement.lossless else dict(self.held[stream])
+
+    def _commit(
+        self,
+        number: int,
+        tensors: dict[str, Tensor],
+        held: Mapping[str, Mapping[str, Tensor]],
+        moments: Mapping[str, Mapping[str, Tensor]],
+        validation: list[float | None],
+        packets: Mapping[str, bytes] | None = None,
+    ) -> None:
+        groups = {"global": tensors, **moments}
+        if not self.agreement.lossless:
+            groups |= {f"held-{stream}": part for stream, part in held.items()}
+        self.state.commit(number, groups, {"run": self.agreement.run, "validation": validation}, packets or {})
+        self.rounds_done, self.globals, self.held = number, tensors, {stream: dict(part) for stream, part in held.items()}
+        self.moments, self.validation = {kind: dict(part) for kind, part in moments.items()}, validation

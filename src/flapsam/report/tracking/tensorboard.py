@@ -1,0 +1,53 @@
+"""TensorBoard: a folder a federation and one a site in it, so that one chart shows the same curve of all sites."""
+
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from flapsam.report.tracking.points import Point
+from flapsam.report.tracking.tracker import Tracked, Tracker
+
+
+class TensorBoard(Tracker):
+    """Writes event files. A run that is gone on with is written anew from its first event."""
+
+    def __init__(self, run: Tracked) -> None:
+        self.run = run
+        self.place = f"tensorboard --logdir {run.folder}"
+        shutil.rmtree(run.folder, ignore_errors=True)
+        self.writers: dict[str, SummaryWriter] = {}
+        self.fresh: set[str] = set()
+        """Series with points that are not in their file yet."""
+
+    def write(self, points: Sequence[Point]) -> None:
+        for point in points:
+            self.fresh.add(point.series)
+            self._writer(point.series).add_scalar(point.name, point.value, point.step, walltime=point.time)
+
+    def flush(self) -> None:
+        for series in self.fresh:
+            self.writers[series].flush()
+        self.fresh.clear()
+
+    def close(self, ended: bool) -> None:
+        for writer in self.writers.values():
+            writer.close()
+
+    def _writer(self, series: str) -> SummaryWriter:
+        if series not in self.writers:
+            writer = self.writers[series] = SummaryWriter(self.run.folder / series)
+            if "/" not in series:
+                self._describe(writer, series)
+        return self.writers[series]
+
+    def _describe(self, writer: SummaryWriter, federation: str) -> None:
+        """The run's fields, as text and for the tab that compares runs."""
+        fields: dict[str, Any] = {"mode": federation, **self.run.parameters}
+        rows = "\n".join(f"| {name} | {value} |" for name, value in fields.items())
+        writer.add_text("configuration", f"| field | value |\n| --- | --- |\n{rows}")
+        for summary in hparams(fields, {"validation_dice/mean": 0.0, "test_dice/mean": 0.0}):
+            assert writer.file_writer is not None
+            writer.file_writer.add_summary(summary)

@@ -1,0 +1,161 @@
+"""Reading and writing the descriptions that users give as YAML."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from flapsam.base.errors import FlapsamError
+from flapsam.run.config import RunConfig, StrictModel
+
+PATHS = ("data.path", "data.table", "backbone.weights", "output")
+"""Fields of a run that are paths."""
+
+Described = TypeVar("Described", bound=StrictModel)
+
+
+def read_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a configuration. Relative paths in it are relative to its own folder, those in overrides to the current one.
+
+    Args:
+        path: a YAML file.
+        overrides: assignments such as ``training.batch_size=4``, whose right side is YAML.
+
+    Raises:
+        FlapsamError: the file is missing or no YAML, or a field is unknown or wrong; the message names the field.
+    """
+    return read_options(path, RunConfig, PATHS, overrides)
+
+
+def read_options(path: Path, model: type[Described], paths: Iterable[str] = (), overrides: Iterable[str] = ()) -> Described:
+    """Read a file that describes something else than a run, in the same way.
+
+    Args:
+        path: a YAML file.
+        model: what it describes.
+        paths: its fields that are paths.
+        overrides: as for ``read_config``.
+
+    Raises:
+        FlapsamError: as ``read_config``.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise FlapsamError(f"{path}: cannot read the configuration ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise FlapsamError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise FlapsamError(f"{path}: a configuration is a mapping of fields; see the README for an example")
+    for field in paths:
+        _make_relative(tree, field, path.parent)
+    for override in overrides:
+        _set(tree, override)
+    return validated(tree, model, str(path))
+
+
+def validated(tree: Any, model: type[Described], where: str) -> Described:
+    """A description from its fields.
+
+    Raises:
+        FlapsamError: a field is unknown or wrong; the message begins with ``where``.
+    """
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise FlapsamError(f"{where}: {'; '.join(_describe(problem) for problem in error.errors())}") from error
+
+
+def write_config(config: RunConfig) -> str:
+    """The configuration as YAML, every field spelled out and paths made absolute."""
+    tree = config.model_dump(mode="json")
+    for field in PATHS:
+        _make_relative(tree, field, Path.cwd())
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """The same run with some fields, such as ``lora.rank``, at other values.
+
+    Raises:
+        FlapsamError: a field is unknown or its value wrong.
+    """
+    tree = config.model_dump()
+    for field, value in changes.items():
+        _put(tree, field, value, field)
+    return validated(tree, RunConfig, "bench")
+
+
+def flat(config: RunConfig, *without: str) -> dict[str, str]:
+    """Every field under its dotted name, such as ``training.batch_size``, and its value as text.
+
+    Args:
+        config: the run.
+        without: groups or fields of the first level that are left out.
+    """
+    found: dict[str, str] = {}
+
+    def walk(tree: Any, prefix: str) -> None:
+        if isinstance(tree, dict) and tree:
+            for key, value in tree.items():
+                walk(value, f"{prefix}.{key}" if prefix else str(key))
+        else:
+            found[prefix] = str(tree)
+
+    walk(config.model_dump(mode="json", exclude=set(without)), "")
+    return found
+
+
+def fingerprint(config: RunConfig) -> str:
+    """SHA-256 of all that a run's result may depend on but the machine."""
+    # Without what is at its default, a field that a later version adds changes nothing.
+    tree = config.model_dump(mode="json", exclude_defaults=True)
+    for field in ("format", "output", "bench", "threads", "device", "licence", "notes", "inference_batch"):
+        tree.pop(field, None)
+    del tree["data"]["path"]
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def _make_relative(tree: dict[str, Any], field: str, folder: Path) -> None:
+    """Let a path in the tree, if it is there, be relative to ``folder``."""
+    *parents, last = field.split(".")
+    for parent in parents:
+        tree = tree.get(parent) if isinstance(tree.get(parent), dict) else {}  # type: ignore[assignment]
+    value = tree.get(last)
+    # The name of a backbone may stand in the place of its file.
+    if isinstance(value, str) and (last != "weights" or Path(value).suffix or (folder / value).exists()):
+        tree[last] = os.path.normpath(folder / value)
+
+
+def _set(tree: dict[str, Any], assignment: str) -> None:
+    field, equals, value = assignment.partition("=")
+    if not equals or not field:
+        raise FlapsamError(f"--set {assignment}: write it as field=value, such as --set training.batch_size=4")
+    try:
+        _put(tree, field, yaml.safe_load(value), f"--set {assignment}")
+    except yaml.YAMLError as error:
+        raise FlapsamError(f"--set {assignment}: the value is not valid YAML") from error
+
+
+def _put(tree: dict[str, Any], field: str, value: Any, where: str) -> None:
+    *parents, last = field.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise FlapsamError(f"{where}: {parent} is a single value, not a group of fields")
+    tree[last] = value
+
+
+def _describe(problem: Any) -> str:
+    field = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("function-", "constrained")))
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key '{field}'; remove it or correct its spelling"
+    if problem["type"] == "missing":
+        return f"'{field}' is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"'{field}': {message}" if field else message

@@ -1,0 +1,161 @@
+"""Fitting a strategy to a network, and the tensors that travel.
+
+Names outside this module are the network's own: what PEFT inserts (``base_layer``, ``default``) is left out, so a name is
+the same whether adapters sit on a layer or not.
+"""
+
+import hashlib
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from flapsam.run.config import Lora, OutputPart, Projection
+from flapsam.sam.network import Sam
+from flapsam.sam.strategies import OUTPUT, Strategy
+
+ADAPTER = "default"
+PROJECTIONS: Mapping[Projection, tuple[str, ...]] = {
+    "q": ("q_proj",),
+    "k": ("k_proj",),
+    "v": ("v_proj",),
+    "out": ("attn.proj", "out_proj"),
+}
+"""What an attention's projections are called: the encoder's and the decoder's."""
+
+
+def lora_config(lora: Lora, depth: int) -> LoraConfig:
+    """Low-rank adapters of scale 1; A as PEFT starts it, B zero.
+
+    Args:
+        lora: rank, and where they sit.
+        depth: blocks of the image encoder.
+    """
+    return LoraConfig(r=lora.rank, lora_alpha=lora.rank, lora_dropout=0.0, bias="none", target_modules=_targets(lora, depth))
+
+
+def _targets(lora: Lora, depth: int) -> list[str] | str:
+    """As PEFT takes them: ends of the layers' names, or a pattern of the whole name where not all layers are meant."""
+    names = [name for projection in lora.projections for name in PROJECTIONS[projection]]
+    if {"encoder", "decoder"} <= set(lora.layers):
+        return names
+    half = depth // 2
+    blocks = {"encoder": range(depth), "encoder-first": range(half), "encoder-last": range(half, depth)}
+    adapted = sorted({block for part in lora.layers for block in blocks.get(part, ())})
+    places = [rf"vision_encoder\.layers\.({'|'.join(map(str, adapted))})"] if adapted else []
+    places += ["mask_decoder"] if "decoder" in lora.layers else []
+    return rf"({'|'.join(places)})\.(.*\.)?({'|'.join(map(re.escape, names))})"
+
+
+def apply_strategy(
+    network: Sam, strategy: Strategy, lora: Lora, *, frozen: Collection[OutputPart] = (), seed: int = 0
+) -> Sam:
+    """Add the strategy's adapters in place and let only its parameters train.
+
+    Args:
+        network: as ``build`` makes it.
+        strategy: what trains.
+        lora: the adapters, if there are any.
+        frozen: parts of the decoder's output that do not train.
+        seed: of the adapters' random start; the global random state is left as it was.
+    """
+    if strategy.lora:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            inject_adapter_in_model(lora_config(lora, len(network.vision_encoder.layers)), network)
+    stay = tuple(f"{OUTPUT.removesuffix('*')}{part.replace('-', '_')}." for part in frozen)
+    for name, parameter in named_parameters(network):
+        parameter.requires_grad_(strategy.selects(name) and not name.startswith(stay))
+    return network
+
+
+def named_parameters(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """All parameters under their public names."""
+    for name, parameter in network.named_parameters():
+        yield public_name(name), parameter
+
+
+def public_name(name: str) -> str:
+    """The name without what PEFT inserts."""
+    return name.replace(".base_layer.", ".").replace(f".{ADAPTER}.", ".")
+
+
+def travelling(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train and travel, in the order of their names."""
+    return dict(sorted((name, p) for name, p in named_parameters(network) if p.requires_grad))
+
+
+def travelling_state(network: nn.Module) -> dict[str, Tensor]:
+    """A copy on the CPU of the tensors that travel."""
+    return tensors_of(network, travelling(network))
+
+
+def load_travelling(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Set the tensors that travel, and others if they are given.
+
+    Raises:
+        ValueError: one that travels is missing, or a name or shape is not the network's.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in named_parameters(network)}
+    odd = {name for name, tensor in tensors.items() if shapes.get(name) != tuple(tensor.shape)}
+    odd |= travelling(network).keys() - tensors.keys()
+    if odd:
+        raise ValueError(f"{len(odd)} tensors differ in name or shape, the first is {min(odd)}")
+    load_tensors(network, tensors)
+
+
+def load_tensors(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Set parameters by their public names."""
+    with torch.no_grad():
+        for name, parameter in named_parameters(network):
+            if name in tensors:
+                parameter.copy_(tensors[name])
+
+
+def tensors_of(network: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+    """A copy on the CPU of the parameters with these public names, in the order of the names."""
+    chosen = sorted((name, parameter) for name, parameter in named_parameters(network) if name in names)
+    return {name: parameter.detach().to("cpu", torch.float32, copy=True) for name, parameter in chosen}
+
+
+def adapted_weights(names: Collection[str]) -> set[str]:
+    """Names of the own weights of the layers whose adapters are among these."""
+    return {name.removesuffix(".lora_A.weight") + ".weight" for name in names if name.endswith(".lora_A.weight")}
+
+
+@contextmanager
+def only_these_train(network: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Of the parameters that train, let for a while only those with these public names do so."""
+    resting = [parameter for name, parameter in travelling(network).items() if name not in names]
+    for parameter in resting:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in resting:
+            parameter.requires_grad_(True)
+
+
+def merge_adapters(network: Sam) -> Sam:
+    """Add the low-rank products to the layers that they adapt, in place; plain layers are left, and none trains."""
+    for name, module in list(network.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(network.get_submodule(parent), child, module.get_base_layer())
+    return network.requires_grad_(False)
+
+
+def frozen_checksum(network: Sam) -> str:
+    """SHA-256 over all that stays at home: an adapter is right only on top of exactly these weights."""
+    digest = hashlib.sha256()
+    stays = {name: p for name, p in named_parameters(network) if not p.requires_grad}
+    stays |= {public_name(name): buffer for name, buffer in network.named_buffers()}
+    for name, tensor in sorted(stays.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,69 @@
+"""Data sets for the user: what each is, and how to get it."""
+
+import shutil
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+from flapsam.base.download import download
+from flapsam.base.errors import FlapsamError, choose
+from flapsam.base.files import make_folder
+from flapsam.run.observer import Observer, watched
+from flapsam.sites import DATASETS
+
+
+def about(name: str) -> dict[str, str]:
+    """What there is to know of a data set.
+
+    Raises:
+        FlapsamError: there is none of that name.
+    """
+    dataset = choose("data set", name, DATASETS)
+    labels = dict(dataset.labels(Path())) if dataset.named else {}
+    return {
+        "what": dataset.title,
+        "modality": dataset.modality,
+        "files": dataset.layout,
+        "classes": ", ".join(f"{label}: {value}" for label, value in labels.items()) or "as dataset.json or you say",
+        "sites": dataset.sites,
+        "shapes": dataset.shapes,
+        "size": dataset.size,
+        "source": dataset.source,
+        "licence": dataset.licence,
+        "citation": dataset.citation,
+        "to get it": f"flapsam data get {name} FOLDER" if dataset.download else dataset.how,
+    }
+
+
+def fetch_data(name: str, folder: Path, observer: Observer) -> Path:
+    """Download and unpack a data set; returns where its files are.
+
+    Raises:
+        FlapsamError: the name is unknown, the files are not for everyone or there already, or the download fails.
+    """
+    dataset = choose("data set", name, DATASETS)
+    if dataset.download is None:
+        raise FlapsamError(f"{name}: it cannot be downloaded from here. {dataset.how}")
+    place = folder / dataset.download.folder
+    if place.exists():
+        raise FlapsamError(f"{place}: it is there already; remove it to fetch it anew")
+    make_folder(folder)
+    archive = folder / dataset.download.url.rsplit("/", 1)[-1]
+    download(dataset.download.url, archive, md5=dataset.download.md5, on_bytes=watched(observer, name))
+    observer.end()
+    unpacked = Path(tempfile.mkdtemp(prefix=".part-", dir=folder))
+    try:
+        # Nothing outside the folder is written, and no link or device; zip archives hold none.
+        if archive.suffix == ".zip":
+            shutil.unpack_archive(archive, unpacked)
+        else:
+            shutil.unpack_archive(archive, unpacked, filter="data")
+        inside = unpacked / dataset.download.folder
+        (inside if inside.is_dir() else unpacked).rename(place)
+    except (shutil.ReadError, tarfile.TarError, zipfile.BadZipFile, OSError, ValueError) as error:
+        raise FlapsamError(f"{archive}: it cannot be unpacked; remove it and run this again") from error
+    finally:
+        shutil.rmtree(unpacked, ignore_errors=True)
+    archive.unlink()
+    return place

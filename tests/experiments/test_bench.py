@@ -1,0 +1,273 @@
+"""Many runs, one table."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flapsam.base.errors import FlapsamError
+from flapsam.experiments import bench as module
+from flapsam.experiments import simulation
+from flapsam.experiments.bench import Row, RowSummary, cell_file, cells_of, front
+from flapsam.experiments.bench import suggest as choose
+from flapsam.experiments.paired import compare
+from flapsam.experiments.settings import SETTINGS, read_settings
+from flapsam.run.reading import read_config
+from tests.helpers.command import flapsam
+from tests.helpers.sites import make_sites, write_run
+
+GRIDS = [
+    {"strategies": ["lora", "partial-decoder"], "modes": ["federated", "local"]},
+    {"strategies": ["lora"], "seeds": [0, 1]},
+    {"strategies": ["lora"], "leave_one_out": True},
+]
+NAMES = [
+    "lora, federated, flexlora-aligned, seed 0",
+    "partial-decoder, federated, flexlora-aligned, seed 0",
+    "lora, local, seed 0",
+    "partial-decoder, local, seed 0",
+    "lora, federated, flexlora-aligned, seed 1",
+    "lora, federated, flexlora-aligned, seed 0, without site_0",
+    "lora, federated, flexlora-aligned, seed 0, without site_1",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_sites(tmp_path_factory.mktemp("data"))
+
+
+def write_bench(folder: Path, data: Path, **fields: object) -> Path:
+    run = {"rounds": {"count": 1}, "bench": GRIDS, "output": "bench", **fields}
+    return write_run(folder / "run.yaml", data, **run)
+
+
+def test_cells_are_the_grids_combinations_and_none_is_there_twice(data: Path, tmp_path: Path):
+    cells = cells_of(read_config(write_bench(tmp_path, data)))
+    assert sorted(cell.name for cell in cells) == sorted(NAMES)
+    left_out = next(own for cell, own in cells.items() if cell.unseen == "site_1")
+    assert (left_out.data.unseen, left_out.strategy, left_out.modes) == (["site_1"], "lora", ["federated"])
+
+
+def test_a_variant_changes_fields(data: Path, tmp_path: Path):
+    variants = {"small": {"lora.rank": 1}, "": {}}
+    cells = cells_of(read_config(write_bench(tmp_path, data, bench=[{"variants": variants}])))
+    assert {cell.name: own.lora.rank for cell, own in cells.items()} == {
+        "flap, small, federated, flexlora-aligned, seed 0": 1,
+        "flap, federated, flexlora-aligned, seed 0": 2,
+    }
+
+
+def test_differences_by_hand():
+    first = {"a": 0.9, "b": 0.7, "c": 0.5, "only here": 0.0}
+    second = {"a": 0.8, "b": 0.5, "c": 0.5}
+    difference = compare(first, second, {"a": "p", "b": "p", "c": "q"})
+    assert difference is not None
+    assert difference.mean == pytest.approx((0.1 + 0.2 + 0.0) / 3)
+    # Drawing two of two subjects: twice p (0.15), twice q (0), or one of each.
+    assert difference.low == pytest.approx(0.0)
+    assert difference.high == pytest.approx(0.15)
+    assert (difference.cases, difference.subjects) == (3, 2)
+
+
+def test_differences_without_an_interval_or_without_anything():
+    one = compare({"a": 1.0}, {"a": 0.5}, {"a": "p"})
+    assert one is not None
+    assert (one.mean, one.low, one.high) == (0.5, None, None)
+    assert compare({"a": 1.0}, {"b": 0.5}, {}) is None
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bench that was stopped in its third cell's fit and then gone on with, and killed between two cells."""
+    config = read_config(write_bench(tmp_path_factory.mktemp("bench"), data))
+    runs = []
+
+    def stopped(own, *, resume, sites, observer):
+        runs.append(resume)
+        if len(runs) == 3:
+            observer.step = interrupt
+        return simulation.simulate(own, resume=resume, sites=sites, observer=observer)
+
+    def interrupt(count: int = 1) -> None:
+        raise KeyboardInterrupt
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(module, "simulate", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        module.bench(config)
+    assert len(list((config.output / "cells").glob("*.json"))) == 2
+    module.bench(config, only="partial*")
+    module.bench(config)
+    patch.undo()
+    assert sum(runs) == 1, "the cell that was stopped is gone on with, no other"
+    return config.output
+
+
+def test_a_stopped_bench_ends_in_the_table_of_one_that_was_not(finished: Path, data: Path, tmp_path: Path, capfd):
+    path = write_bench(tmp_path, data)
+    assert flapsam(capfd, "bench", path).code == 0
+    again = flapsam(capfd, "bench", path.parent / "run.yaml", "--set", f"output={finished}")
+    assert again.code == 0
+    tables = [json.loads((folder / "bench.json").read_text()) for folder in (tmp_path / "bench", finished)]
+    # A packet's header holds seconds, whose digits compress to more or fewer bytes.
+    measured = [[[row.pop(key) for key in ("bytes_up", "bytes_down", "seconds", "peak_bytes")] for row in t] for t in tables]
+    for first, second in zip(*measured, strict=True):
+        assert first[:2] == pytest.approx(second[:2], rel=0.01)
+    assert tables[0] == tables[1]
+    assert "cell 1" not in again.err, "nothing is computed twice"
+
+
+def test_killed_in_its_second_cell_it_goes_on(finished: Path, data: Path, tmp_path: Path, capfd):
+    path = write_bench(tmp_path, data)
+    process = subprocess.Popen([sys.executable, "-m", "flapsam.cli", "bench", str(path)], stderr=subprocess.DEVNULL)
+    cells = tmp_path / "bench" / "cells"
+    deadline = time.monotonic() + 120
+    # The second cell has written its first event, and its end is still far.
+    while not (len(list(cells.glob("*.json"))) == 1 and len(list(cells.glob("*/events.jsonl"))) == 2):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert flapsam(capfd, "bench", path).code == 0
+    scores = [
+        {cell.name: json.loads(cell.read_text())["scores"] for cell in (folder / "cells").glob("*.json")}
+        for folder in (tmp_path / "bench", finished)
+    ]
+    assert scores[0] == scores[1]
+    assert len(scores[0]) == len(NAMES)
+
+
+def test_a_cells_scores_are_those_of_the_simulation(finished: Path, data: Path, tmp_path: Path, capfd):
+    run = write_run(tmp_path / "run.yaml", data, rounds={"count": 1}, strategy="lora", modes=["federated", "local"])
+    told = flapsam(capfd, "simulate", run, "--json")
+    assert told.code == 0
+    expected = json.loads(told.out)
+    flapsam(capfd, "bench", finished.parent / "run.yaml")
+    row = json.loads((finished / "bench.json").read_text())[0]
+    assert row["row"]["strategy"] == "lora"
+    config = read_config(finished.parent / "run.yaml")
+    files = {cell.name: cell_file(config, cell) for cell in cells_of(config)}
+    federated, local = (json.loads(files[NAMES[number]].read_text()) for number in (0, 2))
+    assert federated["scores"] == expected["cases"]["federated"]
+    assert local["scores"] == expected["cases"]["local"]
+    assert federated["parameters"] == expected["parameters"]
+    assert (local["bytes_up"], local["bytes_down"]) == (0, 0)
+    # One round: a site gets the start and the end, and sends once.
+    ledger = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    sent = [e["bytes_up"] for e in ledger if e["event"] == "fit" and e["federation"] == "federated"]
+    assert federated["bytes_up"] == pytest.approx(sum(sent) / 2, rel=0.01)
+    gains = [
+        sum(a["dice"].values()) / 2 - sum(b["dice"].values()) / 2
+        for a, b in zip(federated["scores"], local["scores"], strict=True)
+    ]
+    assert row["gain"]["mean"] == pytest.approx(sum(gains) / len(gains))
+
+
+def test_an_unseen_site_is_tested_and_never_trains(finished: Path, capfd):
+    flapsam(capfd, "bench", finished.parent / "run.yaml")
+    rows = json.loads((finished / "bench.json").read_text())
+    assert set(rows[0]["unseen"]) == {"site_0", "site_1"}
+    run = next(path for path in (finished / "cells").iterdir() if path.is_dir() and path.name.endswith("without_site_1"))
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert {event["site"] for event in events if event["event"] == "fit"} == {"site_0"}
+    assert {event["site"] for event in events if event["event"] == "test"} == {"site_0", "site_1"}
+
+
+def summary(name: str, parameters: int, dice: float, *, mode: str = "federated", done: int = 1) -> RowSummary:
+    rest = dict.fromkeys(["unseen_dice", "gain", "difference", "bytes_up", "bytes_down", "seconds", "peak_bytes"])
+    return RowSummary(
+        Row(name, mode, ""),
+        1,
+        done,
+        {},
+        dice,
+        {},
+        {},
+        {},
+        parameters=parameters,
+        **rest,  # pyright: ignore[reportArgumentType]
+    )
+
+
+def test_the_front_and_the_cheapest_by_hand():
+    rows = [
+        summary("large", 1000, 0.80),
+        summary("small", 10, 0.60),
+        summary("good", 100, 0.795),
+        summary("beaten by good", 200, 0.79),
+        summary("as good but larger", 150, 0.795),
+        summary("local", 5, 0.9, mode="local"),
+        summary("missing", 1, 0.9, done=0),
+    ]
+    assert [row.row.strategy for row in front(rows)] == ["small", "good", "large"]
+    for tolerance, strategy in ((0.01, "good"), (0.001, "large"), (0.21, "small")):
+        suggestion = choose(rows, tolerance)
+        assert (suggestion.cheapest.row.strategy, suggestion.best.row.strategy) == (strategy, "large")
+        assert suggestion.missing == [rows[-1].row.name]
+    with pytest.raises(FlapsamError, match="nothing to suggest"):
+        choose(rows[-2:], 0.01)
+
+
+def test_suggest_and_the_picture(finished: Path, capfd):
+    run = finished.parent / "run.yaml"
+    assert flapsam(capfd, "bench", run).code == 0
+    told = flapsam(capfd, "suggest", run, "--json")
+    rows = json.loads((finished / "bench.json").read_text())
+    federated = [row for row in rows if row["row"]["mode"] == "federated"]
+    assert json.loads(told.out)["best"] == max(federated, key=lambda row: row["mean_dice"])
+    assert "cheapest within 0.5: " in flapsam(capfd, "suggest", run, "--tolerance", "0.5").out
+    picture = (finished / "bench.svg").read_text()
+    assert picture.startswith("<?xml")
+    assert "Pareto front" in picture
+
+
+def test_what_is_missing_says_so(data: Path, tmp_path: Path, capfd):
+    told = flapsam(capfd, "bench", write_bench(tmp_path, data), "--minutes", "0")
+    assert told.code == 0
+    assert "goes on with cell 1 of 7" in told.err
+    table = (tmp_path / "bench" / "bench.md").read_text().splitlines()
+    assert table[2].startswith("| lora, federated, flexlora-aligned | missing | missing |")
+
+
+@pytest.mark.parametrize(
+    ("fields", "arguments", "message"),
+    [
+        ({"bench": [{"strategies": ["flop"]}]}, [], "strategy 'flop' is unknown"),
+        ({"bench": [{"variants": {"x": {"lora.rang": 1}}}]}, [], "lora.rang"),
+        ({}, ["--set", "data.unseen=[nowhere]"], "there is no site 'nowhere'"),
+        ({}, ["--set", "data.unseen=[site_0, site_1]", "--only", "*local*"], "none is left to train"),
+        ({}, ["--only", "nothing*"], "no cell has such a name"),
+    ],
+)
+def test_bad_grids(fields: dict, arguments: list[str], message: str, data: Path, tmp_path: Path, capfd):
+    told = flapsam(capfd, "bench", write_bench(tmp_path, data, **fields), *arguments)
+    assert told.code == 2
+    assert message in told.err
+    assert "Traceback" not in told.err
+
+
+def test_a_cell_of_another_configuration_is_not_taken(data: Path, tmp_path: Path, capfd):
+    grid = [{"strategies": ["partial-decoder"]}]
+    assert flapsam(capfd, "bench", write_bench(tmp_path, data, bench=grid)).code == 0
+    told = flapsam(capfd, "bench", write_bench(tmp_path, data, bench=grid, lora={"rank": 3}))
+    assert told.code == 2
+    assert "made with another configuration" in told.err
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_that_ship(name: str, data: Path):
+    config = read_settings(name, data)
+    assert config.output == Path("runs") / name
+    assert config.bench
+
+
+def test_settings_want_the_datas_folder(capfd):
+    told = flapsam(capfd, "bench", "hippocampus")
+    assert told.code == 2
+    assert "--data" in told.err
+    assert "neither a file nor settings" in flapsam(capfd, "bench", "hippo").err

@@ -1,0 +1,115 @@
+"""Synthetic scenes, and pretraining on them."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from flapsam.base.errors import FlapsamError
+from flapsam.experiments.pretraining import Recipe, pretext_loss, pretrain, rate
+from flapsam.experiments.synthesis import TASKS, Scenes, draw_scenes
+from flapsam.run.observer import Observer
+from flapsam.sam import architecture, build, load_checkpoint, read_checkpoint
+from tests.helpers.command import flapsam
+
+RECIPE = Recipe(steps=5, batch=2, warmup=2, size=32)
+
+
+def scenes(seed: int, batch: int = 8, size: int = 64) -> Scenes:
+    return draw_scenes(batch, size, torch.Generator().manual_seed(seed))
+
+
+def test_scenes_depend_on_their_seed_alone():
+    first, other = scenes(1), scenes(2)
+    torch.rand(3)
+    again = scenes(1)
+    assert torch.equal(first.images, again.images)
+    assert torch.equal(first.masks, again.masks)
+    assert not torch.equal(first.images, other.images)
+
+
+def test_what_a_scene_holds():
+    found = scenes(0, batch=32)
+    assert found.images.shape == (32, 3, 64, 64)
+    assert found.masks.shape == (32, len(TASKS), 64, 64)
+    assert found.levels.shape == (32, 64, 64)
+    assert found.images.min() >= 0
+    assert found.images.max() <= 1
+    assert set(found.masks.unique().tolist()) == {0, 1}
+    mask = {task: found.masks[:, index] > 0 for index, task in enumerate(TASKS)}
+    for task in ("small objects", "elongated objects", "objects at the right", "largest object", "brightest object"):
+        assert mask[task].any()
+        assert not (mask[task] & ~mask["objects"]).any()
+    assert not mask["objects at the right"][..., :32].any()
+    assert torch.equal(mask["objects at the right"][..., 32:], mask["objects"][..., 32:])
+    assert mask["centre"][:, 32, 32].all()
+    # Where nothing borders, a pixel and its neighbour are of one region, so of one level.
+    calm = ~(mask["borders"][:, :, 1:] | mask["borders"][:, :, :-1])
+    assert (found.levels.diff(dim=2)[calm] == 0).all()
+
+
+def test_the_pretext_loss_by_hand():
+    """One scene of 2 × 2 pixels, one task of which half is true, all logits 0, levels right."""
+    masks = torch.tensor([[[[1.0, 1.0], [0.0, 0.0]]]])
+    levels = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
+    deviation = math.sqrt(4 * 0.25 / 3)
+    wanted = (levels - 0.5) / (deviation + 0.05)
+    outputs = torch.stack([torch.zeros(1, 2, 2), wanted], dim=1)
+    # Weights 0.5/(0.5 + 0.001); p = ½ everywhere: overlap 1, sums 4·¼ + 2.
+    expected = 0.5 / 0.501 * math.log(2) + 1 - (2 * 1 + 1) / (1 + 2 + 1)
+    assert pretext_loss(outputs, Scenes(torch.zeros(1, 3, 2, 2), masks, levels)).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_rate_rises_stays_and_falls():
+    recipe = Recipe(steps=100, warmup=10, decay=0.2, learning_rate=1.0)
+    assert [rate(step, recipe) for step in (0, 4, 9, 50, 80, 90, 99)] == pytest.approx([0.1, 0.5, 1, 1, 1, 0.5, 0.05])
+
+
+class Interrupted(Observer):
+    """Stops the work after a number of steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def step(self, count: int = 1) -> None:
+        self.left -= count
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+def test_stopped_and_resumed_it_ends_in_the_same_weights(tmp_path: Path):
+    pretrain(tmp_path / "whole", RECIPE, command="x", threads=1, every=2)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(tmp_path / "parts", RECIPE, command="x", threads=1, every=2, observer=Interrupted(3))
+    pretrain(tmp_path / "parts", RECIPE, command="x", threads=1, every=2, resume=True)
+    whole, parts = (load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    assert steps == [0, 2, 4, 5]
+    with pytest.raises(FlapsamError, match="another recipe"):
+        pretrain(tmp_path / "parts", Recipe(steps=6), command="x", threads=1, resume=True)
+    with pytest.raises(FlapsamError, match="no pretraining to resume"):
+        pretrain(tmp_path / "nothing", RECIPE, command="x", threads=1, resume=True)
+
+
+def test_quick(tmp_path: Path, capfd):
+    outcome = flapsam(capfd, "pretrain", tmp_path, "--quick", "--json")
+    assert outcome.code == 0, outcome.err
+    scores = json.loads(outcome.out)
+    assert scores.keys() == {*TASKS, "mean"}
+    assert all(0 <= value <= 1 for value in scores.values())
+    with safe_open(tmp_path / "weights.safetensors", framework="pt") as file:
+        about = file.metadata()
+    assert about["command"] == "flapsam pretrain --quick --seed 0"
+    assert about["steps"] == "20"
+    assert json.loads(about["held_out_iou"]).keys() == scores.keys()
+    outcome = flapsam(capfd, "backbone", "info", tmp_path / "weights.safetensors", "--json")
+    assert json.loads(outcome.out)["architecture"] == "sam-tiny"
+    for size in (64, 128):
+        network = build(architecture("sam-tiny"), image_size=size, classes=2)
+        report = load_checkpoint(network, read_checkpoint(tmp_path / "weights.safetensors"), "pretrained")
+        assert {name.split(".")[1] for name in report.new} == {"iou_prediction_head", "output"}

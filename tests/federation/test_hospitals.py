@@ -1,0 +1,235 @@
+"""A site that is asked to take part: what it brings, what it refuses, and what it does not tell."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from flapsam import __version__
+from flapsam.base.errors import FlapsamError
+from flapsam.federation.agreement import SERVER
+from flapsam.federation.engines.fit_process import FitProcess
+from flapsam.federation.hospitals.handshake import REASONS, Presence, Proposal, SiteFailed, read_message
+from flapsam.federation.hospitals.server_side import ServerSide
+from flapsam.federation.hospitals.site_config import SiteConfig, read_site_config
+from flapsam.federation.hospitals.site_side import SiteSide
+from flapsam.federation.packets import Header, decode, encode
+from flapsam.federation.preparation import resolve
+from flapsam.run.config import RunConfig
+from flapsam.run.folder import RunFolder
+from flapsam.run.reading import read_config
+from tests.helpers.ledgers import read_events
+from tests.helpers.sites import make_sites, write_run
+
+RUN = "0" * 32
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    return resolve(read_config(write_run(tmp_path / "run.yaml", make_sites(tmp_path / "data", cases=5))))
+
+
+def site_config(folder: Path, **fields: object) -> SiteConfig:
+    own = {"data": {"path": folder / "data" / "site_0"}, "state": folder / "state", "threads": 1, **fields}
+    return SiteConfig.model_validate(own)
+
+
+def propose(config: RunConfig, **changes: object) -> bytes:
+    proposal = Proposal.of(RUN, config)
+    return proposal.model_copy(update={"config": {**proposal.config, **changes}}).model_dump_json().encode()
+
+
+def refusal(file: SiteConfig, message: bytes) -> str:
+    with pytest.raises(SiteFailed) as failure:
+        SiteSide("site_0", file).join(message)
+    return str(failure.value)
+
+
+def test_a_proposal_says_nothing_of_the_servers_own_paths(config: RunConfig, tmp_path: Path):
+    assert str(tmp_path) not in propose(config).decode()
+
+
+def test_a_presence_is_what_the_server_expects(config: RunConfig, tmp_path: Path):
+    """Three of five cases train, one validates, one is for the test; six slices each, counted before one is held out."""
+    presence = read_message(Presence, SiteSide("site_0", site_config(tmp_path)).join(propose(config)))
+    assert presence.cases == {"train": 3, "val": 1, "test": 1}
+    assert (presence.training_cases, presence.training_slices, presence.modalities, presence.held) == (4, 24, 1, 0)
+    RunFolder(config.output).begin(config)
+    server = ServerSide(config.output)
+    server.admit("site_0", presence.model_dump_json().encode())
+    assert server.held == {"site_0": 0}
+
+
+@pytest.mark.parametrize(
+    ("own", "code"),
+    [
+        ({"strategies": ["full"]}, "strategy"),
+        ({"aggregators": ["fedavg"]}, "aggregator"),
+        ({"max_rounds": 1}, "rounds"),
+        ({"min_cases": 5}, "cases"),
+        ({"data": {"path": "nowhere"}}, "data"),
+    ],
+)
+def test_its_own_file_is_obeyed(own: dict, code: str, config: RunConfig, tmp_path: Path):
+    assert refusal(site_config(tmp_path, **own), propose(config)) == code
+
+
+@pytest.mark.parametrize(
+    ("message", "code"),
+    [
+        (b"", "version"),
+        (b"{}", "version"),
+        (b'{"version": "9.9.9"}', "version"),
+        (b'{"version": "VERSION", "run": "../../etc", "config": {}}', "configuration"),
+        (b'{"version": "VERSION", "run": "00000000000000000000000000000000", "config": {}}', "configuration"),
+        (b'{"version": "VERSION"' + b"[" * 100_000, "configuration"),
+    ],
+)
+def test_a_message_that_is_no_proposal_is_refused(message: bytes, code: str, tmp_path: Path):
+    assert refusal(site_config(tmp_path), message.replace(b"VERSION", __version__.encode())) == code
+
+
+def test_a_run_that_names_what_there_is_not_is_refused(config: RunConfig, tmp_path: Path):
+    assert refusal(site_config(tmp_path), propose(config, strategy="everything")) == "configuration"
+    assert refusal(site_config(tmp_path), propose(config, backbone={"name": "sam-vit-z"})) == "backbone"
+    assert refusal(site_config(tmp_path), propose(config, data=[])) == "configuration"
+
+
+def test_a_servers_paths_are_not_used(config: RunConfig, tmp_path: Path):
+    """A server that names files of the site gets nothing of them."""
+    data = {**Proposal.of(RUN, config).config["data"], "path": "/", "table": "/etc/passwd"}
+    backbone = {"name": "sam-tiny", "weights": "/etc/passwd"}
+    participant = SiteSide("site_0", site_config(tmp_path))
+    participant.join(propose(config, data=data, backbone=backbone, output="/elsewhere", device="cuda", threads=64))
+    own = participant.config
+    assert (own.data.path, own.data.table) == (tmp_path / "data" / "site_0", None)
+    assert (own.backbone.weights, own.output, own.device, own.threads) == (None, tmp_path / "state", "cpu", 1)
+
+
+def test_metrics_that_may_not_leave_do_not(config: RunConfig, tmp_path: Path):
+    for metrics in (True, False):
+        participant = SiteSide("site_0", site_config(tmp_path, metrics=metrics, state=tmp_path / str(metrics)))
+        participant.join(propose(config))
+        agreement = participant.client.agreement
+        begin = Header(run=RUN, round=0, base=0, sender=SERVER)
+        start = encode(begin, agreement.nothing(agreement.rank("site_0")), {})
+        answer = participant.fit(iter([start]))
+        contract = agreement.up("site_0", 1)
+        header, _ = decode(answer, lambda header, contract=contract: contract, contract.tensor_bytes)
+        assert bool(header.metrics) == metrics
+        assert bool(json.loads(participant.validate(iter([start])))) == metrics
+
+
+def test_a_process_tells_codes_and_writes_the_story_into_its_own_log(config: RunConfig, tmp_path: Path):
+    path = tmp_path / "site.yaml"
+    path.write_text(f"data: {{path: {tmp_path}/secret-place}}\n")
+    process = FitProcess("site_0", path)
+    try:
+        with pytest.raises(SiteFailed, match=r"^data$"):
+            process.join(propose(config))
+        with pytest.raises(SiteFailed, match=r"^error$"):
+            process.ask("fit", [memoryview(b"no packet")])
+    finally:
+        process.stop()
+    assert "secret-place" in (tmp_path / "state" / "site.log").read_text()
+    assert not any("secret" in sentence for sentence in REASONS.values())
+
+
+def test_paths_in_a_site_file_are_relative_to_it_and_absolute_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "kit").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for text, state in (
+        ("", "state"),
+        ("state: state\n", "state"),
+        ("state: ../other\n", "../other"),
+        ("state: /var/x\n", "/var/x"),
+    ):
+        Path("kit/site.yaml").write_text(f"data: {{path: data}}\n{text}")
+        file = read_site_config(Path("kit/site.yaml"))
+        assert file.data.path == tmp_path / "kit" / "data"
+        assert file.state.resolve() == (tmp_path / "kit" / state).resolve() and file.state.is_absolute()
+
+
+def test_a_site_file_with_a_slip_is_an_error_that_names_it(tmp_path: Path):
+    (tmp_path / "site.yaml").write_text("data: {path: x}\nmin_case: 3\n")
+    with pytest.raises(FlapsamError, match=r"site\.yaml: unknown key 'min_case'"):
+        read_site_config(tmp_path / "site.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"version": "9.9"}, f"it runs flapsam 9.9, the server {__version__}"),
+        ({"backbone": "f" * 64}, "its backbone is another: checksum ffffffffffff…"),
+        ({"contract": "f" * 64}, "it begins with other tensors than the server"),
+        ({"modalities": 2}, "its images have 2 modalities, those of the others 1"),
+        ({"cases": {"all": 3}}, "a message that is no presence"),
+        ({"training_slices": 0}, "a message that is no presence"),
+        ({"held": -1}, "a message that is no presence"),
+        ({"note": "x"}, "a message that is no presence"),
+    ],
+)
+def test_a_server_says_what_differs_at_a_site(change: dict, reason: str, config: RunConfig, tmp_path: Path):
+    RunFolder(config.output).begin(config)
+    server = ServerSide(config.output)
+    right = {
+        "version": __version__,
+        "contract": server.agreement.contract.hash,
+        "backbone": server.origin.checksum,
+        "modalities": 1,
+        "cases": {"train": 3, "val": 1, "test": 1},
+        "training_cases": 4,
+        "training_slices": 24,
+        "held": 0,
+    }
+    server.admit("site_0", json.dumps(right).encode())
+    server.admit("site_1", json.dumps({**right, **change}).encode())
+    assert list(server.held) == ["site_0"]
+    excluded = read_events(config.output)[-1]
+    assert (excluded["event"], excluded["site"]) == ("excluded", "site_1") and reason in excluded["reason"]
+    # What a site brought first is what counts: its weight cannot grow later.
+    server.admit("site_0", json.dumps({**right, "training_slices": 10**9}).encode())
+    assert server.known["site_0"].slices == 24
+    with pytest.raises(FlapsamError, match=r"1 sites take part, rounds\.min_sites is 2"):
+        server.open()
+
+
+def test_weights_that_are_given_for_all_serve_for_those_that_are_there(config: RunConfig, tmp_path: Path):
+    options = config.rounds.model_copy(update={"weights": {"site_0": 3.0, "site_1": 1.0, "late": 5.0}})
+    config = config.model_copy(update={"rounds": options})
+    RunFolder(config.output).begin(config)
+    server = ServerSide(config.output)
+    for site in ("site_0", "site_1"):
+        own = site_config(tmp_path, data={"path": tmp_path / "data" / site}, state=tmp_path / site)
+        server.admit(site, SiteSide(site, own).join(propose(config)))
+    server.open()
+    assert server.server.shares == {"site_0": 0.75, "site_1": 0.25}
+
+
+def test_a_coordinator_makes_nothing_where_there_is_no_run(tmp_path: Path):
+    with pytest.raises(FlapsamError, match="there is no run here"):
+        ServerSide(tmp_path / "elsewhere")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", b"[]", b"{", b'{"validation.mean": 2}', b'{"validation.spy": 0.5}', b'{"validation.mean": "x"}']
+)
+def test_scores_that_are_none_are_not_believed(answer: bytes, config: RunConfig):
+    RunFolder(config.output).begin(config)
+    server = ServerSide(config.output)
+    assert server.read_scores(answer) is None
+    assert server.read_scores(b'{"validation.mean": 0.5, "validation.ball": null}') == {
+        "validation.mean": 0.5,
+        "validation.ball": None,
+    }
+
+
+def test_an_agreement_without_its_start_agrees_on_the_same(config: RunConfig):
+    RunFolder(config.output).begin(config)
+    agreement = ServerSide(config.output).agreement
+    slim = agreement.without_start()
+    assert slim.contract.hash == agreement.contract.hash
+    assert slim.up("site_0", 1).hash == agreement.up("site_0", 1).hash
+    assert all(torch.equal(slim.start[name], torch.zeros_like(tensor)) for name, tensor in agreement.start.items())

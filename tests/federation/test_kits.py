@@ -1,0 +1,158 @@
+"""Start-up kits: who gets what, what no job can change, renewal, and what is said when something is wrong."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from cryptography import x509
+from cryptography.x509.oid import NameOID
+
+from tests.helpers.command import flapsam
+
+if importlib.util.find_spec("nvflare") is None:
+    pytest.skip("flapsam[nvflare] is not installed", allow_module_level=True)
+
+from flapsam.federation.engines.nvflare.kits import read_kit
+
+FEDERATION = {"name": "kidney", "server": {"host": "fl.example.org"}, "sites": ["hospital_b", "hospital_a"]}
+
+
+def write(path: Path, **changes: object) -> Path:
+    path.write_text(yaml.safe_dump({**FEDERATION, **changes}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kits")
+    command = [sys.executable, "-m", "flapsam.cli", "federation", "provision", str(write(folder / "f.yaml")), "-o"]
+    subprocess.run([*command, str(folder / "kits")], check=True, capture_output=True)
+    return folder / "kits"
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def test_each_participant_has_its_kit_with_its_own_certificate(made: Path):
+    assert sorted(path.name for path in made.iterdir()) == ["authority", "coordinator", "hospital_a", "hospital_b", "server"]
+    root = x509.load_pem_x509_certificate((made / "server/startup/rootCA.pem").read_bytes())
+    names = {"server": "fl.example.org", "hospital_a": "hospital_a", "hospital_b": "hospital_b"}
+    for name, expected in names.items():
+        certificate = read_kit(made / name, "server", "site").certificate
+        assert certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value == expected
+        certificate.verify_directly_issued_by(root)
+    # The root's key is in the authority's folder alone.
+    keys = {path.read_bytes() for path in made.rglob("*.key")}
+    assert len(keys) == 4 and b"PRIVATE" not in b"".join(
+        (made / "hospital_a/startup").glob("*.pem").__next__().read_bytes().split()
+    )
+
+
+def test_only_their_owner_reads_them(made: Path):
+    for path in [
+        made / "authority",
+        made / "authority/state/cert.json",
+        *made.glob("hospital_a/**/*"),
+        *made.glob("server/**/*"),
+    ]:
+        assert path.stat().st_mode & 0o077 == 0, path
+
+
+@pytest.mark.parametrize("name", ["server", "hospital_a", "hospital_b"])
+def test_policies_are_hardened(name: str, made: Path):
+    local = made / name / "local"
+    rights = read(local / "authorization.json")["permissions"]
+    assert {role for role, value in rights.items() if value != "none"} == {"project_admin"}
+    allowed = {right for right, value in rights["project_admin"].items() if value != "none"}
+    assert allowed == {"submit_job", "manage_job", "app_command", "view"}
+    resources = read(local / "resources.json")
+    assert resources["class_list_enforcement_mode"] == "enforce"
+    (allowed_class,) = resources["class_allow_list"]
+    assert allowed_class.startswith("flapsam.federation.engines.nvflare.") and not allowed_class.endswith(".")
+    assert resources["allow_log_streaming"] is False
+    assert not [part for part in resources["components"] if "log" in part["id"]]
+    assert not list((made / name).rglob("*.sh"))
+
+
+def test_connections_are_mutual_and_administration_stays_on_the_machine(made: Path):
+    (server,) = read(made / "server/startup/fed_server.json")["servers"]
+    assert (server["connection_security"], server["admin_host"], server["admin_port"]) == ("mtls", "127.0.0.1", 8003)
+    client = read(made / "hospital_a/startup/fed_client.json")
+    assert client["client"]["connection_security"] == "mtls"
+    assert client["servers"][0]["service"]["target"] == "fl.example.org:8002"
+    assert "hospital_b" not in "".join(path.read_text() for path in (made / "hospital_a").rglob("*") if path.is_file())
+
+
+def test_a_site_that_is_named_later_gets_a_kit_and_the_others_stay(made: Path, tmp_path: Path, capfd):
+    before = {path: path.read_bytes() for path in made.rglob("*") if path.is_file() and "authority" not in path.parts}
+    more = write(tmp_path / "f.yaml", sites=["hospital_a", "hospital_b", "hospital_c"])
+    assert flapsam(capfd, "federation", "provision", more, "-o", made).code == 0
+    assert {path: path.read_bytes() for path in before} == before
+    root = x509.load_pem_x509_certificate((made / "server/startup/rootCA.pem").read_bytes())
+    read_kit(made / "hospital_c", "site").certificate.verify_directly_issued_by(root)
+
+
+def test_a_renewed_kit_has_a_new_certificate_of_the_same_authority(made: Path, tmp_path: Path, capfd):
+    old = {name: read_kit(made / name, "site").certificate for name in ("hospital_a", "hospital_b")}
+    path = write(tmp_path / "f.yaml")
+    assert flapsam(capfd, "federation", "provision", path, "-o", made, "--renew", "hospital_a").code == 0
+    new = {name: read_kit(made / name, "site").certificate for name in old}
+    assert new["hospital_a"].serial_number != old["hospital_a"].serial_number
+    assert new["hospital_b"] == old["hospital_b"]
+    new["hospital_a"].verify_directly_issued_by(
+        x509.load_pem_x509_certificate((made / "server/startup/rootCA.pem").read_bytes())
+    )
+
+
+def test_a_unit_keeps_a_participant_running(made: Path, capfd):
+    outcome = flapsam(capfd, "federation", "server", made / "server", "--unit")
+    assert f"federation server {made / 'server'}" in outcome.out and "Restart=always" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sites": []}, "'sites'"),
+        ({"sites": ["a b"]}, "'a b' is no name for a site"),
+        ({"sites": ["../x"]}, "'../x' is no name for a site"),
+        ({"sites": ["server"]}, "'server' is no name for a site"),
+        ({"sites": ["a", "a"]}, "'a' stands there twice"),
+        ({"server": {"host": "x", "port": 0}}, "'server.port'"),
+        ({"server": {}}, "'server.host' is missing"),
+        ({"name": "../x"}, "'name'"),
+        ({"site": ["a"]}, "unknown key 'site'"),
+    ],
+)
+def test_a_wrong_federation_file_is_one_sentence(changes: dict, message: str, tmp_path: Path, capfd):
+    outcome = flapsam(capfd, "federation", "provision", write(tmp_path / "f.yaml", **changes), "-o", tmp_path / "kits")
+    assert outcome.code == 2 and message in outcome.err.replace("\n", " "), outcome.err
+    assert not (tmp_path / "kits").exists()
+
+
+def test_what_a_user_gets_wrong_is_one_sentence(made: Path, tmp_path: Path, capfd):
+    run = tmp_path / "run.yaml"
+    run.write_text("data: {labels: {a: 1}, sites: [elsewhere]}\nbackbone: {weights: random}\n")
+    (tmp_path / "site.yaml").write_text("data: {path: nowhere}\n")
+    for arguments, message in (
+        (("server", tmp_path), "there is no start-up kit here"),
+        (("server", made / "hospital_a"), "this kit is for a site, not for a server"),
+        (("site", made / "hospital_a", "--data", tmp_path / "site.yaml"), "data.path: there is no folder"),
+        (("run", run, "--kit", made / "server"), "this kit is for a server, not for a coordinator"),
+        (("run", run, "--kit", made / "coordinator"), "data.sites: there is no site 'elsewhere' in this federation"),
+        (("provision", write(tmp_path / "f.yaml"), "-o", made, "--renew", "nobody"), "there is no such participant"),
+        (("provision", write(tmp_path / "g.yaml", name="liver"), "-o", made), "the kits here are of another federation"),
+    ):
+        outcome = flapsam(capfd, "federation", *arguments)
+        assert outcome.code == 2 and message in outcome.err.replace("\n", " "), outcome.err
+
+
+def test_without_nvflare_it_says_what_to_install(capfd, monkeypatch: pytest.MonkeyPatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "nvflare" else real(name, *rest))
+    outcome = flapsam(capfd, "federation", "status")
+    assert outcome.code == 2 and "pip install 'flapsam[nvflare]'" in outcome.err

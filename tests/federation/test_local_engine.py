@@ -1,0 +1,109 @@
+"""Aggregators, codecs, ranks and early stopping in whole runs of seconds, as a user configures them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flapsam.adapters.store import read_card, read_tensors
+from flapsam.experiments.simulation import simulate
+from flapsam.federation.aggregation import AGGREGATORS
+from flapsam.federation.compression import CODECS
+from flapsam.federation.preparation import resolve
+from flapsam.federation.server_optimizers import SERVER_OPTIMIZERS
+from flapsam.federation.traffic import predict_traffic
+from flapsam.run.reading import read_config
+from flapsam.sam import assemble_run, travelling_state
+from tests.helpers.command import flapsam
+from tests.helpers.ledgers import read_events
+from tests.helpers.sites import make_sites, write_run
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_sites(tmp_path_factory.mktemp("data"), sites=2, cases=4)
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_every_aggregator_runs_with_ranks_that_differ_and_its_adapter_is_whole(name: str, data: Path, tmp_path: Path, capfd):
+    """``predict`` builds the network anew from the adapter's folder, and gives what the run's own network gave."""
+    config = write_run(tmp_path / "run.yaml", data, aggregator=name, site_ranks={"site_1": 1}, rounds={"count": 3})
+    outcome = flapsam(capfd, "simulate", config, "--json")
+    assert outcome.code == 0, outcome.err
+    run = tmp_path / "run"
+    assert [event["site"] for event in read_events(run, "fit")] == ["site_0", "site_1"] * 3
+    assert not read_events(run, "refused")
+    outcome = flapsam(capfd, "predict", run, data, "--split", "test", "-o", tmp_path / "out", "--threads", "1", "--json")
+    assert outcome.code == 0, outcome.err
+    for path in map(Path, json.loads(outcome.out)["written"]):
+        assert path.read_bytes() == (run / "predictions/federated" / path.relative_to(tmp_path / "out")).read_bytes()
+    # The base weights of the adapted layers are in the adapter where they change, and only there.
+    changed = [key for key in read_tensors(run / "adapter") if key.endswith("q_proj.weight")]
+    assert bool(changed) == (name == "fedex-lora")
+    # PEFT would load a part of such an adapter, so there is nothing for it to find.
+    assert (run / "adapter" / "adapter_config.json").exists() == (name != "fedex-lora")
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_predicted_bytes_are_about_those_of_the_ledger(codec: str, data: Path, tmp_path: Path):
+    """In a run of seconds, whose few steps move all numbers alike; ``benchmarks/communication.py`` has runs that learn."""
+    fields = {"compression": {"codec": codec, "density": 0.2}, "rounds": {"count": 3}, "site_ranks": {"site_1": 1}}
+    config = read_config(write_run(tmp_path / "run.yaml", data, **fields))
+    simulate(config)
+    predicted = predict_traffic(resolve(config))
+    assert [row.rank for row in predicted] == [2, 1]
+    for site, row in zip(("site_0", "site_1"), predicted, strict=True):
+        told = [event for event in read_events(tmp_path / "run") if event.get("site") == site]
+        up, down = (sum(event.get(key, 0) for event in told) for key in ("bytes_up", "bytes_down"))
+        # Large numbers next to one another make small gaps, which made-up numbers do not know of.
+        least = 0.65 if codec.startswith("topk") else 0.93
+        assert least < up / row.up < 1.06, (site, up, row)
+        assert least < down / row.down < 1.06, (site, down, row)
+
+
+def test_traffic_of_a_run_as_a_table(data: Path, tmp_path: Path, capfd):
+    config = write_run(tmp_path / "run.yaml", data, site_ranks={"site_1": 1})
+    outcome = flapsam(capfd, "traffic", config)
+    assert outcome.code == 0, outcome.err
+    assert "A site in 2 rounds, predicted" in outcome.out
+    rows = json.loads(flapsam(capfd, "traffic", config, "--json").out)
+    assert [row["rank"] for row in rows] == [2, 1]
+    assert rows[0]["ratio"] == pytest.approx(rows[0]["full"] / (rows[0]["up"] + rows[0]["down"]))
+    finer = json.loads(flapsam(capfd, "traffic", config, "--json", "--set", "compression.bits=3").out)
+    assert finer[0]["up"] > 1.5 * rows[0]["up"]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("optimizer", SERVER_OPTIMIZERS)
+def test_every_server_optimizer_runs_and_moves_about_as_far(optimizer: str, data: Path, tmp_path: Path):
+    config = read_config(write_run(tmp_path / "run.yaml", data, server={"optimizer": optimizer}, rounds={"count": 3}))
+    simulate(config)
+    start = travelling_state(assemble_run(config).network)
+    ended = read_tensors(tmp_path / "run" / "adapter")
+    moved = sum(float((ended[name] - start[name]).square().sum()) for name in start) ** 0.5
+    # Three rounds of the mean alone move the tensors by 1.5.
+    assert 0.2 < moved < 5
+
+
+def test_a_run_that_has_settled_ends(data: Path, tmp_path: Path):
+    # No Dice rises by more than 1, so the second validation that is known settles it: in round 3, told of that after 2.
+    settings = {"count": 9, "patience": 1, "settled": 1.0}
+    simulate(read_config(write_run(tmp_path / "run.yaml", data, rounds=settings)))
+    run = tmp_path / "run"
+    assert [event["round"] for event in read_events(run, "round")] == [1, 2, 3]
+    assert [(event["site"], event["round"]) for event in read_events(run, "delivery")] == [("site_0", 3), ("site_1", 3)]
+    assert read_card(run / "adapter").rounds == 3
+
+
+def test_fedprox_stays_closer_to_where_a_round_began(data: Path, tmp_path: Path):
+    moved = []
+    for strength in (0.0, 10.0):
+        folder = tmp_path / str(strength)
+        training = {"window": 1, "batch_size": 8, "warmup_steps": 2, "proximal": strength}
+        fields = {"training": training, "rounds": {"count": 1}, "aggregator": "ffa-lora", "compression": {"codec": "fp32"}}
+        simulate(read_config(write_run(folder / "run.yaml", data, **fields)))
+        # With ffa-lora, B starts at zero and is what moved.
+        tensors = read_tensors(folder / "run" / "adapter")
+        moved.append(np.sqrt(sum(float((tensor**2).sum()) for name, tensor in tensors.items() if ".lora_B" in name)))
+    assert 0 < moved[1] < 0.9 * moved[0]

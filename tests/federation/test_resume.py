@@ -1,0 +1,122 @@
+"""Killed at any moment and resumed, a run ends in the same adapter, bit for bit. Real processes, real kill -9."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.ledgers import read_events
+from tests.helpers.sites import make_sites, write_run
+
+# A flexlora that, where a signal file is named, touches it in its second round's aggregation and waits to be killed.
+PROGRAM = """
+import signal, sys, time
+from pathlib import Path
+from flapsam import cli
+from flapsam.federation.aggregation import AGGREGATORS, FlexLora
+
+# Tests that run in the background of a shell inherit that interruptions are ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal_file = sys.argv.pop(1)
+results = 0
+
+class Slow(FlexLora):
+    def aggregate(self, *arguments):
+        global results
+        results += 1
+        if signal_file and results == 2:
+            Path(signal_file).touch()
+            time.sleep(120)
+        return super().aggregate(*arguments)
+
+AGGREGATORS["slow"] = Slow
+cli.main()
+"""
+
+
+def start(config: Path, *arguments: str, signal_file: Path | str = "") -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", PROGRAM, str(signal_file), "simulate", str(config), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(process: subprocess.Popen[bytes]) -> None:
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output.decode()
+
+
+def kill_when(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, (process.stdout.read() if process.stdout else b"").decode()
+        assert time.monotonic() < deadline, "the moment to kill never came"
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """An adapter without its descriptions, which name the run."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("flapsam.json", "README.md")}
+
+
+FIELDS = {"rounds": {"count": 4}, "aggregator": "slow", "training": {"window": 3, "batch_size": 4, "warmup_steps": 2}}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of four rounds that nothing disturbed; beside it are its data."""
+    root = tmp_path_factory.mktemp("whole")
+    finish(start(write_run(root / "run.yaml", make_sites(root / "data", sites=3, cases=4), **FIELDS)))
+    return root / "run"
+
+
+def resumed_equals(uninterrupted: Path, config: Path) -> None:
+    finish(start(config, "--resume"))
+    run = config.parent / "run"
+    assert files(run / "adapter") == files(uninterrupted / "adapter")
+    for label_map in (uninterrupted / "predictions").rglob("*.nii.gz"):
+        assert (run / label_map.relative_to(uninterrupted)).read_bytes() == label_map.read_bytes()
+    # The ledger holds every fit once, with the same figures.
+    ledgers = [
+        [(e["round"], e["site"], e["loss"], e["bytes_up"]) for e in read_events(folder) if e["event"] == "fit"]
+        for folder in (run, uninterrupted)
+    ]
+    # Packets carry the run's id and the fit's seconds, so their sizes differ by a few bytes.
+    assert [entry[:3] for entry in ledgers[0]] == [entry[:3] for entry in ledgers[1]]
+    assert [entry[3] for entry in ledgers[0]] == pytest.approx([entry[3] for entry in ledgers[1]], rel=0.01)
+
+
+def test_killed_in_a_clients_fit(uninterrupted: Path, tmp_path: Path):
+    config = write_run(tmp_path / "run.yaml", uninterrupted.parent / "data", **FIELDS)
+    process = start(config)
+    sites = tmp_path / "run" / "state" / "federated" / "sites"
+    kill_when(process, (sites / "site_0" / "reply-000002.packet").exists)
+    # The first site had answered round 2, the second was at it.
+    assert not (sites / "site_1" / "reply-000002.packet").exists()
+    resumed_equals(uninterrupted, config)
+
+
+def test_killed_while_the_server_aggregates(uninterrupted: Path, tmp_path: Path):
+    config = write_run(tmp_path / "run.yaml", uninterrupted.parent / "data", **FIELDS)
+    process = start(config, signal_file=tmp_path / "aggregating")
+    kill_when(process, (tmp_path / "aggregating").exists)
+    assert not (tmp_path / "run" / "adapter").exists()
+    resumed_equals(uninterrupted, config)
+
+
+def test_interrupted_by_the_user(uninterrupted: Path, tmp_path: Path):
+    config = write_run(tmp_path / "run.yaml", uninterrupted.parent / "data", **FIELDS)
+    process = start(config, signal_file=tmp_path / "aggregating")
+    while not (tmp_path / "aggregating").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"add --resume to continue" in output
+    assert b"Traceback" not in output
+    resumed_equals(uninterrupted, config)

@@ -1,0 +1,1 @@
+"""What several tests need: made-up data, runs, hospitals, and the command line."""

@@ -1,0 +1,166 @@
+"""A real federation on loopback, as its people would run it: processes of ``flapsam federation``, each with its own kit."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import yaml
+
+from tests.helpers.ledgers import read_events
+from tests.helpers.recording_proxy import RecordingProxy
+from tests.helpers.sites import make_site
+
+FLAPSAM = (sys.executable, "-c", "from flapsam import cli; cli.main()")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Wait until something holds; that it does not in time fails the test."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.02)
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """``kill -9`` of a process and all that it started, as a machine dies that loses its power."""
+    family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
+    for pid in family:
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+@dataclass
+class Hospitals:
+    """Kits, data and running processes, all in one folder. Sites reach the server through a proxy that records."""
+
+    folder: Path
+    sites: list[str]
+    own: str = "own"
+    """Name of the folder that holds all that is the sites' own."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Of the sites."""
+    proxied: bool = True
+    running: dict[str, subprocess.Popen] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.port, self.admin_port = free_port(), free_port()
+        server = {"host": "localhost", "port": self.port, "admin_port": self.admin_port}
+        about = {"name": "test", "server": server, "sites": self.sites}
+        (self.folder / "federation.yaml").write_text(yaml.safe_dump(about))
+        self.flapsam("provision", self.folder / "federation.yaml", "-o", self.folder / "kits")
+        for site in self.sites:
+            (self.folder / self.own / "kits").mkdir(parents=True, exist_ok=True)
+            (self.folder / "kits" / site).rename(self.kit(site))
+        if self.proxied:
+            port = free_port()
+            for site in self.sites:
+                self.point(site, port)
+            self.proxy = RecordingProxy(port, self.port, self.kit("server"), self.kit)
+
+    def kit(self, name: str) -> Path:
+        return self.folder / (self.own if name in self.sites else "") / "kits" / name
+
+    def point(self, site: str, port: int) -> None:
+        """Let a site look for the server at another port."""
+        path = self.kit(site) / "startup" / "fed_client.json"
+        tree = json.loads(path.read_text())
+        tree["servers"][0]["service"]["target"] = f"localhost:{port}"
+        path.write_text(json.dumps(tree))
+
+    @property
+    def data(self) -> Path:
+        return self.folder / self.own / "data"
+
+    def state_of(self, site: str) -> Path:
+        return self.folder / self.own / "state" / site
+
+    def make_data(self, cases: int = 3) -> None:
+        for number, site in enumerate(self.sites):
+            make_site(self.data / site, cases, seed=number)
+
+    def flapsam(self, *arguments: str | Path, code: int = 0, seconds: float = 120) -> str:
+        """``flapsam federation …`` to its end; returns what it printed."""
+        outcome = subprocess.run(
+            [*FLAPSAM, "federation", *map(str, arguments)], capture_output=True, text=True, timeout=seconds, check=False
+        )
+        assert outcome.returncode == code, outcome.stdout + outcome.stderr
+        assert "Traceback" not in outcome.stderr, outcome.stderr
+        return outcome.stdout + outcome.stderr
+
+    def start(self, name: str, *arguments: str | Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen:
+        """``flapsam federation …`` in the background; what it prints goes to ``NAME.out``."""
+        with (self.folder / f"{name}.out").open("ab") as output:
+            self.running[name] = subprocess.Popen(
+                [*FLAPSAM, "federation", *map(str, arguments)],
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env={**os.environ, **(environment or {})},
+            )
+        return self.running[name]
+
+    def said(self, name: str) -> str:
+        return (self.folder / f"{name}.out").read_text()
+
+    def start_server(self) -> None:
+        before = self.said("server").count("The server is up") if "server" in self.running else 0
+        self.start("server", "server", self.kit("server"))
+        until(lambda: self.said("server").count("The server is up") > before)
+
+    def start_site(self, site: str, environment: Mapping[str, str] | None = None, **own: object) -> None:
+        """Start a site, whose file says what is given beside its data."""
+        path = self.folder / self.own / f"{site}.yaml"
+        about = {"data": {"path": str(self.data / site)}, "state": str(self.state_of(site)), "threads": 1, **own}
+        path.write_text(yaml.safe_dump(about))
+        environment = {**self.environment, **(environment or {})}
+        self.start(site, "site", self.kit(site), "--data", path, environment=environment)
+
+    def start_all(self) -> None:
+        self.start_server()
+        for site in self.sites:
+            self.start_site(site)
+        until(lambda: all("Connected to the server" in self.said(site) for site in self.sites))
+
+    def follow(self, config: Path, *, seconds: float = 120, code: int = 0) -> str:
+        """Wait for ``start_run``'s end; returns what it printed."""
+        name = f"run-{config.stem}"
+        try:
+            found = self.running[name].wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"not done within {seconds} s:\n{self.said(name)}") from None
+        assert found == code, self.said(name)
+        assert "Traceback" not in self.said(name)
+        return self.said(name)
+
+    def start_run(self, config: Path) -> None:
+        self.start(f"run-{config.stem}", "run", config, "--kit", self.kit("coordinator"))
+
+    def stop_all(self) -> None:
+        for process in self.running.values():
+            if process.poll() is None:
+                kill_all(process)
+        self.running.clear()
+        if self.proxied:
+            self.proxy.close()
+
+
+def rounds_done(run: Path) -> int:
+    return len(read_events(run, "round"))
+
+
+def adapter_of(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((run / "adapter").glob("*.safetensors"))}

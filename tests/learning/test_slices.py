@@ -1,0 +1,257 @@
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from flapsam.base.errors import FlapsamError
+from flapsam.learning.augmentation import AUGMENTATIONS, EITHER, erase, exponent, paper, rotate, turn_and_flip, warp
+from flapsam.learning.inference import predict_volume
+from flapsam.learning.prepared import prepare
+from flapsam.learning.slices import SliceStack, from_square, labels_to_square, stack_of, to_square
+from flapsam.run.config import Data, Samples
+from flapsam.sites import IGNORED, LabelMap, folders, label_map
+from flapsam.volumes import Volume
+from tests.helpers.sites import AFFINE, make_site, save
+
+
+def stack(values: Sequence[Any], site: str = "", **fields) -> SliceStack:
+    """One-voxel slices of these intensities, or of these tuples of modalities."""
+    array = np.array(values, np.float32)
+    return stack_of(Volume(array[None, None], np.eye(4)), Samples(axis="axial", **fields), site)
+
+
+def test_a_slice_is_scaled_with_its_two_neighbours_either_side():
+    # Slice 3 of 0 10 20 30 40 50 60: its window is 10…50, so it is (30 − 10) / 40.
+    values = [0.0, 10, 20, 30, 40, 50, 60]
+    assert stack(values).window(3).item() == pytest.approx(0.5)
+    # Slice 0: the window is 0 0 0 10 20.
+    assert stack(values).window(0).item() == pytest.approx(0)
+    assert stack(values).window(1).item() == pytest.approx(10 / 30)
+
+
+def test_scaling_by_volume():
+    assert stack([0, 10, 20, 30, 40], scaling="volume").window(1).item() == pytest.approx(0.25)
+
+
+def test_clip_comes_before_scaling():
+    values = [-1000, 0, 50, 100, 3000]
+    window = stack(values, clip=(0, 100)).window(2, depth=5).flatten()
+    torch.testing.assert_close(window, torch.tensor([0, 0, 0.5, 1, 1]))
+    assert stack(values, clip=(0, 100), scaling="volume").window(2).item() == pytest.approx(0.5)
+
+
+def test_a_sites_own_clip_is_as_good_as_its_z_score():
+    """Fed-KiTS19's site A: clip to (−66, 208), subtract 100.545, divide by 61.677, then scale by the window."""
+    values = np.array([-500.0, -70, 0, 150, 900])
+    scores = (values.clip(-66, 208) - 100.545) / 61.677
+    expected = (scores - scores.min()) / (scores.max() - scores.min() + 1e-8)
+    clips = {"clip": (-75, 296), "site_clip": {"A": (-66, 208)}}
+    window = stack(values.tolist(), site="A", **clips).window(2, depth=5).flatten()
+    torch.testing.assert_close(window, torch.from_numpy(expected).float(), atol=1e-6, rtol=0)
+    other = stack(values.tolist(), site="B", **clips).window(2, depth=5).flatten()
+    assert other[3].item() == pytest.approx((150 + 75) / (296 + 75))
+
+
+def test_clip_at_a_percentile_of_the_volume():
+    # Of 0 … 100 the 99th percentile is 99; the window of slice 99 is 97 … 99 99.
+    values = [float(value) for value in range(101)]
+    made = stack(values, clip_percentile=99)
+    assert made.clip == ((-np.inf, 99.0),)
+    torch.testing.assert_close(made.window(99, depth=5).flatten(), torch.tensor([0, 0.5, 1, 1, 1]))
+    assert stack(values, clip_percentile=99, scaling="volume").window(50).item() == pytest.approx(50 / 99)
+    assert stack(values, clip_percentile=99, clip=(0, 60)).clip == ((0, 60),)
+
+
+@pytest.mark.parametrize("channels", ["replicate", "adjacent"])
+def test_modalities_take_a_channel_each_and_are_scaled_apart(channels: str):
+    two = stack([(0, 500), (10, 400), (20, 300), (30, 200), (40, 100)], channels=channels)
+    torch.testing.assert_close(two.window(1).flatten(), torch.tensor([1 / 3, 2 / 3, 2 / 3]))
+    assert two.window(2, depth=3).shape == (3, 3, 1, 1)
+    three = stack([(0, 0, 8), (1, 0, 4)], channels=channels, scaling="volume")
+    torch.testing.assert_close(three.window(1).flatten(), torch.tensor([1.0, 0, 0]))
+    clipped = stack([(0, 0), (100, 1)], modalities=2, clip=(0, 50), scaling="volume")
+    torch.testing.assert_close(clipped.window(1).flatten(), torch.tensor([1.0, 1, 1]))
+
+
+def test_adjacent_puts_the_neighbours_into_the_outer_channels():
+    window = stack([0, 10, 20, 30, 40], channels="adjacent").window(2)
+    torch.testing.assert_close(window.flatten(), torch.tensor([0.25, 0.5, 0.75]))
+    # At the edge the outermost slice stands in for its missing neighbour.
+    torch.testing.assert_close(stack([0, 10, 20], channels="adjacent").window(0).flatten(), torch.tensor([0, 0, 0.5]))
+
+
+@pytest.mark.parametrize("channels", ["replicate", "adjacent"])
+@pytest.mark.parametrize("depth", [1, 3, 5, 9])
+def test_shapes_of_windows(channels: str, depth: int):
+    images = np.random.default_rng(0).normal(size=(4, 6, 5)).astype(np.float32)
+    made = SliceStack(images, Samples.model_validate({"channels": channels}), ((-3, 3),))
+    for centre in range(4):
+        window = made.window(centre, depth)
+        assert window.shape == (depth, 3 if channels == "adjacent" else 1, 6, 5)
+        if channels == "adjacent" or depth <= 5:
+            assert 0 <= window.min() <= window.max() <= 1
+
+
+def test_constant_slices_become_zero():
+    assert stack([7, 7, 7]).window(1).item() == 0
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (40, 20), (9, 17)])
+@pytest.mark.parametrize("resize", ["stretch", "pad"])
+def test_there_and_back_keeps_labels(shape: tuple[int, int], resize: str):
+    labels = torch.zeros(1, *shape, dtype=torch.long)
+    labels[:, shape[0] // 4 : -shape[0] // 4, shape[1] // 4 : -shape[1] // 4] = 1
+    square = labels_to_square(labels, 64, resize)
+    assert square.shape == (1, 64, 64)
+    probabilities = torch.nn.functional.one_hot(square.clamp(min=0), 2).movedim(-1, 1).float()
+    back = from_square(probabilities, shape, resize).argmax(1)
+    assert back.shape == labels.shape
+    # Nearest there, bilinear back: at most the rim may differ.
+    assert (back != labels).float().mean() < 0.08
+
+
+def test_padding_keeps_the_aspect_and_is_ignored():
+    square = labels_to_square(torch.ones(1, 40, 20, dtype=torch.long), 64, "pad")
+    assert (square[..., :32] == 1).all()
+    assert (square[..., 32:] == IGNORED).all()
+    assert to_square(torch.ones(1, 1, 40, 20), 64, "pad")[..., 32:].max() == 0
+
+
+def test_cubic_overshoot_is_clipped():
+    image = torch.zeros(1, 1, 8, 8)
+    image[..., 4:] = 1
+    square = to_square(image, 64, "stretch")
+    assert square.min() >= 0 and square.max() <= 1
+
+
+@pytest.fixture
+def window() -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.zeros(5, 20, 30, dtype=torch.long)
+    labels[:, 5:12, 10:22] = 1
+    labels[:, 0, 0] = IGNORED
+    return torch.rand(5, 1, 20, 30, generator=draw) * 0.2 + labels[:, None].clamp(min=0) * 0.6, labels
+
+
+CHANGES = [*AUGMENTATIONS.values(), turn_and_flip, rotate, exponent, erase, *EITHER]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_every_change_keeps_type_and_range_and_moves_labels_with_the_image(change, window):
+    for seed in range(10):
+        images, labels = change(*window, np.random.default_rng(seed))
+        assert images.dtype == torch.float32
+        assert labels.dtype == torch.int64
+        assert images.shape[-2:] == labels.shape[-2:]
+        assert images.min() >= 0 and images.max() <= 1
+        assert set(labels.unique().tolist()) <= {IGNORED, 0, 1}
+        if change not in (erase, paper):
+            # The bright square is where the label says.
+            assert images[:, 0][labels == 1].mean() > images[:, 0][labels == 0].mean() + 0.1
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_every_change_depends_on_its_seed_alone(change, window):
+    first, second = (change(*window, np.random.default_rng(5)) for _ in range(2))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+def test_there_are_ten_changes_to_choose_two_from():
+    assert len(EITHER) == 10
+
+
+def test_warp_by_hand():
+    images = torch.arange(6.0).reshape(1, 1, 2, 3) / 6
+    labels = torch.arange(6).reshape(1, 2, 3)
+    moved, moved_labels = warp(images, labels, [[1, 0, 1], [0, 1, 0]])  # each pixel from its right neighbour
+    assert moved_labels.tolist() == [[[1, 2, 0], [4, 5, 0]]]
+    torch.testing.assert_close(moved * 6, torch.tensor([[[[1.0, 2, 0], [4, 5, 0]]]]))
+
+
+def test_erased_rectangles_have_the_size_asked_for():
+    images, labels = torch.zeros(1, 1, 100, 100), torch.ones(1, 100, 100, dtype=torch.long)
+    for seed in range(20):
+        _, erased = erase(images, labels, np.random.default_rng(seed))
+        assert 0.018 <= (erased == 0).float().mean() <= 0.052
+
+
+def read(site: Path, samples: Samples):
+    (case,) = folders.read(site.parent).cases
+    return prepare(case, label_map(Data(path=site.parent, labels={"ball": 1, "core": 2}), "a"), samples, site / "cache")
+
+
+def test_a_prepared_case_gives_the_windows_of_its_volume(tmp_path: Path):
+    site = make_site(tmp_path / "a", 1)
+    samples = Samples()
+    prepared = read(site, samples)
+    (case,) = folders.read(tmp_path).cases
+    from flapsam.volumes import read_image, read_label
+
+    expected, truth = stack_of(read_image(case.image), samples), stack_of(read_label(case.label), samples)
+    assert prepared.slices == len(expected) == 6
+    for centre in range(6):
+        images, labels = prepared.window(centre, 5, samples)
+        assert torch.equal(images, expected.window(centre, 5))
+        indices = np.clip(np.arange(centre - 2, centre + 3), 0, 5)
+        np.testing.assert_array_equal(labels, truth.images[indices])
+
+
+def test_a_changed_file_is_prepared_again(tmp_path: Path):
+    site = make_site(tmp_path / "a", 1)
+    before = np.array(read(site, Samples()).stack(Samples()).images)
+    save((before * 0).transpose(1, 2, 0), site / "images" / "a_0.nii.gz", AFFINE)
+    assert np.array(read(site, Samples()).stack(Samples()).images).max() == 0
+
+
+def test_labels_that_do_not_fit_their_image(tmp_path: Path):
+    site = make_site(tmp_path / "a", 1)
+    label = site / "labels" / "a_0.nii.gz"
+    save(np.zeros((20, 16, 5), np.uint8), label)
+    with pytest.raises(FlapsamError, match=r"a_0\.nii\.gz: its shape \(20, 16, 5\) differs"):
+        read(site, Samples())
+    moved = AFFINE.copy()
+    moved[2, 3] = 3
+    save(np.zeros((20, 16, 6), np.uint8), label, moved)
+    with pytest.raises(FlapsamError, match="its affine differs"):
+        read(site, Samples())
+
+
+def test_unannotated_background_stays_ignored_through_preparation(tmp_path: Path):
+    site = make_site(tmp_path / "a", 1)
+    (case,) = folders.read(tmp_path).cases
+    mapping = LabelMap(("ball", "core"), {0: 0, 1: 1, 2: 1}, frozenset({1}))
+    labels = prepare(case, mapping, Samples(), tmp_path / "cache").labels()
+    assert set(np.unique(labels)) == {IGNORED, 1}
+    assert site.exists()
+
+
+class Brightest(torch.nn.Module):
+    """A network for tests: class 1 where a pixel is above half, nothing learned."""
+
+    image_size = 64
+    masks = 2
+    pixel_mean = torch.zeros(1)
+
+    def embed(self, images: Tensor) -> Tensor:
+        return images[:, :1]
+
+    def logits(self, embedding: Tensor) -> Tensor:
+        return torch.cat([torch.zeros_like(embedding), 40 * (embedding - 0.5)], dim=1)
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPI", "IPL", "SAR"])
+@pytest.mark.parametrize("resize", ["stretch", "pad"])
+def test_label_maps_lie_on_their_image_in_every_orientation(codes: str, resize: str):
+    from tests.volumes.test_volumes import stored_as
+
+    array = np.zeros((40, 30, 8), np.float32)
+    array[8:24, 12:20, 2:7] = 1
+    stored = stored_as(codes, Volume(array, np.diag([1.0, 1, 2, 1])))
+    samples = Samples.model_validate({"scaling": "volume", "resize": resize})
+    labels = predict_volume(Brightest(), stored, samples, batch=3).labels  # type: ignore[arg-type]
+    assert labels.shape == stored.array.shape
+    assert (labels == (stored.array > 0.5)).mean() > 0.99

@@ -1,0 +1,334 @@
+"""What a person sees: the report and the viewer in a real browser."""
+
+import io
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
+from playwright.sync_api import Browser
+
+from flapsam.report.page import write_report
+from flapsam.report.scene import nifti_of
+from flapsam.report.serving import ViewServer
+from flapsam.report.viewing import image_server, run_server
+from flapsam.run.observer import Observer
+from flapsam.volumes import Volume
+from tests.helpers.browser import needs_browser, open_browser, watch
+from tests.helpers.command import flapsam
+from tests.helpers.reports import make_run
+from tests.helpers.sites import load
+from tests.report.test_report import HOSTILE, TROUBLES
+
+pytestmark = needs_browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with open_browser() as browser:
+        yield browser
+
+
+@contextmanager
+def serving(server: ViewServer) -> Iterator[ViewServer]:
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.close()
+        thread.join()
+
+
+def read_tables(page) -> dict[str, list[list[str]]]:
+    """Id → rows, as the browser has them."""
+    return page.evaluate(
+        "Object.fromEntries([...document.querySelectorAll('table')].map(t => "
+        "[t.id, [...t.rows].map(r => [...r.cells].map(c => c.textContent))]))"
+    )
+
+
+@pytest.mark.parametrize("kind", ["demo-like", "drop-outs", "hostile"])
+def test_the_report_opens_from_disk(kind: str, browser: Browser, tmp_path: Path):
+    options = {
+        "demo-like": {},
+        "drop-outs": {"troubles": TROUBLES},
+        "hostile": {"sites": (HOSTILE, "beta"), "case": HOSTILE, "notes": f"</p></style></script>{HOSTILE}"},
+    }[kind]
+    page = write_report(make_run(tmp_path, **options), tmp_path / "page.html")
+    seen = watch(browser)
+    seen.page.goto(page.as_uri())
+    assert seen.complaints == []
+    assert [url for url in seen.requests if not url.startswith("data:")] == [page.as_uri()]
+    sections = {"gain", "cases", "dice-per-round", "traffic", "losses", "time"} | (
+        {"attendance"} if kind == "drop-outs" else set()
+    )
+    for name in sections:
+        chart = seen.page.locator(f"#{name} figure svg")
+        assert chart.count() == 1, name
+        box = chart.bounding_box()
+        assert box and box["width"] > 300 and box["height"] > 60, name
+    pictures = seen.page.locator("svg.strip image")
+    assert pictures.count() == 2 * 3 * 5
+    drawn = seen.page.evaluate(
+        "async () => { const i = new Image(); i.src = document.querySelector('svg.strip image')"
+        ".getAttribute('href'); await i.decode(); return i.naturalWidth; }"
+    )
+    assert drawn > 10
+    tables = read_tables(seen.page)
+    assert tables["gain-table"][-1] == ["all cases", "6", "0.760", "0.660", "+0.100 (+0.100 to +0.100)"]
+    if kind == "hostile":
+        assert seen.page.evaluate("document.querySelectorAll('script, img').length") == 0
+        assert HOSTILE in seen.page.inner_text("body")
+        assert tables["gain-table"][1][0] == HOSTILE
+    if kind == "drop-outs":
+        assert len(tables["attendance-table"]) == 1 + len(TROUBLES)
+
+
+@pytest.mark.parametrize(("width", "dark"), [(400, True), (1200, False)], ids=["narrow, dark", "wide, light"])
+def test_the_report_is_usable_and_accessible(width: int, dark: bool, browser: Browser, tmp_path: Path):
+    page = write_report(make_run(tmp_path, troubles=TROUBLES, notes="A trial."), tmp_path / "page.html")
+    seen = watch(browser, width=width, dark=dark)
+    seen.page.goto(page.as_uri())
+    assert seen.page.evaluate("document.documentElement.scrollWidth") <= width
+    seen.page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
+    assert seen.page.evaluate("document.documentElement.scrollWidth") <= width
+    found = Axe().run(seen.page, options={"resultTypes": ["violations", "passes"]})
+    assert found.violations_count == 0, found.generate_report()
+    # The tool did look at contrast.
+    assert any(rule["id"] == "color-contrast" and len(rule["nodes"]) > 20 for rule in found.response["passes"])
+    ground = seen.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert ground == ("rgb(20, 24, 29)" if dark else "rgb(255, 255, 255)")
+
+
+def test_truth_and_prediction_can_be_hidden(browser: Browser, tmp_path: Path):
+    page = write_report(make_run(tmp_path), tmp_path / "page.html")
+    seen = watch(browser)
+    seen.page.goto(page.as_uri())
+    lines = {kind: seen.page.locator(f"svg.strip path.{kind}").first for kind in ("truth", "prediction")}
+    assert lines["truth"].is_visible() and lines["prediction"].is_visible()
+    seen.page.get_by_label("truth").uncheck()
+    assert not lines["truth"].is_visible() and lines["prediction"].is_visible()
+    seen.page.get_by_label("prediction").uncheck()
+    assert not lines["prediction"].is_visible()
+
+
+def test_printed_it_is_a_few_pages(browser: Browser, tmp_path: Path):
+    page = write_report(make_run(tmp_path), tmp_path / "page.html")
+    seen = watch(browser, dark=True)
+    seen.page.goto(page.as_uri())
+    seen.page.emulate_media(media="print")
+    seen.page.set_viewport_size({"width": 718, "height": 1000})
+    # Nothing is cut off at the paper's edge, and dark screens do not print dark.
+    assert seen.page.evaluate("document.documentElement.scrollWidth") <= 718
+    assert seen.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    printed = seen.page.pdf(format="A4")
+    assert 2 <= printed.count(b"/Type /Page\n") + printed.count(b"/Type/Page/") <= 12
+
+
+def test_a_click_in_the_served_report_opens_the_case(browser: Browser, tmp_path: Path):
+    run = make_run(tmp_path, sites=("alpha", HOSTILE))
+    server, address = run_server(run, None, 0, Observer())
+    with serving(server):
+        seen = watch(browser)
+        seen.page.goto(address)
+        seen.page.locator("#cases summary").click()
+        seen.page.locator("#cases-table a").nth(1).click()
+        seen.page.wait_for_selector("body[data-state=shown]", timeout=60_000)
+        assert seen.page.inner_text("h1") == f"{HOSTILE}, case1"
+        assert seen.page.get_by_role("link", name="next case").count() == 1
+        seen.page.get_by_role("link", name="report").click()
+        assert seen.page.locator("#gain-table").count() == 1
+    assert seen.complaints == []
+    assert all(url.startswith((server.address, "data:", "blob:")) for url in seen.requests)
+
+
+def test_the_viewer_shows_volume_and_overlay(browser: Browser, tmp_path: Path):
+    run = make_run(tmp_path)
+    server, address = run_server(run, "alpha/case0", 0, Observer())
+    with serving(server):
+        seen = watch(browser, width=900, height=700)
+        seen.page.goto(address)
+        seen.page.wait_for_selector("body[data-state=shown]", timeout=60_000)
+        seen.page.wait_for_timeout(300)
+        with_overlay = picture(seen.page)
+        # What is seen is not one colour, and the classes' colours lie over it: orange and sky blue.
+        assert with_overlay.std() > 20
+        orange, blue = share_of(with_overlay, (230, 159, 0)), share_of(with_overlay, (86, 180, 233))
+        assert orange > 0.01
+        assert blue > 0.001
+        seen.page.locator("input[data-layer='1']").fill("0")
+        seen.page.wait_for_timeout(300)
+        without = picture(seen.page)
+        assert share_of(without, (230, 159, 0)) == share_of(without, (86, 180, 233)) == 0
+        assert without.std() > 20
+        # The truth lies a voxel beside the prediction.
+        seen.page.get_by_label("truth").fill("0.5")
+        seen.page.wait_for_timeout(300)
+        truth = picture(seen.page)
+        assert share_of(truth, (230, 159, 0)) > 0.01
+        assert np.abs(truth.astype(int) - with_overlay.astype(int)).max() > 50
+        seen.page.locator("canvas").click(position={"x": 150, "y": 150})
+        assert " mm · intensity " in seen.page.inner_text("#status")
+    assert seen.complaints == []
+    found = [url for url in seen.requests if not url.startswith(("data:", "blob:"))]
+    assert all(url.startswith(server.address) for url in found)
+
+
+def test_an_image_and_its_label_map(browser: Browser, tmp_path: Path):
+    make_run(tmp_path)
+    site = tmp_path / "sites" / "alpha"
+    image, labels = site / "images" / "case0.nii.gz", site / "labels" / "case0.nii.gz"
+    server, address = image_server(image, [("prediction", labels)], None, 0)
+    with serving(server):
+        seen = watch(browser)
+        seen.page.goto(address)
+        seen.page.wait_for_selector("body[data-state=shown]", timeout=60_000)
+        assert seen.page.locator("header li").all_inner_texts() == ["value 1", "value 2"]
+        found = Axe().run(seen.page)
+        assert found.violations_count == 0, found.generate_report()
+
+
+def picture(page) -> np.ndarray:
+    """The canvas as (row, column, rgb)."""
+    return np.asarray(Image.open(io.BytesIO(page.locator("canvas").screenshot())).convert("RGB"))
+
+
+def share_of(shown: np.ndarray, colour: tuple[int, int, int]) -> float:
+    """The share of pixels of that hue, within 12 degrees, and clearly coloured."""
+    degrees, strength = hue(shown)
+    wanted, _ = hue(np.array([[colour]]))
+    apart = np.abs((degrees - wanted + 180) % 360 - 180)
+    return float(((apart < 12) & (strength > 0.25)).mean())
+
+
+def hue(shown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Angle in degrees and saturation."""
+    red, green, blue = np.moveaxis(shown.astype(float) / 255, -1, 0)
+    angle = np.degrees(np.arctan2(np.sqrt(3) * (green - blue), 2 * red - green - blue))
+    top, low = shown.max(axis=-1), shown.min(axis=-1)
+    return angle, np.where(top > 40, (top - low) / np.maximum(top, 1), 0)
+
+
+class TestServer:
+    """The viewer's server, asked without a browser."""
+
+    @pytest.fixture
+    def server(self, tmp_path: Path) -> Iterator[ViewServer]:
+        server, _ = run_server(make_run(tmp_path), None, 0, Observer())
+        with serving(server):
+            yield server
+
+    def ask(self, server: ViewServer, path: str, host: str | None = None) -> int:
+        request = urllib.request.Request(f"http://127.0.0.1:{server.http.server_port}{path}")
+        if host:
+            request.add_header("Host", host)
+        try:
+            with urllib.request.urlopen(request) as answer:
+                return answer.status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    def test_only_who_knows_the_address_is_answered(self, server: ViewServer):
+        assert server.http.server_address[0] == "127.0.0.1"
+        assert len(server.token) >= 32
+        assert self.ask(server, server.root) == 200
+        assert self.ask(server, server.root, host=f"localhost:{server.http.server_port}") == 200
+        assert self.ask(server, server.root, host="elsewhere.example") == 404
+        for path in ("/", "/x/", f"/{server.token}x/", "/favicon.ico", f"/{server.token.swapcase()}/"):
+            assert self.ask(server, path) == 404
+
+    def test_only_cases_and_the_viewer_are_there(self, server: ViewServer):
+        assert self.ask(server, server.link("alpha", "case0")) == 200
+        assert self.ask(server, server.link("alpha", "case0") + "2.nii") == 200
+        paths = ("../../run.yaml", "case/alpha/", "case/alpha/case9/", "case/alpha/case0/9.nii", "case/alpha/case0/-1.nii")
+        for path in (
+            *paths,
+            "%2e%2e/serving.py",
+            "view.html",
+            "case/alpha/case0/..%2f..%2frun.yaml",
+            "case/alpha/case0/x.nii",
+        ):
+            assert self.ask(server, server.root + path) == 404, path
+
+    def test_volumes_are_served_as_they_lie(self, server: ViewServer, tmp_path: Path):
+        with urllib.request.urlopen(
+            f"http://127.0.0.1:{server.http.server_port}{server.link('alpha', 'case1')}0.nii"
+        ) as answer:
+            served = nibabel.Nifti1Image.from_bytes(answer.read())
+            assert answer.headers["Cache-Control"] == "no-store"
+        original = load(tmp_path / "sites" / "alpha" / "images" / "case1.nii.gz")
+        assert np.array_equal(served.get_fdata(), original.get_fdata())
+        assert np.array_equal(np.asarray(served.affine), np.asarray(original.affine))
+
+    def test_a_broken_volume_is_told(self, server: ViewServer, tmp_path: Path):
+        (tmp_path / "sites" / "alpha" / "images" / "case1.nii.gz").write_bytes(b"")
+        assert self.ask(server, server.link("alpha", "case1") + "0.nii") == 500
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values", "expected"),
+    [
+        (np.int32, (0, 7), np.uint8),
+        (np.int32, (-1000, 3000), np.int16),
+        (np.int16, (-1000, 3000), np.int16),
+        (np.uint16, (0, 60000), np.uint16),
+        (np.int32, (0, 100000), np.float32),
+        (np.float64, (0.5, 1.5), np.float32),
+    ],
+)
+def test_volumes_become_what_the_viewer_draws(dtype: type, values: tuple[float, float], expected: type):
+    array = np.array(values, dtype).reshape(2, 1, 1)
+    image = nibabel.Nifti1Image.from_bytes(nifti_of(Volume(array, np.eye(4))))
+    assert image.get_data_dtype() == expected
+    assert image.get_fdata().ravel().tolist() == list(values)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "no run",
+        "a run's label maps",
+        "a case of an image",
+        "no such case",
+        "several cases",
+        "another shape",
+        "no image",
+        "port",
+        "no label maps",
+    ],
+)
+def test_what_cannot_be_viewed_is_one_sentence(wrong: str, tmp_path: Path, capfd):
+    run = make_run(tmp_path)
+    image = tmp_path / "sites" / "alpha" / "images" / "case0.nii.gz"
+    arguments: list[Path | str] = [run, "nothing"]
+    if wrong == "no run":
+        arguments = [tmp_path / "sites"]
+    elif wrong == "a run's label maps":
+        arguments = [run, "--truth", image]
+    elif wrong == "a case of an image":
+        arguments = [image, "case0"]
+    elif wrong == "several cases":
+        arguments = [run, "case0"]
+    elif wrong == "another shape":
+        nibabel.save(nibabel.Nifti1Image(np.zeros((2, 2, 2), np.uint8), np.eye(4)), tmp_path / "small.nii.gz")
+        arguments = [image, "--prediction", tmp_path / "small.nii.gz"]
+    elif wrong == "no image":
+        arguments = [tmp_path / "none.nii.gz"]
+    elif wrong == "port":
+        taken = ViewServer({})
+        arguments = [image, "--port", str(taken.http.server_port)]
+    elif wrong == "no label maps":
+        (run / "predictions").rename(run / "elsewhere")
+        arguments = [run]
+    outcome = flapsam(capfd, "view", *arguments, "--no-browser")
+    assert outcome.code == 2
+    assert outcome.err.startswith("Error: ")
+    assert outcome.err.count("\n") == 1

@@ -1,0 +1,183 @@
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flapsam.base.errors import FlapsamError
+from flapsam.experiments.phantom import make_phantom
+from flapsam.federation.shares import client_shares, training_size
+from flapsam.run.config import Data, Rounds, RunConfig
+from flapsam.sites import IGNORED, Case, Site, hold_out_validation, label_map, read_sites
+from tests.helpers.places import SHARED
+from tests.helpers.sites import make_site, make_sites
+
+
+def write_table(root: Path, rows: list[dict[str, str]]) -> None:
+    with (root / "sites.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def data(path: Path, **fields) -> Data:
+    return Data(path=path, **{"labels": {"ball": 1, "core": 2}, **fields})
+
+
+def test_without_a_table_a_seeded_share_of_each_site_is_for_the_test(tmp_path: Path):
+    for number in range(2):
+        make_site(tmp_path / f"site_{number}", 10, seed=number, shape=(4, 4, 2))
+    first, again, other = (read_sites(data(tmp_path), seed) for seed in (0, 0, 1))
+    assert [len(site.of("test")) for site in first] == [2, 2]
+    assert first == again
+    assert [site.of("test") for site in first] != [site.of("test") for site in other]
+
+
+def test_a_table_says_split_and_subject(tmp_path: Path):
+    make_sites(tmp_path, sites=1, cases=4)
+    splits = ["train", "train", "val", "test"]
+    rows = [{"case": f"site_0_{i}", "site": "site_0", "split": s, "subject": f"s{i // 2}"} for i, s in enumerate(splits)]
+    rows[3]["subject"] = "s9"
+    write_table(tmp_path, rows)
+    (site,) = read_sites(data(tmp_path), 0)
+    assert [(case.name, case.split, case.subject) for case in site.cases] == [
+        ("site_0_0", "train", "s0"),
+        ("site_0_1", "train", "s0"),
+        ("site_0_2", "val", "s1"),
+        ("site_0_3", "test", "s9"),
+    ]
+    assert hold_out_validation(site, 0.5, 0) == site
+
+
+def test_validation_is_drawn_by_subject_and_at_least_one():
+    cases = tuple(Case(f"c{i}", "a", f"s{i // 2}", Path(), Path(), "train" if i < 8 else "test") for i in range(10))
+    site = hold_out_validation(Site("a", cases), 0.15, seed=0)
+    assert len(site.of("val")) == 2
+    assert len({case.subject for case in site.of("val")}) == 1
+    assert not {case.subject for case in site.of("val")} & {case.subject for case in site.of("train")}
+    assert site.of("test") == list(cases[8:])
+
+
+def test_the_only_training_subject_is_not_held_out():
+    site = Site("a", (Case("c", "a", "s", Path(), Path(), "train"),))
+    assert hold_out_validation(site, 0.5, seed=0) == site
+
+
+def table_row(**fields: str) -> dict[str, str]:
+    return {"case": "site_0_0", "site": "site_0", "split": "train", "subject": "s", **fields}
+
+
+WRONG_TABLES = {
+    "no such case": ([table_row(case="nobody")], "the image of case .* is missing; sites.csv names it"),
+    "no such split": ([table_row(split="holdout")], "use train, val or test"),
+    "twice": ([table_row(), table_row()], "stands in two rows"),
+    "column missing": ([{"case": "site_0_0"}], "column site is missing"),
+    "half a split": ([table_row(), table_row(case="site_0_1", split="")], "give all or none"),
+    "subject on both sides": ([table_row(), table_row(case="site_0_1", split="test")], "subject s is in the test"),
+}
+
+
+@pytest.mark.parametrize(("rows", "message"), WRONG_TABLES.values(), ids=WRONG_TABLES)
+def test_wrong_tables(rows: list[dict[str, str]], message: str, tmp_path: Path):
+    make_sites(tmp_path, sites=1, cases=2)
+    write_table(tmp_path, rows)
+    with pytest.raises(FlapsamError, match=message):
+        read_sites(data(tmp_path), 0)
+
+
+def test_missing_label_map(tmp_path: Path):
+    make_sites(tmp_path, sites=1, cases=2)
+    (tmp_path / "site_0" / "labels" / "site_0_1.nii.gz").unlink()
+    with pytest.raises(FlapsamError, match=r"site_0_1\.nii\.gz: the label map of case site_0_1 of site site_0 is missing"):
+        read_sites(data(tmp_path), 0)
+
+
+def test_unknown_sites_and_layouts(tmp_path: Path):
+    make_sites(tmp_path)
+    with pytest.raises(FlapsamError, match="no site 'x'"):
+        read_sites(data(tmp_path, sites=["x"]), 0)
+    with pytest.raises(FlapsamError, match="no site 'y'"):
+        read_sites(data(tmp_path, site_labels={"y": {"ball": 3}}), 0)
+    with pytest.raises(FlapsamError, match="layout 'bids' is unknown"):
+        read_sites(data(tmp_path, layout="bids"), 0)
+    with pytest.raises(FlapsamError, match="no such folder"):
+        read_sites(data(tmp_path / "nowhere"), 0)
+    assert [site.name for site in read_sites(data(tmp_path, sites=["site_1"]), 0)] == ["site_1"]
+
+
+def test_labels_are_merged_dropped_and_ignored():
+    mapping = label_map(data(Path(), labels={"kidney": [1, 2], "cyst": 5, "background": 3, "ignore": 9}), "any")
+    stored = np.array([0, 1, 2, 3, 5, 9])
+    np.testing.assert_array_equal(mapping.apply(stored, Path("x")), [0, 1, 1, 0, 2, IGNORED])
+
+
+def test_a_site_may_use_other_values():
+    mapping = label_map(data(Path(), site_labels={"b": {"ball": [7, 2], "core": 1}}), "b")
+    np.testing.assert_array_equal(mapping.apply(np.array([0, 7, 2, 1]), Path("x")), [0, 1, 1, 2])
+
+
+def test_where_a_class_is_not_annotated_background_is_ignored():
+    mapping = label_map(data(Path(), site_labels={"b": {"core": None}}), "b")
+    np.testing.assert_array_equal(mapping.apply(np.array([0, 1]), Path("x")), [IGNORED, 1])
+    assert mapping.annotated == {1}
+    assert label_map(data(Path(), site_labels={"b": {"core": None}}), "a").annotated == {1, 2}
+
+
+def test_a_value_of_no_class_is_an_error_that_names_file_and_value():
+    with pytest.raises(FlapsamError, match=r"file\.nii: label value 3 belongs to no class"):
+        label_map(data(Path()), "a").apply(np.array([0, 3]), Path("file.nii"))
+
+
+def config(path: Path) -> RunConfig:
+    return RunConfig.model_validate({"data": {"path": path, "labels": {"ball": 1, "core": 2}}})
+
+
+def test_weights(tmp_path: Path):
+    make_site(tmp_path / "a", 1, shape=(4, 4, 6))
+    make_site(tmp_path / "b", 3, shape=(4, 4, 2))
+    rows = [{"case": f"{s}_{i}", "site": s, "split": "train"} for s, i in (("a", 0), ("b", 0), ("b", 1), ("b", 2))]
+    write_table(tmp_path, rows)
+    sizes = {site.name: training_size(site, config(tmp_path)) for site in read_sites(data(tmp_path), 0)}
+    expected = {"slices": (0.5, 0.5), "cases": (0.25, 0.75), "uniform": (0.5, 0.5)}
+    for kind, (a, b) in expected.items():
+        assert client_shares(sizes, Rounds.model_validate({"weights": kind})) == pytest.approx({"a": a, "b": b})
+    assert client_shares(sizes, Rounds(weights={"a": 3, "b": 1})) == pytest.approx({"a": 0.75, "b": 0.25})
+    with pytest.raises(FlapsamError, match="give one for each of a, b"):
+        client_shares(sizes, Rounds(weights={"a": 1}))
+
+
+@pytest.mark.skipif(not (SHARED / "facts").exists(), reason="the facts tables are not here")
+def test_weights_of_fed_kits19_are_those_of_the_paper():
+    """The published code holds them as numbers; they are the shares of training slices."""
+    with (SHARED / "facts" / "fedkits19_segmentation_headers.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
+    slices = [sum(int(row["shape"].split("x")[0]) for row in rows if row["site"] == str(site)) for site in range(6)]
+    shares = [round(count / sum(slices), 3) for count in slices]
+    assert shares == [0.030, 0.184, 0.153, 0.096, 0.047, 0.490]
+
+
+def test_the_phantom_is_the_same_for_the_same_seed_and_differs_by_site(tmp_path: Path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        make_phantom(tmp_path / name, sites=2, cases=2, seed=seed)
+    files = [{p.name: p.read_bytes() for p in (tmp_path / name).rglob("*.nii.gz")} for name in "abc"]
+    assert files[0] == files[1]
+    assert files[0] != files[2]
+    sites = read_sites(Data(path=tmp_path / "a", labels={"kidney": 1, "tumour": 2}), 0)
+    assert [(len(site.of("train")), len(site.of("test"))) for site in sites] == [(1, 1), (1, 1)]
+
+
+def test_intensity_alone_does_not_solve_the_demos_phantom(tmp_path: Path):
+    """Gaussian mixtures over single voxels, fitted on the training labels; the factor is chosen on the test cases."""
+    from phantom_voxels import voxel_dice
+
+    make_phantom(tmp_path, sites=4, cases=10, seed=0)
+    assert voxel_dice(tmp_path, per_site=True)["mean"] <= 0.5
+    assert voxel_dice(tmp_path, per_site=False)["mean"] <= 0.5
+
+
+@pytest.mark.skipif(not (SHARED / "data" / "hippocampus").exists(), reason="the hippocampus volumes are not here")
+def test_hippocampus_has_six_sites():
+    sites = read_sites(Data(path=SHARED / "data" / "hippocampus", labels={"anterior": 1, "posterior": 2}), 0)
+    assert [len(site.cases) for site in sites] == [30, 24, 15, 22, 22, 22]
+    assert sum(len(site.of("train")) for site in sites) == 99
+    assert sum(len(site.of("test")) for site in sites) == 36

@@ -1,0 +1,44 @@
+"""What users import from ``flapsam`` itself."""
+
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+
+import flapsam
+from tests.helpers.places import ROOT, SOURCE
+
+
+def test_every_name_is_there_and_is_the_one_that_type_checkers_see():
+    tree = ast.parse((SOURCE / "__init__.py").read_text())
+    (seen,) = (node for node in tree.body if isinstance(node, ast.If))
+    modules = {
+        alias.name: node.module.removeprefix("flapsam.")
+        for node in seen.body
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+    }
+    assert modules == flapsam._MODULES
+    assert sorted(flapsam.__all__) == sorted([*modules, "FlapsamError", "__version__"])
+    for name, module in modules.items():
+        assert getattr(flapsam, name) is getattr(sys.modules[f"flapsam.{module}"], name)
+    assert set(flapsam.__all__) <= set(dir(flapsam))
+
+
+def test_a_name_that_is_not_there():
+    with pytest.raises(AttributeError, match="no attribute 'federate'"):
+        flapsam.federate  # noqa: B018
+
+
+def test_importing_it_loads_nothing_heavy():
+    heavy = ("torch", "numpy", "pydantic", "transformers", "monai")
+    code = f"import flapsam, sys; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_the_page_on_python_teaches_these_names_only():
+    taught = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "python.md").read_text(), re.MULTILINE)
+    assert len(taught) > 20
+    assert {name.removeprefix("flapsam.") for name in taught} <= set(flapsam.__all__)

@@ -1,0 +1,194 @@
+"""DICOM series in, segmentations out; SimpleITK and highdicom say what is right."""
+
+from pathlib import Path
+
+import highdicom
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+from numpy.typing import NDArray
+from pydicom.uid import UID, JPEGLSLossless, RLELossless
+
+from flapsam.base.errors import FlapsamError
+from flapsam.volumes import Volume, find_series, is_dicom, legend_of, read_image, write_labels
+from flapsam.volumes.itk import affine_of
+from tests.helpers.dicom import changed, save_enhanced, save_series
+
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+LEGEND = legend_of(["kidney", "part of it"])
+
+
+def made_up(shape: tuple[int, int, int] = (12, 10, 6)) -> Volume:
+    """Hounsfield units on an oblique grid of uneven spacing, whose slices go from feet to head."""
+    c, s = np.cos(0.2), np.sin(0.2)
+    affine = np.eye(4)
+    affine[:3, :3] = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ np.diag([-0.7, -0.8, 2.5])
+    affine[:3, 3] = 5, 6, 7
+    return Volume(np.random.default_rng(0).integers(-1024, 3000, size=shape).astype(np.int16), affine)
+
+
+def read_folder(folder: Path) -> Volume:
+    (series,) = find_series(folder, sorted(path for path in folder.iterdir() if is_dicom(path)))
+    return read_image(series)
+
+
+def by_sitk(folder: Path) -> tuple[NDArray, NDArray]:
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
+    image = reader.Execute()
+    return sitk.GetArrayFromImage(image).transpose(), affine_of(image)
+
+
+@pytest.mark.parametrize("order", [None, [3, 1, 5, 0, 2, 4]])
+def test_files_in_any_order_are_what_simpleitk_reads(order: list[int] | None, tmp_path: Path):
+    expected = made_up()
+    save_series(tmp_path, expected.array, expected.affine, order=order)
+    volume = read_folder(tmp_path)
+    array, affine = by_sitk(tmp_path)
+    np.testing.assert_array_equal(volume.array, array)
+    np.testing.assert_allclose(volume.affine, affine, atol=1e-9)
+    np.testing.assert_array_equal(volume.array, expected.array)
+    np.testing.assert_allclose(volume.affine, expected.affine, atol=1e-9)
+    assert volume.array.dtype == np.int16
+
+
+@pytest.mark.parametrize("syntax", [RLELossless, JPEGLSLossless, "1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.70"])
+def test_compressed(syntax: str, tmp_path: Path):
+    expected = made_up()
+    save_series(tmp_path, expected.array, expected.affine)
+    for path in tmp_path.iterdir():
+        if UID(syntax) in (RLELossless, JPEGLSLossless):
+            changed(path, lambda header: header.compress(UID(syntax)))
+        else:
+            by_gdcm(path, syntax)
+    assert {pydicom.dcmread(path).file_meta.TransferSyntaxUID for path in tmp_path.iterdir()} == {syntax}
+    np.testing.assert_array_equal(read_folder(tmp_path).array, expected.array)
+
+
+def by_gdcm(path: Path, syntax: str) -> None:
+    """JPEG 2000 and lossless JPEG, which pydicom does not write."""
+    import gdcm
+
+    reader = gdcm.ImageReader()
+    reader.SetFileName(str(path))
+    assert reader.Read()
+    change = gdcm.ImageChangeTransferSyntax()
+    change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.GetTSType(syntax)))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer = gdcm.ImageWriter()
+    writer.SetFileName(str(path))
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    assert writer.Write()
+
+
+@pytest.mark.parametrize("order", [range(6), [5, 4, 3, 2, 1, 0], [4, 2, 0, 1, 5, 3]])
+def test_all_slices_in_one_file(order: list[int], tmp_path: Path):
+    expected = made_up()
+    save_enhanced(tmp_path / "one.dcm", expected.array, expected.affine, list(order))
+    volume = read_folder(tmp_path)
+    np.testing.assert_array_equal(volume.array, expected.array)
+    np.testing.assert_allclose(volume.affine, expected.affine, atol=1e-9)
+
+
+def test_a_tilted_gantry_shears_the_affine(tmp_path: Path):
+    expected = made_up()
+    affine = expected.affine.copy()
+    affine[:3, 2] += 0.9 * affine[:3, 1]
+    save_series(tmp_path, expected.array, affine)
+    np.testing.assert_allclose(read_folder(tmp_path).affine, affine, atol=1e-9)
+
+
+def test_slopes_that_differ_from_slice_to_slice(tmp_path: Path):
+    expected = made_up()
+
+    def change(header: pydicom.Dataset, index: int) -> None:
+        header.RescaleSlope = 0.5 + index / 8
+
+    save_series(tmp_path, expected.array, expected.affine, change=change)
+    volume = read_folder(tmp_path)
+    stored = expected.array.astype(np.float64) + 1024
+    np.testing.assert_allclose(volume.array, stored * (0.5 + np.arange(6) / 8) - 1024, rtol=1e-6)
+    assert volume.array.dtype == np.float32
+
+
+def test_series_are_told_apart_and_reports_left_out(tmp_path: Path):
+    expected = made_up()
+    save_series(tmp_path, expected.array, expected.affine, series="first")
+    save_series(tmp_path, expected.array[..., :4], expected.affine, series="second")
+    report = save_series(tmp_path / "report", expected.array[..., :1], expected.affine, series="third")
+    (file,) = report.iterdir()
+    changed(file, lambda header: setattr(header, "SOPClassUID", "1.2.840.10008.5.1.4.1.1.88.11"))
+    file.rename(tmp_path / "report.dcm")
+    found = find_series(tmp_path, sorted(path for path in tmp_path.iterdir() if path.is_file()))
+    assert sorted((one.description, len(one.files)) for one in found) == [("first", 6), ("second", 4)]
+
+
+def test_what_is_dicom(tmp_path: Path):
+    save_series(tmp_path / "a", made_up().array, made_up().affine)
+    file = next((tmp_path / "a").iterdir())
+    for name in ("IM000001", "1.2.840.99.1", "slice.ima"):
+        (tmp_path / name).write_bytes(file.read_bytes())
+        assert is_dicom(tmp_path / name)
+    for name in ("DICOMDIR", ".hidden.dcm", "notes.txt"):
+        (tmp_path / name).write_bytes(file.read_bytes())
+        assert not is_dicom(tmp_path / name)
+    (tmp_path / "README").write_text("nothing")
+    assert not is_dicom(tmp_path / "README")
+
+
+@pytest.mark.parametrize("whole_file", [False, True])
+def test_segmentations_read_back_with_the_right_frames(whole_file: bool, tmp_path: Path):
+    image = made_up()
+    if whole_file:
+        save_enhanced(tmp_path / "in" / "one.dcm", image.array, image.affine, [4, 2, 0, 1, 5, 3])
+    else:
+        save_series(tmp_path / "in", image.array, image.affine, order=[3, 1, 5, 0, 2, 4])
+    (series,) = find_series(tmp_path / "in", sorted((tmp_path / "in").iterdir()))
+    volume = read_image(series)
+    labels = np.zeros(volume.array.shape, np.uint8)
+    labels[2:7, 3:8, 1:4] = 1
+    labels[3:5, 4, 2] = 2
+    nifti, path = write_labels(labels, series, volume.affine, tmp_path / "out", LEGEND)
+    np.testing.assert_array_equal(read_image(nifti).array, labels)
+
+    segmentation = highdicom.seg.segread(path)
+    described = [segmentation.get_segment_description(number) for number in (1, 2)]
+    assert [(d.segment_label, d.segmented_property_type.scheme_designator) for d in described] == [
+        ("kidney", "SCT"),
+        ("part of it", "99FLAPSAM"),
+    ]
+    # Three slices of the first class, one of the second; empty frames are left out.
+    assert segmentation.NumberOfFrames == 4
+    assert segmentation.PatientID == "7"
+    sources = {pydicom.dcmread(file).SOPInstanceUID for file in series.files}
+    assert {uid for *_, uid in segmentation.get_source_image_uids()} == sources
+    # Every frame lies at the position that its mask was made for.
+    found = np.zeros_like(labels)
+    to_voxels = np.linalg.inv(LPS @ volume.affine)
+    raw = pydicom.dcmread(path)
+    for groups, frame in zip(raw.PerFrameFunctionalGroupsSequence, raw.pixel_array, strict=True):
+        position = groups.PlanePositionSequence[0].ImagePositionPatient
+        k = int(np.rint(to_voxels @ [*map(float, position), 1])[2])
+        value = groups.SegmentIdentificationSequence[0].ReferencedSegmentNumber
+        found[:, :, k][frame.T > 0] = value
+    np.testing.assert_array_equal(found, labels)
+
+
+def test_an_empty_mask_is_a_segmentation_too(tmp_path: Path):
+    image = made_up()
+    save_series(tmp_path / "in", image.array, image.affine)
+    (series,) = find_series(tmp_path / "in", sorted((tmp_path / "in").iterdir()))
+    _, path = write_labels(np.zeros((12, 10, 6), np.uint8), series, image.affine, tmp_path / "out", LEGEND)
+    assert not pydicom.dcmread(path).pixel_array.any()
+
+
+def test_a_source_that_lacks_its_study(tmp_path: Path):
+    image = made_up()
+    save_series(tmp_path / "in", image.array, image.affine, change=lambda header, _: delattr(header, "StudyInstanceUID"))
+    (series,) = find_series(tmp_path / "in", sorted((tmp_path / "in").iterdir()))
+    with pytest.raises(FlapsamError, match=r"cannot be the source of a DICOM segmentation .*StudyInstanceUID"):
+        write_labels(np.zeros((12, 10, 6), np.uint8), series, image.affine, tmp_path / "out", LEGEND)
+    assert {path.name for path in tmp_path.iterdir()} == {"in"}
