@@ -1,5 +1,5 @@
-# Everything that a newcomer needs: make demo, make test, make lint, make docs; make release builds what is published.
-# Each sets up .venv first, once.
+# For newcomers: make demo, make test, make lint and make docs. For releases: make release.
+# The first one that you run sets up .venv.
 
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -11,12 +11,13 @@ demo: .venv/installed
 	rm -rf demo
 	$(BIN)/flapsam demo
 
-# The hospitals' tests mostly wait, so both run side by side; one thread a process, because threads would wait for each other.
+# The hospitals' tests mostly wait, so both parts run in parallel. Each process has one thread, because more would compete.
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(MAKE) --jobs=2 --output-sync=line --no-print-directory test-units test-hospitals
 
 test-units: .venv/installed-dev
-	$(BIN)/python -m pytest --ignore tests/federation/test_nvflare.py --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --ignore tests/federation/test_nvflare.py --numprocesses 2 --dist loadfile --cov --cov-report=
+	@printf 'Coverage of src/flapsam, in percent: '; $(BIN)/coverage report --format=total
 
 test-hospitals: .venv/installed-dev
 	$(BIN)/python -m pytest tests/federation/test_nvflare.py
@@ -30,11 +31,11 @@ format: .venv/installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The variable turns off the theme's advertisement of its successor.
+# The variable turns off the advertisement that the theme prints for its successor.
 docs: .venv/installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# Wheel and sdist in dist/; the wheel is tried in an environment of its own, with the whole demo.
+# Builds wheel and sdist in dist/, and tests the wheel in an environment of its own with the whole demo.
 release: .venv/installed-dev
 	.ci/release $(abspath $(BIN))/python
 

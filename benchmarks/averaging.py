@@ -1,12 +1,12 @@
-"""Averaging the global model over a run's last rounds, against taking the last round's.
+"""The global model averaged over a run's last rounds, compared with the last round's alone.
 
     python benchmarks/averaging.py DATA [--minutes 30]
 
-DATA is the Medical Segmentation Decathlon's hippocampus as one folder a site; preset ``fast``, strategy ``flap``, federated,
-8 rounds on one thread. The global models of the last rounds are averaged with equal weights (low-rank factors by their
-product) and scored on the validation cases, once at the run's end, where the learning rate has fallen to zero, and once in
-its middle. Differences are paired by case. What is missing in ``results/averaging.json`` is computed until the minutes are
-over.
+DATA is the Medical Segmentation Decathlon's hippocampus with one folder per site. The run is federated, with preset
+``fast``, strategy ``flap`` and 8 rounds on one thread. The global models of the last rounds are averaged with equal weights
+(low-rank factors by their product) and scored on the validation cases, once at the end of the run, where the learning rate
+has fallen to zero, and once in the middle. Differences are paired by case. Cells that are missing in
+``results/averaging.json`` are computed until the minutes are over.
 """
 
 import tempfile
@@ -40,7 +40,7 @@ class Keeper(Observer):
         self.tensors: dict[int, dict[str, Tensor]] = {}
 
     def event(self, entry: dict[str, Any]) -> None:
-        """Take one entry of the ledger."""
+        """Keep the global tensors when a round closes."""
         if entry["event"] == "round":
             newest = self.state.newest()
             if newest is not None:
@@ -48,7 +48,7 @@ class Keeper(Observer):
 
 
 def compute(data: Path, seed: int) -> dict[str, Any]:
-    """Dice of every validation case, by last round and number of rounds in the mean."""
+    """Train with a seed. Returns the Dice of every validation case, by last round and number of rounds in the mean."""
     with tempfile.TemporaryDirectory() as folder:
         rounds = {"rounds.count": ROUNDS, "rounds.validate_every": ROUNDS}
         values = {"output": f"{folder}/run", "seed": seed, "threads": 1, **rounds}
@@ -71,7 +71,7 @@ def compute(data: Path, seed: int) -> dict[str, Any]:
 
 def table(cells: Cells) -> str:
     """The cells as Markdown."""
-    lines = ["| seed | after round | of the last | Dice | difference to the last alone |", "|---:" * 5 + "|"]
+    lines = ["| seed | after round | rounds averaged | Dice | difference to the last round alone |", "|---:" * 5 + "|"]
     for seed in SEEDS:
         cell = cells.get(str(seed))
         if cell is None:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: cells kept in a file, their comparison case by case, and the data they come from."""
+"""Shared code of the benchmarks: cells kept in a file, their comparison case by case, and the data behind them."""
 
 import argparse
 import json
@@ -16,25 +16,25 @@ from flapsam.sites import hold_out_validation, label_map, read_sites
 
 HERE = Path(__file__).parent
 UNCOMPRESSED = {"aggregator": "flexlora", "compression.codec": "fp32"}
-"""What these benchmarks were measured with."""
+"""Fields with which these benchmarks were measured."""
 Cells = dict[str, dict[str, Any]]
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """A parser of the data's folder and of the minutes that may be spent."""
+    """Make a parser for the data folder and the number of minutes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--minutes", type=float, default=30, help="no cell is begun after these")
+    parser.add_argument("--minutes", type=float, default=30, help="minutes after which no further cell is started")
     return parser
 
 
 def read_cells(path: Path) -> Cells:
-    """The cells so far, by name."""
+    """The cells that the file at ``path`` holds so far, by name."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def write_cells(path: Path, cells: Cells) -> None:
-    """Keep the cells."""
+    """Write the cells to ``path``."""
     write_text(path, json.dumps(cells, indent=1) + "\n")
 
 
@@ -45,14 +45,14 @@ def by_sites(
     measure: Callable[[int, Path], dict[str, Any]],
     table: Callable[[list[dict[str, Any]]], str],
 ) -> None:
-    """Measure at the numbers of sites that are asked for, and write the table of all that were measured.
+    """Measure at the numbers of sites given on the command line, and write the table of all measurements so far.
 
     Args:
-        description: of the command line.
-        name: of the files in ``results``.
-        default: numbers of sites.
-        measure: gives the figures at so many, in a folder of its own.
-        table: the figures as markdown.
+        description: description for the command line's help.
+        name: name of the files in ``results``, without extension.
+        default: numbers of sites if the command line has none.
+        measure: returns the figures for a number of sites. It may use the folder that it receives.
+        table: returns the figures as Markdown.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sites", type=int, nargs="+", default=default)
@@ -68,14 +68,14 @@ def by_sites(
 
 
 def paired(first: Mapping[str, float], second: Mapping[str, float]) -> tuple[str, int]:
-    """Mean difference of two runs' Dice by case, with its standard error, and how many cases are better in the first."""
+    """Mean difference of two runs' Dice by case with its standard error, and the number of cases better in the first."""
     differences = [first[case] - second[case] for case in first]
     error = stdev(differences) / len(differences) ** 0.5
     return f"{mean(differences):+.3f} ± {error:.3f}", sum(difference > 0 for difference in differences)
 
 
 def hippocampus(data: Path, values: Mapping[str, Any]) -> RunConfig:
-    """A run on the hippocampus at rank 16, with these fields set."""
+    """Configuration of a run on the hippocampus at rank 16, with the fields in ``values``."""
     fields = {"data.path": str(data.resolve()), "lora.rank": 16, **UNCOMPRESSED, **values}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.yaml"
@@ -84,7 +84,7 @@ def hippocampus(data: Path, values: Mapping[str, Any]) -> RunConfig:
 
 
 def prepared(config: RunConfig, folder: Path, split: Split, sites: Collection[str] | None = None) -> list[PreparedCase]:
-    """The cases of a split, unpacked into ``folder``; of these sites, or of all."""
+    """Unpack the cases of a split into ``folder``, for the given sites or for all."""
     cases = []
     for site in read_sites(config.data, config.seed):
         if sites is None or site.name in sites:

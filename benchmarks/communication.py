@@ -1,11 +1,12 @@
-"""What travels against what it is worth: strategies, codecs, aggregators and ranks on the hippocampus; packets of ViT-B.
+"""Traffic against Dice: strategies, codecs, aggregators and ranks on the hippocampus, and packets of ViT-B.
 
     flapsam bench communication --data DATA --set output=benchmarks/results/communication
     python benchmarks/communication.py
 
-The first command computes the cells that are missing, in ``results/communication/cells`` (about six minutes each on one
-core); the second writes ``tables.md`` and ``communication.png`` beside them. Bytes are those that the ledger counted, of one
-site in all rounds, up and down; ViT-B's are those of packets with its tensors' names and shapes and numbers made up.
+The first command computes the missing cells in ``results/communication/cells`` (about six minutes each on one core). The
+second writes ``tables.md`` and ``communication.png`` next to them. Bytes are those that the ledger counted, for one site in
+all rounds, up and down. The bytes of ViT-B are those of packets with the names and shapes of its tensors and synthetic
+numbers.
 """
 
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ RESULTS = HERE / "results" / "communication"
 MIB = 2**20
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#767676"
 PAPER_DICE = {"decoder": 50.7, "partial-decoder": 45.4, "lora": 36.9, "lora-decoder": 59.8, "flap": 60.5}
-"""Fed-KiTS19 after 25 rounds, in percent (arXiv 2407.21739, Figure 1)."""
+"""Dice on Fed-KiTS19 after 25 rounds, in percent (arXiv 2407.21739, Figure 1)."""
 VIT_B = {
     "fp32": {"aggregator": "flexlora", "compression.codec": "fp32"},
     "bf16": {"compression.codec": "bf16"},
@@ -46,29 +47,29 @@ VIT_B = {
     "1.5 bits, lora-decoder": {"strategy": "lora-decoder"},
     "1.5 bits, full": {"strategy": "full"},
 }
-"""Name → what is changed in a run of ``flap`` with ViT-B, rank 32, 224 pixels, 2 classes, 100 rounds, preset ``fast``."""
+"""Name → fields changed in a run of ``flap`` with ViT-B, rank 32, 224 pixels, 2 classes, 100 rounds, preset ``fast``."""
 
 
 def vit_b() -> dict[str, RunTraffic]:
-    """The bytes of each."""
+    """Predicted traffic of each run in ``VIT_B``."""
     data = {"path": "unread", "labels": {"kidney": 1, "tumour": 2}}
     run = RunConfig.model_validate({"data": data, "backbone": {"name": "sam-vit-b"}, "rounds": {"count": 100}})
     return {name: predict_traffic(changed(run, changes))[0] for name, changes in VIT_B.items()}
 
 
 def predictions(cells: dict[Cell, RunConfig]) -> dict[Row, RunTraffic]:
-    """Row of the hippocampus → what ``flapsam traffic`` says."""
-    # Of a row's cells, which differ in their seeds, the first.
-    configs = {cell.row: own for cell, own in reversed(cells.items())}
-    return {row: predict_traffic(own)[0] for row, own in configs.items()}
+    """Row of the hippocampus → the traffic that ``flapsam traffic`` predicts."""
+    # The cells of a row differ only in their seeds, so the first is enough.
+    configs = {cell.row: config for cell, config in reversed(cells.items())}
+    return {row: predict_traffic(config)[0] for row, config in configs.items()}
 
 
 def hippocampus_table(bench: Bench, predicted: Mapping[Row, RunTraffic]) -> list[str]:
     rows = bench.rows
-    flap = next(2 * told.rounds * 4 * told.parameters for row, told in predicted.items() if row == rows[0].row)
+    flap = next(2 * traffic.rounds * 4 * traffic.parameters for row, traffic in predicted.items() if row == rows[0].row)
     lines = [
         "| | seeds | Dice | difference to the first (95 %) | MiB | "
-        f"× below {flap / MIB:.1f} MiB, `flap` as fp32 | × below `full` | predicted |",
+        f"× fewer than `flap` as fp32 ({flap / MIB:.1f} MiB) | × fewer than `full` | predicted |",
         "|---|" + "---:|" * 7,
     ]
     for row in rows:
@@ -76,17 +77,17 @@ def hippocampus_table(bench: Bench, predicted: Mapping[Row, RunTraffic]) -> list
         if not row.done:
             lines.append(f"| {name} | – | missing | | | | | |")
             continue
-        sent, told = total(row), predicted[row.row]
-        off = (told.up + told.down) / sent - 1
+        sent, traffic = total(row), predicted[row.row]
+        deviation = (traffic.up + traffic.down) / sent - 1
         lines.append(
             f"| {name} | {row.done} | {row.mean_dice:.4f} | {difference(row)} | {sent / MIB:.2f} | {flap / sent:.1f} | "
-            f"{told.full / sent:.0f} | {off:+.1%} |"
+            f"{traffic.full / sent:.0f} | {deviation:+.1%} |"
         )
     return lines
 
 
 def total(row: RowSummary) -> float:
-    """Bytes of a site in all rounds."""
+    """Bytes of one site in all rounds, up and down."""
     return (row.bytes_up or 0.0) + (row.bytes_down or 0.0)
 
 
@@ -96,22 +97,22 @@ def difference(row: RowSummary) -> str:
     return f"{row.difference.mean:+.4f} ({row.difference.low:+.4f} to {row.difference.high:+.4f})"
 
 
-def vit_b_table(found: dict[str, RunTraffic]) -> list[str]:
+def vit_b_table(runs: dict[str, RunTraffic]) -> list[str]:
     lines = [
-        "| | parameters | KiB a round, up | KiB a round, down | MiB in 100 rounds | × below `full` in fp32 |",
+        "| | parameters | KiB per round, up | KiB per round, down | MiB in 100 rounds | × fewer than `full` as fp32 |",
         "|---|" + "---:|" * 5,
     ]
-    for name, row in found.items():
-        sides = [f"{side / row.rounds / 1024:,.0f}" for side in (row.up, row.down)]
-        # Of full fine-tuning in 100 rounds, whatever the run's own number.
-        less = row.full * 100 / row.rounds / (row.up + row.down)
+    for name, run in runs.items():
+        sides = [f"{side / run.rounds / 1024:,.0f}" for side in (run.up, run.down)]
+        # Full fine-tuning always counts with 100 rounds, however many the run has.
+        factor = run.full * 100 / run.rounds / (run.up + run.down)
         lines.append(
-            f"| {name} | {row.parameters:,} | {sides[0]} | {sides[1]} | {(row.up + row.down) / MIB:,.1f} | {less:,.0f} |"
+            f"| {name} | {run.parameters:,} | {sides[0]} | {sides[1]} | {(run.up + run.down) / MIB:,.1f} | {factor:,.0f} |"
         )
     return lines
 
 
-def draw(bench: Bench, found: dict[str, RunTraffic], path: Path) -> None:
+def draw(bench: Bench, runs: dict[str, RunTraffic], path: Path) -> None:
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     shown = [row for row in bench.rows if row.done]
@@ -122,7 +123,7 @@ def draw(bench: Bench, found: dict[str, RunTraffic], path: Path) -> None:
         place = (total(row) / MIB, change.mean if change else 0.0)
         spread = [[place[1] - (change.low or 0)], [(change.high or 0) - place[1]]] if change else None
         left.errorbar(*place, yerr=spread, fmt="o", color=colour, elinewidth=0.8, label=f"{number}  {name or 'fp32'}")
-        # To either side in turn: many have the same bytes.
+        # Numbers alternate between the two sides, because many points have the same bytes.
         offset = (6, -3) if number % 2 else (-6, -3)
         align = "left" if number % 2 else "right"
         left.annotate(str(number), place, offset, textcoords="offset points", color=colour, fontsize=8, ha=align)
@@ -135,7 +136,7 @@ def draw(bench: Bench, found: dict[str, RunTraffic], path: Path) -> None:
         place = (counts[name].gib * 1024, dice)
         right.plot(*place, "s", color=BLUE if name == "flap" else GREY)
         right.annotate(counts[name].paper_name, place, (6, 4), textcoords="offset points", fontsize=8)
-    default = found["1.5 bits, the default"]
+    default = runs["1.5 bits, the default"]
     right.axvline((default.up + default.down) / MIB, color=BLUE, linestyle="--")
     right.annotate(
         "FLAP-SAM in 1.5 bits,\nbytes of ViT-B's packets\n(its Dice is not known here)",
@@ -161,26 +162,27 @@ def main() -> None:
     config = read_settings("communication", Path("unread"), [f"output={RESULTS}"])
     cells = cells_of(config)
     bench = read_bench(config, cells)
-    found = vit_b()
+    runs = vit_b()
     lines = [
-        "# Tables of communication",
+        "# Communication: tables",
         "",
-        "Written by `python benchmarks/communication.py`; its head says how, `../communication.md` what follows from them.",
+        "Written by `python benchmarks/communication.py`. The script's docstring describes the measurements, and",
+        "`../communication.md` discusses the results.",
         "",
         "## Hippocampus, `sam-tiny`, rank 16, 8 rounds: measured",
         "",
-        "`predicted` is how far `flapsam traffic` is from the bytes measured.",
+        "`predicted` is the deviation of the prediction by `flapsam traffic` from the measured bytes.",
         "",
         *hippocampus_table(bench, predictions(cells)),
         "",
         "## ViT-B, rank 32, 100 rounds",
         "",
-        *vit_b_table(found),
+        *vit_b_table(runs),
         "",
         "![Dice against bytes](communication.png)",
     ]
     write_text(RESULTS / "tables.md", "\n".join(lines) + "\n")
-    draw(bench, found, RESULTS / "communication.png")
+    draw(bench, runs, RESULTS / "communication.png")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""How fast a volume is segmented: every slice once, against the paper's way; and what memory a large CT takes.
+"""Speed of segmenting a volume with every slice once, compared with the paper's way, and memory for large CTs.
 
     python benchmarks/inference.py [--slices 40] [--threads 2] [--repeats 3]
     python benchmarks/inference.py --memory 250 1000
 
-ViT-B with random weights, strategy ``flap``, 224 pixels, three classes with background. In one process, with the same
-weights and threads, in turns: (a) the paper's way, where every position of the volume is a window of five adjacent slices
-that goes through the network by itself, adapters beside their layers, and a slice's probabilities are averaged over the five
-windows that it lies in; (b) ``predict_volume`` on the fused network. Every slice of the volume holds its minimum and its
-maximum, so that both scale slices alike; the share of voxels where the label maps agree is printed. Then the encoder's time
-a slice against the products of its own linear layers alone, as ``step_time.py`` measures it.
+The network is ViT-B with random weights, strategy ``flap``, 224 pixels, and three classes including the background. Two ways
+run alternately in one process, with the same weights and threads. (a) In the paper's way, every position of the volume is a
+window of five adjacent slices that passes through the network by itself, adapters run beside their layers, and a slice's
+probabilities are averaged over the five windows that contain it. (b) ``predict_volume`` runs the fused network, in fp32 and
+in bf16. Every slice contains the minimum and the maximum of the volume, so that both ways scale slices alike. The script
+prints the share of voxels where the label maps agree. Then it compares the encoder's time per slice with that of the matrix
+products of its linear layers alone, as ``step_time.py`` does.
 
-With ``--memory``, a CT of 512 × 512 voxels and so many slices is segmented by ``flapsam predict`` in a process of its own,
-whose peak of resident memory is printed.
+With ``--memory``, ``flapsam predict`` segments CTs of 512 × 512 voxels with the given numbers of slices, each in a separate
+process. The script prints the peak of that process's resident memory.
 """
 
 import argparse
@@ -46,7 +47,7 @@ BATCH = 16
 
 
 def made() -> Assembled:
-    """ViT-B with adapters and output that have left their start."""
+    """ViT-B whose adapters and output part differ from their initial values."""
     assembled = assemble(BACKBONE, image_size=SIZE, classes=2, strategy_name="flap", lora=Lora(), seed=0)
     with torch.no_grad():
         draw = torch.Generator().manual_seed(0)
@@ -57,7 +58,7 @@ def made() -> Assembled:
 
 
 def volume(slices: int) -> Volume:
-    """Smooth noise on 256 × 256 × ``slices`` voxels of 1 × 1 × 3 mm; two voxels of every slice are 0 and 1."""
+    """Smooth noise on 256 × 256 × ``slices`` voxels of 1 × 1 × 3 mm. Two voxels of every slice are 0 and 1."""
     from scipy.ndimage import gaussian_filter
 
     noise = gaussian_filter(np.random.default_rng(0).normal(size=(256, 256, slices)), (4, 4, 1))
@@ -68,7 +69,7 @@ def volume(slices: int) -> Volume:
 
 @torch.inference_mode()
 def five_windows(network: Sam, image: Volume) -> NDArray[np.uint8]:
-    """The paper's way: a window a position, probabilities averaged over the windows."""
+    """Segment the paper's way, with one window per position and probabilities averaged over the windows."""
     stack = stack_of(image, Samples())
     count, height, width = stack.shape
     sums, weights = torch.zeros(count, len(network.mask_decoder.output.hypernetworks), height, width), torch.zeros(count)
@@ -96,15 +97,15 @@ def speed(slices: int, repeats: int) -> None:
         "every slice once": lambda: once("fp32"),
         "every slice once, bf16": lambda: once("bf16"),
     }
-    found = {name: way() for name, way in ways.items()}
+    label_maps = {name: way() for name, way in ways.items()}
     turns = [{name: seconds(way) for name, way in ways.items()} for _ in range(repeats)]
     times = {name: min(turn[name] for turn in turns) for name in ways}
-    reference = found["five windows a slice"]
+    reference = label_maps["five windows a slice"]
     shares = ", ".join(f"{share:.0%}" for share in np.bincount(reference.ravel(), minlength=3) / reference.size)
-    print(f"{slices} slices, {torch.get_num_threads()} threads, shortest of {repeats}; the classes take {shares}\n")
-    print("| | seconds | ms a slice | × faster | same label |\n|---|---:|---:|---:|---:|")
+    print(f"{slices} slices, {torch.get_num_threads()} threads, shortest of {repeats}. Shares of the classes: {shares}\n")
+    print("| | seconds | ms per slice | × faster | same label |\n|---|---:|---:|---:|---:|")
     for name, took in times.items():
-        same = (found[name] == reference).mean()
+        same = (label_maps[name] == reference).mean()
         ratio = times["five windows a slice"] / took
         print(f"| {name} | {took:.1f} | {1000 * took / slices:.0f} | {ratio:.2f} | {same:.4%} |")
     encoder(fused, repeats)
@@ -123,7 +124,7 @@ def encoder(network: Sam, repeats: int) -> None:
     times = {name: min(turn[name] for turn in turns) for name in work}
     rates = {name: operations[name] / times[name] for name in work}
     print(f"\n{BATCH} slices at once\n")
-    print("| | GFLOP a slice | ms a slice | GFLOP/s | of the products' rate |\n|---|---:|---:|---:|---:|")
+    print("| | GFLOP per slice | ms per slice | GFLOP/s | share of the products' rate |\n|---|---:|---:|---:|---:|")
     for name, took in times.items():
         share = rates[name] / rates["products alone"]
         figures = f"{operations[name] / 1e9 / BATCH:.1f} | {1000 * took / BATCH:.0f} | {rates[name] / 1e9:.0f}"
@@ -131,9 +132,9 @@ def encoder(network: Sam, repeats: int) -> None:
 
 
 def save(folder: Path) -> Path:
-    """The network as an adapter."""
+    """Save the network's adapter to ``folder``."""
     assembled = made()
-    about = {**BACKBONE.model_dump(), "seed": 0, "checksum": assembled.origin.checksum}
+    metadata = {**BACKBONE.model_dump(), "seed": 0, "checksum": assembled.origin.checksum}
     card = AdapterCard(
         run="benchmark",
         mode="federated",
@@ -141,7 +142,7 @@ def save(folder: Path) -> Path:
         strategy="flap",
         lora=Lora(),
         frozen=[],
-        backbone=BackboneCard.model_validate(about),
+        backbone=BackboneCard.model_validate(metadata),
         samples=Samples(size=SIZE),
         classes=["organ", "lesion"],
         labels={"organ": 1, "lesion": 2},
@@ -152,7 +153,7 @@ def save(folder: Path) -> Path:
 
 
 def ct(slices: int, path: Path) -> Path:
-    """Noise in Hounsfield units, 512 × 512 × ``slices`` of int16."""
+    """Write a CT of noise in Hounsfield units, with 512 × 512 × ``slices`` voxels of int16."""
     draw = np.random.default_rng(0)
     array = np.empty((512, 512, slices), np.int16, order="F")
     for index in range(slices):
@@ -171,7 +172,7 @@ def memory(slices: list[int], threads: int) -> None:
             process = subprocess.Popen([*command, "--threads", str(threads)], stdout=subprocess.DEVNULL)
             _, status, usage = os.wait4(process.pid, 0)
             if status:
-                raise SystemExit(f"flapsam predict ended with {status}")
+                raise SystemExit(f"flapsam predict failed with wait status {status}")
             peak, took = usage.ru_maxrss / 1024, time.perf_counter() - began
         print(f"| {count} | {count / 2:.0f} | {count / 4:.0f} | {peak:.0f} | {took:.0f} |", flush=True)
 
@@ -181,7 +182,9 @@ def main() -> None:
     parser.add_argument("--slices", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--memory", type=int, nargs="+", metavar="SLICES", help="segment large CTs instead")
+    parser.add_argument(
+        "--memory", type=int, nargs="+", metavar="SLICES", help="segment CTs with these numbers of slices instead"
+    )
     arguments = parser.parse_args()
     set_up_torch(arguments.threads, deterministic=True)
     if arguments.memory:

@@ -1,11 +1,11 @@
-"""Large packets between hospitals: memory and time of a federation on NVFLARE with `full` on ViT-B, 345 MiB each way.
+"""Large packets between hospitals: memory and time of NVFLARE with `full` on ViT-B, 345 MiB of tensors each way.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/large_packets.py [--sites 2]
 
-Real processes over mutual TLS on loopback: a server and sites with three small cases each, random weights, codec `fp32`,
-two rounds. Peaks are the kernel's own (VmHWM), by process: NVFLARE's at the server and at a site, the server's job (network,
-aggregation, state), a site's job (carries packets), and the process that fits. `results/large_packets.json` keeps them,
-`results/large_packets.md` is written anew.
+Real processes communicate over mutual TLS on loopback: a server, and sites with three small cases each. Weights are random,
+the codec is `fp32`, and there are two rounds. Peaks are those that the kernel records (VmHWM), for each kind of process:
+NVFLARE's at the server and at a site, the server's job (network, aggregation, state), a site's job (carries packets), and
+the process that fits. They are kept in `results/large_packets.json`, and `results/large_packets.md` is rewritten.
 """
 
 import sys
@@ -30,7 +30,7 @@ ROLES = {
 
 
 def peaks(hospitals: Hospitals, seen: dict[str, int]) -> None:
-    """Take down what each kind of process has held at most."""
+    """Update the peak memory of each kind of process, in MiB."""
     for name, process in hospitals.running.items():
         if name.startswith("run-") or process.poll() is not None:
             continue
@@ -47,7 +47,7 @@ def peaks(hospitals: Hospitals, seen: dict[str, int]) -> None:
 
 
 def measure(sites: int, folder: Path) -> dict:
-    """Run the federation; returns its figures."""
+    """Run the federation, and return its figures."""
     hospitals = Hospitals(folder, [f"site_{number}" for number in range(sites)], proxied=False)
     hospitals.make_data()
     config = write_run(
@@ -90,21 +90,21 @@ def measure(sites: int, folder: Path) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    """The figures as markdown."""
+    """The figures as Markdown."""
     lines = [
         "# Packets of ViT-B with `full` between hospitals",
         "",
-        "`benchmarks/large_packets.py`: two rounds over mutual TLS on loopback, two cores. Peaks of resident "
-        "memory in MiB, and as multiples of the packet.",
+        "Measured by `benchmarks/large_packets.py`: two rounds over mutual TLS on loopback, on two cores. Peaks of resident",
+        "memory are in MiB and as multiples of the packet.",
         "",
     ]
     for row in rows:
         packet = row["packet_mib"]
         lines += [
-            f"{row['sites']} sites, packets of {packet} MiB up and {row['down_mib']} MiB down; rounds "
-            f"{', '.join(f'{s:.0f}' for s in row['round_seconds'])} s, of that the slowest site "
+            f"{row['sites']} sites, packets of {packet} MiB up and {row['down_mib']} MiB down. The rounds took "
+            f"{', '.join(f'{s:.0f}' for s in row['round_seconds'])} s, of which the slowest site took "
             f"{', '.join(f'{s:.0f}' for s in row['slowest_site_seconds'])} s and aggregation "
-            f"{', '.join(f'{s:.1f}' for s in row['aggregation_seconds'])} s:",
+            f"{', '.join(f'{s:.1f}' for s in row['aggregation_seconds'])} s.",
             "",
             "| process | peak, MiB | × packet |",
             "|---|---:|---:|",

@@ -1,6 +1,6 @@
-"""A report over 100 rounds, 40 sites and 500 test cases, three modes: how long it takes and what it weighs.
+"""Time and size of a report over 100 rounds, 40 sites and 500 test cases in three modes.
 
-The ledger is made up, the volumes are small (48 × 48 × 32); three cases of every site are shown in slices.
+The ledger is synthetic, and the volumes are small (48 × 48 × 32). Three cases of every site are shown in slices.
 
     python benchmarks/large_report.py
 """
@@ -21,7 +21,7 @@ SHAPE = (48, 48, 32)
 
 
 def make_run(folder: Path) -> Path:
-    """A run's folder and its sites' volumes, as a simulation in three modes leaves them."""
+    """Write a run's folder and its sites' volumes, as a simulation in three modes leaves them."""
     draw = np.random.default_rng(0)
     sites = [f"hospital_{index:02}" for index in range(SITES)]
     cases = [(sites[index % SITES], f"case_{index:04}") for index in range(CASES)]
@@ -51,11 +51,11 @@ def write_volumes(sites: Path, predictions: Path, cases: list[tuple[str, str]], 
         distance = np.linalg.norm(grid - centre, axis=0)
         truth = (distance < 0.5).astype(np.uint8) + (distance < 0.2)
         image = (80 * truth + draw.normal(0, 20, SHAPE)).astype(np.int16)
-        found = np.roll(truth, 2, axis=0)
+        predicted = np.roll(truth, 2, axis=0)
         for path, array in (
             (sites / site / "images", image),
             (sites / site / "labels", truth),
-            *((predictions / mode / site, found) for mode in ("local", "federated", "centralised")),
+            *((predictions / mode / site, predicted) for mode in ("local", "federated", "centralised")),
         ):
             path.mkdir(parents=True, exist_ok=True)
             nibabel.save(nibabel.Nifti1Image(array, np.diag([0.8, 0.8, 2.0, 1.0])), path / f"{case}.nii.gz")
@@ -96,7 +96,7 @@ def ledger(sites: list[str], cases: list[tuple[str, str]], draw: np.random.Gener
     for mode in ("local", "federated", "centralised"):
         for site, case in cases:
             name = f"local/{site}" if mode == "local" else mode
-            dice = {one: float(draw.uniform(0.4, 0.95)) for one in CLASSES}
+            dice = {class_name: float(draw.uniform(0.4, 0.95)) for class_name in CLASSES}
             write("test", federation=name, site=site, case=case, dice=dice, hd95=dict.fromkeys(CLASSES, 4.2))
     write("end")
     return events

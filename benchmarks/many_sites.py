@@ -2,10 +2,10 @@
 
     python benchmarks/many_sites.py [--sites 20 200]
 
-Phantoms of four cases a site, `sam-tiny`, the preset `fast`, two rounds, two workers on one thread each. A fresh process a
-run; memory is the largest sum of the resident memory of all its processes, and of each, looked at ten times a second (pages
-that processes share are counted in each). `results/many_sites.json` keeps what was measured, `results/many_sites.md` is
-written anew.
+Every site has four phantom cases. The run uses `sam-tiny`, preset `fast`, two rounds, and two workers with one thread each.
+Every number of sites runs in a fresh process. Ten times a second, the resident memory of all its processes is read. The
+largest sum is recorded, and the largest value of the server and of a worker (pages that processes share count in each).
+`results/many_sites.json` keeps the figures, and `results/many_sites.md` is rewritten.
 """
 
 import subprocess
@@ -25,7 +25,7 @@ ROUNDS, WORKERS, CASES = 2, 2, 4
 
 
 def measure(sites: int, folder: Path) -> dict:
-    """Run a simulation; returns its figures."""
+    """Run a simulation, and return its figures."""
     make_phantom(folder / "sites", sites=sites, cases=CASES, seed=0, on_case=lambda: None)
     tree = {
         "data": {"path": str(folder / "sites"), "labels": {"kidney": 1, "tumour": 2}},
@@ -63,15 +63,16 @@ def measure(sites: int, folder: Path) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    """The figures as markdown."""
+    """The figures as Markdown."""
     lines = [
         "# Many sites on one machine",
         "",
-        f"`benchmarks/many_sites.py`: {CASES} phantom cases a site, `sam-tiny`, preset `fast`, {ROUNDS} rounds, {WORKERS} "
-        "workers on one thread each, two cores. MiB are the peaks of resident memory.",
+        f"Measured by `benchmarks/many_sites.py` on two cores: {CASES} phantom cases per site, `sam-tiny`, preset `fast`,",
+        f"{ROUNDS} rounds, {WORKERS} workers with one thread each. MiB are peaks of resident memory. Rounds include",
+        "aggregation.",
         "",
-        "| sites | whole run, s | a round, s | of that aggregation | all processes, MiB | server | a worker | KiB up a fit "
-        "| ledger, KiB | fits in it | refused |",
+        "| sites | whole run, s | rounds, s | aggregation, s | all processes, MiB | server, MiB | worker, MiB "
+        "| KiB up per fit | ledger, KiB | fits in the ledger | refused |",
         "|---:" * 11 + "|",
     ]
     for row in rows:

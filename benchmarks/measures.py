@@ -1,11 +1,11 @@
-"""What each measure of preset ``fast`` gives, alone and together, for the same number of slices through the network.
+"""Effect of each measure of preset ``fast``, alone and together, at the same number of slices through the network.
 
     python benchmarks/measures.py DATA [--minutes 30]
 
-DATA is the Medical Segmentation Decathlon's hippocampus as one folder a site. A cell trains ``flap`` on the pooled cases of
-two sites, on one thread, for about as many slices as one epoch of the paper has (every slice five times), and scores the
-validation cases of all sites. Rows come from ``paper`` with one measure added, and from ``fast`` with one taken back.
-Differences are paired by case. What is missing in ``results/measures.json`` is computed until the minutes are over.
+DATA is the Medical Segmentation Decathlon's hippocampus with one folder per site. A cell trains ``flap`` on the pooled cases
+of two sites, on one thread, for about as many slices as one epoch of the paper has (every slice five times), and scores the
+validation cases of all sites. Rows are ``paper`` with one measure added, and ``fast`` with one measure removed. Differences
+are paired by case. Cells that are missing in ``results/measures.json`` are computed until the minutes are over.
 """
 
 import tempfile
@@ -38,23 +38,23 @@ MEASURES: dict[str, tuple[str, ...]] = {
     ),
     "foreground weight 10": ("training.foreground_weight",),
 }
-"""What it is called → the fields that it sets."""
+"""Name of a measure → the fields that it sets."""
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "fast, no augmentation": ("fast", {"training.augment": "none"}),
     "fast, bf16": ("fast", {"precision": "bf16"}),
 }
-"""Further rows: a preset and what is changed in it."""
+"""Further rows → their preset, and the fields changed in it."""
 
 
 def values_of(preset: str) -> dict[str, Any]:
-    """Field → value, for the fields of the measures."""
+    """Field → the preset's value, for the fields of the measures."""
     config = hippocampus(Path(), {"preset": preset}).model_dump()
     fields = [field for measure in MEASURES.values() for field in measure]
     return {field: config[field.split(".")[0]][field.split(".")[1]] for field in fields}
 
 
 def rows() -> dict[str, tuple[str, dict[str, Any]]]:
-    """Row → the preset that it is compared with, and what is changed in it."""
+    """Row → the preset that it is compared with, and the fields changed in it."""
     paper, fast = values_of("paper"), values_of("fast")
     table: dict[str, tuple[str, dict[str, Any]]] = {preset: (preset, {}) for preset in PRESETS} | OTHERS
     table |= {f"paper + {name}": ("paper", {f: fast[f] for f in fields}) for name, fields in MEASURES.items()}
@@ -63,7 +63,7 @@ def rows() -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 def compute(data: Path, preset: str, changes: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Dice of every validation case, and what it took."""
+    """Train one cell. Returns its slices, steps and seconds, and the Dice of every validation case."""
     config = hippocampus(data, {"preset": preset, **changes})
     set_up_torch(1, deterministic=True)
     train, val = prepared(config, folder, "train", TRAINED_ON), prepared(config, folder, "val")
@@ -82,11 +82,11 @@ def table(cells: Cells) -> str:
     """The rows as Markdown."""
     lines = ["| | slices | steps | seconds | Dice | difference |", "|---|" + "---:|" * 5]
     for row, (base, _) in rows().items():
-        cell, other = cells.get(row), cells.get(base)
+        cell, reference = cells.get(row), cells.get(base)
         if cell is None:
             lines.append(f"| {row} |" + " missing |" * 5)
             continue
-        difference = paired(cell["dice"], other["dice"])[0] if other and row != base else ""
+        difference = paired(cell["dice"], reference["dice"])[0] if reference and row != base else ""
         numbers = " | ".join(str(cell[key]) for key in ("slices", "steps", "seconds"))
         lines.append(f"| {row} | {numbers} | {mean(cell['dice'].values()):.3f} | {difference} |")
     return "\n".join(lines)

@@ -1,9 +1,9 @@
-"""The table in docs/memory.md: what a training step takes, by backbone, image size and slices at once.
+"""Memory of a training step by backbone, image size and number of slices at once: the table in docs/memory.md.
 
     python benchmarks/memory.py [--strategy flap] [--device cpu] [--precision fp32]
 
-Each backbone is built with random weights and two small steps of it are measured, as `flapsam memory` does. ViT-H takes
-about 12 GiB on its way.
+Each backbone is built with random weights, and two small steps are measured, as in `flapsam memory`. ViT-H needs about
+12 GiB meanwhile.
 """
 
 import argparse

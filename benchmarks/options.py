@@ -1,13 +1,14 @@
-"""What the options of ``flapsam predict`` and shorter precisions cost and give, on the hippocampus.
+"""Effect of the options and of lower precisions of ``flapsam predict`` on time and Dice, on the hippocampus.
 
     flapsam simulate examples/hippocampus.yaml --set data.path=DATA --set output=RUN --set rounds.count=12
     python benchmarks/options.py DATA --run RUN [--threads 2]
 
-DATA is the Medical Segmentation Decathlon's hippocampus as one folder a site. The test cases are segmented by the run's
-adapter without options, which is the reference, and with each; an option's Dice is the mean over classes and cases, its
-difference is paired by case, with a 95 % interval (t) over cases. Seconds are of all cases, without reading and writing.
-Rows that are missing in ``results/options.json`` for the run's augmentation are computed. ``int8`` is PyTorch's dynamic
-quantisation of the encoder's linear layers, which flapsam does not offer; here is why.
+DATA is the Medical Segmentation Decathlon's hippocampus with one folder per site. The run's adapter segments the test cases
+without options, which is the reference, and with each option. An option's Dice is the mean over classes and cases. Its
+difference is paired by case, with a 95 % interval (t) over cases. Seconds are those of all cases, without reading and
+writing. Rows that are missing in ``results/options.json`` for the run's augmentation are computed until the minutes are
+over.
+``int8`` is PyTorch's dynamic quantisation of the encoder's linear layers. flapsam does not offer it, and this row shows why.
 """
 
 import time
@@ -48,7 +49,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 def model_for(row: str, run: Path) -> Model:
-    """The model, in the precision of the row."""
+    """The model in the precision of the row."""
     model = load(run, precision="bf16" if "bf16" in row else "fp32")
     if row == "int8":
         from torch.ao.quantization import quantize_dynamic
@@ -60,10 +61,10 @@ def model_for(row: str, run: Path) -> Model:
 
 
 def compute(row: str, run: Path, data: Path) -> dict[str, Any]:
-    """Dice by case and class, and seconds."""
+    """Segment the test cases with the options of the row. Returns Dice by case and class, and seconds."""
     trained, model = find_trained(run), model_for(row, run)
     if trained.run is None:
-        raise SystemExit(f"{run}: no run")
+        raise SystemExit(f"{run}: not a run's folder; pass the folder of a finished run")
     dice: dict[str, dict[str, float | None]] = {}
     seconds = 0.0
     for job in images_of_split(data, trained, "test"):
@@ -91,7 +92,7 @@ def key(augment: str, row: str) -> str:
 
 
 def table(cells: Cells, augment: str) -> str:
-    """The rows of runs with that augmentation, as Markdown."""
+    """The rows of runs with the augmentation ``augment``, as Markdown."""
     lines = [
         "| option | seconds | × the time | Dice | difference per case | 95 % interval | better, worse |",
         "|---|" + "---:|" * 6,

@@ -1,10 +1,11 @@
-"""What a U-Net gets on the demo's phantom when nothing is federated: a mark to judge the demo's Dice by.
+"""Dice of a U-Net on the demo's phantom without federation, as a reference for the demo's Dice.
 
     python benchmarks/phantom_unet.py FOLDER [--minutes 30]
 
 MONAI's ``BasicUNet`` (1.2 million parameters, random weights, all of them trained) learns from the pooled training cases
-with the samples, augmentation, loss and optimizer of ``flapsam demo``, every slice, for about as many steps as the
-demo and for more. What is missing in ``results/phantom_unet.json`` is computed, on one thread, until the minutes are over.
+with the samples, augmentation, loss and optimizer of ``flapsam demo``. It sees every slice, and trains for about as many
+steps as the demo and for more. Cells that are missing in ``results/phantom_unet.json`` are computed on one thread until the
+minutes are over.
 """
 
 import tempfile
@@ -31,7 +32,7 @@ EPOCHS = (12, 24)
 
 
 class UNet(nn.Module):
-    """A U-Net where flapsam expects its own network."""
+    """A U-Net with the interface of flapsam's own network."""
 
     def __init__(self, classes: int, image_size: int) -> None:
         super().__init__()
@@ -46,11 +47,11 @@ class UNet(nn.Module):
 
 
 def compute(config: RunConfig, epochs: int) -> dict[str, object]:
-    """Mean test Dice by class, and seconds of training."""
+    """Train and test a U-Net. Returns its steps, its seconds of training, and its mean test Dice by class."""
     set_up_torch(1, deterministic=True)
     size = config.samples.size
     if size is None:
-        raise ValueError("the demo says its size")
+        raise ValueError(f"{DESCRIPTION}: samples.size is missing; set it")
     torch.manual_seed(config.seed)
     network = cast(Sam, UNet(len(config.data.classes), size))
     options = config.training.model_copy(update={"epochs": epochs, "schedule_epochs": epochs})

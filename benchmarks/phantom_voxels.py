@@ -1,10 +1,11 @@
-"""How far intensity alone gets on the phantom: Gaussian mixtures over single voxels, fitted on the training labels.
+"""Dice from intensity alone on the phantom, with Gaussian mixtures over single voxels fitted on the training labels.
 
     python benchmarks/phantom_voxels.py FOLDER
 
-One mixture a class and site (so that the site's contrast is known to it), then one a class for all sites. Each voxel of a
-test case goes to the likeliest class, with priors from the training voxels, those of the foreground multiplied by a factor.
-The factor is the one that is best on the test cases themselves: a threshold could not do better. Prints mean test Dice.
+There is one mixture per class and site (so that it knows the site's contrast), and then one per class for all sites. Each
+voxel of a test case gets the likeliest class. The priors are those of the training voxels, and those of the foreground are
+multiplied by a factor. The factor is the best on the test cases themselves, so no threshold could do better. The script
+prints mean test Dice.
 """
 
 import sys
@@ -24,15 +25,15 @@ FACTORS = (1, 2, 4, 8, 16, 32)
 
 
 def voxel_dice(folder: Path, *, components: int = 4, per_site: bool = True) -> dict[str, float]:
-    """Mean test Dice per class, and ``mean`` over the classes."""
+    """Mean test Dice by class, with the mean over the classes as ``mean``."""
     data = Data(path=folder, labels=CLASSES)
     sites = read_sites(data, seed=0)
     groups = [[site] for site in sites] if per_site else [sites]
     scores: dict[float, list[CaseScores]] = {factor: [] for factor in FACTORS}
     for group in groups:
-        for factor, found in _score_group(group, data, components).items():
-            scores[factor] += found
-    summary = max((summarise(found) for found in scores.values()), key=lambda summary: summary.mean_dice or 0.0)
+        for factor, group_scores in _score_group(group, data, components).items():
+            scores[factor] += group_scores
+    summary = max((summarise(case_scores) for case_scores in scores.values()), key=lambda summary: summary.mean_dice or 0.0)
     return {name: value or 0.0 for name, value in {**summary.dice, "mean": summary.mean_dice}.items()}
 
 
@@ -64,5 +65,5 @@ def _score_group(sites: list[Site], data: Data, components: int) -> dict[float, 
 if __name__ == "__main__":
     for per_site in (True, False):
         dice = voxel_dice(Path(sys.argv[1]), per_site=per_site)
-        label = "one mixture a site" if per_site else "one mixture for all sites"
+        label = "one mixture per site" if per_site else "one mixture for all sites"
         print(label + ": " + ", ".join(f"{name} {value:.3f}" for name, value in dice.items()))

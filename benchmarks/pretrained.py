@@ -1,12 +1,12 @@
-"""What pretraining is worth: hippocampus at six sites, FLAP-SAM on the shipped sam-tiny against random weights.
+"""Effect of pretraining: FLAP-SAM on the shipped sam-tiny against random weights, on the hippocampus at six sites.
 
     python benchmarks/pretrained.py DATA [--minutes 30]
 
-DATA is the Medical Segmentation Decathlon's hippocampus as one folder a site. Each cell is one run of
-``examples/hippocampus.yaml`` with the weights, seed and rounds of its row and with ``OPTIONS``; cells that are missing in
-``results/pretrained.json``, or are there for other weights than those that ship now, are computed, most telling first, until
-the minutes are over; then the table is printed. A pair has the same seed, cases, rounds and steps; its difference is the
-mean over the test cases of the two runs' mean Dice.
+DATA is the Medical Segmentation Decathlon's hippocampus with one folder per site. Each cell is one run of
+``examples/hippocampus.yaml`` with the weights, seed and rounds of its row and with ``OPTIONS``. Cells that are missing in
+``results/pretrained.json``, or that belong to other weights than those that ship now, are computed until the minutes are
+over, the most informative ones first. Then the table is printed. The runs of a pair have the same seed, cases, rounds and
+steps. The difference is the mean over the test cases of the difference between the two runs' mean Dice.
 """
 
 import hashlib
@@ -25,26 +25,26 @@ from flapsam.sam.checkpoints import SHIPPED
 RESULTS = HERE / "results" / "pretrained.json"
 WEIGHTS = ("shipped", "random")
 CELLS = [(8, 0), (6, 0), (6, 1), (6, 2), (20, 0), (8, 1), (8, 2)]
-"""Rounds and seed, most telling first."""
+"""Rounds and seed, the most informative first."""
 OPTIONS = {"backbone.masks": "new", "training.empty_slices": 1, "training.augment": "none"}
-"""Only the weights differ within a pair, and nothing else of the checkpoint is taken."""
+"""Fields of both runs of a pair. Only the weights differ, and nothing else is taken from the checkpoint."""
 
 
 def checksum(weights: str) -> str:
-    """What tells weights of other days apart: first digits of the SHA-256 of those that ship; random ones are all alike."""
+    """First digits of the SHA-256 of the shipped weights, or ``random``."""
     if weights == "random":
         return weights
     return hashlib.sha256((SHIPPED / "sam-tiny.safetensors").read_bytes()).hexdigest()[:12]
 
 
 def cells_of_today() -> Cells:
-    """The cells so far that are for the weights of today."""
-    today = {checksum(weights) for weights in WEIGHTS}
-    return {name: cell for name, cell in read_cells(RESULTS).items() if cell["weights"] in today}
+    """The cells so far that belong to the current weights."""
+    current = {checksum(weights) for weights in WEIGHTS}
+    return {name: cell for name, cell in read_cells(RESULTS).items() if cell["weights"] in current}
 
 
 def compute(data: Path, rounds: int, seed: int, weights: str) -> dict[str, object]:
-    """Dice of every test case and class, and seconds, of one run."""
+    """Run one cell. Returns its seconds, the checksum of its weights, and the Dice of every test case and class."""
     folder = Path(tempfile.mkdtemp())
     values = {
         **OPTIONS,

@@ -1,9 +1,9 @@
-"""A picture of what the pretrained network sees on held-out synthetic scenes.
+"""Draw what the pretrained network predicts on held-out synthetic scenes.
 
     python benchmarks/pretraining_picture.py [WEIGHTS.safetensors] [PICTURE.png]
 
-Rows are scenes; each task has its truth at the left and the prediction at the right. Without arguments: the weights that are
-shipped, and ``benchmarks/results/pretraining.png``.
+Each row is a scene. For each task, the truth is on the left and the prediction on the right. Without arguments, the script
+uses the shipped weights and writes ``benchmarks/results/pretraining.png``.
 """
 
 import json

@@ -1,11 +1,11 @@
-"""How near ViT-B at 224 comes to the machine's matrix products: encoder forward, and a training step of ``flap``.
+"""Throughput of ViT-B at 224 pixels against the machine's matrix products: encoder forward, and a training step of ``flap``.
 
     python benchmarks/step_time.py [--slices 4] [--threads 2] [--repeats 5]
 
-In one process, with the same threads, in turns: the encoder's forward pass, a whole step (forward, loss, backward, AdamW),
-and the products of the encoder's own linear layers alone (``torch.mm`` of the same shapes). Floating-point operations are
-counted by ``FlopCounterMode``; a rate is operations over the shortest time. Printed are the rates, their ratio to that of
-the products alone, and the operations that are no matrix products with their share of the time.
+The encoder's forward pass, a whole step (forward, loss, backward, AdamW), and the products of the encoder's linear layers
+alone (``torch.mm`` of the same shapes) take turns in one process, with the same threads. ``FlopCounterMode`` counts
+floating-point operations, and a rate is operations divided by the shortest time. The script prints the rates, their ratio to
+that of the products alone, and the operations other than matrix products with their share of the time.
 """
 
 import argparse
@@ -25,19 +25,19 @@ PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mkld
 
 
 def shapes(network: Sam, images: Tensor) -> list[tuple[int, int, int]]:
-    """Rows, inner and columns of every product of the encoder's linear layers in a forward pass."""
-    found: list[tuple[int, int, int]] = []
+    """Rows, inner size and columns of every product of the encoder's linear layers in a forward pass."""
+    sizes: list[tuple[int, int, int]] = []
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
         assert isinstance(layer, nn.Linear)
-        found.append((inputs[0].numel() // layer.in_features, layer.in_features, layer.out_features))
+        sizes.append((inputs[0].numel() // layer.in_features, layer.in_features, layer.out_features))
 
     linear = [layer for layer in network.vision_encoder.modules() if isinstance(layer, nn.Linear)]
     hooks = [layer.register_forward_hook(note) for layer in linear]
     network.embed(images)
     for hook in hooks:
         hook.remove()
-    return found
+    return sizes
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -77,7 +77,7 @@ def main() -> None:
     times = {name: min(turn[name] for turn in turns) for name in work}
     rates = {name: operations[name] / times[name] for name in work}
     print(f"ViT-B at 224, {arguments.slices} slices, {arguments.threads} threads, shortest of {arguments.repeats}\n")
-    print("| | GFLOP | seconds | GFLOP/s | of the products' rate |\n|---|---:|---:|---:|---:|")
+    print("| | GFLOP | seconds | GFLOP/s | share of the products' rate |\n|---|---:|---:|---:|---:|")
     for name, rate in rates.items():
         share = rate / rates["products alone"]
         print(f"| {name} | {operations[name] / 1e9:.1f} | {times[name]:.3f} | {rate / 1e9:.0f} | {share:.0%} |")
@@ -89,7 +89,7 @@ def main() -> None:
         rest = sorted(
             (event for event in events if not event.key.startswith(PRODUCTS)), key=lambda e: -e.self_cpu_time_total
         )
-        print(f"\n{name}, no matrix products: ", end="")
+        print(f"\n{name}, without matrix products: ", end="")
         print(", ".join(f"{event.key} {event.self_cpu_time_total / whole:.1%}" for event in rest[:8]))
 
 

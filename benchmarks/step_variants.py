@@ -1,9 +1,10 @@
-"""What ways of computing the same training step cost, beside the way that flapsam takes.
+"""Time of other ways to compute the same training step, relative to flapsam's way.
 
     python benchmarks/step_variants.py [--backbone sam-vit-b] [--strategy flap] [--size 224] [--slices 4] [--threads 2]
 
-A step of a strategy: forward, loss, backward, AdamW. In one process, in turns, with the same threads; printed is the median
-over the turns of a variant's time over the plain step's time in the same turn. Below 1 it is faster.
+A step of a strategy is forward, loss, backward and AdamW. All variants take turns in one process, with the same threads. The
+script prints the median over the turns of a variant's time divided by the plain step's time in the same turn. A variant with
+a value below 1 is faster.
 """
 
 import argparse
@@ -80,14 +81,14 @@ def merged_product(network: Sam, images: Tensor, labels: Tensor) -> Step:
 
 def kept_features(network: Sam, images: Tensor, labels: Tensor) -> Step:
     if any(parameter.requires_grad for parameter in network.vision_encoder.parameters()):
-        raise ValueError("the encoder learns")
+        raise ValueError("the encoder trains; use a strategy that freezes it")
     learner = Learner(network, Training())
     embedding = network.embed(images)
     return lambda: _step(network.logits, learner.optimizer, embedding, labels)
 
 
 class _Merged:
-    """x ↦ (W + BA) x: one thick product of the input where PEFT has two thin ones beside it."""
+    """x ↦ (W + BA) x: one large product of the input, where PEFT has two thin ones beside the layer's own."""
 
     def __init__(self, layer: LoraLayer) -> None:
         self.base = cast(nn.Linear, layer.get_base_layer())
@@ -131,7 +132,7 @@ def main() -> None:
             step = variant(copy.deepcopy(network), images, labels)
             step()
             steps[name] = step
-        except Exception as error:  # whatever keeps a variant from running is the result
+        except Exception as error:  # that a variant cannot run here is a result, too
             print(f"{name}: does not run here ({type(error).__name__})")
     turns: list[dict[str, float]] = []
     for _ in range(arguments.repeats):
@@ -142,7 +143,7 @@ def main() -> None:
             turn[name] = time.perf_counter() - began
         turns.append(turn)
     print(", ".join(f"{name} {value}" for name, value in vars(arguments).items()) + "\n")
-    print("| | seconds | of the plain step |\n|---|---:|---:|")
+    print("| | seconds | × the plain step |\n|---|---:|---:|")
     for name in steps:
         ratio = median(turn[name] / turn["plain"] for turn in turns)
         print(f"| {name} | {median(turn[name] for turn in turns):.3f} | {ratio:.2f} |")

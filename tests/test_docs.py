@@ -1,4 +1,4 @@
-"""The documentation says what is so: its commands run or exist, its links lead somewhere, its configurations are valid."""
+"""The documentation is correct: its commands run or exist, its links resolve, and its configurations are valid."""
 
 import importlib.util
 import os
@@ -22,7 +22,7 @@ from tests.helpers.command import flapsam
 from tests.helpers.docs import DOCS, PAGES, ROOT, Block, anchors, blocks, commands, inline_commands, links
 
 SERVES = "view"
-"""Runs until Ctrl-C, so it is not run here."""
+"""A command that runs until Ctrl-C, so it is skipped here."""
 SMALLER = {
     "flapsam data phantom sites": "flapsam data phantom sites --sites 2 --cases 4",
     "--cases 3 --seed 7": "--cases 2 --seed 7",
@@ -30,23 +30,23 @@ SMALLER = {
     "count: 12,": "count: 2,",
     "batch_size: 4 ": "batch_size: 12 ",
 }
-"""What the tutorial is shrunk by, so that it takes a minute: fewer cases, rounds, pixels and steps."""
+"""Text of the tutorial → its replacement, with fewer cases, rounds, pixels and steps, so that it runs in a minute."""
 
 
 def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    """Its blocks in order: commands, files to write, and Python."""
+    """Run the blocks in order: commands, files to write, and Python."""
     monkeypatch.chdir(tmp_path)
     applied = set()
     run = []
     for block in blocks(DOCS / "tutorial.md", "", "yaml", "python"):
         text = block.text
-        for words, fewer in SMALLER.items():
-            if words in text:
-                applied.add(words)
-                text = text.replace(words, fewer)
+        for original, smaller in SMALLER.items():
+            if original in text:
+                applied.add(original)
+                text = text.replace(original, smaller)
         if block.language == "yaml":
             name = text.splitlines()[0].removeprefix("# ")
-            assert Path(name).exists(), "init has written it"
+            assert Path(name).exists(), "init writes this file"
             Path(name).write_text(text)
         elif block.language == "python":
             exec(text, {})
@@ -73,7 +73,7 @@ ROOT_COMMAND: Any = typer.main.get_command(app)
 
 
 def unknown(words: list[str]) -> str:
-    """What of a command does not exist; nothing if all does."""
+    """The first part of a command line that does not exist, or an empty string."""
     command = ROOT_COMMAND
     left = list(words)
     while hasattr(command, "commands"):
@@ -108,16 +108,16 @@ SHOWN = [(page, words) for page in PAGES for block in blocks(page, "", "bash", "
 MENTIONED = [(page, words) for page in PAGES for words in inline_commands(page)]
 
 
-def test_there_are_commands_to_look_at():
+def test_the_pages_contain_commands():
     assert len(SHOWN) > 60
     assert len(MENTIONED) > 20
 
 
-def named(value: Path | list[str]) -> str:
+def as_id(value: Path | list[str]) -> str:
     return " ".join(value) if isinstance(value, list) else value.name
 
 
-@pytest.mark.parametrize(("page", "words"), SHOWN + MENTIONED, ids=named)
+@pytest.mark.parametrize(("page", "words"), SHOWN + MENTIONED, ids=as_id)
 def test_commands_exist(page: Path, words: list[str]):
     assert unknown(words) == ""
 
@@ -134,12 +134,12 @@ def test_commands_exist(page: Path, words: list[str]):
         ("predict run a b c -o out", ""),
     ],
 )
-def test_what_does_not_exist_is_found(line: str, reason: str):
+def test_unknown_parts_of_a_command_are_detected(line: str, reason: str):
     assert unknown(line.split()) == reason
 
 
 def test_every_command_is_shown_somewhere():
-    """On a page that people write; the reference has all by itself."""
+    """Look at the hand-written pages only. The generated reference has every command anyway."""
     shown = [" ".join(words) for _, words in SHOWN + MENTIONED]
     leaves = [name for name, command in ROOT_COMMAND.commands.items() if not hasattr(command, "commands")]
     leaves += [f"{name} {part}" for name, group in ROOT_COMMAND.commands.items() for part in getattr(group, "commands", {})]
@@ -158,7 +158,7 @@ def test_make_targets_exist(target: str):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path):
+def test_links_resolve(page: Path):
     for link in links(page):
         if link.startswith(("https://", "http://", "mailto:")):
             continue
@@ -167,31 +167,31 @@ def test_links_lead_somewhere(page: Path):
         assert target.exists(), link
         if anchor and target.suffix == ".md":
             assert anchor in anchors(target), link
-        # The site holds nothing of what lies beside it.
+        # The built site contains nothing from outside docs/.
         assert page.parent != DOCS or target.is_relative_to(DOCS), link
 
 
 @pytest.mark.parametrize("diagram", sorted((DOCS / "images").glob("*.svg")), ids=lambda diagram: diagram.name)
-def test_diagrams_say_what_they_show_and_fetch_nothing(diagram: Path):
+def test_diagrams_have_a_description_and_load_nothing(diagram: Path):
     tree = ElementTree.parse(diagram).getroot()
     assert [element.tag.partition("}")[2] for element in tree][:2] == ["title", "desc"]
     assert all(element.text for element in tree[:2])
     assert not [element for element in tree.iter() if element.tag.endswith(("script", "image", "foreignObject"))]
-    pointers = [element.attrib["href"] for element in tree.iter() if "href" in element.attrib]
-    pointers += re.findall(r"url\(([^)]*)\)|@import", diagram.read_text())
-    assert pointers
-    assert all(pointer.startswith("#") for pointer in pointers)
+    references = [element.attrib["href"] for element in tree.iter() if "href" in element.attrib]
+    references += re.findall(r"url\(([^)]*)\)|@import", diagram.read_text())
+    assert references
+    assert all(reference.startswith("#") for reference in references)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_files_that_are_named_exist(page: Path):
+def test_mentioned_files_exist(page: Path):
     for path in re.findall(r"`((?:benchmarks|examples|tests|src)/[\w./-]+)", page.read_text()):
         assert (ROOT / path).exists(), path
 
 
 CONFIGURATIONS = [block for page in PAGES for block in blocks(page, "yaml")]
 KINDS = {"FEDERATION.yaml": FederationFile, "site.yaml": SiteConfig}
-"""File → what it describes; every other block is a run's configuration."""
+"""File name → its model. Every other block is the configuration of a run."""
 
 
 @pytest.mark.parametrize("block", CONFIGURATIONS, ids=lambda block: f"{block.page.stem}: {block.section}")
@@ -201,12 +201,12 @@ def test_configurations_are_valid(block: Block):
     validated(tree, KINDS.get(Path(first).name, RunConfig), block.page.name)  # type: ignore[type-var]
 
 
-def test_the_navigation_has_every_page():
+def test_the_navigation_lists_every_page():
     listed = set(re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
     assert listed == {page.name for page in DOCS.glob("*.md")}
 
 
-def test_tests_that_the_method_names_exist():
+def test_the_tests_named_by_the_method_exist():
     for file, name in re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", (DOCS / "method.md").read_text()):
         (path,) = (ROOT / "tests").rglob(file)
         assert f"def {name}" in path.read_text()
@@ -214,7 +214,7 @@ def test_tests_that_the_method_names_exist():
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built pages, as ``make docs`` makes them; whatever the build says is a warning."""
+    """The pages as ``make docs`` builds them. The build must print nothing, because anything it prints is a warning."""
     pytest.importorskip("mkdocs")
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
@@ -224,7 +224,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_built_pages_ask_nothing_of_the_network(site: Path):
+def test_built_pages_load_nothing_from_the_network(site: Path):
     pages = sorted(site.glob("*.html"))
     assert len(pages) == len(list(DOCS.glob("*.md"))) + 1  # and 404.html
     for page in pages:
@@ -235,32 +235,34 @@ def test_built_pages_ask_nothing_of_the_network(site: Path):
     for sheet in site.rglob("*.css"):
         assert not re.search(r"url\(\s*[\"']?(?:https?:)?//", sheet.read_text()), sheet
     for script in ("mathjax", "katex", "mermaid"):
-        assert not any(f'class="{script}"' in page.read_text() for page in pages), "its script would come from elsewhere"
+        assert not any(f'class="{script}"' in page.read_text() for page in pages), (
+            "its script would be loaded from elsewhere"
+        )
 
 
 def test_formulas_become_mathml(site: Path):
-    """Counted in the Markdown, where they are LaTeX: blocks, and what stands between two dollars in a line."""
+    """Compare with the number of LaTeX formulas in the Markdown, which are ``math`` blocks or inline between two dollars."""
     text = re.sub(r"^```math\n.*?^```$", "", (DOCS / "method.md").read_text(), flags=re.MULTILINE | re.DOTALL)
     page = (site / "method.html").read_text()
     assert page.count('display="block"') == len(blocks(DOCS / "method.md", "math")) == 10
     assert page.count('display="inline"') == text.count("$") / 2 > 20
     for built in site.glob("*.html"):
-        assert "arithmatex" not in built.read_text(), "no script is there to set it"
+        assert "arithmatex" not in built.read_text(), "no script would render it"
 
 
 @pytest.mark.parametrize("latex", [r"\unknown{x}", r"\frac{1}", r"\left( x", "a & b"])
-def test_a_formula_that_does_not_come_out_ends_the_build(latex: str):
+def test_an_invalid_formula_stops_the_build(latex: str):
     pytest.importorskip("latex2mathml")
     specification = importlib.util.spec_from_file_location("formulas", DOCS / "formulas.py")
     assert specification is not None and specification.loader is not None
     formulas = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(formulas)
     assert "<mfrac>" in formulas.mathml(r"\frac{1}{2}", "block")
-    with pytest.raises(ValueError, match="no formula"):
+    with pytest.raises(ValueError, match="cannot convert the formula"):
         formulas.mathml(latex, "block")
 
 
-def test_the_reference_has_every_command_and_every_field(site: Path):
+def test_the_reference_lists_every_command_and_every_field(site: Path):
     text = (site / "commands.html").read_text()
     for _, words in SHOWN:
         group = 2 if words[0] in ("data", "backbone", "federation") else 1
@@ -272,7 +274,7 @@ def test_the_reference_has_every_command_and_every_field(site: Path):
         assert {f"{name}.{part}" for part in parts} <= set(fields) if parts else name in fields
 
 
-def test_the_reference_has_the_presets_defaults(site: Path):
+def test_the_reference_shows_the_defaults_of_the_presets(site: Path):
     (row,) = re.findall(
         r"<tr>\s*<td><code>training.batch_size</code></td>(.*?)</tr>", (site / "configuration.html").read_text(), re.S
     )

@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md, through the tests that every member of a registry passes."""
+"""The examples of docs/extending.md pass the tests that every entry of a registry passes."""
 
 import json
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ PAGE = DOCS / "extending.md"
 
 
 @pytest.fixture(autouse=True)
-def _tables_are_as_before() -> Iterator[None]:
+def _restore_tables() -> Iterator[None]:
     before, miniatures = [dict(table) for table in TABLES], list(test_datasets.MINIATURES)
     yield
     for table, entries in zip(TABLES, before, strict=True):
@@ -46,53 +46,56 @@ def _tables_are_as_before() -> Iterator[None]:
 
 
 def example(section: str) -> SimpleNamespace:
-    """What a section's blocks define; those that begin with the file of a test know what that test knows."""
+    """Execute the blocks of a section and return the names they define.
+
+    A block that begins with the path of a test file can use the names of that file.
+    """
     defined: dict[str, Any] = {}
     for block in blocks(PAGE, "python"):
         if block.section == section:
             first = block.text.splitlines()[0]
             module = first.removeprefix("# ").removesuffix(".py").replace("/", ".")
-            known = vars(import_module(module)) if module.startswith("tests.") else {}
-            names = {**known, "__name__": "example"}
+            available = vars(import_module(module)) if module.startswith("tests.") else {}
+            names = {**available, "__name__": "example"}
             exec(block.text, names)
             defined |= names
     return SimpleNamespace(**defined)
 
 
-def test_every_section_with_code_is_run_here():
-    run = ["A strategy", "An aggregator", "A codec", "A data set", "An image format", "A preset", "An engine"]
-    assert list(dict.fromkeys(block.section for block in blocks(PAGE, "python"))) == run
+def test_every_section_with_code_is_tested_here():
+    sections = ["A strategy", "An aggregator", "A codec", "A data set", "An image format", "A preset", "An engine"]
+    assert list(dict.fromkeys(block.section for block in blocks(PAGE, "python"))) == sections
 
 
-def test_a_strategy(tmp_path: Path):
+def test_the_strategy_example_passes(tmp_path: Path):
     example("A strategy")
     parameters, gib, less = test_strategies.EXPECTED["lora-masks"]
     (row,) = (row for row in strategy_table("sam-vit-b", image_size=224) if row.strategy == "lora-masks")
     assert row.parameters == parameters
     assert row.gib == pytest.approx(gib, abs=5e-5)
     assert row.less == pytest.approx(less, abs=5e-3)
-    test_strategies.test_saved_and_loaded_it_predicts_the_same("lora-masks", tmp_path)
-    test_strategies.test_only_what_travels_gets_a_gradient("lora-masks")
+    test_strategies.test_a_loaded_adapter_predicts_the_same("lora-masks", tmp_path)
+    test_strategies.test_only_travelling_parameters_get_a_gradient("lora-masks")
 
 
 @pytest.mark.parametrize("weights", test_aggregation.WEIGHTS.values(), ids=test_aggregation.WEIGHTS)
 @pytest.mark.parametrize("ranks", [[4], [2, 4, 3]], ids=["equal ranks", "mixed ranks"])
-def test_an_aggregator(ranks: list[int], weights: list[float]):
+def test_the_aggregator_example_passes(ranks: list[int], weights: list[float]):
     example("An aggregator")
-    test_aggregation.test_what_an_aggregator_gives("uniform", 5, ranks, weights)
-    test_aggregation.test_a_client_of_weight_0_is_as_if_it_were_not_there("uniform")
-    test_aggregation.test_without_weight_there_is_no_mean("uniform")
-    test_aggregation.test_factors_that_nobody_changed_come_back_where_the_basis_is_kept("uniform")
+    test_aggregation.test_aggregators_match_numpy("uniform", 5, ranks, weights)
+    test_aggregation.test_a_client_of_weight_0_is_ignored("uniform")
+    test_aggregation.test_a_total_weight_of_0_is_an_error("uniform")
+    test_aggregation.test_unchanged_factors_are_returned_if_the_basis_is_kept("uniform")
 
 
-def test_a_codec():
+def test_the_codec_example_passes():
     example("A codec")
-    test_compression.test_round_trip_within_its_bound("fp16")
-    test_compression.test_same_seed_same_entries("fp16")
-    test_compression.test_with_feedback_the_mean_of_many_sends_comes_to_the_tensor("fp16")
+    test_compression.test_round_trips_stay_within_the_error_bound("fp16")
+    test_compression.test_the_same_seed_gives_the_same_entries("fp16")
+    test_compression.test_with_feedback_the_mean_of_many_sends_approaches_the_tensor("fp16")
 
 
-def test_a_data_set(tmp_path: Path):
+def test_the_data_set_example_passes(tmp_path: Path):
     example("A data set")
     miniature = test_datasets.MINIATURES[-1]
     test_datasets.test_every_data_set_has_a_miniature()
@@ -104,9 +107,9 @@ def test_a_data_set(tmp_path: Path):
 
 
 @pytest.mark.parametrize("codes", ["RAS", "PIR"])
-def test_an_image_format(codes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_image_format_example_passes(codes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     example("An image format")
-    # Made from the registry when the module is loaded, as it is with an entry in the sources.
+    # The module builds this list from the registry on import, when an entry in the sources would already be there.
     monkeypatch.setattr(formats, "_ENDS", [".npz", *formats._ENDS])
 
     def save_as(volume: Volume, path: Path) -> Path:
@@ -115,13 +118,13 @@ def test_an_image_format(codes: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         return path
 
     monkeypatch.setattr(test_formats, "save_as", save_as)
-    test_formats.test_read_and_written_where_it_lay("NumPy", ".npz", codes, tmp_path)
+    test_formats.test_images_and_label_maps_round_trip_with_their_geometry("NumPy", ".npz", codes, tmp_path)
     (tmp_path / "broken.npz").write_bytes(b"PK")
-    with pytest.raises(FlapsamError, match=r"broken\.npz: no archive with the arrays image and affine"):
+    with pytest.raises(FlapsamError, match=r"broken\.npz: not an archive with the arrays image and affine"):
         formats.read_image(tmp_path / "broken.npz")
 
 
-def test_a_preset(tmp_path: Path):
+def test_the_preset_example_passes(tmp_path: Path):
     example("A preset")
     path = tmp_path / "run.yaml"
     path.write_text("preset: quick\ndata: {path: ., labels: {a: 1}}\n")
@@ -129,15 +132,15 @@ def test_a_preset(tmp_path: Path):
     assert (config.rounds.count, config.lora.rank, config.training.batch_size) == (5, 8, 12)
 
 
-def test_an_engine_gives_what_the_local_one_gives_and_lives_without_a_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_engine_matches_the_local_one_and_tolerates_a_lost_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     data = make_sites(tmp_path / "data", sites=2, cases=4)
     config = read_config(write_run(tmp_path / "run.yaml", data, rounds={"count": 2, "min_sites": 1}))
     simulate(config)
-    run_over_bad_lines = example("An engine").run_over_bad_lines
+    run_over_bad_connections = example("An engine").run_over_bad_connections
     cut: list[tuple[str, int]] = []
 
     def run_rounds(cohort, server, clients, ledger, observer, workers):
-        run_over_bad_lines(server, cohort, clients, ledger, lambda site, number: (site, number) in cut)
+        run_over_bad_connections(server, cohort, clients, ledger, lambda site, number: (site, number) in cut)
 
     monkeypatch.setattr("flapsam.experiments.simulation.run_rounds", run_rounds)
     simulate(config.model_copy(update={"output": tmp_path / "same"}))
@@ -146,6 +149,6 @@ def test_an_engine_gives_what_the_local_one_gives_and_lives_without_a_site(tmp_p
     cut.append(("site_0", 2))
     simulate(config.model_copy(update={"output": tmp_path / "cut"}))
     missing = [event for event in read_events(tmp_path / "cut") if event["event"] == "missing"]
-    assert [(event["site"], event["round"], event["reason"]) for event in missing] == [("site_0", 2, "its line was cut")]
+    assert [(event["site"], event["round"], event["reason"]) for event in missing] == [("site_0", 2, "connection lost")]
     assert (tmp_path / "cut" / adapter).read_bytes() != (tmp_path / "run" / adapter).read_bytes()
     assert json.loads((tmp_path / "cut" / "results.json").read_text())["traffic"]["ratio"] > 1

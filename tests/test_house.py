@@ -1,4 +1,4 @@
-"""Who may import whom: data flows one way, downwards between rooms, and nothing imports upwards."""
+"""Which module may import which: the packages are layers, and nothing imports upwards."""
 
 import ast
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src"
 
-FLOORS = [
+LAYERS = [
     "flapsam.base",
     "flapsam.run",
     "flapsam.volumes",
@@ -24,52 +24,55 @@ FLOORS = [
     "flapsam.cli",
     "flapsam",
 ]
-"""From the ground up: a module imports from its own room and from floors below. The top is ``flapsam/__init__.py`` alone."""
+"""Layers from the bottom up. A module imports from its own layer and from those below.
+
+The top layer is ``flapsam/__init__.py`` alone.
+"""
 MARKER = "py.typed"
-"""PEP 561 wants this empty file at the root; it is no room."""
+"""An empty file that PEP 561 requires at the root. It is not a package."""
 
 MODULES = {".".join(p.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): p for p in SOURCE.rglob("*.py")}
 
 
-def floor(module: str) -> int:
-    """The number of the floor that a module belongs to."""
-    return FLOORS.index(".".join(module.split(".")[:2]))
+def layer_of(module: str) -> int:
+    """Index of the layer that a module belongs to."""
+    return LAYERS.index(".".join(module.split(".")[:2]))
 
 
 def imported(module: str) -> set[str]:
-    """The modules of flapsam that a module imports, at its top, inside a function or for its types."""
-    found = set()
+    """The modules of flapsam that a module imports, whether at its top, inside a function or for type checking."""
+    targets = set()
     for node in ast.walk(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{module}: write the whole name instead of a relative import"
+            assert not node.level, f"{module}: use an absolute import instead of a relative one"
             package = node.module or ""
             if package.split(".")[0] == "flapsam":
-                # A name may be a module itself: from flapsam.report import tables
-                found |= {name if name in MODULES else package for a in node.names for name in [f"{package}.{a.name}"]}
+                # An imported name may itself be a module, as in: from flapsam.report import tables
+                targets |= {name if name in MODULES else package for a in node.names for name in [f"{package}.{a.name}"]}
         elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "flapsam"}
-    return found
+            targets |= {alias.name for alias in node.names if alias.name.split(".")[0] == "flapsam"}
+    return targets
 
 
-def test_the_root_has_a_room_a_floor_and_nothing_else():
+def test_the_root_has_one_package_per_layer_and_nothing_else():
     entries = {path.name for path in (SOURCE / "flapsam").iterdir()} - {"__pycache__", MARKER}
-    assert entries == {name.removeprefix("flapsam.") for name in FLOORS[:-1]} | {"__init__.py"}
-    assert len(entries) <= 12 and len(FLOORS) <= 12
+    assert entries == {name.removeprefix("flapsam.") for name in LAYERS[:-1]} | {"__init__.py"}
+    assert len(entries) <= 12 and len(LAYERS) <= 12
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_nothing_imports_upwards(module: str):
     for target in imported(module):
-        assert target in MODULES, f"{module} imports {target}, which is not there"
-        assert floor(target) <= floor(module), f"{module} imports {target}, which is above it"
+        assert target in MODULES, f"{module} imports {target}, which does not exist"
+        assert layer_of(target) <= layer_of(module), f"{module} imports {target}, which is above it"
 
 
-def test_no_modules_import_each_other_in_a_circle():
+def test_there_are_no_import_cycles():
     graph = {module: imported(module) - {module} for module in MODULES}
     assert len(list(TopologicalSorter(graph).static_order())) == len(MODULES)
 
 
-def test_the_reader_of_imports_sees_every_way_to_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_every_kind_of_import_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "made_up.py"
     path.write_text(
         "import flapsam.run.config\nfrom flapsam import load\nfrom flapsam.report import tables\n"
@@ -80,14 +83,14 @@ def test_the_reader_of_imports_sees_every_way_to_import(tmp_path: Path, monkeypa
     assert imported("made_up") == {"flapsam", *(f"flapsam.{name}" for name in names)}
 
 
-def test_only_checkpoints_touch_files_in_the_network():
+def test_only_the_checkpoint_modules_of_sam_touch_files():
     for module in MODULES:
         if module.startswith("flapsam.sam.") and module not in ("flapsam.sam.checkpoints", "flapsam.sam.backbones"):
             names = {node.id for node in ast.walk(ast.parse(MODULES[module].read_text())) if isinstance(node, ast.Name)}
             assert not names & {"open", "Path", "load_file", "save_file", "safe_open"}, module
 
 
-def test_only_its_engine_imports_nvflare():
+def test_only_the_nvflare_engine_imports_nvflare():
     for module, path in MODULES.items():
         names = set()
         for node in ast.walk(ast.parse(path.read_text())):
@@ -97,7 +100,7 @@ def test_only_its_engine_imports_nvflare():
             assert module.startswith("flapsam.federation.engines.nvflare."), module
 
 
-def test_help_answers_in_under_half_a_second():
+def test_the_command_line_is_imported_in_under_half_a_second():
     code = "import time; t = time.perf_counter(); import flapsam.cli; print(time.perf_counter() - t)"
     heavy = "import flapsam.cli, sys; print([m for m in ('torch', 'numpy', 'transformers', 'monai') if m in sys.modules])"
     assert float(subprocess.check_output([sys.executable, "-c", code])) < 0.5

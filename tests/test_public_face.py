@@ -1,4 +1,4 @@
-"""What users import from ``flapsam`` itself."""
+"""The names that users import from ``flapsam`` itself."""
 
 import ast
 import re
@@ -11,12 +11,12 @@ import flapsam
 from tests.helpers.places import ROOT, SOURCE
 
 
-def test_every_name_is_there_and_is_the_one_that_type_checkers_see():
+def test_every_public_name_exists_and_matches_what_type_checkers_see():
     tree = ast.parse((SOURCE / "__init__.py").read_text())
-    (seen,) = (node for node in tree.body if isinstance(node, ast.If))
+    (type_checking,) = (node for node in tree.body if isinstance(node, ast.If))
     modules = {
         alias.name: node.module.removeprefix("flapsam.")
-        for node in seen.body
+        for node in type_checking.body
         if isinstance(node, ast.ImportFrom) and node.module
         for alias in node.names
     }
@@ -27,18 +27,18 @@ def test_every_name_is_there_and_is_the_one_that_type_checkers_see():
     assert set(flapsam.__all__) <= set(dir(flapsam))
 
 
-def test_a_name_that_is_not_there():
+def test_an_unknown_name_is_an_error():
     with pytest.raises(AttributeError, match="no attribute 'federate'"):
         flapsam.federate  # noqa: B018
 
 
-def test_importing_it_loads_nothing_heavy():
+def test_the_import_loads_no_heavy_libraries():
     heavy = ("torch", "numpy", "pydantic", "transformers", "monai")
     code = f"import flapsam, sys; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
-def test_the_page_on_python_teaches_these_names_only():
-    taught = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "python.md").read_text(), re.MULTILINE)
-    assert len(taught) > 20
-    assert {name.removeprefix("flapsam.") for name in taught} <= set(flapsam.__all__)
+def test_the_python_page_documents_only_public_names():
+    documented = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "python.md").read_text(), re.MULTILINE)
+    assert len(documented) > 20
+    assert {name.removeprefix("flapsam.") for name in documented} <= set(flapsam.__all__)

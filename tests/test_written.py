@@ -1,4 +1,4 @@
-"""Files that the first version of each format left behind, kept in ``written``, and files of versions to come."""
+"""Files in the first version of each format, kept in ``written``, and files of future versions."""
 
 import json
 from pathlib import Path
@@ -23,11 +23,11 @@ CONFIG, ENVIRONMENT = "run.yaml", "environment.json"
 
 
 def with_format(path: Path, number: object) -> None:
-    """Let a run's YAML or JSON say another format."""
+    """Set the format number in a YAML or JSON file of a run."""
     path.write_text(json.dumps({**yaml.safe_load(path.read_text()), "format": number}))
 
 
-def test_a_run():
+def test_a_run_still_loads():
     config = read_config(RUN / CONFIG)
     assert (config.format, config.strategy, config.lora.rank, config.rounds.count) == (1, "lora", 1, 2)
     assert RunFolder(RUN).resume(config) == "ad77cfbecf484efb8166717e89d3d7cd"
@@ -37,7 +37,7 @@ def test_a_run():
     assert isinstance(events[-1], RunEnded)
 
 
-def test_its_adapter():
+def test_the_adapter_of_a_run_still_loads():
     trained = find_trained(RUN)
     assert trained.run is not None
     assert trained.run.output == RUN
@@ -47,7 +47,7 @@ def test_its_adapter():
         assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 3, 32, 32)
 
 
-def test_a_packet():
+def test_a_packet_can_still_be_decoded():
     header, tensors = decode((WRITTEN / "packet-format-2").read_bytes(), lambda header: CONTRACT, CONTRACT.tensor_bytes)
     assert (header.run, header.round, header.sender, header.samples) == ("r", 3, "site", 7)
     assert header.metrics == {"loss": 0.5, "dice": None}
@@ -57,34 +57,34 @@ def test_a_packet():
     }
 
 
-def test_the_format_is_no_part_of_what_a_result_depends_on(tmp_path: Path):
+def test_the_format_number_does_not_change_the_fingerprint(tmp_path: Path):
     folder = copytree(RUN, tmp_path / "run")
     with_format(folder / CONFIG, 1)
     assert fingerprint(read_config(folder / CONFIG)) == fingerprint(read_config(RUN / CONFIG))
 
 
 @pytest.mark.parametrize("file", [CONFIG, ENVIRONMENT])
-def test_what_a_later_version_wrote_is_refused(file: str, tmp_path: Path):
+def test_files_of_a_later_version_are_refused(file: str, tmp_path: Path):
     folder = copytree(RUN, tmp_path / "run")
     with_format(folder / file, 2)
     with pytest.raises(FlapsamError, match=rf"{file}: format 2 is newer than flapsam .* knows; install a newer flapsam"):
         RunFolder(folder).resume(read_config(folder / CONFIG))
 
 
-def test_a_format_that_never_was(tmp_path: Path):
+def test_an_invalid_format_number_is_refused(tmp_path: Path):
     folder = copytree(RUN, tmp_path / "run")
     with_format(folder / CONFIG, 0)
     with pytest.raises(FlapsamError, match="'format': Input should be 1"):
         read_config(folder / CONFIG)
 
 
-def test_a_folder_without_a_run(tmp_path: Path):
+def test_a_folder_without_a_run_is_refused(tmp_path: Path):
     with pytest.raises(FlapsamError, match="there is no run here"):
         RunFolder(tmp_path).read_environment()
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "{}"])
-def test_a_run_that_nobody_knows(text: str, tmp_path: Path):
+def test_a_run_without_a_readable_id_is_refused(text: str, tmp_path: Path):
     (tmp_path / ENVIRONMENT).write_text(text)
-    with pytest.raises(FlapsamError, match="unclear which run this is"):
+    with pytest.raises(FlapsamError, match="cannot read the id of the run"):
         RunFolder(tmp_path).read_environment()

@@ -1,4 +1,4 @@
-"""An adapter merged into its backbone, and written for other software."""
+"""Merging an adapter into its backbone, and exporting it to other software."""
 
 import json
 import sys
@@ -24,7 +24,7 @@ def logits(network: Sam) -> Tensor:
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_merging_changes_almost_nothing(name: str):
+def test_merging_hardly_changes_the_logits(name: str):
     network = trained(name)[0].network
     before = logits(network)
     merged = merge_adapters(network)
@@ -39,7 +39,7 @@ def test_transformers_reads_the_merged_network(tmp_path: Path, capfd):
     files = [Path(path).name for path in json.loads(outcome.out)["written"]]
     assert files == ["config.json", "model.safetensors"]
     model, loading = SamModel.from_pretrained(tmp_path / "out", output_loading_info=True)  # pyright: ignore[reportGeneralTypeIssues]
-    # Those that flapsam has in another size, and nothing else.
+    # Only the layers that have another size in flapsam are missing.
     missing = {name.split(".")[1] for name in loading["missing_keys"]}
     assert missing == {"output_hypernetworks_mlps", "upscale_conv1", "upscale_conv2", "upscale_layer_norm"}
     assert all(name.startswith("flapsam.") for name in loading["unexpected_keys"])
@@ -47,35 +47,35 @@ def test_transformers_reads_the_merged_network(tmp_path: Path, capfd):
     ours = merge_adapters(network)
     with torch.inference_mode():
         torch.testing.assert_close(model.get_image_embeddings(IMAGES), ours.embed(IMAGES), atol=1e-5, rtol=0)
-    # SAM's decoder has another value here than the library's default.
+    # SAM's decoder uses another value than the default of transformers.
     assert model.mask_decoder.transformer.config.layer_norm_eps == 1e-5
     theirs, mine = model.mask_decoder.transformer.state_dict(), ours.mask_decoder.transformer.state_dict()
     assert theirs.keys() == mine.keys()
     assert all(torch.equal(theirs[name], mine[name]) for name in mine)
 
 
-def test_every_tensor_comes_back_from_the_names_of_transformers():
-    """The golden network has SAM's own widths: its first two doublings have a place there."""
+def test_tensors_survive_renaming_for_transformers_and_back():
+    """The golden network has SAM's own widths, so transformers has names for its first two upscaling steps."""
     state = golden_network().state_dict()
     theirs = to_transformers_names(state)
     assert {"mask_decoder.upscale_conv1.weight", "mask_decoder.upscale_conv2.bias"} <= theirs.keys()
     assert "vision_encoder.layers.0.attn.qkv.weight" in theirs
-    again = to_own_names(theirs)
-    assert again.keys() == state.keys()
-    assert all(torch.equal(again[name], state[name]) for name in state)
+    restored = to_own_names(theirs)
+    assert restored.keys() == state.keys()
+    assert all(torch.equal(restored[name], state[name]) for name in state)
 
 
 def test_flapsam_reads_the_merged_network(tmp_path: Path, capfd):
     network = trained("flap")[0].network
     expected = logits(network)
     assert flapsam(capfd, "export", saved(tmp_path / "adapter"), "-o", tmp_path / "out").code == 0
-    again = build(network.sizes, image_size=64, classes=2, seed=8)
-    report = load_checkpoint(again, read_checkpoint(tmp_path / "out"), "exported", keep_masks=True)
+    reloaded = build(network.sizes, image_size=64, classes=2, seed=8)
+    report = load_checkpoint(reloaded, read_checkpoint(tmp_path / "out"), "exported", keep_masks=True)
     assert not report.new
-    torch.testing.assert_close(logits(again), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(reloaded), expected, atol=1e-5, rtol=0)
 
 
-def test_onnx_gives_the_same_logits(tmp_path: Path, capfd):
+def test_onnx_computes_the_same_logits(tmp_path: Path, capfd):
     onnxruntime = pytest.importorskip("onnxruntime")
     outcome = flapsam(capfd, "export", saved(tmp_path / "adapter"), "-o", tmp_path / "out", "--format", "onnx", "--json")
     assert outcome.code == 0, outcome.err
@@ -83,11 +83,11 @@ def test_onnx_gives_the_same_logits(tmp_path: Path, capfd):
     session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
     expected = logits(trained("flap")[0].network)
     for batch in (1, 3):
-        (found,) = session.run(None, {"images": IMAGES[:batch].numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), expected[:batch], atol=1e-3, rtol=0)
+        (actual,) = session.run(None, {"images": IMAGES[:batch].numpy()})
+        torch.testing.assert_close(torch.from_numpy(actual), expected[:batch], atol=1e-3, rtol=0)
 
 
-def test_what_is_missing_or_unknown_is_said(tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch):
+def test_unknown_formats_and_missing_packages_are_reported(tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch):
     adapter = saved(tmp_path / "adapter")
     outcome = flapsam(capfd, "export", adapter, "-o", tmp_path / "out", "--format", "tflite")
     assert outcome.code == 2

@@ -1,4 +1,4 @@
-"""The Python API: a volume in the form of any library, the label map in the same form and place."""
+"""The Python API: it takes the volumes of several libraries, and returns label maps of the same type and geometry."""
 
 import subprocess
 import sys
@@ -37,7 +37,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def expected(model: flapsam.Model, path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> np.ndarray:
-    """What the command line says, which another test compares with how the volume is stored."""
+    """The label map from the command line. Other tests check it for every stored orientation."""
     adapter = saved_lively(tmp_path / "adapter")
     assert command(capfd, "predict", adapter, path, "-o", tmp_path / "out", "--threads", "2").code == 0
     labels = np.asanyarray(load(tmp_path / "out" / path.name).dataobj)
@@ -45,7 +45,7 @@ def expected(model: flapsam.Model, path: Path, tmp_path: Path, capfd: pytest.Cap
     return labels
 
 
-def test_a_path_and_an_array(model: flapsam.Model, path: Path, expected: np.ndarray):
+def test_a_path_and_an_array_have_the_same_label_map(model: flapsam.Model, path: Path, expected: np.ndarray):
     image = load(path)
     for labels in (model.predict(path), model.predict(str(path)), model.predict(image.get_fdata(), image.affine)):
         assert isinstance(labels, np.ndarray)
@@ -53,31 +53,31 @@ def test_a_path_and_an_array(model: flapsam.Model, path: Path, expected: np.ndar
         np.testing.assert_array_equal(labels, expected)
 
 
-def test_a_folder_of_dicom_files(model: flapsam.Model, tmp_path: Path):
+def test_a_folder_of_dicom_files_must_hold_one_series(model: flapsam.Model, tmp_path: Path):
     image = anatomy(oblique() @ np.diag([-1.0, -1.0, 1.0, 1.0]))
     save_series(tmp_path / "ct", image.array, image.affine)
     expected = model.predict(image.array, image.affine)
     np.testing.assert_array_equal(model.predict(tmp_path / "ct"), expected)
     save_series(tmp_path / "ct", image.array, image.affine, series="other")
-    with pytest.raises(FlapsamError, match=r"there is 2 DICOM series: 3 .* one series is needed"):
+    with pytest.raises(FlapsamError, match=r"holds 2 DICOM series \(3 .* exactly one series is needed"):
         model.predict(tmp_path / "ct")
-    with pytest.raises(FlapsamError, match="there is no DICOM image"):
+    with pytest.raises(FlapsamError, match="holds no DICOM image"):
         model.predict(tmp_path)
 
 
-def test_nibabel(model: flapsam.Model, path: Path, expected: np.ndarray, tmp_path: Path):
+def test_a_nibabel_image_has_a_nibabel_label_map(model: flapsam.Model, path: Path, expected: np.ndarray, tmp_path: Path):
     image = load(path)
     labels = model.predict(image)
     nibabel.save(labels, tmp_path / "labels.nii.gz")
-    again = load(tmp_path / "labels.nii.gz")
-    np.testing.assert_array_equal(np.asanyarray(again.dataobj), expected)
-    np.testing.assert_array_equal(again.affine, image.affine)
-    assert again.get_data_dtype() == np.uint8
+    reread = load(tmp_path / "labels.nii.gz")
+    np.testing.assert_array_equal(np.asanyarray(reread.dataobj), expected)
+    np.testing.assert_array_equal(reread.affine, image.affine)
+    assert reread.get_data_dtype() == np.uint8
     voxels: Any = image.get_fdata(dtype=np.float32)
     assert isinstance(model.predict(nibabel.MGHImage(voxels, image.affine)), nibabel.Nifti1Image)
 
 
-def test_simpleitk(model: flapsam.Model, path: Path, expected: np.ndarray):
+def test_a_simpleitk_image_has_a_simpleitk_label_map(model: flapsam.Model, path: Path, expected: np.ndarray):
     image = sitk.ReadImage(str(path))
     labels = model.predict(image)
     np.testing.assert_array_equal(sitk.GetArrayFromImage(labels).transpose(), expected)
@@ -86,7 +86,9 @@ def test_simpleitk(model: flapsam.Model, path: Path, expected: np.ndarray):
 
 
 @pytest.mark.parametrize("channel_first", [False, True])
-def test_metatensor(channel_first: bool, model: flapsam.Model, path: Path, expected: np.ndarray):
+def test_a_metatensor_has_a_metatensor_label_map(
+    channel_first: bool, model: flapsam.Model, path: Path, expected: np.ndarray
+):
     image = LoadImage(ensure_channel_first=channel_first)(path)
     labels = model.predict(image)
     assert isinstance(image, MetaTensor)
@@ -96,15 +98,15 @@ def test_metatensor(channel_first: bool, model: flapsam.Model, path: Path, expec
     np.testing.assert_array_equal(labels.numpy().squeeze(), expected)
 
 
-def test_a_metatensor_in_dicoms_world(path: Path):
+def test_a_metatensor_may_be_in_lps_space(path: Path):
     image = LoadImage()(path)
     assert isinstance(image, MetaTensor)
     flipped = torch.diag(torch.tensor([-1.0, -1, 1, 1], dtype=image.affine.dtype)) @ image.affine
-    turned = MetaTensor(image.as_tensor(), meta={"space": "LPS", "affine": flipped})
-    np.testing.assert_allclose(volume_of(turned).affine, volume_of(image).affine)
+    in_lps = MetaTensor(image.as_tensor(), meta={"space": "LPS", "affine": flipped})
+    np.testing.assert_allclose(volume_of(in_lps).affine, volume_of(image).affine)
 
 
-def test_several_modalities_in_every_form():
+def test_every_type_may_hold_several_modalities():
     array = np.random.default_rng(0).normal(size=(5, 4, 3, 2)).astype(np.float32)
     image = sitk.GetImageFromArray(array.transpose(2, 1, 0, 3), isVector=True)
     for volume in (
@@ -119,34 +121,34 @@ def test_several_modalities_in_every_form():
 
 WRONG = {
     "no affine": ((np.zeros((4, 4, 4)),), "give its affine"),
-    "half an affine": ((np.zeros((4, 4, 4)), np.eye(3)), r"of shape \(4, 4\), this one is \(3, 3\)"),
+    "half an affine": ((np.zeros((4, 4, 4)), np.eye(3)), r"the affine has shape \(3, 3\); an affine of shape \(4, 4\)"),
     "singular": ((np.zeros((4, 4, 4)), np.zeros((4, 4))), "the affine is singular"),
-    "flat": ((np.zeros((4, 4)), np.eye(4)), "a 3-D volume of up to three modalities is needed"),
+    "flat": ((np.zeros((4, 4)), np.eye(4)), "a 3-D volume with up to three modalities is needed"),
     "not a number": ((np.full((4, 4, 4), np.nan), np.eye(4)), "64 voxels are NaN or infinite"),
-    "complex": ((np.zeros((4, 4, 4), complex), np.eye(4)), "one plain number a voxel"),
-    "a list": (([[[1]]],), "a list is no volume: give a path"),
-    "a tensor": ((torch.zeros(4, 4, 4),), "a Tensor is no volume"),
-    "two modalities": ((np.zeros((4, 4, 4, 2)), np.eye(4)), "it has 2 modalities, the adapter was trained on 1"),
+    "complex": ((np.zeros((4, 4, 4), complex), np.eye(4)), "one plain number per voxel"),
+    "a list": (([[[1]]],), "a list is not a volume; give a path"),
+    "a tensor": ((torch.zeros(4, 4, 4),), "a Tensor is not a volume"),
+    "two modalities": ((np.zeros((4, 4, 4, 2)), np.eye(4)), "the image has 2 modalities, but the adapter was trained on 1"),
     "no such file": (("nowhere.nii.gz",), "no such file"),
 }
 
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG)
-def test_what_is_no_volume(arguments: tuple, message: str, model: flapsam.Model):
+def test_an_invalid_volume_is_refused(arguments: tuple, message: str, model: flapsam.Model):
     with pytest.raises(FlapsamError, match=message):
         model.predict(*arguments)
 
 
-def test_options(model: flapsam.Model, path: Path):
-    plain, turned = model.predict(path), model.predict(path, flips="x")
-    assert not np.array_equal(plain, turned)
-    found = model.segment(volume_of(load(path)), PredictionOptions(probabilities=True))
-    assert found.probabilities is not None
-    np.testing.assert_array_equal(found.labels, plain)
+def test_options_of_the_prediction_take_effect(model: flapsam.Model, path: Path):
+    plain, flipped = model.predict(path), model.predict(path, flips="x")
+    assert not np.array_equal(plain, flipped)
+    prediction = model.segment(volume_of(load(path)), PredictionOptions(probabilities=True))
+    assert prediction.probabilities is not None
+    np.testing.assert_array_equal(prediction.labels, plain)
     assert [(segment.value, segment.name) for segment in model.legend] == [(1, "kidney"), (2, "tumour")]
 
 
-def test_precision_is_full_on_a_cpu_unless_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_precision_is_full_on_a_cpu_unless_chosen_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     adapter = saved_lively(tmp_path)
     monkeypatch.setattr("flapsam.adapters.model.fastest_precision", lambda network: "bf16")
     assert flapsam.load(adapter).precision == "fp32"
@@ -154,12 +156,12 @@ def test_precision_is_full_on_a_cpu_unless_it_is_asked_for(tmp_path: Path, monke
     assert flapsam.load(adapter, precision="fp16").precision == "fp16"
 
 
-def test_an_adapter_that_is_none(tmp_path: Path):
+def test_a_folder_without_an_adapter_is_refused(tmp_path: Path):
     with pytest.raises(FlapsamError, match="neither an adapter nor a finished run"):
         flapsam.load(tmp_path)
 
 
-def test_the_readmes_and_the_pages_lines_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_examples_in_the_readme_and_the_docs_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (short,) = blocks(PAGES[0], "python")
     (long,) = blocks(DOCS / "volumes.md", "python")
     assert short.section == long.section == "In Python"
@@ -170,13 +172,13 @@ def test_the_readmes_and_the_pages_lines_run(path: Path, tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     exec(short.text, {})
     assert set(np.unique(np.asanyarray(load(tmp_path / "labels.nii.gz").dataobj))) == {0, 1, 2}
-    known: dict[str, Any] = {}
+    names: dict[str, Any] = {}
     for line in long.text.splitlines():
-        exec(line, known)
+        exec(line, names)
         if line.startswith("labels"):
-            assert type(known["labels"]).__name__ == line.rpartition("# ")[2].rpartition(".")[2]
+            assert type(names["labels"]).__name__ == line.rpartition("# ")[2].rpartition(".")[2]
 
 
-def test_import_is_quick():
+def test_the_import_takes_less_than_300_ms():
     code = "import time; t = time.perf_counter(); import flapsam; print(time.perf_counter() - t)"
     assert float(subprocess.check_output([sys.executable, "-c", code])) < 0.3

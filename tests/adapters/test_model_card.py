@@ -1,4 +1,4 @@
-"""The model card says what the ledger says."""
+"""The model card reports the scores and cases in the ledger."""
 
 import pytest
 
@@ -33,32 +33,32 @@ def card() -> AdapterCard:
     return trained("flap")[1]
 
 
-def test_together(card: AdapterCard):
+def test_a_federated_card_covers_every_site(card: AdapterCard):
     lines = model_card(card, Cohort.parse("federated"), EVENTS).splitlines()
     assert "license: apache-2.0" in lines
-    assert "# Segmentation of kidney, tumour" in lines
+    assert "# Segmentation of kidney and tumour" in lines
     assert "| north | 20 | 1 | 5 | 0.800 | 0.400 | 0.600 |" in lines
     assert "| south | 8 | 1 | 2 | 0.600 | – | 0.600 |" in lines
-    # Kidney over seven cases: (5·0.8 + 0.5 + 0.7)/7; tumour over the five that are annotated.
-    assert "| all | 28 | 2 | 7 | 0.743 | 0.400 | 0.571 |" in lines
+    # Kidney is averaged over seven cases, (5·0.8 + 0.5 + 0.7)/7, and tumour over the five where it is annotated.
+    assert "| all sites | 28 | 2 | 7 | 0.743 | 0.400 | 0.571 |" in lines
     text = "\n".join(lines)
-    assert "by 2 sites together" in text
-    assert "Fewer than 5 test cases at south:" in text
-    assert "A mean Dice of 0.400 for tumour" in text
-    assert "mean Dice of 0.743" not in text
+    assert "It was trained by federated learning across 2 sites" in text
+    assert "Scores are uncertain at sites with fewer than 5 test cases: south." in text
+    assert "The mean Dice of tumour is only 0.400." in text
+    assert "mean Dice of kidney" not in text
     assert "The backbone was not pretrained." in text
     assert card.backbone.checksum in text
     assert "not a medical device" in text
 
 
-def test_one_site_alone(card: AdapterCard):
+def test_a_local_card_covers_one_site(card: AdapterCard):
     text = model_card(card.model_copy(update={"mode": "local"}), Cohort.parse("local/south"), EVENTS)
     assert "| south | 8 | 1 | 2 | 0.500 | – | 0.500 |" in text
     assert "north" not in text
-    assert "by one site alone" in text
-    assert "8 cases of one site" in text
+    assert "It was trained at one site alone" in text
+    assert "8 cases from 1 site." in text
 
 
-def test_without_test_cases(card: AdapterCard):
+def test_a_card_without_test_cases_has_no_scores(card: AdapterCard):
     text = model_card(card, Cohort.parse("federated"), [site("north", 20, 0)])
     assert "| north | 20 | 1 | 0 | – | – | – |" in text

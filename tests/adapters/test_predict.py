@@ -1,4 +1,4 @@
-"""``flapsam predict`` on images as people have them."""
+"""``flapsam predict`` on the images that users have in practice."""
 
 import csv
 import json
@@ -31,7 +31,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def anatomy(affine: np.ndarray = AFFINE) -> Volume:
-    """Smooth blobs in Hounsfield units, in which the adapter for tests finds every class."""
+    """Smooth blobs in Hounsfield units, in which the test adapter finds every class."""
     from scipy.ndimage import gaussian_filter
 
     noise = gaussian_filter(np.random.default_rng(1).normal(size=SHAPE), 2)
@@ -39,19 +39,19 @@ def anatomy(affine: np.ndarray = AFFINE) -> Volume:
 
 
 def oblique() -> np.ndarray:
-    """Turned about two axes, 0.7 × 0.9 × 3.1 mm."""
+    """An affine rotated about two axes, with a spacing of 0.7 × 0.9 × 3.1 mm."""
     c, s = np.cos(0.3), np.sin(0.3)
-    turn = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ np.array(
+    rotation = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ np.array(
         [[1, 0, 0], [0, np.cos(0.1), -np.sin(0.1)], [0, np.sin(0.1), np.cos(0.1)]]
     )
     affine = np.eye(4)
-    affine[:3, :3] = turn @ np.diag([0.7, 0.9, 3.1])
+    affine[:3, :3] = rotation @ np.diag([0.7, 0.9, 3.1])
     affine[:3, 3] = -12.3, 45.6, 7.8
     return affine
 
 
 def in_world(path: Path) -> np.ndarray:
-    """A label map's voxels in the order of the world's axes."""
+    """The voxels of a label map, reoriented to the world axes."""
     volume = read_label(path)
     return orientations.apply_orientation(volume.array, orientations.io_orientation(volume.affine))
 
@@ -65,7 +65,7 @@ def predict(capfd: pytest.CaptureFixture[str], *arguments: str | Path) -> dict:
 @pytest.mark.parametrize(
     "affine", [AFFINE, oblique(), np.diag([1.5, 1.0, 1.0, 1.0])], ids=["straight", "oblique", "sagittal"]
 )
-def test_the_same_anatomy_however_it_is_stored(affine: np.ndarray, adapter: Path, tmp_path: Path, capfd):
+def test_the_label_map_is_the_same_for_every_stored_orientation(affine: np.ndarray, adapter: Path, tmp_path: Path, capfd):
     for codes in ORIENTATIONS:
         stored = stored_as(codes, anatomy(affine))
         for end in (".nii.gz", ".nrrd", ".mha"):
@@ -82,8 +82,8 @@ def test_the_same_anatomy_however_it_is_stored(affine: np.ndarray, adapter: Path
         np.testing.assert_array_equal(load(after).affine, load(before).affine)
 
 
-def test_dicom_and_its_conversion_to_nifti(adapter: Path, tmp_path: Path, capfd):
-    # Slices of a series go from feet to head along their normal; rows to the left, columns to the back.
+def test_dicom_and_its_conversion_to_nifti_have_the_same_label_map(adapter: Path, tmp_path: Path, capfd):
+    # Slices of a series run from feet to head along their normal, rows to the left and columns to the back.
     image = anatomy(oblique() @ np.diag([-1.0, -1.0, 1.0, 1.0]))
     save_series(tmp_path / "in" / "series", image.array, image.affine, order=[3, 1, 5, 0, 2, 4, 7, 6])
     save_enhanced(tmp_path / "in" / "enhanced.dcm", image.array, image.affine, [4, 2, 0, 1, 5, 3, 6, 7])
@@ -102,7 +102,7 @@ def test_dicom_and_its_conversion_to_nifti(adapter: Path, tmp_path: Path, capfd)
     np.testing.assert_allclose(ours, converted, atol=1e-4)
 
 
-def test_files_folders_trees_and_lists(adapter: Path, tmp_path: Path, capfd, monkeypatch):
+def test_images_are_found_in_files_folders_trees_and_lists(adapter: Path, tmp_path: Path, capfd, monkeypatch):
     image = anatomy()
     for path in ("in/a/one.nii.gz", "in/a/b/two.nrrd", "in/labels/truth.nii.gz", "other/three.mha", "out/in/four.nii.gz"):
         save_as(image, tmp_path / path)
@@ -113,28 +113,28 @@ def test_files_folders_trees_and_lists(adapter: Path, tmp_path: Path, capfd, mon
     (tmp_path / "list.txt").write_text("other/three.mha\n\nin/a\n")
 
     def stems(*arguments: str | Path) -> list[str]:
-        found = predict(capfd, adapter, *arguments, "-o", tmp_path / "out")
-        return sorted(str(Path(one["written"][0]).relative_to(tmp_path / "out")) for one in found["images"])
+        result = predict(capfd, adapter, *arguments, "-o", tmp_path / "out")
+        return sorted(str(Path(entry["written"][0]).relative_to(tmp_path / "out")) for entry in result["images"])
 
     assert stems(tmp_path / "in" / "a" / "one.nii.gz") == ["one.nii.gz"]
     assert stems(tmp_path / "in") == ["a/b/two.seg.nrrd", "a/one.nii.gz", "patient/ct.nii.gz"]
     assert stems(tmp_path / "list.txt") == ["b/two.seg.nrrd", "one.nii.gz", "three.mha"]
     assert stems(tmp_path / "in" / "a", tmp_path / "other") == ["b/two.seg.nrrd", "one.nii.gz", "three.mha"]
-    # The output folder, where label maps are by now, is not searched, however it is called; nor is any folder twice.
+    # The output folder, which contains label maps by now, is not searched under any path. No folder is searched twice.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in" / "a" / "b" / "again").symlink_to(tmp_path / "in")
     assert len(stems(tmp_path)) == 4
     assert len(predict(capfd, adapter, ".", "-o", "in/../out")["images"]) == 4
 
 
-def test_one_series_of_several(adapter: Path, tmp_path: Path, capfd):
+def test_one_of_several_series_must_be_chosen(adapter: Path, tmp_path: Path, capfd):
     image = anatomy()
     for name in ("T1 axial", "T2 axial"):
         save_series(tmp_path / "in", image.array, image.affine, series=name)
 
     def written(*arguments: str) -> set[str]:
-        found = predict(capfd, adapter, tmp_path / "in", "-o", tmp_path / "out", "--no-dicom-seg", *arguments)
-        return {Path(path).name for path in found["written"]}
+        result = predict(capfd, adapter, tmp_path / "in", "-o", tmp_path / "out", "--no-dicom-seg", *arguments)
+        return {Path(path).name for path in result["written"]}
 
     outcome = flapsam(capfd, "predict", adapter, tmp_path / "in", "-o", tmp_path / "out")
     assert outcome.code == 1
@@ -143,66 +143,66 @@ def test_one_series_of_several(adapter: Path, tmp_path: Path, capfd):
     assert written("--series", "*") == {"3_T1_axial.nii.gz", "3_T2_axial.nii.gz"}
 
 
-def test_a_file_that_is_no_image(adapter: Path, tmp_path: Path, capfd):
+def test_a_file_that_is_not_an_image_is_reported(adapter: Path, tmp_path: Path, capfd):
     save_series(tmp_path / "in", anatomy().array[..., :1], AFFINE)
     report, notes = next((tmp_path / "in").iterdir()), tmp_path / "notes.csv"
     changed(report, lambda header: setattr(header, "SOPClassUID", "1.2.840.10008.5.1.4.1.1.88.11"))
     notes.write_text("a,b\n")
     outcome = flapsam(capfd, "predict", adapter, report, notes, "-o", tmp_path / "out")
     assert outcome.code == 1
-    assert f"{report}: there is no DICOM image" in outcome.err
-    assert f"{notes}: no image that flapsam reads" in outcome.err
+    assert f"{report}: holds no DICOM image" in outcome.err
+    assert f"{notes}: not an image format that flapsam reads" in outcome.err
 
 
-def test_volumes_in_millilitres(adapter: Path, tmp_path: Path, capfd):
+def test_volumes_are_reported_in_millilitres(adapter: Path, tmp_path: Path, capfd):
     save_as(anatomy(oblique()), tmp_path / "in" / "one.nii.gz")
-    found = predict(capfd, adapter, tmp_path / "in", "-o", tmp_path / "out")
+    result = predict(capfd, adapter, tmp_path / "in", "-o", tmp_path / "out")
     labels = np.asanyarray(load(tmp_path / "out" / "one.nii.gz").dataobj)
     with (tmp_path / "out" / "volumes.csv").open() as file:
         (row,) = csv.DictReader(file)
     for value, name in ((1, "kidney"), (2, "tumour")):
         ml = (labels == value).sum() * 0.7 * 0.9 * 3.1 / 1000
         assert float(row[f"{name} (ml)"]) == pytest.approx(ml, abs=1e-5)
-        assert found["images"][0]["ml"][name] == pytest.approx(ml, abs=1e-5)
+        assert result["images"][0]["ml"][name] == pytest.approx(ml, abs=1e-5)
     assert (row["case"], row["label_map"]) == ("one", "one.nii.gz")
 
 
-def test_resume_leaves_out_what_is_there_made_in_the_same_way(adapter: Path, tmp_path: Path, capfd):
+def test_resume_skips_label_maps_made_in_the_same_way(adapter: Path, tmp_path: Path, capfd):
     for name in "abc":
         save_as(anatomy(), tmp_path / "in" / f"{name}.nii.gz")
     out = tmp_path / "out"
 
-    def made(*arguments: str) -> set[str]:
+    def rewritten(*arguments: str) -> set[str]:
         before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.nii.gz")}
-        found = predict(capfd, adapter, tmp_path / "in", "-o", out, *arguments)
-        assert len(found["written"]) == 3
+        result = predict(capfd, adapter, tmp_path / "in", "-o", out, *arguments)
+        assert len(result["written"]) == 3
         assert len((out / "volumes.csv").read_text().splitlines()) == 4
         return {path.name[0] for path in out.glob("*.nii.gz") if path.stat().st_mtime_ns != before.get(path.name)}
 
-    assert made() == {"a", "b", "c"}
-    assert made("--resume") == set()
+    assert rewritten() == {"a", "b", "c"}
+    assert rewritten("--resume") == set()
     (out / "b.nii.gz").unlink()
-    assert made("--resume") == {"b"}
+    assert rewritten("--resume") == {"b"}
     save_as(Volume(anatomy().array[::-1], AFFINE), tmp_path / "in" / "c.nii.gz")
-    assert made("--resume") == {"c"}
-    assert made("--resume", "--fill") == {"a", "b", "c"}
-    # A crash cut the ledger's last line short.
+    assert rewritten("--resume") == {"c"}
+    assert rewritten("--resume", "--fill") == {"a", "b", "c"}
+    # This is how a crash truncates the last line of the ledger.
     ledger = out / "predictions.jsonl"
     ledger.write_bytes(ledger.read_bytes()[:-20])
-    assert made("--resume", "--fill") == {"c"}
-    assert made() == {"a", "b", "c"}
+    assert rewritten("--resume", "--fill") == {"c"}
+    assert rewritten() == {"a", "b", "c"}
 
 
-def test_interrupted_what_is_done_is_kept(adapter: Path, tmp_path: Path, capfd, monkeypatch):
+def test_an_interruption_keeps_the_finished_label_maps(adapter: Path, tmp_path: Path, capfd, monkeypatch):
     for name in "abcd":
         save_as(anatomy(), tmp_path / "in" / f"{name}.nii.gz")
     segment, calls = Model.segment, []
 
-    def interrupted(model: Model, *arguments: Any, **more: Any) -> Any:
+    def interrupted(model: Model, *arguments: Any, **options: Any) -> Any:
         calls.append(arguments)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return segment(model, *arguments, **more)
+        return segment(model, *arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(Model, "segment", interrupted)
@@ -218,18 +218,18 @@ def test_interrupted_what_is_done_is_kept(adapter: Path, tmp_path: Path, capfd, 
     assert len(after) == 4
 
 
-def test_two_images_with_one_place(adapter: Path, tmp_path: Path, capfd):
+def test_two_images_with_the_same_output_path_are_reported(adapter: Path, tmp_path: Path, capfd):
     save_as(anatomy(), tmp_path / "in" / "a.nii.gz")
     save_as(anatomy(), tmp_path / "in" / "a.nrrd")
     outcome = flapsam(capfd, "predict", adapter, tmp_path / "in", "-o", tmp_path / "out")
     assert outcome.code == 1
-    assert "a.nrrd: its label map would lie where that of" in outcome.err
+    assert "a.nrrd: its label map would overwrite that of" in outcome.err
 
 
-def test_probabilities_are_read_from_0_to_1(adapter: Path, tmp_path: Path, capfd):
+def test_probabilities_are_stored_from_0_to_1(adapter: Path, tmp_path: Path, capfd):
     path = save_as(anatomy(oblique()), tmp_path / "in" / "one.nii.gz")
-    found = predict(capfd, adapter, tmp_path / "in", "-o", tmp_path / "out", "--probabilities")
-    assert [Path(name).relative_to(tmp_path / "out") for name in found["written"]] == [
+    result = predict(capfd, adapter, tmp_path / "in", "-o", tmp_path / "out", "--probabilities")
+    assert [Path(name).relative_to(tmp_path / "out") for name in result["written"]] == [
         Path("one.nii.gz"),
         Path("probabilities/one.nii.gz"),
     ]
@@ -256,11 +256,11 @@ def test_options_change_the_label_map(option: str, adapter: Path, tmp_path: Path
         np.testing.assert_array_equal(*maps)
 
 
-def test_a_wish_that_makes_no_sense(adapter: Path, tmp_path: Path, capfd):
+def test_invalid_options_are_refused(adapter: Path, tmp_path: Path, capfd):
     image = save(np.zeros(SHAPE, np.float32), tmp_path / "image.nii.gz")
     for arguments, message in (
         (("--precision", "int4"), "Invalid value for '--precision'"),
-        (("--flips", "left"), "flips 'left': name axes by x (left to right)"),
+        (("--flips", "left"), "flips 'left' names an unknown axis; use x (left to right)"),
         (("--split", "all"), "Invalid value for '--split'"),
         (("--device", "warp"), "device 'warp' is not available on this machine"),
     ):

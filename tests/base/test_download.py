@@ -1,4 +1,4 @@
-"""Downloads against a server on this machine."""
+"""Downloads from a server on this machine."""
 
 import hashlib
 import http.server
@@ -24,7 +24,7 @@ DIGITS = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Knows one file, in part or whole; ``break_after`` bytes it hangs up once."""
+    """Serves one file, whole or from a byte offset. It drops the connection once, after ``break_after`` bytes."""
 
     requests: list[str | None] = []  # noqa: RUF012
     content = CONTENT
@@ -33,11 +33,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     ranges = True
 
     def do_GET(self):
-        wanted = self.headers.get("Range")
-        Handler.requests.append(wanted)
+        byte_range = self.headers.get("Range")
+        Handler.requests.append(byte_range)
         if self.path != Handler.path_served:
             return self.send_error(404)
-        start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and Handler.ranges else 0
+        start = int(byte_range.removeprefix("bytes=").rstrip("-")) if byte_range and Handler.ranges else 0
         if start >= len(Handler.content):
             return self.send_error(416)
         self.send_response(206 if start else 200)
@@ -54,13 +54,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def server() -> Iterator[str]:
     Handler.requests, Handler.break_after, Handler.ranges, Handler.content = [], None, True, CONTENT
     Handler.path_served = "/sam.pth"
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as made:
-        threading.Thread(target=made.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{made.server_port}/sam.pth"
-        made.shutdown()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http_server:
+        threading.Thread(target=http_server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http_server.server_port}/sam.pth"
+        http_server.shutdown()
 
 
-def test_a_file_is_fetched_whole(server: str, tmp_path: Path):
+def test_a_file_is_downloaded_whole(server: str, tmp_path: Path):
     seen: list[tuple[int, int]] = []
     download(server, tmp_path / "a" / "sam.pth", sha256=DIGITS[:6], on_bytes=lambda *progress: seen.append(progress))
     assert (tmp_path / "a" / "sam.pth").read_bytes() == CONTENT
@@ -68,9 +68,9 @@ def test_a_file_is_fetched_whole(server: str, tmp_path: Path):
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["sam.pth"]
 
 
-def test_a_broken_connection_is_gone_on_with(server: str, tmp_path: Path):
+def test_an_interrupted_download_resumes(server: str, tmp_path: Path):
     Handler.break_after = 1_500_000
-    with pytest.raises(FlapsamError, match="run this again to go on"):
+    with pytest.raises(FlapsamError, match="run this again to resume"):
         download(server, tmp_path / "sam.pth", sha256=DIGITS)
     assert not (tmp_path / "sam.pth").exists()
     download(server, tmp_path / "sam.pth", sha256=DIGITS)
@@ -78,14 +78,14 @@ def test_a_broken_connection_is_gone_on_with(server: str, tmp_path: Path):
     assert Handler.requests == [None, "bytes=1500000-"]
 
 
-def test_a_server_without_ranges_starts_again(server: str, tmp_path: Path):
+def test_a_download_restarts_if_the_server_has_no_ranges(server: str, tmp_path: Path):
     Handler.ranges = False
     (tmp_path / "sam.pth.part").write_bytes(b"half")
     download(server, tmp_path / "sam.pth", sha256=DIGITS)
     assert (tmp_path / "sam.pth").read_bytes() == CONTENT
 
 
-def test_a_part_that_is_whole_already_is_taken(server: str, tmp_path: Path):
+def test_a_partial_file_that_is_already_complete_is_used(server: str, tmp_path: Path):
     (tmp_path / "sam.pth.part").write_bytes(CONTENT)
     download(server, tmp_path / "sam.pth", sha256=DIGITS)
     assert checksum(tmp_path / "sam.pth") == DIGITS
@@ -97,10 +97,10 @@ def test_a_wrong_checksum_is_refused(server: str, tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_file_and_a_missing_server(server: str, tmp_path: Path):
+def test_a_missing_file_and_an_unreachable_server_are_errors(server: str, tmp_path: Path):
     with pytest.raises(FlapsamError, match="the server answers 404"):
         download(server.replace("sam.pth", "other"), tmp_path / "sam.pth")
-    with pytest.raises(FlapsamError, match=r"fetch it on a machine that is online and put it to .*sam\.pth"):
+    with pytest.raises(FlapsamError, match=r"download it on a machine with a connection and copy it to .*sam\.pth"):
         download("http://127.0.0.1:9/sam.pth", tmp_path / "sam.pth")
 
 
@@ -114,7 +114,7 @@ def test_the_cache_folder_can_be_set(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 @pytest.fixture
 def tiny_on_server(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> sources.Source:
-    """A backbone ``tiny`` whose weights the server has."""
+    """A backbone ``tiny`` whose weights are on the server."""
     Handler.content = save(trained("full")[0].network.state_dict())
     monkeypatch.setenv("FLAPSAM_CACHE", str(tmp_path / "cache"))
     digits = hashlib.sha256(Handler.content).hexdigest()[:6]
@@ -123,7 +123,7 @@ def tiny_on_server(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     return source
 
 
-def test_get_list_and_info(tiny_on_server: sources.Source, tmp_path: Path, capfd):
+def test_backbone_get_list_and_info_work(tiny_on_server: sources.Source, tmp_path: Path, capfd):
     path = tmp_path / "cache" / "tiny.safetensors"
     rows = json.loads(flapsam(capfd, "backbone", "list", "--json").out)
     assert {row["name"] for row in rows} == sources.SOURCES.keys()
@@ -131,25 +131,25 @@ def test_get_list_and_info(tiny_on_server: sources.Source, tmp_path: Path, capfd
     Handler.break_after = 1_000_000
     broken = flapsam(capfd, "backbone", "get", "tiny")
     assert broken.code == 2
-    assert "run this again to go on" in broken.err
+    assert "run this again to resume" in broken.err
     outcome = flapsam(capfd, "backbone", "get", "tiny")
     assert outcome.code == 0, outcome.err
     assert Handler.requests == [None, "bytes=1000000-"]
     assert json.loads(flapsam(capfd, "backbone", "list", "--json").out)[-1]["weights"] == str(path)
     assert "sam-tiny" in flapsam(capfd, "backbone", "list").out
-    about = json.loads(flapsam(capfd, "backbone", "info", path, "--json").out)
-    assert (about["architecture"], about["image size"], about["masks"]) == ("sam-tiny", 64, 3)
-    assert about["SHA-256"] == hashlib.sha256(Handler.content).hexdigest()
+    info = json.loads(flapsam(capfd, "backbone", "info", path, "--json").out)
+    assert (info["architecture"], info["image size"], info["masks"]) == ("sam-tiny", 64, 3)
+    assert info["SHA-256"] == hashlib.sha256(Handler.content).hexdigest()
     assert "64" in flapsam(capfd, "backbone", "info", path).out
 
 
-def test_get_says_what_to_do_offline(tiny_on_server: sources.Source, monkeypatch: pytest.MonkeyPatch, capfd):
+def test_backbone_get_says_what_to_do_offline(tiny_on_server: sources.Source, monkeypatch: pytest.MonkeyPatch, capfd):
     url = "http://127.0.0.1:9/tiny.safetensors"
     monkeypatch.setitem(sources.SOURCES, "tiny", replace(tiny_on_server, url=url))
     outcome = flapsam(capfd, "backbone", "get", "tiny")
     assert outcome.code == 2
     assert f"{url}" in outcome.err
-    assert "fetch it on a machine that is online and put it to" in outcome.err
+    assert "download it on a machine with a connection and copy it to" in outcome.err
     assert "choose" in flapsam(capfd, "backbone", "get", "tinier").err
 
 
@@ -160,36 +160,36 @@ def archive(folder: Path, form: str, inside: str) -> bytes:
 
 
 @pytest.mark.parametrize(("form", "suffix"), [("tar", ".tar"), ("zip", ".zip")])
-def test_data_are_fetched_and_unpacked(form: str, suffix: str, server: str, tmp_path: Path, capfd, monkeypatch):
+def test_data_are_downloaded_and_unpacked(form: str, suffix: str, server: str, tmp_path: Path, capfd, monkeypatch):
     Handler.content = archive(tmp_path, form, "Task04_Hippocampus")
     Handler.path_served = f"/task{suffix}"
-    known = DATASETS["hippocampus"]
-    there = Download(
+    dataset = DATASETS["hippocampus"]
+    source = Download(
         server.replace("/sam.pth", Handler.path_served), "Task04_Hippocampus", hashlib.md5(Handler.content).hexdigest()
     )
-    monkeypatch.setitem(DATASETS, "hippocampus", replace(known, download=there))  # type: ignore[arg-type]
-    told = flapsam(capfd, "data", "get", "hippocampus", tmp_path / "data")
-    assert told.code == 0, told.err
+    monkeypatch.setitem(DATASETS, "hippocampus", replace(dataset, download=source))  # type: ignore[arg-type]
+    outcome = flapsam(capfd, "data", "get", "hippocampus", tmp_path / "data")
+    assert outcome.code == 0, outcome.err
     assert [p.name for p in (tmp_path / "data").iterdir()] == ["Task04_Hippocampus"]
     assert (tmp_path / "data" / "Task04_Hippocampus" / "dataset.json").exists()
-    assert "there already" in flapsam(capfd, "data", "get", "hippocampus", tmp_path / "data").err
-    wrong = replace(known, download=replace(there, md5="0" * 32))
+    assert "already exists" in flapsam(capfd, "data", "get", "hippocampus", tmp_path / "data").err
+    wrong = replace(dataset, download=replace(source, md5="0" * 32))
     monkeypatch.setitem(DATASETS, "hippocampus", wrong)  # type: ignore[arg-type]
-    told = flapsam(capfd, "data", "get", "hippocampus", tmp_path / "other")
-    assert (told.code, "the file's checksum is" in told.err) == (2, True)
+    outcome = flapsam(capfd, "data", "get", "hippocampus", tmp_path / "other")
+    assert (outcome.code, "the file's checksum is" in outcome.err) == (2, True)
     assert not list((tmp_path / "other").iterdir())
 
 
-def test_data_behind_a_form_say_how_to_get_them(tmp_path: Path, capfd):
-    told = flapsam(capfd, "data", "get", "fed-prostate", tmp_path)
-    assert told.code == 2
-    assert "agree to the terms" in told.err
+def test_data_behind_a_form_come_with_instructions(tmp_path: Path, capfd):
+    outcome = flapsam(capfd, "data", "get", "fed-prostate", tmp_path)
+    assert outcome.code == 2
+    assert "agree to the terms" in outcome.err
     assert "data set 'x' is unknown" in flapsam(capfd, "data", "get", "x", tmp_path).err
 
 
 @pytest.mark.parametrize("name", DATASETS)
-def test_data_info(name: str, capfd):
-    told = flapsam(capfd, "data", "info", name, "--json")
-    assert told.code == 0
-    assert all(json.loads(told.out).values())
+def test_every_data_set_has_complete_info(name: str, capfd):
+    outcome = flapsam(capfd, "data", "info", name, "--json")
+    assert outcome.code == 0
+    assert all(json.loads(outcome.out).values())
     assert name in flapsam(capfd, "data", "list", "--json").out

@@ -1,4 +1,4 @@
-"""The main job from end to end, as a user runs it."""
+"""The main workflow from end to end, as a user runs it."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "run"
 
 
-def test_the_run_folder_is_whole(run: Path):
+def test_the_run_folder_is_complete(run: Path):
     files = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file() and "state" not in path.parts}
     assert files == {
         "run.yaml",
@@ -52,7 +52,7 @@ def _tested(run: Path) -> list[str]:
     return [f"{e['case']}.nii.gz" for e in read_events(run) if e["event"] == "test"][:2]
 
 
-def test_the_ledger_tells_the_run(run: Path):
+def test_the_ledger_records_the_whole_run(run: Path):
     events = read_events(run)
     fits = [(e["federation"], e["round"], e["site"]) for e in events if e["event"] == "fit"]
     assert fits == [
@@ -67,7 +67,7 @@ def test_the_ledger_tells_the_run(run: Path):
     assert events[-1]["event"] == "end"
 
 
-def test_bytes_in_the_ledger_are_those_of_the_packets(run: Path):
+def test_the_ledgers_bytes_match_the_packets(run: Path):
     federated = [e for e in read_events(run) if e.get("federation") == "federated"]
     fits = [e for e in federated if e["event"] == "fit"]
     last = {e["site"]: e["bytes_up"] for e in fits if e["round"] == 2}
@@ -79,7 +79,7 @@ def test_bytes_in_the_ledger_are_those_of_the_packets(run: Path):
 
 
 def test_local_training_is_never_aggregated(run: Path):
-    """A site alone ends with exactly the tensors of its own last reply."""
+    """A locally trained adapter has exactly the tensors of its site's last reply."""
     import torch
 
     from flapsam.adapters.store import read_tensors
@@ -95,7 +95,7 @@ def test_local_training_is_never_aggregated(run: Path):
     assert all(torch.equal(sent[name], tensors[name]) for name in tensors)
 
 
-def test_predict_gives_the_label_maps_of_the_run(run: Path, tmp_path: Path, capfd):
+def test_predict_reproduces_the_runs_label_maps(run: Path, tmp_path: Path, capfd):
     data = run.parent / "data"
     outcome = flapsam(capfd, "predict", run, data, "--split", "test", "-o", tmp_path / "out", "--threads", "1", "--json")
     assert outcome.code == 0, outcome.err
@@ -107,28 +107,28 @@ def test_predict_gives_the_label_maps_of_the_run(run: Path, tmp_path: Path, capf
         assert load(path).get_data_dtype() == np.uint8
 
 
-def test_evaluate_gives_the_scores_of_the_run(run: Path, capfd):
+def test_evaluate_reproduces_the_runs_scores(run: Path, capfd):
     data, predictions = run.parent / "data", run / "predictions" / "federated"
     outcome = flapsam(capfd, "evaluate", predictions, data, "--adapter", run, "--json")
     assert outcome.code == 0, outcome.err
-    found, expected = json.loads(outcome.out), json.loads((run / "results.json").read_text())
-    assert found["cases"] == expected["cases"]["federated"]
-    assert found["pooled"] == expected["summaries"]["federated"]["pooled"]
+    evaluated, expected = json.loads(outcome.out), json.loads((run / "results.json").read_text())
+    assert evaluated["cases"] == expected["cases"]["federated"]
+    assert evaluated["pooled"] == expected["summaries"]["federated"]["pooled"]
 
 
-def test_evaluate_by_values(run: Path, capfd):
+def test_evaluate_without_an_adapter_scores_label_values(run: Path, capfd):
     data, predictions = run.parent / "data", run / "predictions" / "federated"
     outcome = flapsam(capfd, "evaluate", predictions, data, "--json")
     expected = json.loads((run / "results.json").read_text())["summaries"]["federated"]["pooled"]["dice"]
     assert list(json.loads(outcome.out)["pooled"]["dice"].values()) == list(expected.values())
 
 
-def test_predict_files_and_folders(run: Path, tmp_path: Path, capfd):
+def test_predict_accepts_files_and_folders(run: Path, tmp_path: Path, capfd):
     images = run.parent / "data" / "site_0" / "images"
-    one = sorted(images.iterdir())[0]
-    assert flapsam(capfd, "predict", run / "adapter", one, "-o", tmp_path / "one").code == 0
-    about = {"labels.txt", "predictions.jsonl", "volumes.csv"}
-    assert {path.name for path in (tmp_path / "one").iterdir()} == {one.name, *about}
+    image = sorted(images.iterdir())[0]
+    assert flapsam(capfd, "predict", run / "adapter", image, "-o", tmp_path / "one").code == 0
+    records = {"labels.txt", "predictions.jsonl", "volumes.csv"}
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {image.name, *records}
     assert flapsam(capfd, "predict", run, images, "-o", tmp_path / "folder").code == 0
     assert len(list((tmp_path / "folder").glob("*.nii.gz"))) == 5
     assert flapsam(capfd, "predict", run, run.parent / "data", "-o", tmp_path / "sites").code == 0
@@ -141,19 +141,19 @@ def test_simulate_prints_tables(tmp_path: Path, capfd):
     )
     outcome = flapsam(capfd, "simulate", config)
     assert outcome.code == 0, outcome.err
-    for text in ("local-only", "federated", "gain", "site_0", "pooled", "times less", "HD95"):
+    for text in ("local-only", "federated", "gain", "site_0", "pooled", "reduction", "HD95"):
         assert text in outcome.out
-    assert "random weights, nothing is pretrained" in outcome.err.replace("\n", " ")
+    assert "random weights (not pretrained)" in outcome.err.replace("\n", " ")
     assert not (tmp_path / "run" / "cache").exists()
 
 
-def test_a_small_gpu_is_asked_for_and_the_first_answer_kept(tmp_path: Path, capfd):
+def test_an_automatic_micro_batch_is_kept_on_resuming(tmp_path: Path, capfd):
     training = {"micro_batch": "auto", "checkpointing": True, "batch_size": 4}
     config = write_run(tmp_path / "run.yaml", make_sites(tmp_path / "data"), rounds={"count": 1}, training=training)
     for resume in ((), ("--resume",)):
         outcome = flapsam(capfd, "simulate", config, *resume)
         assert outcome.code == 0, outcome.err
-        assert "micro_batch: 4 of a batch's 4 windows" in outcome.err.replace("\n", " ")
+        assert "micro_batch: 4 of the 4 windows of a batch" in outcome.err.replace("\n", " ")
     events = read_events(tmp_path / "run")
     assert [event["windows"] for event in events if event["event"] == "micro_batch"] == [4]
 
@@ -168,7 +168,7 @@ def test_memory_prints_a_table(capfd):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_every_strategy_runs_and_the_same_seed_gives_the_same_bytes(strategy: str, tmp_path: Path, capfd):
+def test_every_strategy_runs_and_is_deterministic(strategy: str, tmp_path: Path, capfd):
     data = make_sites(tmp_path / "data", sites=2, cases=3)
     adapters = []
     for name in ("a", "b"):
@@ -180,7 +180,7 @@ def test_every_strategy_runs_and_the_same_seed_gives_the_same_bytes(strategy: st
     assert adapters[0] and adapters[0] == adapters[1]
 
 
-def test_another_seed_gives_another_adapter(tmp_path: Path, capfd):
+def test_another_seed_changes_the_adapter(tmp_path: Path, capfd):
     data = make_sites(tmp_path / "data", sites=2, cases=3)
     adapters = []
     for seed in (0, 1):
@@ -190,7 +190,7 @@ def test_another_seed_gives_another_adapter(tmp_path: Path, capfd):
     assert adapters[0] != adapters[1]
 
 
-def test_a_site_without_a_class_is_never_told_it_is_wrong(tmp_path: Path, capfd):
+def test_a_class_that_a_site_does_not_label_is_not_scored_there(tmp_path: Path, capfd):
     data = make_sites(tmp_path / "data")
     config = write_run(tmp_path / "run.yaml", data, rounds={"count": 1})
     outcome = flapsam(capfd, "simulate", config, "--json", "--set", "data.site_labels={site_1: {ball: [1, 2], core: null}}")
@@ -201,7 +201,7 @@ def test_a_site_without_a_class_is_never_told_it_is_wrong(tmp_path: Path, capfd)
     assert summaries["site_0"]["dice"]["core"] is not None
 
 
-def test_traffic(capfd):
+def test_traffic_prints_a_table_of_all_strategies(capfd):
     outcome = flapsam(capfd, "traffic")
     assert outcome.code == 0
     rows = {line.split("│")[1].strip(): line for line in outcome.out.splitlines() if line.startswith("│")}
@@ -215,24 +215,24 @@ def test_traffic(capfd):
         ("flap", "1,846,384", "1.376"),
     ):
         assert parameters in rows[name] and gib in rows[name]
-    as_json = json.loads(flapsam(capfd, "traffic", "--backbone", "sam-tiny", "--json").out)
-    assert [row["strategy"] for row in as_json] == list(STRATEGIES)
+    tiny_rows = json.loads(flapsam(capfd, "traffic", "--backbone", "sam-tiny", "--json").out)
+    assert [row["strategy"] for row in tiny_rows] == list(STRATEGIES)
 
 
 def test_doctor_version_and_phantom(tmp_path: Path, capfd):
-    found = json.loads(flapsam(capfd, "doctor", "--json").out)
-    assert found["packages"]["torch"] and found["cores"] >= 1
+    report = json.loads(flapsam(capfd, "doctor", "--json").out)
+    assert report["packages"]["torch"] and report["cores"] >= 1
     assert "memory gib" in flapsam(capfd, "doctor").out
     assert flapsam(capfd, "--version").out.strip().count(".") == 2
     assert flapsam(capfd, "data", "phantom", tmp_path, "--sites", "1", "--cases", "2").code == 0
     assert len(list(tmp_path.rglob("*.nii.gz"))) == 4
 
 
-def test_the_trackers_to_choose_from_are_the_registrys():
+def test_the_command_line_offers_every_registered_tracker():
     assert list(TrackerName) == list(TRACKERS)
 
 
-def test_it_runs_as_a_module():
-    """Units of systemd that were printed before run ``python -m flapsam.cli``."""
-    shown = subprocess.check_output([sys.executable, "-m", "flapsam.cli", "--version"], text=True)
-    assert shown.strip() == __version__
+def test_the_command_line_runs_as_a_module():
+    """Systemd units printed by earlier versions run ``python -m flapsam.cli``."""
+    version = subprocess.check_output([sys.executable, "-m", "flapsam.cli", "--version"], text=True)
+    assert version.strip() == __version__

@@ -1,4 +1,4 @@
-"""Many runs, one table."""
+"""The bench: many runs, one table."""
 
 import json
 import subprocess
@@ -45,88 +45,90 @@ def write_bench(folder: Path, data: Path, **fields: object) -> Path:
     return write_run(folder / "run.yaml", data, **run)
 
 
-def test_cells_are_the_grids_combinations_and_none_is_there_twice(data: Path, tmp_path: Path):
+def test_cells_are_the_combinations_of_the_grids_without_duplicates(data: Path, tmp_path: Path):
     cells = cells_of(read_config(write_bench(tmp_path, data)))
     assert sorted(cell.name for cell in cells) == sorted(NAMES)
-    left_out = next(own for cell, own in cells.items() if cell.unseen == "site_1")
+    left_out = next(config for cell, config in cells.items() if cell.unseen == "site_1")
     assert (left_out.data.unseen, left_out.strategy, left_out.modes) == (["site_1"], "lora", ["federated"])
 
 
 def test_a_variant_changes_fields(data: Path, tmp_path: Path):
     variants = {"small": {"lora.rank": 1}, "": {}}
     cells = cells_of(read_config(write_bench(tmp_path, data, bench=[{"variants": variants}])))
-    assert {cell.name: own.lora.rank for cell, own in cells.items()} == {
+    assert {cell.name: config.lora.rank for cell, config in cells.items()} == {
         "flap, small, federated, flexlora-aligned, seed 0": 1,
         "flap, federated, flexlora-aligned, seed 0": 2,
     }
 
 
-def test_differences_by_hand():
+def test_paired_differences_match_a_hand_calculation():
     first = {"a": 0.9, "b": 0.7, "c": 0.5, "only here": 0.0}
     second = {"a": 0.8, "b": 0.5, "c": 0.5}
     difference = compare(first, second, {"a": "p", "b": "p", "c": "q"})
     assert difference is not None
     assert difference.mean == pytest.approx((0.1 + 0.2 + 0.0) / 3)
-    # Drawing two of two subjects: twice p (0.15), twice q (0), or one of each.
+    # Two draws from the two subjects are p twice (0.15), q twice (0), or one of each.
     assert difference.low == pytest.approx(0.0)
     assert difference.high == pytest.approx(0.15)
     assert (difference.cases, difference.subjects) == (3, 2)
 
 
-def test_differences_without_an_interval_or_without_anything():
-    one = compare({"a": 1.0}, {"a": 0.5}, {"a": "p"})
-    assert one is not None
-    assert (one.mean, one.low, one.high) == (0.5, None, None)
+def test_one_subject_gives_no_interval_and_no_common_case_no_difference():
+    difference = compare({"a": 1.0}, {"a": 0.5}, {"a": "p"})
+    assert difference is not None
+    assert (difference.mean, difference.low, difference.high) == (0.5, None, None)
     assert compare({"a": 1.0}, {"b": 0.5}, {}) is None
 
 
 @pytest.fixture(scope="module")
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bench that was stopped in its third cell's fit and then gone on with, and killed between two cells."""
+    """A bench that was interrupted in the fit of its third cell, then continued in part, and then completed."""
     config = read_config(write_bench(tmp_path_factory.mktemp("bench"), data))
-    runs = []
+    resumed = []
 
-    def stopped(own, *, resume, sites, observer):
-        runs.append(resume)
-        if len(runs) == 3:
+    def interrupted(cell_config, *, resume, sites, observer):
+        resumed.append(resume)
+        if len(resumed) == 3:
             observer.step = interrupt
-        return simulation.simulate(own, resume=resume, sites=sites, observer=observer)
+        return simulation.simulate(cell_config, resume=resume, sites=sites, observer=observer)
 
     def interrupt(count: int = 1) -> None:
         raise KeyboardInterrupt
 
-    patch = pytest.MonkeyPatch()
-    patch.setattr(module, "simulate", stopped)
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(module, "simulate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         module.bench(config)
     assert len(list((config.output / "cells").glob("*.json"))) == 2
     module.bench(config, only="partial*")
     module.bench(config)
-    patch.undo()
-    assert sum(runs) == 1, "the cell that was stopped is gone on with, no other"
+    monkeypatch.undo()
+    assert sum(resumed) == 1, "only the interrupted cell is resumed"
     return config.output
 
 
-def test_a_stopped_bench_ends_in_the_table_of_one_that_was_not(finished: Path, data: Path, tmp_path: Path, capfd):
+def test_an_interrupted_bench_ends_with_the_table_of_an_uninterrupted_one(finished: Path, data: Path, tmp_path: Path, capfd):
     path = write_bench(tmp_path, data)
     assert flapsam(capfd, "bench", path).code == 0
-    again = flapsam(capfd, "bench", path.parent / "run.yaml", "--set", f"output={finished}")
-    assert again.code == 0
+    repeated = flapsam(capfd, "bench", path.parent / "run.yaml", "--set", f"output={finished}")
+    assert repeated.code == 0
     tables = [json.loads((folder / "bench.json").read_text()) for folder in (tmp_path / "bench", finished)]
-    # A packet's header holds seconds, whose digits compress to more or fewer bytes.
-    measured = [[[row.pop(key) for key in ("bytes_up", "bytes_down", "seconds", "peak_bytes")] for row in t] for t in tables]
-    for first, second in zip(*measured, strict=True):
+    # A packet's header contains seconds, so its compressed size varies slightly.
+    costs = [
+        [[row.pop(key) for key in ("bytes_up", "bytes_down", "seconds", "peak_bytes")] for row in table] for table in tables
+    ]
+    for first, second in zip(*costs, strict=True):
         assert first[:2] == pytest.approx(second[:2], rel=0.01)
     assert tables[0] == tables[1]
-    assert "cell 1" not in again.err, "nothing is computed twice"
+    assert "cell 1" not in repeated.err, "nothing is computed twice"
 
 
-def test_killed_in_its_second_cell_it_goes_on(finished: Path, data: Path, tmp_path: Path, capfd):
+def test_a_bench_killed_in_its_second_cell_resumes(finished: Path, data: Path, tmp_path: Path, capfd):
     path = write_bench(tmp_path, data)
     process = subprocess.Popen([sys.executable, "-m", "flapsam.cli", "bench", str(path)], stderr=subprocess.DEVNULL)
     cells = tmp_path / "bench" / "cells"
     deadline = time.monotonic() + 120
-    # The second cell has written its first event, and its end is still far.
+    # Kill it when the second cell has written its first event, long before its end.
     while not (len(list(cells.glob("*.json"))) == 1 and len(list(cells.glob("*/events.jsonl"))) == 2):
         assert process.poll() is None
         assert time.monotonic() < deadline
@@ -142,11 +144,11 @@ def test_killed_in_its_second_cell_it_goes_on(finished: Path, data: Path, tmp_pa
     assert len(scores[0]) == len(NAMES)
 
 
-def test_a_cells_scores_are_those_of_the_simulation(finished: Path, data: Path, tmp_path: Path, capfd):
+def test_a_cell_has_the_scores_of_the_same_simulation(finished: Path, data: Path, tmp_path: Path, capfd):
     run = write_run(tmp_path / "run.yaml", data, rounds={"count": 1}, strategy="lora", modes=["federated", "local"])
-    told = flapsam(capfd, "simulate", run, "--json")
-    assert told.code == 0
-    expected = json.loads(told.out)
+    outcome = flapsam(capfd, "simulate", run, "--json")
+    assert outcome.code == 0
+    expected = json.loads(outcome.out)
     flapsam(capfd, "bench", finished.parent / "run.yaml")
     row = json.loads((finished / "bench.json").read_text())[0]
     assert row["row"]["strategy"] == "lora"
@@ -157,10 +159,10 @@ def test_a_cells_scores_are_those_of_the_simulation(finished: Path, data: Path, 
     assert local["scores"] == expected["cases"]["local"]
     assert federated["parameters"] == expected["parameters"]
     assert (local["bytes_up"], local["bytes_down"]) == (0, 0)
-    # One round: a site gets the start and the end, and sends once.
+    # In one round, a site receives the initial and the final tensors, and sends once.
     ledger = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
-    sent = [e["bytes_up"] for e in ledger if e["event"] == "fit" and e["federation"] == "federated"]
-    assert federated["bytes_up"] == pytest.approx(sum(sent) / 2, rel=0.01)
+    bytes_up = [e["bytes_up"] for e in ledger if e["event"] == "fit" and e["federation"] == "federated"]
+    assert federated["bytes_up"] == pytest.approx(sum(bytes_up) / 2, rel=0.01)
     gains = [
         sum(a["dice"].values()) / 2 - sum(b["dice"].values()) / 2
         for a, b in zip(federated["scores"], local["scores"], strict=True)
@@ -194,7 +196,7 @@ def summary(name: str, parameters: int, dice: float, *, mode: str = "federated",
     )
 
 
-def test_the_front_and_the_cheapest_by_hand():
+def test_the_pareto_front_and_the_suggestion_match_hand_calculations():
     rows = [
         summary("large", 1000, 0.80),
         summary("small", 10, 0.60),
@@ -213,23 +215,23 @@ def test_the_front_and_the_cheapest_by_hand():
         choose(rows[-2:], 0.01)
 
 
-def test_suggest_and_the_picture(finished: Path, capfd):
+def test_suggest_and_the_pareto_plot(finished: Path, capfd):
     run = finished.parent / "run.yaml"
     assert flapsam(capfd, "bench", run).code == 0
-    told = flapsam(capfd, "suggest", run, "--json")
+    outcome = flapsam(capfd, "suggest", run, "--json")
     rows = json.loads((finished / "bench.json").read_text())
     federated = [row for row in rows if row["row"]["mode"] == "federated"]
-    assert json.loads(told.out)["best"] == max(federated, key=lambda row: row["mean_dice"])
+    assert json.loads(outcome.out)["best"] == max(federated, key=lambda row: row["mean_dice"])
     assert "cheapest within 0.5: " in flapsam(capfd, "suggest", run, "--tolerance", "0.5").out
     picture = (finished / "bench.svg").read_text()
     assert picture.startswith("<?xml")
     assert "Pareto front" in picture
 
 
-def test_what_is_missing_says_so(data: Path, tmp_path: Path, capfd):
-    told = flapsam(capfd, "bench", write_bench(tmp_path, data), "--minutes", "0")
-    assert told.code == 0
-    assert "goes on with cell 1 of 7" in told.err
+def test_missing_cells_are_marked_in_the_table(data: Path, tmp_path: Path, capfd):
+    outcome = flapsam(capfd, "bench", write_bench(tmp_path, data), "--minutes", "0")
+    assert outcome.code == 0
+    assert "resume with cell 1 of 7" in outcome.err
     table = (tmp_path / "bench" / "bench.md").read_text().splitlines()
     assert table[2].startswith("| lora, federated, flexlora-aligned | missing | missing |")
 
@@ -239,35 +241,35 @@ def test_what_is_missing_says_so(data: Path, tmp_path: Path, capfd):
     [
         ({"bench": [{"strategies": ["flop"]}]}, [], "strategy 'flop' is unknown"),
         ({"bench": [{"variants": {"x": {"lora.rang": 1}}}]}, [], "lora.rang"),
-        ({}, ["--set", "data.unseen=[nowhere]"], "there is no site 'nowhere'"),
+        ({}, ["--set", "data.unseen=[nowhere]"], "no site 'nowhere'"),
         ({}, ["--set", "data.unseen=[site_0, site_1]", "--only", "*local*"], "none is left to train"),
-        ({}, ["--only", "nothing*"], "no cell has such a name"),
+        ({}, ["--only", "nothing*"], "matches no cell"),
     ],
 )
-def test_bad_grids(fields: dict, arguments: list[str], message: str, data: Path, tmp_path: Path, capfd):
-    told = flapsam(capfd, "bench", write_bench(tmp_path, data, **fields), *arguments)
-    assert told.code == 2
-    assert message in told.err
-    assert "Traceback" not in told.err
+def test_invalid_grids_are_reported(fields: dict, arguments: list[str], message: str, data: Path, tmp_path: Path, capfd):
+    outcome = flapsam(capfd, "bench", write_bench(tmp_path, data, **fields), *arguments)
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert "Traceback" not in outcome.err
 
 
-def test_a_cell_of_another_configuration_is_not_taken(data: Path, tmp_path: Path, capfd):
+def test_a_cell_computed_with_another_configuration_is_refused(data: Path, tmp_path: Path, capfd):
     grid = [{"strategies": ["partial-decoder"]}]
     assert flapsam(capfd, "bench", write_bench(tmp_path, data, bench=grid)).code == 0
-    told = flapsam(capfd, "bench", write_bench(tmp_path, data, bench=grid, lora={"rank": 3}))
-    assert told.code == 2
-    assert "made with another configuration" in told.err
+    outcome = flapsam(capfd, "bench", write_bench(tmp_path, data, bench=grid, lora={"rank": 3}))
+    assert outcome.code == 2
+    assert "computed with another configuration" in outcome.err
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_settings_that_ship(name: str, data: Path):
+def test_the_shipped_settings_are_valid(name: str, data: Path):
     config = read_settings(name, data)
     assert config.output == Path("runs") / name
     assert config.bench
 
 
-def test_settings_want_the_datas_folder(capfd):
-    told = flapsam(capfd, "bench", "hippocampus")
-    assert told.code == 2
-    assert "--data" in told.err
+def test_settings_need_a_data_folder(capfd):
+    outcome = flapsam(capfd, "bench", "hippocampus")
+    assert outcome.code == 2
+    assert "--data" in outcome.err
     assert "neither a file nor settings" in flapsam(capfd, "bench", "hippo").err

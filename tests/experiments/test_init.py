@@ -1,4 +1,4 @@
-"""Data → configuration → run, with nothing edited in between."""
+"""From data to configuration to run, with nothing edited in between."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,39 +29,39 @@ LAYOUTS: dict[str, tuple[Callable[[Path], object], dict, list[str]]] = {
 
 
 @pytest.mark.parametrize(("make", "labels", "sites"), LAYOUTS.values(), ids=LAYOUTS)
-def test_init_then_simulate(make, labels: dict, sites: list[str], tmp_path: Path, capfd, monkeypatch):
+def test_init_writes_a_usable_configuration(make, labels: dict, sites: list[str], tmp_path: Path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make(tmp_path / "data")
-    told = flapsam(capfd, "init", "data")
-    assert told.code == 0, told.err
-    assert "flapsam simulate run.yaml" in told.out
+    outcome = flapsam(capfd, "init", "data")
+    assert outcome.code == 0, outcome.err
+    assert "flapsam simulate run.yaml" in outcome.out
     config = read_config(tmp_path / "run.yaml")
     assert config.data.labels == labels
     assert [site.name for site in read_sites(config.data, config.seed)] == sites
     assert "# " in (tmp_path / "run.yaml").read_text()
-    told = flapsam(capfd, "simulate", "run.yaml", "--set", "rounds.count=1", "--set", "training.batch_size=12")
-    assert told.code == 0, told.err
+    outcome = flapsam(capfd, "simulate", "run.yaml", "--set", "rounds.count=1", "--set", "training.batch_size=12")
+    assert outcome.code == 0, outcome.err
     assert (tmp_path / "runs" / "run" / "adapter" / "flapsam.json").exists()
 
 
-def test_several_modalities_are_predicted_as_they_were_learned(tmp_path: Path, capfd, monkeypatch):
+def test_predict_reads_several_modalities_as_the_run_did(tmp_path: Path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     nnunet(tmp_path / "data", 2)
     flapsam(capfd, "init", "data")
-    told = flapsam(capfd, "simulate", "run.yaml", "--set", "rounds.count=1", "--set", "samples.size=64")
-    assert told.code == 0, told.err
-    told = flapsam(capfd, "predict", "runs/run", "data/imagesTr", "-o", "out")
-    assert told.code == 0, told.err
+    outcome = flapsam(capfd, "simulate", "run.yaml", "--set", "rounds.count=1", "--set", "samples.size=64")
+    assert outcome.code == 0, outcome.err
+    outcome = flapsam(capfd, "predict", "runs/run", "data/imagesTr", "-o", "out")
+    assert outcome.code == 0, outcome.err
     assert sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz")) == [f"case_{i}.nii.gz" for i in range(5)]
-    test = next((tmp_path / "runs" / "run" / "predictions" / "federated" / "all").iterdir())
-    again = read_label(tmp_path / "out" / test.name)
-    np.testing.assert_array_equal(again.array, read_label(test).array)
-    alone = flapsam(capfd, "predict", "runs/run", "data/imagesTr/case_0_0000.nii.gz", "-o", "other")
-    assert (alone.code, "it has 1 modalities, the adapter was trained on 2" in alone.err) == (1, True)
+    expected = next((tmp_path / "runs" / "run" / "predictions" / "federated" / "all").iterdir())
+    predicted = read_label(tmp_path / "out" / expected.name)
+    np.testing.assert_array_equal(predicted.array, read_label(expected).array)
+    single = flapsam(capfd, "predict", "runs/run", "data/imagesTr/case_0_0000.nii.gz", "-o", "other")
+    assert (single.code, "the image has 1 modality, but the adapter was trained on 2" in single.err) == (1, True)
 
 
 def ct(root: Path) -> None:
-    """Two sites of coronal CT slices, 240 × 100, the classes between 20 and 80 Hounsfield units."""
+    """Create two sites with coronal CT slices of 240 × 100 pixels and classes between 20 and 80 Hounsfield units."""
     rng = np.random.default_rng(0)
     affine = np.diag([1.0, 4.0, 1.0, 1.0])
     for site in ("a", "b"):
@@ -74,22 +74,23 @@ def ct(root: Path) -> None:
             save(label, root / site / "labels" / f"{index}.nii.gz", affine)
 
 
-def test_choices_by_hand(tmp_path: Path):
+def test_choices_match_hand_calculations(tmp_path: Path):
     ct(tmp_path / "data")
-    seen, estimate = initialise(tmp_path / "data", tmp_path / "run.yaml", Observer())
+    look, estimate = initialise(tmp_path / "data", tmp_path / "run.yaml", Observer())
     tree = yaml.safe_load((tmp_path / "run.yaml").read_text())
     assert tree["data"] == {"path": "data", "labels": {"label_5": 5}}
     assert tree["samples"] == {"size": 224, "axis": "coronal", "clip": [20, 80], "resize": "pad"}
-    # Three cases a site, 0.68 of them for training, five slices of which two are occupied: few, so the smallest batch.
+    # Each site has three cases, 0.68 of them for training, with two of five slices occupied. So few slices get the
+    # smallest batch size.
     assert tree["training"]["batch_size"] == 4
-    assert (seen.slices, seen.plane, seen.occupied) == (5, (240, 100), pytest.approx(0.4))
-    # A bit and a half a parameter and a little more, both ways, 20 rounds.
+    assert (look.slices, look.plane, look.occupied) == (5, (240, 100), pytest.approx(0.4))
+    # Slightly more than 1.5 bits per parameter, both ways, in 20 rounds.
     parameters = {row.strategy: row.parameters for row in strategy_table("sam-tiny", image_size=224, classes=1)}["flap"]
     assert 1.5 < estimate.bytes_a_site * 8 / (parameters * 2 * 20) < 1.7
     assert estimate.seconds > 0
 
 
-def test_a_data_set_that_is_known_gets_the_papers_clipping(tmp_path: Path):
+def test_a_known_data_set_gets_the_papers_clipping(tmp_path: Path):
     kits19(tmp_path / "data")
     initialise(tmp_path / "data", tmp_path / "run.yaml", Observer())
     config = read_config(tmp_path / "run.yaml")
@@ -97,19 +98,19 @@ def test_a_data_set_that_is_known_gets_the_papers_clipping(tmp_path: Path):
     assert config.data.labels["tumour"] == [2, 3, 4, 5]
 
 
-def test_a_file_that_is_there_is_kept(tmp_path: Path, capfd, monkeypatch):
+def test_an_existing_file_is_kept(tmp_path: Path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text("mine")
-    told = flapsam(capfd, "init", make_sites(tmp_path / "data"))
-    assert (told.code, "it is there already" in told.err) == (2, True)
+    outcome = flapsam(capfd, "init", make_sites(tmp_path / "data"))
+    assert (outcome.code, "already exists" in outcome.err) == (2, True)
     assert (tmp_path / "run.yaml").read_text() == "mine"
 
 
-def test_without_any_class_there_is_nothing_to_write(tmp_path: Path, capfd, monkeypatch):
+def test_data_without_any_class_are_an_error(tmp_path: Path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_sites(tmp_path / "data")
     for path in (tmp_path / "data").glob("*/labels/*"):
         save(np.zeros((20, 16, 6), np.uint8), path)
-    told = flapsam(capfd, "init", "data")
-    assert (told.code, "nothing to learn" in told.err) == (2, True)
+    outcome = flapsam(capfd, "init", "data")
+    assert (outcome.code, "nothing to learn" in outcome.err) == (2, True)
     assert not (tmp_path / "run.yaml").exists()

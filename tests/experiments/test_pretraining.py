@@ -1,4 +1,4 @@
-"""Synthetic scenes, and pretraining on them."""
+"""Synthetic scenes and pretraining on them."""
 
 import json
 import math
@@ -23,7 +23,7 @@ def scenes(seed: int, batch: int = 8, size: int = 64) -> Scenes:
     return draw_scenes(batch, size, torch.Generator().manual_seed(seed))
 
 
-def test_scenes_depend_on_their_seed_alone():
+def test_scenes_depend_only_on_their_seed():
     first, other = scenes(1), scenes(2)
     torch.rand(3)
     again = scenes(1)
@@ -32,45 +32,45 @@ def test_scenes_depend_on_their_seed_alone():
     assert not torch.equal(first.images, other.images)
 
 
-def test_what_a_scene_holds():
-    found = scenes(0, batch=32)
-    assert found.images.shape == (32, 3, 64, 64)
-    assert found.masks.shape == (32, len(TASKS), 64, 64)
-    assert found.levels.shape == (32, 64, 64)
-    assert found.images.min() >= 0
-    assert found.images.max() <= 1
-    assert set(found.masks.unique().tolist()) == {0, 1}
-    mask = {task: found.masks[:, index] > 0 for index, task in enumerate(TASKS)}
+def test_the_masks_and_levels_of_a_scene_are_consistent():
+    drawn = scenes(0, batch=32)
+    assert drawn.images.shape == (32, 3, 64, 64)
+    assert drawn.masks.shape == (32, len(TASKS), 64, 64)
+    assert drawn.levels.shape == (32, 64, 64)
+    assert drawn.images.min() >= 0
+    assert drawn.images.max() <= 1
+    assert set(drawn.masks.unique().tolist()) == {0, 1}
+    mask = {task: drawn.masks[:, index] > 0 for index, task in enumerate(TASKS)}
     for task in ("small objects", "elongated objects", "objects at the right", "largest object", "brightest object"):
         assert mask[task].any()
         assert not (mask[task] & ~mask["objects"]).any()
     assert not mask["objects at the right"][..., :32].any()
     assert torch.equal(mask["objects at the right"][..., 32:], mask["objects"][..., 32:])
     assert mask["centre"][:, 32, 32].all()
-    # Where nothing borders, a pixel and its neighbour are of one region, so of one level.
-    calm = ~(mask["borders"][:, :, 1:] | mask["borders"][:, :, :-1])
-    assert (found.levels.diff(dim=2)[calm] == 0).all()
+    # Away from borders, neighbouring pixels belong to the same region, so they have the same level.
+    interior = ~(mask["borders"][:, :, 1:] | mask["borders"][:, :, :-1])
+    assert (drawn.levels.diff(dim=2)[interior] == 0).all()
 
 
-def test_the_pretext_loss_by_hand():
-    """One scene of 2 × 2 pixels, one task of which half is true, all logits 0, levels right."""
+def test_the_pretext_loss_matches_a_hand_calculation():
+    """One scene of 2 × 2 pixels with one task, whose mask covers half of it. All logits are 0 and the levels are exact."""
     masks = torch.tensor([[[[1.0, 1.0], [0.0, 0.0]]]])
     levels = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])
     deviation = math.sqrt(4 * 0.25 / 3)
-    wanted = (levels - 0.5) / (deviation + 0.05)
-    outputs = torch.stack([torch.zeros(1, 2, 2), wanted], dim=1)
-    # Weights 0.5/(0.5 + 0.001); p = ½ everywhere: overlap 1, sums 4·¼ + 2.
+    target = (levels - 0.5) / (deviation + 0.05)
+    outputs = torch.stack([torch.zeros(1, 2, 2), target], dim=1)
+    # The weight is 0.5 / (0.5 + 0.001). As p = ½ everywhere, the overlap is 1 and the sums are 4 · ¼ + 2.
     expected = 0.5 / 0.501 * math.log(2) + 1 - (2 * 1 + 1) / (1 + 2 + 1)
     assert pretext_loss(outputs, Scenes(torch.zeros(1, 3, 2, 2), masks, levels)).item() == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_rate_rises_stays_and_falls():
+def test_the_learning_rate_rises_stays_constant_and_falls():
     recipe = Recipe(steps=100, warmup=10, decay=0.2, learning_rate=1.0)
     assert [rate(step, recipe) for step in (0, 4, 9, 50, 80, 90, 99)] == pytest.approx([0.1, 0.5, 1, 1, 1, 0.5, 0.05])
 
 
 class Interrupted(Observer):
-    """Stops the work after a number of steps."""
+    """Interrupts the work after a number of steps."""
 
     def __init__(self, steps: int) -> None:
         self.left = steps
@@ -81,7 +81,7 @@ class Interrupted(Observer):
             raise KeyboardInterrupt
 
 
-def test_stopped_and_resumed_it_ends_in_the_same_weights(tmp_path: Path):
+def test_resumed_pretraining_ends_with_the_same_weights(tmp_path: Path):
     pretrain(tmp_path / "whole", RECIPE, command="x", threads=1, every=2)
     with pytest.raises(KeyboardInterrupt):
         pretrain(tmp_path / "parts", RECIPE, command="x", threads=1, every=2, observer=Interrupted(3))
@@ -96,17 +96,17 @@ def test_stopped_and_resumed_it_ends_in_the_same_weights(tmp_path: Path):
         pretrain(tmp_path / "nothing", RECIPE, command="x", threads=1, resume=True)
 
 
-def test_quick(tmp_path: Path, capfd):
+def test_quick_pretraining_writes_a_usable_checkpoint(tmp_path: Path, capfd):
     outcome = flapsam(capfd, "pretrain", tmp_path, "--quick", "--json")
     assert outcome.code == 0, outcome.err
     scores = json.loads(outcome.out)
     assert scores.keys() == {*TASKS, "mean"}
     assert all(0 <= value <= 1 for value in scores.values())
     with safe_open(tmp_path / "weights.safetensors", framework="pt") as file:
-        about = file.metadata()
-    assert about["command"] == "flapsam pretrain --quick --seed 0"
-    assert about["steps"] == "20"
-    assert json.loads(about["held_out_iou"]).keys() == scores.keys()
+        metadata = file.metadata()
+    assert metadata["command"] == "flapsam pretrain --quick --seed 0"
+    assert metadata["steps"] == "20"
+    assert json.loads(metadata["held_out_iou"]).keys() == scores.keys()
     outcome = flapsam(capfd, "backbone", "info", tmp_path / "weights.safetensors", "--json")
     assert json.loads(outcome.out)["architecture"] == "sam-tiny"
     for size in (64, 128):

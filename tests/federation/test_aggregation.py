@@ -1,4 +1,4 @@
-"""Every aggregator against float64 NumPy and SciPy."""
+"""Every aggregator, compared with float64 NumPy and SciPy."""
 
 import weakref
 from collections.abc import Callable
@@ -16,35 +16,35 @@ from tests.helpers.golden import golden
 
 RANK = 4
 LAYERS = {"tall": (40, 24), "wide": (24, 40), "square": (32, 32)}
-"""Name → (out, in)."""
+"""Layer → shape of its weight, (out, in)."""
 TRAINED_WEIGHT = "square.weight"
-"""Of the layers' own weights the one that clients train too, as where the whole decoder trains."""
+"""The one layer weight that clients train too, as when the whole decoder trains."""
 MEANS_OF_FACTORS = [name for name in AGGREGATORS if not name.startswith("flexlora")]
 Tensors = dict[str, Tensor]
 
 
 def globals_before(seed: int = 100) -> Tensors:
-    """Global tensors; the factors are balanced, BᵀB = AAᵀ, in a basis of their own."""
-    draw = np.random.default_rng(seed)
-    tensors = {"output.bias": draw.normal(size=7), "output.kernel": draw.normal(size=(6, 5, 2, 2))}
+    """Global tensors before a round. The factors are balanced, BᵀB = AAᵀ, in a random basis."""
+    rng = np.random.default_rng(seed)
+    tensors = {"output.bias": rng.normal(size=7), "output.kernel": rng.normal(size=(6, 5, 2, 2))}
     for layer, (rows, columns) in LAYERS.items():
-        u, s, vt = np.linalg.svd(draw.normal(size=(rows, columns)))
-        turn = np.linalg.qr(draw.normal(size=(RANK, RANK)))[0]
-        tensors[layer + B] = u[:, :RANK] * np.sqrt(s[:RANK]) @ turn
-        tensors[layer + A] = turn.T @ (np.sqrt(s[:RANK])[:, None] * vt[:RANK])
-        tensors[layer + ".weight"] = draw.normal(size=(rows, columns))
+        u, s, vt = np.linalg.svd(rng.normal(size=(rows, columns)))
+        rotation = np.linalg.qr(rng.normal(size=(RANK, RANK)))[0]
+        tensors[layer + B] = u[:, :RANK] * np.sqrt(s[:RANK]) @ rotation
+        tensors[layer + A] = rotation.T @ (np.sqrt(s[:RANK])[:, None] * vt[:RANK])
+        tensors[layer + ".weight"] = rng.normal(size=(rows, columns))
     return {name: torch.tensor(tensor, dtype=torch.float32) for name, tensor in tensors.items()}
 
 
 def client(name: str, previous: Tensors, seed: int, rank: int = RANK, number: int = 1) -> Tensors:
-    """What a client sends in a round: the tensors at its rank, moved at random."""
-    draw, method = torch.Generator().manual_seed(seed), aggregator(name, RANK)
+    """The tensors that a client sends in a round: the global ones, cut to its rank and perturbed."""
+    generator, method = torch.Generator().manual_seed(seed), aggregator(name, RANK)
     sent = {}
     for tensor_name, tensor in previous.items():
         part = tensor[:rank] if tensor_name.endswith(A) else tensor[:, :rank] if tensor_name.endswith(B) else tensor
         untrained = tensor_name.removesuffix(".weight") in LAYERS and tensor_name != TRAINED_WEIGHT
         if not untrained and method.up(tensor_name, number):
-            sent[tensor_name] = part + 0.3 * torch.randn(part.shape, generator=draw)
+            sent[tensor_name] = part + 0.3 * torch.randn(part.shape, generator=generator)
     return sent
 
 
@@ -54,11 +54,11 @@ def aggregate(name: str, sent: list[Tensors], weights: list[float], previous: Te
 
 
 def stacked(tensor_name: str, sent: list[Tensors], previous: Tensors) -> np.ndarray:
-    """A tensor of all clients, float64: with zeros where a rank is smaller, the previous one where it was not sent."""
+    """One tensor of all clients, float64. Smaller ranks are padded with zeros, and unsent tensors are the previous ones."""
     stack = np.zeros((len(sent), *previous[tensor_name].shape))
-    for place, tensors in zip(stack, sent, strict=True):
+    for target, tensors in zip(stack, sent, strict=True):
         part = tensors.get(tensor_name, previous[tensor_name]).numpy()
-        place[tuple(slice(length) for length in part.shape)] = part
+        target[tuple(slice(length) for length in part.shape)] = part
     return stack
 
 
@@ -108,8 +108,8 @@ def ridge_product(b: np.ndarray, a: np.ndarray, weights: Weights) -> np.ndarray:
     return (b_mean + change.T) @ a_mean
 
 
-def of_factors(middle: Callable) -> Callable:
-    return lambda b, a, weights: middle(b, weights) @ middle(a, weights)
+def of_factors(average: Callable) -> Callable:
+    return lambda b, a, weights: average(b, weights) @ average(a, weights)
 
 
 EXPECTED: dict[str, tuple[Callable, Callable]] = {
@@ -123,7 +123,7 @@ EXPECTED: dict[str, tuple[Callable, Callable]] = {
     "median": (median, of_factors(median)),
     "trimmed-mean": (trimmed, of_factors(trimmed)),
 }
-"""Name → what becomes of a tensor by itself, and of a layer's product; a new aggregator has its own here."""
+"""Name → expected aggregate of a single tensor, and of a layer's product. Every aggregator needs an entry here."""
 
 WEIGHTS = {
     "equal": [1.0] * 12,
@@ -136,38 +136,40 @@ WEIGHTS = {
 @pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
 @pytest.mark.parametrize("ranks", [[4], [2, 4, 3]], ids=["equal ranks", "mixed ranks"])
 @pytest.mark.parametrize("count", [1, 2, 5, 12])
-def test_what_an_aggregator_gives(name: str, count: int, ranks: list[int], weights: list[float]):
-    middle, layer_product = EXPECTED[name]
+def test_aggregators_match_numpy(name: str, count: int, ranks: list[int], weights: list[float]):
+    average, layer_product = EXPECTED[name]
     previous, weights = globals_before(), weights[:count]
     for number in (1, 2):
         sent = [client(name, previous, seed, ranks[seed % len(ranks)], number) for seed in range(count)]
         result = aggregate(name, sent, weights, previous, number)
         assert {n: (t.shape, t.dtype) for n, t in result.items()} == {n: (t.shape, t.dtype) for n, t in previous.items()}
         assert all(tensor.is_contiguous() for tensor in result.values())
-        for own in ("output.bias", "output.kernel"):
-            np.testing.assert_allclose(result[own], middle(stacked(own, sent, previous), weights), atol=1e-6)
+        for tensor_name in ("output.bias", "output.kernel"):
+            expected = average(stacked(tensor_name, sent, previous), weights)
+            np.testing.assert_allclose(result[tensor_name], expected, atol=1e-6)
         for layer in LAYERS:
-            own = middle(stacked(f"{layer}.weight", sent, previous), weights)
-            expected = own + layer_product(*factors(layer, sent, previous), weights)
+            base_weight = average(stacked(f"{layer}.weight", sent, previous), weights)
+            expected = base_weight + layer_product(*factors(layer, sent, previous), weights)
             np.testing.assert_allclose(result[f"{layer}.weight"].numpy() + product(result, layer), expected, atol=1e-5)
         method = aggregator(name, RANK)
         for tensor_name, tensor in result.items():
-            base = method.base_weights and tensor_name.removesuffix(".weight") in LAYERS
-            if tensor_name not in sent[0] and not base:
+            may_change = method.base_weights and tensor_name.removesuffix(".weight") in LAYERS
+            if tensor_name not in sent[0] and not may_change:
                 assert torch.equal(tensor, previous[tensor_name])
             assert method.down(tensor_name, number) or torch.equal(tensor, previous[tensor_name])
 
 
 @pytest.mark.parametrize("name", AGGREGATORS)
-def test_a_client_of_weight_0_is_as_if_it_were_not_there(name: str):
+def test_a_client_of_weight_0_is_ignored(name: str):
     previous = globals_before()
     sent = [client(name, previous, seed) for seed in range(4)]
-    with_it, without = aggregate(name, sent, [1, 2, 3, 0], previous), aggregate(name, sent[:3], [1, 2, 3], previous)
-    assert all(torch.equal(with_it[n], without[n]) for n in previous)
+    with_client = aggregate(name, sent, [1, 2, 3, 0], previous)
+    without_client = aggregate(name, sent[:3], [1, 2, 3], previous)
+    assert all(torch.equal(with_client[n], without_client[n]) for n in previous)
 
 
 @pytest.mark.parametrize("name", AGGREGATORS)
-def test_without_weight_there_is_no_mean(name: str):
+def test_a_total_weight_of_0_is_an_error(name: str):
     previous = globals_before()
     for sent in ([client(name, previous, 0)], []):
         with pytest.raises(ValueError, match="no client"):
@@ -176,7 +178,7 @@ def test_without_weight_there_is_no_mean(name: str):
 
 @pytest.mark.parametrize("name", AGGREGATORS)
 @pytest.mark.parametrize("count", [1, 3, 10, 12])
-def test_equal_clients_give_themselves(name: str, count: int):
+def test_the_aggregate_of_equal_clients_is_their_tensors(name: str, count: int):
     previous = globals_before()
     sent = client(name, previous, seed=0)
     result = aggregate(name, [sent] * count, WEIGHTS["not normalised"][:count], previous)
@@ -188,7 +190,7 @@ def test_equal_clients_give_themselves(name: str, count: int):
 
 
 @pytest.mark.parametrize("name", AGGREGATORS)
-def test_factors_that_nobody_changed_come_back_where_the_basis_is_kept(name: str):
+def test_unchanged_factors_are_returned_if_the_basis_is_kept(name: str):
     previous = globals_before()
     result = aggregate(name, [previous] * 3, [1, 2, 3], previous)
     for layer in LAYERS:
@@ -197,7 +199,7 @@ def test_factors_that_nobody_changed_come_back_where_the_basis_is_kept(name: str
 
 
 @pytest.mark.parametrize("name", AGGREGATORS)
-def test_before_the_first_step_the_product_stays_0(name: str):
+def test_the_product_stays_0_while_b_is_0(name: str):
     previous = globals_before()
     previous |= {layer + B: torch.zeros_like(previous[layer + B]) for layer in LAYERS}
     result = aggregate(name, [previous] * 3, [1, 1, 1], previous)
@@ -207,7 +209,7 @@ def test_before_the_first_step_the_product_stays_0(name: str):
 
 
 @pytest.mark.parametrize("name", AGGREGATORS)
-def test_the_same_again_is_the_same_to_the_last_bit(name: str):
+def test_aggregation_is_deterministic(name: str):
     previous = globals_before()
     sent = [client(name, previous, seed) for seed in range(3)]
     first, second = (aggregate(name, sent, [1, 2, 3], previous) for _ in range(2))
@@ -215,46 +217,46 @@ def test_the_same_again_is_the_same_to_the_last_bit(name: str):
 
 
 @pytest.mark.parametrize("name", AGGREGATORS)
-def test_what_is_held_of_clients_does_not_grow_with_their_number(name: str):
-    alive = most = 0
+def test_memory_does_not_grow_with_the_number_of_clients(name: str):
+    alive = peak = 0
 
-    def let_go(numbers: int) -> None:
+    def release(size: int) -> None:
         nonlocal alive
-        alive -= numbers
+        alive -= size
 
     def read(tensors: Tensors, tensor_name: str, rows: slice) -> Tensor:
-        nonlocal alive, most
+        nonlocal alive, peak
         tensor = tensors[tensor_name][rows].clone()
-        weakref.finalize(tensor, let_go, tensor.numel())
+        weakref.finalize(tensor, release, tensor.numel())
         alive += tensor.numel()
-        most = max(most, alive)
+        peak = max(peak, alive)
         return tensor
 
-    held = []
+    peaks = []
     for count in (10, 60):
         previous = globals_before()
         sent = client(name, previous, seed=0)
-        most = 0
+        peak = 0
         replies = [Reply(1.0, frozenset(sent), lambda n, rows, sent=sent: read(sent, n, rows))] * count
         aggregator(name, RANK).aggregate(replies, previous, 1)
-        held.append(most)
-    assert held[1] <= held[0]
+        peaks.append(peak)
+    assert peaks[1] <= peaks[0]
 
 
-def test_what_travels_up_and_down():
+def test_only_the_expected_tensors_travel():
     names = list(globals_before())
     unsent = {"ffa-lora": (A, A), "rolora": (A, B)}
     for name in AGGREGATORS:
         method = aggregator(name, RANK)
         for number in (1, 2, 3, 4):
-            resting = unsent[name][(number - 1) % 2] if name in unsent else None
-            expected = [n for n in names if resting is None or not n.endswith(resting)]
+            frozen = unsent[name][(number - 1) % 2] if name in unsent else None
+            expected = [n for n in names if frozen is None or not n.endswith(frozen)]
             assert [n for n in names if method.up(n, number)] == expected
             assert [n for n in names if method.down(n, number)] == expected
 
 
 @pytest.mark.parametrize("count", [1, 5, 40])
-def test_flexlora_gives_the_singular_values_to_a(count: int):
+def test_flexlora_puts_the_singular_values_into_a(count: int):
     previous, weights = globals_before(), [1.0 + i % 5 for i in range(count)]
     sent = [client("flexlora", previous, seed) for seed in range(count)]
     result = aggregate("flexlora", sent, weights, previous)
@@ -266,7 +268,7 @@ def test_flexlora_gives_the_singular_values_to_a(count: int):
         np.testing.assert_allclose(a @ a.T, np.diag(s**2), rtol=1e-5, atol=1e-3)
 
 
-def test_flexlora_holds_no_factors_wider_than_the_layer(monkeypatch: pytest.MonkeyPatch):
+def test_flexlora_keeps_no_factors_wider_than_the_layer(monkeypatch: pytest.MonkeyPatch):
     widths, previous, real = [], globals_before(), flexlora.left_vectors
 
     def watched(left: Tensor, right: Tensor, rank: int) -> Tensor:
@@ -281,7 +283,7 @@ def test_flexlora_holds_no_factors_wider_than_the_layer(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("name", AGGREGATORS)
 @pytest.mark.parametrize("count", [1, 3, 12])
-def test_equal_clients_of_half_the_rank_give_their_product(name: str, count: int):
+def test_equal_clients_of_half_the_rank_keep_their_product(name: str, count: int):
     previous = globals_before()
     sent = [client(name, previous, seed=0, rank=2)] * count
     result = aggregate(name, sent, [1.0] * count, previous)
@@ -302,7 +304,7 @@ def test_flexlora_reproduces_the_reference():
     torch.testing.assert_close(result["layer" + B] @ result["layer" + A], tensors["product_rank_r"], atol=1e-5, rtol=0)
 
 
-def test_flexlora_aligned_is_the_mean_a_within_the_products_row_space():
+def test_flexlora_aligned_projects_the_mean_a_onto_the_products_row_space():
     previous, weights = globals_before(), [1.0, 2.0, 3.0]
     sent = [client("flexlora", previous, seed) for seed in range(3)]
     result = aggregate("flexlora-aligned", sent, weights, previous)
@@ -315,7 +317,7 @@ def test_flexlora_aligned_is_the_mean_a_within_the_products_row_space():
 
 
 @pytest.mark.parametrize("name", MEANS_OF_FACTORS)
-def test_factors_are_averaged_one_by_one(name: str):
+def test_factors_are_averaged_separately(name: str):
     previous, weights = globals_before(), WEIGHTS["unequal, one of 0"][:5]
     sent = [client(name, previous, seed, [2, 4, 3][seed % 3]) for seed in range(5)]
     result = aggregate(name, sent, weights, previous)
@@ -327,24 +329,24 @@ def test_factors_are_averaged_one_by_one(name: str):
 
 @pytest.mark.parametrize("name", ["median", "trimmed-mean"])
 @pytest.mark.parametrize("values", [1, 300])
-def test_a_few_rows_at_a_time_give_the_same(name: str, values: int, monkeypatch: pytest.MonkeyPatch):
+def test_aggregating_in_blocks_of_rows_changes_nothing(name: str, values: int, monkeypatch: pytest.MonkeyPatch):
     previous = globals_before()
     sent = [client(name, previous, seed, rank=2 + seed % 3) for seed in range(6)]
-    whole = aggregate(name, sent, [1.0] * 6, previous)
+    at_once = aggregate(name, sent, [1.0] * 6, previous)
     monkeypatch.setattr(trimmed_mean, "VALUES", values)
     read = []
     replies = [
         Reply(1.0, frozenset(tensors), lambda n, rows, t=tensors: read.append((n, rows)) or t[n][rows]) for tensors in sent
     ]
-    parts = aggregator(name, RANK).aggregate(replies, previous, 1)
-    assert all(torch.equal(parts[n], whole[n]) for n in previous)
+    in_blocks = aggregator(name, RANK).aggregate(replies, previous, 1)
+    assert all(torch.equal(in_blocks[n], at_once[n]) for n in previous)
     for tensor_name, rows in read:
         row = previous[tensor_name][0].numel()
         assert (rows.stop - rows.start) * row * len(sent) <= max(values, row * len(sent))
 
 
 @pytest.mark.parametrize(("name", "liars", "count"), [("median", 2, 5), ("trimmed-mean", 1, 5)])
-def test_liars_move_nothing_beyond_what_the_others_sent(name: str, liars: int, count: int):
+def test_malicious_clients_cannot_move_a_tensor_beyond_the_honest_range(name: str, liars: int, count: int):
     previous = globals_before()
     sent = [client(name, previous, seed) for seed in range(count)]
     lies = [{n: torch.full_like(t, 1e9) for n, t in tensors.items()} for tensors in sent[:liars]]
@@ -354,16 +356,16 @@ def test_liars_move_nothing_beyond_what_the_others_sent(name: str, liars: int, c
         assert (result[tensor_name] <= honest.amax(dim=0)).all() and (result[tensor_name] >= honest.amin(dim=0)).all()
 
 
-def test_lora_fair_of_a_that_is_0():
+def test_lora_fair_keeps_all_tensors_if_a_is_0():
     previous = {n: torch.zeros_like(t) if n.endswith(A) else t for n, t in globals_before().items()}
     result = aggregate("lora-fair", [previous] * 2, [1, 1], previous)
     assert all(torch.equal(result[n], previous[n]) for n in previous)
 
 
-def test_layers_with_adapters():
+def test_lora_layers_are_found_by_their_factors():
     assert lora_layers(globals_before()) == sorted(LAYERS)
 
 
-def test_unknown_name():
+def test_an_unknown_aggregator_is_an_error():
     with pytest.raises(FlapsamError, match="aggregator 'krum' is unknown; choose one of fedavg, flexlora"):
         aggregator("krum", 4)

@@ -1,4 +1,4 @@
-"""Server and clients by themselves, without an engine: prepare, execute, assert."""
+"""The server's and the clients' state, without an engine."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def agreement(run: str = "r", codec: str = "fp32", **fields: object) -> Agreemen
     return Agreement(run, START, START.keys(), aggregator("fedavg", 1), Compression(codec=codec, density=0.5), **fields)  # type: ignore[arg-type]
 
 
-def server(folder: Path, run: str = "r", codec: str = "fp32") -> Server:
+def make_server(folder: Path, run: str = "r", codec: str = "fp32") -> Server:
     return Server(agreement(run, codec), {"a": 0.25, "b": 0.75}, ServerState(folder))
 
 
@@ -33,166 +33,166 @@ def reply(sender: str, value: float, *, run: str = "r", number: int = 1, contrac
 
 
 def opened(packet: bytes, codec: str = "fp32") -> tuple[Header, dict[str, Tensor]]:
-    """A packet from the server."""
+    """Decode a packet from the server."""
     agreed = agreement(codec=codec)
     return decode(packet, lambda header: agreed.from_server(header, 1), agreed.contract.tensor_bytes)
 
 
-def tensors(made: Server) -> dict[str, Tensor]:
-    """What a site finds in the newest packet."""
-    (packet,) = made.packets("a", made.rounds_done - 1)
+def tensors(server: Server) -> dict[str, Tensor]:
+    """The tensors that a site receives in the newest packet."""
+    (packet,) = server.packets("a", server.rounds_done - 1)
     return opened(packet)[1]
 
 
-def test_a_round(tmp_path: Path):
-    made = server(tmp_path)
-    made.receive(reply("b", 4.0), "b")
-    made.receive(reply("a", 8.0), "a")
-    assert made.close_round() == 1
-    assert tensors(made)["w"].tolist() == [5.0, 5.0]  # 0.25 · 8 + 0.75 · 4
-    header = opened(made.packets("a", 0)[0])[0]
+def test_a_round_aggregates_the_replies(tmp_path: Path):
+    server = make_server(tmp_path)
+    server.receive(reply("b", 4.0), "b")
+    server.receive(reply("a", 8.0), "a")
+    assert server.close_round() == 1
+    assert tensors(server)["w"].tolist() == [5.0, 5.0]  # 0.25 · 8 + 0.75 · 4
+    header = opened(server.packets("a", 0)[0])[0]
     assert (header.round, header.sender, header.run) == (1, SERVER, "r")
 
 
-def test_the_first_packet_says_only_that_a_round_begins(tmp_path: Path):
-    (packet,) = server(tmp_path).packets("a", 0)
-    header, found = opened(packet)
-    assert (header.round, header.base, found) == (0, 0, {})
+def test_the_first_packet_carries_no_tensors(tmp_path: Path):
+    (packet,) = make_server(tmp_path).packets("a", 0)
+    header, received = opened(packet)
+    assert (header.round, header.base, received) == (0, 0, {})
 
 
-def test_weights_are_normalised_over_those_who_answered(tmp_path: Path):
-    made = server(tmp_path)
-    made.receive(reply("a", 8.0), "a")
-    made.close_round()
-    assert tensors(made)["w"].tolist() == [8.0, 8.0]
+def test_weights_are_normalised_over_the_sites_that_answered(tmp_path: Path):
+    server = make_server(tmp_path)
+    server.receive(reply("a", 8.0), "a")
+    server.close_round()
+    assert tensors(server)["w"].tolist() == [8.0, 8.0]
 
 
 REFUSED = {
-    "other run": (reply("a", 1.0, run="x"), "of another run"),
-    "stranger": (reply("c", 1.0), "'c', who is not among the sites"),
-    "other site": (reply("b", 1.0), "'b' in the place of 'a'"),
-    "early": (reply("a", 1.0, number=2), "of round 2, the round is 1"),
+    "other run": (reply("a", 1.0, run="x"), "it belongs to another run"),
+    "stranger": (reply("c", 1.0), "its sender is 'c', which is not a site of this run"),
+    "other site": (reply("b", 1.0), "its sender is 'b', but it came from 'a'"),
+    "early": (reply("a", 1.0, number=2), "it answers round 2, but the current round is 1"),
     "other contract": (reply("a", 1.0, contract=Contract({"w": (2,)})), "another contract"),
     "not a number": (reply("a", float("nan")), "NaN"),
 }
 
 
 @pytest.mark.parametrize(("packet", "reason"), REFUSED.values(), ids=REFUSED)
-def test_a_bad_reply_is_refused_and_the_round_goes_on(packet: bytes, reason: str, tmp_path: Path):
-    made = server(tmp_path)
+def test_a_bad_reply_is_refused_and_the_round_continues(packet: bytes, reason: str, tmp_path: Path):
+    server = make_server(tmp_path)
     with pytest.raises(PacketRefused, match=reason):
-        made.receive(packet, "a")
-    made.receive(reply("b", 4.0), "b")
-    made.close_round()
-    assert tensors(made)["w"].tolist() == [4.0, 4.0]
+        server.receive(packet, "a")
+    server.receive(reply("b", 4.0), "b")
+    server.close_round()
+    assert tensors(server)["w"].tolist() == [4.0, 4.0]
 
 
 def test_a_late_reply_is_refused(tmp_path: Path):
-    made = server(tmp_path)
-    made.receive(reply("a", 1.0), "a")
-    made.close_round()
-    with pytest.raises(PacketRefused, match="of round 1, the round is 2"):
-        made.receive(reply("b", 1.0), "b")
+    server = make_server(tmp_path)
+    server.receive(reply("a", 1.0), "a")
+    server.close_round()
+    with pytest.raises(PacketRefused, match="it answers round 1, but the current round is 2"):
+        server.receive(reply("b", 1.0), "b")
 
 
 def test_a_repeated_reply_is_refused(tmp_path: Path):
-    made = server(tmp_path)
-    made.receive(reply("a", 1.0), "a")
-    with pytest.raises(PacketRefused, match="a has answered this round already"):
-        made.receive(reply("a", 2.0), "a")
+    server = make_server(tmp_path)
+    server.receive(reply("a", 1.0), "a")
+    with pytest.raises(PacketRefused, match="a has already answered this round"):
+        server.receive(reply("a", 2.0), "a")
 
 
-def test_without_any_reply_a_round_cannot_end(tmp_path: Path):
+def test_a_round_without_replies_cannot_be_closed(tmp_path: Path):
     with pytest.raises(FlapsamError, match="round 1: no site"):
-        server(tmp_path).close_round()
+        make_server(tmp_path).close_round()
 
 
-def test_a_restarted_server_goes_on_where_it_stood(tmp_path: Path):
-    first = server(tmp_path)
+def test_a_restarted_server_resumes_after_its_last_round(tmp_path: Path):
+    first = make_server(tmp_path)
     first.receive(reply("a", 8.0), "a")
     first.close_round()
     first.receive(reply("a", 16.0, number=2), "a")
-    second = server(tmp_path)
+    second = make_server(tmp_path)
     assert second.rounds_done == 1
     assert second.tensors["w"].tolist() == [8.0, 8.0]
-    # The open round's replies are sent again.
+    # Clients send their replies of the open round again.
     second.receive(reply("a", 16.0, number=2), "a")
 
 
-def test_a_server_does_not_go_on_with_another_run(tmp_path: Path):
-    server(tmp_path)
+def test_a_server_does_not_resume_another_run(tmp_path: Path):
+    make_server(tmp_path)
     with pytest.raises(FlapsamError, match="another run"):
-        server(tmp_path, run="other")
+        make_server(tmp_path, run="other")
 
 
 def change(site: str, number: int, values: list[float]) -> bytes:
-    """With ``topk`` at a half one of the two numbers travels, the larger."""
+    """Encode a client's packet. With ``topk`` at a density of 0.5, only the larger of the two values travels."""
     header = Header(run="r", round=number, base=number - 1, sender=site)
     return encode(header, agreement(codec="topk").contract, {"w": torch.tensor(values)})
 
 
-def test_what_is_lost_on_the_way_down_comes_with_the_next_packet(tmp_path: Path):
-    made = server(tmp_path, codec="topk")
-    made.receive(change("a", 1, [4.0, 0.0]), "a")
-    made.receive(change("b", 1, [0.0, 8.0]), "b")
-    made.close_round()
-    # The mean is 0.25 · (4, 0) + 0.75 · (0, 8) = (1, 6); of it only the 6 travels.
-    assert opened(made.packets("a", 0)[0], "topk")[1]["w"].tolist() == [0.0, 6.0]
-    assert made.tensors["w"].tolist() == [0.0, 6.0]
-    assert made.globals["w"].tolist() == [1.0, 6.0]
-    made.receive(change("b", 2, [2.0, 0.0]), "b")
-    made.close_round()
-    # The global tensors are (3, 6), the sites have (0, 6): 3 travels.
-    assert opened(made.packets("a", 1)[0], "topk")[1]["w"].tolist() == [3.0, 0.0]
-    assert made.tensors["w"].tolist() == [3.0, 6.0]
-    # A restart changes nothing of it.
-    again = server(tmp_path, codec="topk")
-    assert again.tensors["w"].tolist() == [3.0, 6.0]
-    assert again.packets("a", 1) == made.packets("a", 1)
+def test_the_compression_error_is_sent_with_the_next_packet(tmp_path: Path):
+    server = make_server(tmp_path, codec="topk")
+    server.receive(change("a", 1, [4.0, 0.0]), "a")
+    server.receive(change("b", 1, [0.0, 8.0]), "b")
+    server.close_round()
+    # The mean is 0.25 · (4, 0) + 0.75 · (0, 8) = (1, 6). Only the 6 travels.
+    assert opened(server.packets("a", 0)[0], "topk")[1]["w"].tolist() == [0.0, 6.0]
+    assert server.tensors["w"].tolist() == [0.0, 6.0]
+    assert server.globals["w"].tolist() == [1.0, 6.0]
+    server.receive(change("b", 2, [2.0, 0.0]), "b")
+    server.close_round()
+    # The global tensors are (3, 6) and the sites have (0, 6), so the 3 travels.
+    assert opened(server.packets("a", 1)[0], "topk")[1]["w"].tolist() == [3.0, 0.0]
+    assert server.tensors["w"].tolist() == [3.0, 6.0]
+    # A restart changes nothing.
+    restarted = make_server(tmp_path, codec="topk")
+    assert restarted.tensors["w"].tolist() == [3.0, 6.0]
+    assert restarted.packets("a", 1) == server.packets("a", 1)
 
 
-def test_a_site_that_missed_rounds_gets_every_packet_since_or_all_tensors_if_these_are_less(tmp_path: Path):
+def test_a_site_that_missed_rounds_gets_the_missed_packets_or_all_tensors_if_smaller(tmp_path: Path):
     start = {"w": torch.zeros(4000)}
     agreed = Agreement("r", start, start.keys(), aggregator("fedavg", 1), Compression(codec="topk-int8", density=0.25))
-    made = Server(agreed, {"a": 1.0}, ServerState(tmp_path))
-    draw = torch.Generator().manual_seed(0)
+    server = Server(agreed, {"a": 1.0}, ServerState(tmp_path))
+    generator = torch.Generator().manual_seed(0)
     for number in range(1, 21):
         header = Header(run="r", round=number, base=number - 1, sender="a")
-        made.receive(encode(header, agreed.contract, {"w": torch.randn(4000, generator=draw)}), "a")
-        made.close_round()
+        server.receive(encode(header, agreed.contract, {"w": torch.randn(4000, generator=generator)}), "a")
+        server.close_round()
 
     def read(packet: bytes) -> tuple[Header, dict[str, Tensor]]:
         return decode(packet, lambda header: agreed.from_server(header, 1), agreed.contract.tensor_bytes)
 
-    chain = made.packets("a", 17)
+    chain = server.packets("a", 17)
     assert [read(packet)[0].base for packet in chain] == [17, 18, 19]
-    (whole,) = made.packets("a", 0)
-    header, found = read(whole)
+    (whole,) = server.packets("a", 0)
+    header, received = read(whole)
     assert header.base is None
-    assert torch.equal(found["w"], made.tensors["w"])
-    # What is kept is no more than 16,000 bytes of tensors and one packet.
+    assert torch.equal(received["w"], server.tensors["w"])
+    # The server keeps no more than 16,000 bytes of tensors and one packet.
     assert 16_000 < sum(path.stat().st_size for path in tmp_path.glob("packet-*")) < 16_000 + len(chain[0]) * 1.1
 
 
-def test_a_smaller_rank_gets_and_gives_a_part_of_each_adapter(tmp_path: Path):
+def test_a_site_with_a_smaller_rank_exchanges_part_of_each_adapter(tmp_path: Path):
     a, b = "l.lora_A.weight", "l.lora_B.weight"
     start = {a: torch.ones(4, 6), b: torch.zeros(5, 4)}
     agreed = Agreement("r", start, start.keys(), aggregator("fedavg", 4), ranks={"small": 2})
     assert agreed.up("small", 1).shapes == {a: (2, 6), b: (5, 2)}
     assert agreed.up("large", 1).shapes == {a: (4, 6), b: (5, 4)}
-    made = Server(agreed, {"large": 0.5, "small": 0.5}, ServerState(tmp_path))
+    server = Server(agreed, {"large": 0.5, "small": 0.5}, ServerState(tmp_path))
     for site, rank in (("large", 4), ("small", 2)):
         header = Header(run="r", round=1, base=0, sender=site)
-        made.receive(encode(header, agreed.up(site, 1), {a: torch.ones(rank, 6), b: torch.ones(5, rank)}), site)
-    made.close_round()
-    # Rows that the small site lacks count as zeros: their mean is a half.
-    assert made.tensors[a][:, 0].tolist() == [1.0, 1.0, 0.5, 0.5]
-    (packet,) = made.packets("small", 0)
-    _, found = decode(packet, lambda header: agreed.from_server(header, 2), agreed.contract.tensor_bytes)
-    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == {a: (2, 6), b: (5, 2)}
+        server.receive(encode(header, agreed.up(site, 1), {a: torch.ones(rank, 6), b: torch.ones(5, rank)}), site)
+    server.close_round()
+    # Rows that the small site lacks count as zeros, so their mean is 0.5.
+    assert server.tensors[a][:, 0].tolist() == [1.0, 1.0, 0.5, 0.5]
+    (packet,) = server.packets("small", 0)
+    _, received = decode(packet, lambda header: agreed.from_server(header, 2), agreed.contract.tensor_bytes)
+    assert {name: tuple(tensor.shape) for name, tensor in received.items()} == {a: (2, 6), b: (5, 2)}
 
 
-def test_rounds_are_settled_when_the_best_no_longer_rises():
+def test_a_run_is_settled_when_its_best_score_no_longer_rises():
     rising, flat = [0.1, 0.5, 0.6, 0.7], [0.1, 0.5, None, 0.501, 0.4]
     assert not settled(rising, 2, 0.002)
     assert settled(flat, 2, 0.002)
@@ -201,20 +201,20 @@ def test_rounds_are_settled_when_the_best_no_longer_rises():
     assert not settled([0.5, 0.5], 2, 0.0)
 
 
-# θ = 1, mean 3, so Δ = 2; η 0.5, β₁ 0.9, β₂ 0.99, τ 0.1; two rounds with the same Δ, by hand.
+# Computed by hand for two rounds with the same Δ = 2: θ = 1, mean 3, η = 0.5, β₁ = 0.9, β₂ = 0.99, τ = 0.1.
 STEPS = {
     "none": (3.0, 5.0),
-    # m = 2, then 3.8.
+    # m is 2, then 3.8.
     "fedavgm": (1 + 0.5 * 2, 2 + 0.5 * 3.8),
-    # m = 0.2, 0.38; v = 0.04, 0.0796.
+    # m is 0.2, then 0.38. v is 0.04, then 0.0796.
     "fedadam": (1 + 0.5 * 0.2 / (0.04**0.5 + 0.1), 1 + 0.5 * 0.2 / (0.04**0.5 + 0.1) + 0.5 * 0.38 / (0.0796**0.5 + 0.1)),
-    # v = 0 − 0.01 · 4 · sign(0 − 4) = 0.04, then 0.08.
+    # v is 0 − 0.01 · 4 · sign(0 − 4) = 0.04, then 0.08.
     "fedyogi": (1 + 0.5 * 0.2 / (0.04**0.5 + 0.1), 1 + 0.5 * 0.2 / (0.04**0.5 + 0.1) + 0.5 * 0.38 / (0.08**0.5 + 0.1)),
 }
 
 
 @pytest.mark.parametrize("name", SERVER_OPTIMIZERS)
-def test_server_optimizers_by_hand(name: str):
+def test_server_optimizers_match_hand_calculations(name: str):
     options = ServerOptions(optimizer=name, learning_rate=0.5, momentum=0.9, second_moment=0.99, floor=0.1)
     theta, moments = {"w": torch.tensor([1.0])}, {}
     for expected in STEPS[name]:
@@ -235,7 +235,7 @@ def test_a_client_keeps_its_last_reply_and_moments(tmp_path: Path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_moments_survive_a_round_without_any(tmp_path: Path):
+def test_moments_survive_a_round_that_saves_none(tmp_path: Path):
     state = ClientState(tmp_path)
     state.moments(1).write_bytes(b"1")
     state.commit(1, b"")

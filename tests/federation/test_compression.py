@@ -1,4 +1,4 @@
-"""Every codec: round trips within its stated bound, feedback that loses nothing for good, and entries that lie."""
+"""Every codec: errors within its bound, feedback that sends every change in the end, and refusal of invalid entries."""
 
 import numpy as np
 import pytest
@@ -21,25 +21,26 @@ def options(name: str) -> Compression:
 
 
 def tensors(seed: int = 0) -> dict[str, Tensor]:
-    draw = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     shapes = {"a": (4, 60), "b": (50, 4), "conv": (8, 6, 2, 2), "norm": (31,), "one": (1,), "zero": (3, 9)}
-    made = {
-        name: torch.randn(shape, generator=draw) * 10.0 ** (index - 3) for index, (name, shape) in enumerate(shapes.items())
+    result = {
+        name: torch.randn(shape, generator=generator) * 10.0 ** (index - 3)
+        for index, (name, shape) in enumerate(shapes.items())
     }
-    return {**made, "zero": torch.zeros(3, 9)}
+    return {**result, "zero": torch.zeros(3, 9)}
 
 
 SHAPES = {name: tuple(tensor.shape) for name, tensor in tensors().items()}
 
 
 def rows(tensor: Tensor) -> np.ndarray:
-    """By hand: the first axis against the others, a row a rank of either factor."""
+    """A tensor as a matrix, computed by hand. A low-rank factor has one row for each rank."""
     array = tensor.double().numpy()
     matrix = array.reshape(array.shape[0], -1) if array.ndim > 1 else array.reshape(1, -1)
     return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
 
 
-def written(name: str, sent: dict[str, Tensor], seed: int = 1) -> dict[str, Tensor]:
+def round_trip(name: str, sent: dict[str, Tensor], seed: int = 1) -> dict[str, Tensor]:
     coder = codec(options(name))
     entries = coder.encode(sent, seed)
     coder.check(entries, SHAPES)
@@ -47,7 +48,7 @@ def written(name: str, sent: dict[str, Tensor], seed: int = 1) -> dict[str, Tens
 
 
 def kept(matrix: np.ndarray) -> np.ndarray:
-    """Where the largest magnitudes are, as many as the density asks for."""
+    """Mask of the largest magnitudes, as many as the density asks for."""
     if not matrix.any():
         return np.zeros(matrix.shape, bool)
     count = max(1, int(np.ceil(DENSITY * matrix.size)))
@@ -60,86 +61,86 @@ BOUNDS = {
     "int8": lambda matrix: np.broadcast_to(1.01 * np.abs(matrix).max(axis=1, keepdims=True) / 127, matrix.shape),
     "int4": lambda matrix: np.broadcast_to(1.01 * np.abs(matrix).max(axis=1, keepdims=True) / 7, matrix.shape),
 }
-"""Way of writing numbers → the largest error of each; the bound of ``steps`` is one of whole rows."""
+"""Encoding of the values → largest error of each value. The error of ``steps`` is bounded only for whole rows."""
 
 
 @pytest.mark.parametrize("name", [name for name in CODECS if name != "steps"])
-def test_round_trip_within_its_bound(name: str):
+def test_round_trips_stay_within_the_error_bound(name: str):
     sent = tensors()
-    got = written(name, sent)
+    received = round_trip(name, sent)
     values = name.removeprefix("topk").removeprefix("-") or "fp32"
     for key, tensor in sent.items():
-        assert got[key].dtype == torch.float32
-        assert got[key].shape == tensor.shape
-        matrix, result = rows(tensor), rows(got[key])
-        where = kept(matrix) if name.startswith("topk") else np.ones(matrix.shape, bool)
-        assert (np.abs(result - matrix)[where] <= BOUNDS[values](matrix * where)[where] + 1e-12).all(), key
-        assert (result[~where] == 0).all(), key
+        assert received[key].dtype == torch.float32
+        assert received[key].shape == tensor.shape
+        matrix, result = rows(tensor), rows(received[key])
+        mask = kept(matrix) if name.startswith("topk") else np.ones(matrix.shape, bool)
+        assert (np.abs(result - matrix)[mask] <= BOUNDS[values](matrix * mask)[mask] + 1e-12).all(), key
+        assert (result[~mask] == 0).all(), key
 
 
 @pytest.mark.parametrize("bits", [1.0, 1.25, 1.5, 2.0, 2.5])
-def test_steps_are_as_large_as_their_bits_ask(bits: float):
-    """SciPy quantises the normal distribution to the same entropy; 60,000 numbers a row come close to that."""
+def test_steps_match_the_quantiser_with_the_configured_entropy(bits: float):
+    """SciPy quantises the normal distribution to the same entropy. Rows of 60,000 values come close to it."""
     sizes = np.array([[1e-6], [1.0], [30.0]])
     sent = {
         "w": torch.randn(3, 60_000, generator=torch.Generator().manual_seed(0)) * torch.tensor(sizes, dtype=torch.float32)
     }
     coder = codec(Compression(codec="steps", bits=bits))
     entries = coder.encode(sent, 0)
-    matrix, got = rows(sent["w"]), rows(coder.read(entries, {"w": (3, 60_000)})["w"])
+    matrix, received = rows(sent["w"]), rows(coder.read(entries, {"w": (3, 60_000)})["w"])
 
     def bits_of(step: float) -> float:
         return float(entropy(np.diff([0, *norm.cdf(np.arange(-6.5, 7.0) * step), 1]), base=2))
 
     step = float(brentq(lambda step: bits_of(step) - bits, 0.5, 16))  # type: ignore[arg-type]
-    whole = np.clip(np.round(matrix / (step * sizes)), -7, 7)
-    scale = (matrix * whole).sum(axis=1, keepdims=True) / (whole**2).sum(axis=1, keepdims=True)
-    errors = np.linalg.norm(matrix - got, axis=1)
-    np.testing.assert_allclose(errors, np.linalg.norm(matrix - scale * whole, axis=1), rtol=0.01)
+    levels = np.clip(np.round(matrix / (step * sizes)), -7, 7)
+    scale = (matrix * levels).sum(axis=1, keepdims=True) / (levels**2).sum(axis=1, keepdims=True)
+    errors = np.linalg.norm(matrix - received, axis=1)
+    np.testing.assert_allclose(errors, np.linalg.norm(matrix - scale * levels, axis=1), rtol=0.01)
     assert (errors < np.linalg.norm(matrix, axis=1)).all()
     assert (errors < step / 2 * sizes[:, 0] * 60_000**0.5).all()
-    # What Huffman's code needs above the entropy.
+    # A Huffman code needs slightly more than the entropy.
     assert bits <= 8 * len(entries["values"]) / 180_000 < bits + 0.06
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_same_seed_same_entries(name: str):
+def test_the_same_seed_gives_the_same_entries(name: str):
     coder = codec(options(name))
     first, second = (coder.encode(dict(order), 7) for order in (tensors().items(), reversed(tensors().items())))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "topk-int4"])
-def test_rounding_has_no_bias(name: str):
-    """Over many seeds the mean of what is kept comes to the number itself."""
+def test_rounding_is_unbiased(name: str):
+    """Over many seeds, the mean of a kept value approaches the value itself."""
     sent = tensors()
-    mean = torch.stack([written(name, sent, seed)["a"] for seed in range(400)]).mean(dim=0)
-    where = kept(rows(sent["a"])) if name.startswith("topk") else np.ones((4, 60), bool)
+    mean = torch.stack([round_trip(name, sent, seed)["a"] for seed in range(400)]).mean(dim=0)
+    mask = kept(rows(sent["a"])) if name.startswith("topk") else np.ones((4, 60), bool)
     matrix = rows(sent["a"])
     step = 1.01 * np.abs(matrix).max(axis=1, keepdims=True) / (127 if name == "int8" else 7)
-    # A mean of 400 roundings has a deviation of at most step / 2 / 20; five of these are not passed by chance.
-    assert (np.abs(rows(mean) - matrix) <= step / 8)[where].all()
+    # The standard deviation of the mean is at most step / 2 / 20. Chance alone does not exceed five of these.
+    assert (np.abs(rows(mean) - matrix) <= step / 8)[mask].all()
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_with_feedback_the_mean_of_many_sends_comes_to_the_tensor(name: str):
-    """What is not sent is added to the next: after n sends their sum is n times the tensor, less what is unsent now."""
+def test_with_feedback_the_mean_of_many_sends_approaches_the_tensor(name: str):
+    """An error is added to the next send. After n sends, their sum is n times the tensor minus the last error."""
     sent = tensors()
     unsent = {key: torch.zeros_like(tensor) for key, tensor in sent.items()}
     total = {key: torch.zeros_like(tensor) for key, tensor in sent.items()}
     errors = []
     for number in range(1, 101):
         change = {key: sent[key] + unsent[key] for key in sent}
-        got = written(name, change, seed=number)
-        unsent = {key: change[key] - got[key] for key in sent}
-        total = {key: total[key] + got[key] for key in sent}
+        received = round_trip(name, change, seed=number)
+        unsent = {key: change[key] - received[key] for key in sent}
+        total = {key: total[key] + received[key] for key in sent}
         errors.append(max(float((total[key] / number - sent[key]).norm() / (sent[key].norm() + 1e-30)) for key in sent))
-    assert errors[99] <= 0.06  # with a fifth of the numbers at a time, a number waits for about five sends
+    assert errors[99] <= 0.06  # at a density of 0.2, a value waits for about five sends
     assert errors[99] <= errors[9] / 3 + 1e-5
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_nothing_is_also_something(name: str):
+def test_an_empty_set_of_tensors_round_trips(name: str):
     coder = codec(options(name))
     entries = coder.encode({}, 0)
     coder.check(entries, {})
@@ -147,26 +148,26 @@ def test_nothing_is_also_something(name: str):
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 3, 2, 2), (40, 3, 2, 2), (7,), (1, 1)])
-def test_rows_are_the_shorter_side(shape: tuple[int, ...]):
+def test_rows_are_the_shorter_axis(shape: tuple[int, ...]):
     tensor = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
     np.testing.assert_array_equal(as_rows(tensor).numpy(), rows(tensor))
     assert torch.equal(from_rows(as_rows(tensor), shape), tensor)
 
 
-def test_gaps_by_hand():
+def test_gaps_match_hand_calculations():
     places = torch.tensor([0, 1, 257, 767])
-    # 1 after 0: gap 0. 257: 255 places between: a skip and 0. 767: 509 between: a skip and 254.
+    # 1 follows 0 without a gap. 257 follows after 255 places, a skip and 0. 767 follows after 509, a skip and 254.
     assert to_gaps(places).tolist() == [0, 0, 255, 0, 255, 254]
     assert torch.equal(from_gaps(to_gaps(places)), places)
 
 
 @pytest.mark.parametrize("density", [0.001, 0.01, 0.3, 1.0])
-def test_gaps_of_any_density(density: float):
+def test_gaps_round_trip_at_any_density(density: float):
     places = np.flatnonzero(np.random.default_rng(0).random(20_000) < density)
     assert from_gaps(to_gaps(torch.tensor(places))).tolist() == places.tolist()
 
 
-def changed(name: str, entry: str, value: Tensor | None) -> dict[str, Tensor]:
+def tampered(name: str, entry: str, value: Tensor | None) -> dict[str, Tensor]:
     entries = codec(options(name)).encode(tensors(), 0)
     if value is None:
         del entries[entry]
@@ -178,13 +179,13 @@ def entry(name: str, which: str) -> Tensor:
     return codec(options(name)).encode(tensors(), 0)[which].clone()
 
 
-LIES = {
+INVALID = {
     "entry missing": ("int8", "scales", None, "'scales'"),
     "entry too many": ("int8", "more", torch.zeros(1), "'more'"),
-    "longer": ("fp32", "values", torch.zeros(10_000), "agreed was"),
-    "shorter": ("int4", "values", torch.zeros(3, dtype=torch.uint8), "agreed was"),
-    "other dtype": ("int8", "values", entry("int8", "values").to(torch.int16), "agreed was"),
-    "two axes": ("fp32", "values", entry("fp32", "values")[None], "agreed was"),
+    "longer": ("fp32", "values", torch.zeros(10_000), "was agreed"),
+    "shorter": ("int4", "values", torch.zeros(3, dtype=torch.uint8), "was agreed"),
+    "other dtype": ("int8", "values", entry("int8", "values").to(torch.int16), "was agreed"),
+    "two axes": ("fp32", "values", entry("fp32", "values")[None], "was agreed"),
     "value not a number": ("fp32", "values", entry("fp32", "values") * torch.nan, "NaN or infinity"),
     "scale infinite": ("int4", "scales", entry("int4", "scales") * torch.inf, "NaN or infinity"),
     "too few places": ("topk", "gaps", entry("topk", "gaps")[1:], "places agreed"),
@@ -194,13 +195,13 @@ LIES = {
 }
 
 
-@pytest.mark.parametrize(("name", "which", "value", "reason"), LIES.values(), ids=LIES)
-def test_entries_that_are_not_what_was_agreed(name: str, which: str, value: Tensor | None, reason: str):
+@pytest.mark.parametrize(("name", "which", "value", "reason"), INVALID.values(), ids=INVALID)
+def test_entries_that_violate_the_contract_are_refused(name: str, which: str, value: Tensor | None, reason: str):
     with pytest.raises(ValueError, match=reason):
-        codec(options(name)).check(changed(name, which, value), SHAPES)
+        codec(options(name)).check(tampered(name, which, value), SHAPES)
 
 
-def test_numbers_that_are_not_finite_do_not_pass():
+def test_non_finite_values_are_refused():
     sent = {**tensors(), "a": torch.full((4, 60), torch.nan)}
     for name in CODECS:
         coder = codec(options(name))
@@ -208,6 +209,6 @@ def test_numbers_that_are_not_finite_do_not_pass():
             coder.check(coder.encode(sent, 0), SHAPES)
 
 
-def test_unknown_name():
+def test_an_unknown_codec_is_an_error():
     with pytest.raises(FlapsamError, match=r"compression\.codec 'zip' is unknown; choose one of fp32, bf16, int8"):
         codec(options("zip"))

@@ -1,4 +1,4 @@
-"""A site that is asked to take part: what it brings, what it refuses, and what it does not tell."""
+"""A site that is asked to take part: what it contributes, what it refuses, and what it keeps to itself."""
 
 import json
 from pathlib import Path
@@ -31,8 +31,8 @@ def config(tmp_path: Path) -> RunConfig:
 
 
 def site_config(folder: Path, **fields: object) -> SiteConfig:
-    own = {"data": {"path": folder / "data" / "site_0"}, "state": folder / "state", "threads": 1, **fields}
-    return SiteConfig.model_validate(own)
+    tree = {"data": {"path": folder / "data" / "site_0"}, "state": folder / "state", "threads": 1, **fields}
+    return SiteConfig.model_validate(tree)
 
 
 def propose(config: RunConfig, **changes: object) -> bytes:
@@ -46,12 +46,12 @@ def refusal(file: SiteConfig, message: bytes) -> str:
     return str(failure.value)
 
 
-def test_a_proposal_says_nothing_of_the_servers_own_paths(config: RunConfig, tmp_path: Path):
+def test_a_proposal_does_not_contain_the_servers_paths(config: RunConfig, tmp_path: Path):
     assert str(tmp_path) not in propose(config).decode()
 
 
-def test_a_presence_is_what_the_server_expects(config: RunConfig, tmp_path: Path):
-    """Three of five cases train, one validates, one is for the test; six slices each, counted before one is held out."""
+def test_a_server_admits_a_sites_presence(config: RunConfig, tmp_path: Path):
+    """Three of five cases are for training, one for validation, one for testing. Validation slices count for the weight."""
     presence = read_message(Presence, SiteSide("site_0", site_config(tmp_path)).join(propose(config)))
     assert presence.cases == {"train": 3, "val": 1, "test": 1}
     assert (presence.training_cases, presence.training_slices, presence.modalities, presence.held) == (4, 24, 1, 0)
@@ -71,7 +71,7 @@ def test_a_presence_is_what_the_server_expects(config: RunConfig, tmp_path: Path
         ({"data": {"path": "nowhere"}}, "data"),
     ],
 )
-def test_its_own_file_is_obeyed(own: dict, code: str, config: RunConfig, tmp_path: Path):
+def test_a_site_obeys_its_own_file(own: dict, code: str, config: RunConfig, tmp_path: Path):
     assert refusal(site_config(tmp_path, **own), propose(config)) == code
 
 
@@ -86,42 +86,42 @@ def test_its_own_file_is_obeyed(own: dict, code: str, config: RunConfig, tmp_pat
         (b'{"version": "VERSION"' + b"[" * 100_000, "configuration"),
     ],
 )
-def test_a_message_that_is_no_proposal_is_refused(message: bytes, code: str, tmp_path: Path):
+def test_an_invalid_proposal_is_refused(message: bytes, code: str, tmp_path: Path):
     assert refusal(site_config(tmp_path), message.replace(b"VERSION", __version__.encode())) == code
 
 
-def test_a_run_that_names_what_there_is_not_is_refused(config: RunConfig, tmp_path: Path):
+def test_a_run_with_unknown_names_is_refused(config: RunConfig, tmp_path: Path):
     assert refusal(site_config(tmp_path), propose(config, strategy="everything")) == "configuration"
     assert refusal(site_config(tmp_path), propose(config, backbone={"name": "sam-vit-z"})) == "backbone"
     assert refusal(site_config(tmp_path), propose(config, data=[])) == "configuration"
 
 
-def test_a_servers_paths_are_not_used(config: RunConfig, tmp_path: Path):
-    """A server that names files of the site gets nothing of them."""
+def test_a_site_ignores_the_servers_paths(config: RunConfig, tmp_path: Path):
+    """A server that names files of the site does not get their contents."""
     data = {**Proposal.of(RUN, config).config["data"], "path": "/", "table": "/etc/passwd"}
     backbone = {"name": "sam-tiny", "weights": "/etc/passwd"}
     participant = SiteSide("site_0", site_config(tmp_path))
     participant.join(propose(config, data=data, backbone=backbone, output="/elsewhere", device="cuda", threads=64))
-    own = participant.config
-    assert (own.data.path, own.data.table) == (tmp_path / "data" / "site_0", None)
-    assert (own.backbone.weights, own.output, own.device, own.threads) == (None, tmp_path / "state", "cpu", 1)
+    merged = participant.config
+    assert (merged.data.path, merged.data.table) == (tmp_path / "data" / "site_0", None)
+    assert (merged.backbone.weights, merged.output, merged.device, merged.threads) == (None, tmp_path / "state", "cpu", 1)
 
 
-def test_metrics_that_may_not_leave_do_not(config: RunConfig, tmp_path: Path):
+def test_private_metrics_do_not_leave_the_site(config: RunConfig, tmp_path: Path):
     for metrics in (True, False):
         participant = SiteSide("site_0", site_config(tmp_path, metrics=metrics, state=tmp_path / str(metrics)))
         participant.join(propose(config))
         agreement = participant.client.agreement
-        begin = Header(run=RUN, round=0, base=0, sender=SERVER)
-        start = encode(begin, agreement.nothing(agreement.rank("site_0")), {})
-        answer = participant.fit(iter([start]))
+        start_header = Header(run=RUN, round=0, base=0, sender=SERVER)
+        start = encode(start_header, agreement.nothing(agreement.rank("site_0")), {})
+        reply = participant.fit(iter([start]))
         contract = agreement.up("site_0", 1)
-        header, _ = decode(answer, lambda header, contract=contract: contract, contract.tensor_bytes)
+        header, _ = decode(reply, lambda header, contract=contract: contract, contract.tensor_bytes)
         assert bool(header.metrics) == metrics
         assert bool(json.loads(participant.validate(iter([start])))) == metrics
 
 
-def test_a_process_tells_codes_and_writes_the_story_into_its_own_log(config: RunConfig, tmp_path: Path):
+def test_a_process_reports_codes_and_writes_the_details_to_its_own_log(config: RunConfig, tmp_path: Path):
     path = tmp_path / "site.yaml"
     path.write_text(f"data: {{path: {tmp_path}/secret-place}}\n")
     process = FitProcess("site_0", path)
@@ -136,7 +136,7 @@ def test_a_process_tells_codes_and_writes_the_story_into_its_own_log(config: Run
     assert not any("secret" in sentence for sentence in REASONS.values())
 
 
-def test_paths_in_a_site_file_are_relative_to_it_and_absolute_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_paths_in_a_site_file_are_relative_to_it_and_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "kit").mkdir()
     monkeypatch.chdir(tmp_path)
     for text, state in (
@@ -151,7 +151,7 @@ def test_paths_in_a_site_file_are_relative_to_it_and_absolute_then(tmp_path: Pat
         assert file.state.resolve() == (tmp_path / "kit" / state).resolve() and file.state.is_absolute()
 
 
-def test_a_site_file_with_a_slip_is_an_error_that_names_it(tmp_path: Path):
+def test_a_typo_in_a_site_file_is_named_in_the_error(tmp_path: Path):
     (tmp_path / "site.yaml").write_text("data: {path: x}\nmin_case: 3\n")
     with pytest.raises(FlapsamError, match=r"site\.yaml: unknown key 'min_case'"):
         read_site_config(tmp_path / "site.yaml")
@@ -160,20 +160,20 @@ def test_a_site_file_with_a_slip_is_an_error_that_names_it(tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"version": "9.9"}, f"it runs flapsam 9.9, the server {__version__}"),
-        ({"backbone": "f" * 64}, "its backbone is another: checksum ffffffffffff…"),
-        ({"contract": "f" * 64}, "it begins with other tensors than the server"),
-        ({"modalities": 2}, "its images have 2 modalities, those of the others 1"),
-        ({"cases": {"all": 3}}, "a message that is no presence"),
-        ({"training_slices": 0}, "a message that is no presence"),
-        ({"held": -1}, "a message that is no presence"),
-        ({"note": "x"}, "a message that is no presence"),
+        ({"version": "9.9"}, f"it runs flapsam 9.9, the server runs {__version__}"),
+        ({"backbone": "f" * 64}, "its backbone differs: checksum ffffffffffff…"),
+        ({"contract": "f" * 64}, "its initial tensors differ from the server's"),
+        ({"modalities": 2}, "its images have 2 modalities, the other sites' have 1"),
+        ({"cases": {"all": 3}}, "the presence message is invalid"),
+        ({"training_slices": 0}, "the presence message is invalid"),
+        ({"held": -1}, "the presence message is invalid"),
+        ({"note": "x"}, "the presence message is invalid"),
     ],
 )
-def test_a_server_says_what_differs_at_a_site(change: dict, reason: str, config: RunConfig, tmp_path: Path):
+def test_a_server_excludes_a_site_that_differs_and_says_why(change: dict, reason: str, config: RunConfig, tmp_path: Path):
     RunFolder(config.output).begin(config)
     server = ServerSide(config.output)
-    right = {
+    valid = {
         "version": __version__,
         "contract": server.agreement.contract.hash,
         "backbone": server.origin.checksum,
@@ -183,31 +183,31 @@ def test_a_server_says_what_differs_at_a_site(change: dict, reason: str, config:
         "training_slices": 24,
         "held": 0,
     }
-    server.admit("site_0", json.dumps(right).encode())
-    server.admit("site_1", json.dumps({**right, **change}).encode())
+    server.admit("site_0", json.dumps(valid).encode())
+    server.admit("site_1", json.dumps({**valid, **change}).encode())
     assert list(server.held) == ["site_0"]
     excluded = read_events(config.output)[-1]
     assert (excluded["event"], excluded["site"]) == ("excluded", "site_1") and reason in excluded["reason"]
-    # What a site brought first is what counts: its weight cannot grow later.
-    server.admit("site_0", json.dumps({**right, "training_slices": 10**9}).encode())
+    # Only a site's first presence message counts, so its weight cannot grow later.
+    server.admit("site_0", json.dumps({**valid, "training_slices": 10**9}).encode())
     assert server.known["site_0"].slices == 24
-    with pytest.raises(FlapsamError, match=r"1 sites take part, rounds\.min_sites is 2"):
+    with pytest.raises(FlapsamError, match=r"too few sites take part: 1 of at least 2 \(rounds\.min_sites\)"):
         server.open()
 
 
-def test_weights_that_are_given_for_all_serve_for_those_that_are_there(config: RunConfig, tmp_path: Path):
+def test_configured_weights_are_normalised_over_the_sites_that_take_part(config: RunConfig, tmp_path: Path):
     options = config.rounds.model_copy(update={"weights": {"site_0": 3.0, "site_1": 1.0, "late": 5.0}})
     config = config.model_copy(update={"rounds": options})
     RunFolder(config.output).begin(config)
     server = ServerSide(config.output)
     for site in ("site_0", "site_1"):
-        own = site_config(tmp_path, data={"path": tmp_path / "data" / site}, state=tmp_path / site)
-        server.admit(site, SiteSide(site, own).join(propose(config)))
+        file = site_config(tmp_path, data={"path": tmp_path / "data" / site}, state=tmp_path / site)
+        server.admit(site, SiteSide(site, file).join(propose(config)))
     server.open()
     assert server.server.shares == {"site_0": 0.75, "site_1": 0.25}
 
 
-def test_a_coordinator_makes_nothing_where_there_is_no_run(tmp_path: Path):
+def test_a_server_creates_nothing_in_a_folder_without_a_run(tmp_path: Path):
     with pytest.raises(FlapsamError, match="there is no run here"):
         ServerSide(tmp_path / "elsewhere")
     assert not list(tmp_path.iterdir())
@@ -216,7 +216,7 @@ def test_a_coordinator_makes_nothing_where_there_is_no_run(tmp_path: Path):
 @pytest.mark.parametrize(
     "answer", [b"", b"[]", b"{", b'{"validation.mean": 2}', b'{"validation.spy": 0.5}', b'{"validation.mean": "x"}']
 )
-def test_scores_that_are_none_are_not_believed(answer: bytes, config: RunConfig):
+def test_invalid_scores_are_ignored(answer: bytes, config: RunConfig):
     RunFolder(config.output).begin(config)
     server = ServerSide(config.output)
     assert server.read_scores(answer) is None
@@ -226,7 +226,7 @@ def test_scores_that_are_none_are_not_believed(answer: bytes, config: RunConfig)
     }
 
 
-def test_an_agreement_without_its_start_agrees_on_the_same(config: RunConfig):
+def test_an_agreement_without_initial_tensors_has_the_same_contracts(config: RunConfig):
     RunFolder(config.output).begin(config)
     agreement = ServerSide(config.output).agreement
     slim = agreement.without_start()

@@ -1,4 +1,4 @@
-"""When a job is ended so that a site can take part again."""
+"""When the coordinator ends a job early, so that a site can take part again."""
 
 import importlib.util
 from pathlib import Path
@@ -40,13 +40,13 @@ FIT = Fitted(cohort=TOGETHER, round=2, site="b", bytes_down=0, bytes_up=0, slice
         ([EARLIER, MISSING, JOB], ["a", "b"], False),
     ],
 )
-def test_a_job_ends_for_a_site_that_is_there_and_does_not_take_part(
+def test_a_job_ends_early_for_a_connected_site_that_does_not_take_part(
     events: list[Event], connected: list[str], asked: bool, tmp_path: Path
 ):
     config = read_config(write_run(tmp_path / "run.yaml", tmp_path), ["data.sites=[a, b, c]"])
-    questions: list[Any] = []
-    line: Any = SimpleNamespace(ask=questions.append)
-    run, job = RunFollower(config, line, Observer(), 0, events=events), Job("1", ["a", "b"], None)
+    requests: list[Any] = []
+    admin: Any = SimpleNamespace(ask=requests.append)
+    follower, job = RunFollower(config, admin, Observer(), 0, events=events), Job("1", ["a", "b"], None)
     for _ in range(2):
-        run._regroup_if_back(job, connected)
-    assert len(questions) == asked
+        follower._regroup_if_back(job, connected)
+    assert len(requests) == asked

@@ -1,4 +1,4 @@
-"""Start-up kits: who gets what, what no job can change, renewal, and what is said when something is wrong."""
+"""Start-up kits: their contents, the limits that they set for jobs, renewal, and errors."""
 
 import importlib.util
 import json
@@ -27,7 +27,7 @@ def write(path: Path, **changes: object) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def kits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kits")
     command = [sys.executable, "-m", "flapsam.cli", "federation", "provision", str(write(folder / "f.yaml")), "-o"]
     subprocess.run([*command, str(folder / "kits")], check=True, capture_output=True)
@@ -38,34 +38,34 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def test_each_participant_has_its_kit_with_its_own_certificate(made: Path):
-    assert sorted(path.name for path in made.iterdir()) == ["authority", "coordinator", "hospital_a", "hospital_b", "server"]
-    root = x509.load_pem_x509_certificate((made / "server/startup/rootCA.pem").read_bytes())
+def test_each_participant_has_a_kit_with_its_own_certificate(kits: Path):
+    assert sorted(path.name for path in kits.iterdir()) == ["authority", "coordinator", "hospital_a", "hospital_b", "server"]
+    root = x509.load_pem_x509_certificate((kits / "server/startup/rootCA.pem").read_bytes())
     names = {"server": "fl.example.org", "hospital_a": "hospital_a", "hospital_b": "hospital_b"}
     for name, expected in names.items():
-        certificate = read_kit(made / name, "server", "site").certificate
+        certificate = read_kit(kits / name, "server", "site").certificate
         assert certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value == expected
         certificate.verify_directly_issued_by(root)
-    # The root's key is in the authority's folder alone.
-    keys = {path.read_bytes() for path in made.rglob("*.key")}
+    # Only the authority's folder holds the root's key.
+    keys = {path.read_bytes() for path in kits.rglob("*.key")}
     assert len(keys) == 4 and b"PRIVATE" not in b"".join(
-        (made / "hospital_a/startup").glob("*.pem").__next__().read_bytes().split()
+        (kits / "hospital_a/startup").glob("*.pem").__next__().read_bytes().split()
     )
 
 
-def test_only_their_owner_reads_them(made: Path):
+def test_only_their_owner_can_read_kits(kits: Path):
     for path in [
-        made / "authority",
-        made / "authority/state/cert.json",
-        *made.glob("hospital_a/**/*"),
-        *made.glob("server/**/*"),
+        kits / "authority",
+        kits / "authority/state/cert.json",
+        *kits.glob("hospital_a/**/*"),
+        *kits.glob("server/**/*"),
     ]:
         assert path.stat().st_mode & 0o077 == 0, path
 
 
 @pytest.mark.parametrize("name", ["server", "hospital_a", "hospital_b"])
-def test_policies_are_hardened(name: str, made: Path):
-    local = made / name / "local"
+def test_policies_are_hardened(name: str, kits: Path):
+    local = kits / name / "local"
     rights = read(local / "authorization.json")["permissions"]
     assert {role for role, value in rights.items() if value != "none"} == {"project_admin"}
     allowed = {right for right, value in rights["project_admin"].items() if value != "none"}
@@ -76,82 +76,82 @@ def test_policies_are_hardened(name: str, made: Path):
     assert allowed_class.startswith("flapsam.federation.engines.nvflare.") and not allowed_class.endswith(".")
     assert resources["allow_log_streaming"] is False
     assert not [part for part in resources["components"] if "log" in part["id"]]
-    assert not list((made / name).rglob("*.sh"))
+    assert not list((kits / name).rglob("*.sh"))
 
 
-def test_connections_are_mutual_and_administration_stays_on_the_machine(made: Path):
-    (server,) = read(made / "server/startup/fed_server.json")["servers"]
+def test_connections_use_mutual_tls_and_administration_stays_on_the_machine(kits: Path):
+    (server,) = read(kits / "server/startup/fed_server.json")["servers"]
     assert (server["connection_security"], server["admin_host"], server["admin_port"]) == ("mtls", "127.0.0.1", 8003)
-    client = read(made / "hospital_a/startup/fed_client.json")
+    client = read(kits / "hospital_a/startup/fed_client.json")
     assert client["client"]["connection_security"] == "mtls"
     assert client["servers"][0]["service"]["target"] == "fl.example.org:8002"
-    assert "hospital_b" not in "".join(path.read_text() for path in (made / "hospital_a").rglob("*") if path.is_file())
+    assert "hospital_b" not in "".join(path.read_text() for path in (kits / "hospital_a").rglob("*") if path.is_file())
 
 
-def test_a_site_that_is_named_later_gets_a_kit_and_the_others_stay(made: Path, tmp_path: Path, capfd):
-    before = {path: path.read_bytes() for path in made.rglob("*") if path.is_file() and "authority" not in path.parts}
-    more = write(tmp_path / "f.yaml", sites=["hospital_a", "hospital_b", "hospital_c"])
-    assert flapsam(capfd, "federation", "provision", more, "-o", made).code == 0
+def test_a_new_site_gets_a_kit_and_the_other_kits_stay_unchanged(kits: Path, tmp_path: Path, capfd):
+    before = {path: path.read_bytes() for path in kits.rglob("*") if path.is_file() and "authority" not in path.parts}
+    federation = write(tmp_path / "f.yaml", sites=["hospital_a", "hospital_b", "hospital_c"])
+    assert flapsam(capfd, "federation", "provision", federation, "-o", kits).code == 0
     assert {path: path.read_bytes() for path in before} == before
-    root = x509.load_pem_x509_certificate((made / "server/startup/rootCA.pem").read_bytes())
-    read_kit(made / "hospital_c", "site").certificate.verify_directly_issued_by(root)
+    root = x509.load_pem_x509_certificate((kits / "server/startup/rootCA.pem").read_bytes())
+    read_kit(kits / "hospital_c", "site").certificate.verify_directly_issued_by(root)
 
 
-def test_a_renewed_kit_has_a_new_certificate_of_the_same_authority(made: Path, tmp_path: Path, capfd):
-    old = {name: read_kit(made / name, "site").certificate for name in ("hospital_a", "hospital_b")}
+def test_a_renewed_kit_has_a_new_certificate_from_the_same_authority(kits: Path, tmp_path: Path, capfd):
+    old = {name: read_kit(kits / name, "site").certificate for name in ("hospital_a", "hospital_b")}
     path = write(tmp_path / "f.yaml")
-    assert flapsam(capfd, "federation", "provision", path, "-o", made, "--renew", "hospital_a").code == 0
-    new = {name: read_kit(made / name, "site").certificate for name in old}
+    assert flapsam(capfd, "federation", "provision", path, "-o", kits, "--renew", "hospital_a").code == 0
+    new = {name: read_kit(kits / name, "site").certificate for name in old}
     assert new["hospital_a"].serial_number != old["hospital_a"].serial_number
     assert new["hospital_b"] == old["hospital_b"]
     new["hospital_a"].verify_directly_issued_by(
-        x509.load_pem_x509_certificate((made / "server/startup/rootCA.pem").read_bytes())
+        x509.load_pem_x509_certificate((kits / "server/startup/rootCA.pem").read_bytes())
     )
 
 
-def test_a_unit_keeps_a_participant_running(made: Path, capfd):
-    outcome = flapsam(capfd, "federation", "server", made / "server", "--unit")
-    assert f"federation server {made / 'server'}" in outcome.out and "Restart=always" in outcome.out
+def test_a_systemd_unit_restarts_a_participant(kits: Path, capfd):
+    outcome = flapsam(capfd, "federation", "server", kits / "server", "--unit")
+    assert f"federation server {kits / 'server'}" in outcome.out and "Restart=always" in outcome.out
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"sites": []}, "'sites'"),
-        ({"sites": ["a b"]}, "'a b' is no name for a site"),
-        ({"sites": ["../x"]}, "'../x' is no name for a site"),
-        ({"sites": ["server"]}, "'server' is no name for a site"),
-        ({"sites": ["a", "a"]}, "'a' stands there twice"),
+        ({"sites": ["a b"]}, "'a b' is not a valid site name"),
+        ({"sites": ["../x"]}, "'../x' is not a valid site name"),
+        ({"sites": ["server"]}, "'server' is not a valid site name"),
+        ({"sites": ["a", "a"]}, "'a' is listed twice"),
         ({"server": {"host": "x", "port": 0}}, "'server.port'"),
         ({"server": {}}, "'server.host' is missing"),
         ({"name": "../x"}, "'name'"),
         ({"site": ["a"]}, "unknown key 'site'"),
     ],
 )
-def test_a_wrong_federation_file_is_one_sentence(changes: dict, message: str, tmp_path: Path, capfd):
+def test_an_invalid_federation_file_is_reported_in_one_sentence(changes: dict, message: str, tmp_path: Path, capfd):
     outcome = flapsam(capfd, "federation", "provision", write(tmp_path / "f.yaml", **changes), "-o", tmp_path / "kits")
     assert outcome.code == 2 and message in outcome.err.replace("\n", " "), outcome.err
     assert not (tmp_path / "kits").exists()
 
 
-def test_what_a_user_gets_wrong_is_one_sentence(made: Path, tmp_path: Path, capfd):
+def test_user_errors_are_reported_in_one_sentence(kits: Path, tmp_path: Path, capfd):
     run = tmp_path / "run.yaml"
     run.write_text("data: {labels: {a: 1}, sites: [elsewhere]}\nbackbone: {weights: random}\n")
     (tmp_path / "site.yaml").write_text("data: {path: nowhere}\n")
     for arguments, message in (
-        (("server", tmp_path), "there is no start-up kit here"),
-        (("server", made / "hospital_a"), "this kit is for a site, not for a server"),
-        (("site", made / "hospital_a", "--data", tmp_path / "site.yaml"), "data.path: there is no folder"),
-        (("run", run, "--kit", made / "server"), "this kit is for a server, not for a coordinator"),
-        (("run", run, "--kit", made / "coordinator"), "data.sites: there is no site 'elsewhere' in this federation"),
-        (("provision", write(tmp_path / "f.yaml"), "-o", made, "--renew", "nobody"), "there is no such participant"),
-        (("provision", write(tmp_path / "g.yaml", name="liver"), "-o", made), "the kits here are of another federation"),
+        (("server", tmp_path), "not a start-up kit"),
+        (("server", kits / "hospital_a"), "this kit is for a site, not for a server"),
+        (("site", kits / "hospital_a", "--data", tmp_path / "site.yaml"), "data.path: the folder"),
+        (("run", run, "--kit", kits / "server"), "this kit is for a server, not for a coordinator"),
+        (("run", run, "--kit", kits / "coordinator"), "data.sites: unknown site 'elsewhere'"),
+        (("provision", write(tmp_path / "f.yaml"), "-o", kits, "--renew", "nobody"), "--renew nobody: unknown participant"),
+        (("provision", write(tmp_path / "g.yaml", name="liver"), "-o", kits), "the kits here belong to another federation"),
     ):
         outcome = flapsam(capfd, "federation", *arguments)
         assert outcome.code == 2 and message in outcome.err.replace("\n", " "), outcome.err
 
 
-def test_without_nvflare_it_says_what_to_install(capfd, monkeypatch: pytest.MonkeyPatch):
+def test_without_nvflare_the_error_says_what_to_install(capfd, monkeypatch: pytest.MonkeyPatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "nvflare" else real(name, *rest))
     outcome = flapsam(capfd, "federation", "status")

@@ -1,4 +1,4 @@
-"""Aggregators, codecs, ranks and early stopping in whole runs of seconds, as a user configures them."""
+"""Aggregators, codecs, ranks and early stopping in complete runs that take seconds, configured as by a user."""
 
 import json
 from pathlib import Path
@@ -26,8 +26,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", AGGREGATORS)
-def test_every_aggregator_runs_with_ranks_that_differ_and_its_adapter_is_whole(name: str, data: Path, tmp_path: Path, capfd):
-    """``predict`` builds the network anew from the adapter's folder, and gives what the run's own network gave."""
+def test_every_aggregator_runs_with_mixed_ranks_and_saves_a_complete_adapter(name: str, data: Path, tmp_path: Path, capfd):
+    """``predict`` rebuilds the network from the adapter's folder and returns the same label maps as the run."""
     config = write_run(tmp_path / "run.yaml", data, aggregator=name, site_ranks={"site_1": 1}, rounds={"count": 3})
     outcome = flapsam(capfd, "simulate", config, "--json")
     assert outcome.code == 0, outcome.err
@@ -38,35 +38,35 @@ def test_every_aggregator_runs_with_ranks_that_differ_and_its_adapter_is_whole(n
     assert outcome.code == 0, outcome.err
     for path in map(Path, json.loads(outcome.out)["written"]):
         assert path.read_bytes() == (run / "predictions/federated" / path.relative_to(tmp_path / "out")).read_bytes()
-    # The base weights of the adapted layers are in the adapter where they change, and only there.
+    # An adapter contains the base weights of adapted layers only if the aggregator changes them.
     changed = [key for key in read_tensors(run / "adapter") if key.endswith("q_proj.weight")]
     assert bool(changed) == (name == "fedex-lora")
-    # PEFT would load a part of such an adapter, so there is nothing for it to find.
+    # PEFT would load only part of such an adapter, so there must be no configuration for it.
     assert (run / "adapter" / "adapter_config.json").exists() == (name != "fedex-lora")
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_predicted_bytes_are_about_those_of_the_ledger(codec: str, data: Path, tmp_path: Path):
-    """In a run of seconds, whose few steps move all numbers alike; ``benchmarks/communication.py`` has runs that learn."""
+def test_predicted_traffic_is_close_to_the_measured_traffic(codec: str, data: Path, tmp_path: Path):
+    """The few steps of this run move all values alike. ``benchmarks/communication.py`` has runs that learn."""
     fields = {"compression": {"codec": codec, "density": 0.2}, "rounds": {"count": 3}, "site_ranks": {"site_1": 1}}
     config = read_config(write_run(tmp_path / "run.yaml", data, **fields))
     simulate(config)
     predicted = predict_traffic(resolve(config))
     assert [row.rank for row in predicted] == [2, 1]
     for site, row in zip(("site_0", "site_1"), predicted, strict=True):
-        told = [event for event in read_events(tmp_path / "run") if event.get("site") == site]
-        up, down = (sum(event.get(key, 0) for event in told) for key in ("bytes_up", "bytes_down"))
-        # Large numbers next to one another make small gaps, which made-up numbers do not know of.
-        least = 0.65 if codec.startswith("topk") else 0.93
-        assert least < up / row.up < 1.06, (site, up, row)
-        assert least < down / row.down < 1.06, (site, down, row)
+        events = [event for event in read_events(tmp_path / "run") if event.get("site") == site]
+        up, down = (sum(event.get(key, 0) for event in events) for key in ("bytes_up", "bytes_down"))
+        # Large values next to each other make small gaps, which the prediction's synthetic values do not have.
+        minimum = 0.65 if codec.startswith("topk") else 0.93
+        assert minimum < up / row.up < 1.06, (site, up, row)
+        assert minimum < down / row.down < 1.06, (site, down, row)
 
 
-def test_traffic_of_a_run_as_a_table(data: Path, tmp_path: Path, capfd):
+def test_traffic_prints_the_prediction_for_a_run(data: Path, tmp_path: Path, capfd):
     config = write_run(tmp_path / "run.yaml", data, site_ranks={"site_1": 1})
     outcome = flapsam(capfd, "traffic", config)
     assert outcome.code == 0, outcome.err
-    assert "A site in 2 rounds, predicted" in outcome.out
+    assert "Predicted traffic of a site in 2 rounds" in outcome.out
     rows = json.loads(flapsam(capfd, "traffic", config, "--json").out)
     assert [row["rank"] for row in rows] == [2, 1]
     assert rows[0]["ratio"] == pytest.approx(rows[0]["full"] / (rows[0]["up"] + rows[0]["down"]))
@@ -76,18 +76,18 @@ def test_traffic_of_a_run_as_a_table(data: Path, tmp_path: Path, capfd):
 
 
 @pytest.mark.parametrize("optimizer", SERVER_OPTIMIZERS)
-def test_every_server_optimizer_runs_and_moves_about_as_far(optimizer: str, data: Path, tmp_path: Path):
+def test_every_server_optimizer_moves_the_tensors_about_as_far(optimizer: str, data: Path, tmp_path: Path):
     config = read_config(write_run(tmp_path / "run.yaml", data, server={"optimizer": optimizer}, rounds={"count": 3}))
     simulate(config)
     start = travelling_state(assemble_run(config).network)
     ended = read_tensors(tmp_path / "run" / "adapter")
     moved = sum(float((ended[name] - start[name]).square().sum()) for name in start) ** 0.5
-    # Three rounds of the mean alone move the tensors by 1.5.
+    # Without a server optimizer, three rounds move the tensors by 1.5.
     assert 0.2 < moved < 5
 
 
-def test_a_run_that_has_settled_ends(data: Path, tmp_path: Path):
-    # No Dice rises by more than 1, so the second validation that is known settles it: in round 3, told of that after 2.
+def test_a_settled_run_ends(data: Path, tmp_path: Path):
+    # No Dice rises by more than 1, so the run settles at the second validation, whose scores arrive during round 3.
     settings = {"count": 9, "patience": 1, "settled": 1.0}
     simulate(read_config(write_run(tmp_path / "run.yaml", data, rounds=settings)))
     run = tmp_path / "run"
@@ -96,14 +96,14 @@ def test_a_run_that_has_settled_ends(data: Path, tmp_path: Path):
     assert read_card(run / "adapter").rounds == 3
 
 
-def test_fedprox_stays_closer_to_where_a_round_began(data: Path, tmp_path: Path):
+def test_fedprox_stays_closer_to_the_start_of_the_round(data: Path, tmp_path: Path):
     moved = []
     for strength in (0.0, 10.0):
         folder = tmp_path / str(strength)
         training = {"window": 1, "batch_size": 8, "warmup_steps": 2, "proximal": strength}
         fields = {"training": training, "rounds": {"count": 1}, "aggregator": "ffa-lora", "compression": {"codec": "fp32"}}
         simulate(read_config(write_run(folder / "run.yaml", data, **fields)))
-        # With ffa-lora, B starts at zero and is what moved.
+        # With ffa-lora, only B of the factors trains. It starts at zero, so its norm is how far it moved.
         tensors = read_tensors(folder / "run" / "adapter")
         moved.append(np.sqrt(sum(float((tensor**2).sum()) for name, tensor in tensors.items() if ".lora_B" in name)))
     assert 0 < moved[1] < 0.9 * moved[0]

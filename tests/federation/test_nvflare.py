@@ -1,4 +1,4 @@
-"""Hospitals on NVFLARE: real processes and mutual TLS on loopback. Each test says what would go wrong at real sites."""
+"""Hospitals on NVFLARE: real processes and mutual TLS on loopback. Each test covers what can happen at real sites."""
 
 import importlib.util
 import json
@@ -33,59 +33,59 @@ if importlib.util.find_spec("nvflare") is None:
 from flapsam.federation.engines.nvflare.jobs import AdminLine, write_job
 from flapsam.federation.engines.nvflare.kits import read_kit
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 
 CASE, PATIENT, PATH, USER = "mueller-knee", "PATIENT-4711", "st-elsewhere", "drhouse"
-"""What must not leave a site: in a case's name, in its header, in paths, and as the user's name."""
+"""Markers that must not leave a site: in a case's name, in its header, in paths, and as the user's name."""
 
 
 @pytest.fixture(scope="module")
 def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hospitals]:
-    """A server and three sites that are connected."""
+    """A server with three connected sites."""
     own, environment = f"own-{PATH}", {"USER": USER, "LOGNAME": USER, "HOME": f"/home/{USER}"}
-    made = Hospitals(tmp_path_factory.mktemp("federation"), ["site_a", "site_b", "site_c"], own, environment)
-    made.make_data()
-    for path in [*made.data.glob("*/images/*"), *made.data.glob("*/labels/*")]:
+    federation = Hospitals(tmp_path_factory.mktemp("federation"), ["site_a", "site_b", "site_c"], own, environment)
+    federation.make_data()
+    for path in [*federation.data.glob("*/images/*"), *federation.data.glob("*/labels/*")]:
         image = load(path)
         image.header["descrip"] = PATIENT.encode()
         nibabel.save(image, path.with_name(f"{CASE}-{path.name}"))
         path.unlink()
     try:
-        made.start_all()
-        yield made
+        federation.start_all()
+        yield federation
     finally:
-        made.stop_all()
+        federation.stop_all()
 
 
 @pytest.fixture(autouse=True)
-def _nothing_left(hospitals: Hospitals) -> Iterator[None]:
-    """A run that a failed test leaves behind would hold up the next one."""
+def _no_leftover_run(hospitals: Hospitals) -> Iterator[None]:
+    """Stop a run that a failed test left behind, since it would block the next test."""
     yield
-    left = [process for name, process in hospitals.running.items() if name.startswith("run-") and process.poll() is None]
-    for process in left:
+    leftover = [process for name, process in hospitals.running.items() if name.startswith("run-") and process.poll() is None]
+    for process in leftover:
         kill_all(process)
-    if left:
+    if leftover:
         hospitals.flapsam("stop", "--kit", hospitals.kit("coordinator"))
 
 
 @pytest.fixture(scope="module")
 def simulated(hospitals: Hospitals) -> Callable[[Path], dict[str, bytes]]:
-    """The adapter that a simulation gives; runs of the same configuration share it."""
-    known: dict[str, dict[str, bytes]] = {}
+    """A function that simulates a run and returns its adapter. Runs of the same configuration share one simulation."""
+    adapters: dict[str, dict[str, bytes]] = {}
 
     def run(path: Path) -> dict[str, bytes]:
         config = read_config(path, [f"output={path.parent / 'simulated'}"])
         key = fingerprint(config)
-        if key not in known:
+        if key not in adapters:
             simulate(config)
-            known[key] = adapter_of(config.output)
-        return known[key]
+            adapters[key] = adapter_of(config.output)
+        return adapters[key]
 
     return run
 
 
-def test_a_federation_gives_the_simulations_adapter_bit_for_bit_with_little_overhead(
+def test_a_federation_reproduces_the_simulations_adapter_with_little_overhead(
     hospitals: Hospitals, tmp_path: Path, simulated
 ):
     config = write_run(tmp_path / "run.yaml", hospitals.data, rounds={"count": 4})
@@ -102,23 +102,23 @@ def test_a_federation_gives_the_simulations_adapter_bit_for_bit_with_little_over
         assert event["seconds"] - max(fits) < 2
 
 
-def test_nothing_of_a_site_is_at_the_server_or_crossed_the_wire(hospitals: Hospitals, tmp_path: Path):
-    """After the run above, and one in which a site's data are broken, so that there are errors to tell."""
+def test_no_private_data_of_a_site_cross_the_wire_or_reach_the_server(hospitals: Hospitals, tmp_path: Path):
+    """Covers the run above and a run in which one site's data are broken, so that there is an error to report."""
     config, run = write_run(tmp_path / "run.yaml", hospitals.data), tmp_path / "run"
     broken = next((hospitals.data / "site_c" / "labels").iterdir())
     whole = broken.read_bytes()
     broken.write_bytes(whole[:100])
     hospitals.start_run(config)
-    said = hospitals.follow(config)
+    output = hospitals.follow(config)
     broken.write_bytes(whole)
-    assert f"site_c does not take part: {REASONS['data']}" in said
+    assert f"site_c does not take part: {REASONS['data']}" in output
     own_log = (hospitals.state_of("site_c") / "site.log").read_text()
     assert broken.name in own_log
     sent = bytes(hospitals.proxy.record)
     packets = [path.read_bytes() for site in hospitals.sites for path in hospitals.state_of(site).rglob("reply-*.packet")]
     opened = [zstandard.ZstdDecompressor().decompress(packet[40:], 1 << 24) for packet in packets]
     at_server = [path.read_bytes() for root in (hospitals.kit("server"), run) for path in root.rglob("*") if path.is_file()]
-    # What is looked for is found where it should be, so it would be found elsewhere.
+    # The search finds what does travel, so it would also find what must not.
     assert hospitals.proxy.callers == set(hospitals.sites)
     assert b"FLAPSAM2" in sent and all(site.encode() in sent for site in hospitals.sites)
     assert len(packets) >= 3 and any(packet in sent for packet in packets)
@@ -129,11 +129,11 @@ def test_nothing_of_a_site_is_at_the_server_or_crossed_the_wire(hospitals: Hospi
 
 
 LONG = {"rounds": {"count": 4}, "training": {"window": 1, "batch_size": 8, "warmup_steps": 2, "epochs": 20}}
-"""A run whose fits take seconds, in which there is time to kill something."""
+"""A run whose fits take seconds, which leaves time to kill something."""
 
 
 def fitting(hospitals: Hospitals, site: str, run: Path) -> int:
-    """The round that a site works at: one more than those that went into the tensors that it has received."""
+    """The round that a site is working on: the one after the round of the tensors that it holds."""
     if not rounds_done(run):
         return 0
     identity = json.loads((run / "environment.json").read_text())["run"]
@@ -142,16 +142,16 @@ def fitting(hospitals: Hospitals, site: str, run: Path) -> int:
 
 
 def descendant(hospitals: Hospitals, name: str, module: str) -> psutil.Process:
-    (found,) = (
+    (process,) = (
         child
         for child in psutil.Process(hospitals.running[name].pid).children(recursive=True)
         if any(module in part for part in child.cmdline())
     )
-    return found
+    return process
 
 
-def test_a_fit_that_is_killed_misses_its_round_and_no_other(hospitals: Hospitals, tmp_path: Path):
-    """As a fit does that runs out of memory."""
+def test_a_killed_fit_misses_only_its_own_round(hospitals: Hospitals, tmp_path: Path):
+    """A fit that runs out of memory is killed in the same way."""
     config, run = write_run(tmp_path / "run.yaml", hospitals.data, **LONG), tmp_path / "run"
     hospitals.start_run(config)
     until(lambda: fitting(hospitals, "site_b", run) == 2)
@@ -164,7 +164,7 @@ def test_a_fit_that_is_killed_misses_its_round_and_no_other(hospitals: Hospitals
     assert adapter_of(run)
 
 
-def test_a_site_that_is_killed_takes_part_again_when_it_is_back(hospitals: Hospitals, tmp_path: Path):
+def test_a_site_that_was_killed_rejoins(hospitals: Hospitals, tmp_path: Path):
     fields = {**LONG, "rounds": {"count": 6}}
     config, run = write_run(tmp_path / "run.yaml", hospitals.data, **fields), tmp_path / "run"
     hospitals.start_run(config)
@@ -172,8 +172,8 @@ def test_a_site_that_is_killed_takes_part_again_when_it_is_back(hospitals: Hospi
     kill_all(hospitals.running["site_c"])
     time.sleep(10)
     hospitals.start_site("site_c")
-    said = hospitals.follow(config, seconds=180)
-    assert "site_c has connected and takes part after this round." in said
+    output = hospitals.follow(config, seconds=360)
+    assert "site_c has connected and takes part after this round." in output
     missed = {event["round"] for event in read_events(run, "missing")}
     fitted = {fit["round"] for fit in read_events(run, "fit") if fit["site"] == "site_c"}
     assert 2 in missed and missed | fitted == {1, 2, 3, 4, 5, 6} and max(fitted) == 6
@@ -181,16 +181,16 @@ def test_a_site_that_is_killed_takes_part_again_when_it_is_back(hospitals: Hospi
     assert adapter_of(run)
 
 
-def test_a_run_that_was_stopped_is_gone_on_with(hospitals: Hospitals, tmp_path: Path, simulated, capfd):
+def test_a_stopped_run_resumes(hospitals: Hospitals, tmp_path: Path, simulated, capfd):
     config, run = write_run(tmp_path / "run.yaml", hospitals.data, **LONG), tmp_path / "run"
     hospitals.start_run(config)
     until(lambda: rounds_done(run) == 1)
-    # Held, so that the run does not end before it is told to.
-    held = descendant(hospitals, "site_a", "fit_process")
-    held.suspend()
-    assert flapsam(capfd, "federation", "stop", "--kit", hospitals.kit("coordinator")).out == "1 jobs ended\n"
+    # One fit is suspended, so that the run cannot end before it is stopped.
+    fit = descendant(hospitals, "site_a", "fit_process")
+    fit.suspend()
+    assert flapsam(capfd, "federation", "stop", "--kit", hospitals.kit("coordinator")).out == "Jobs stopped: 1\n"
     with suppress(psutil.NoSuchProcess):
-        held.resume()
+        fit.resume()
     assert "the run was stopped; run the same command to resume" in hospitals.follow(config, code=2)
     hospitals.start_run(config)
     hospitals.follow(config)
@@ -198,7 +198,7 @@ def test_a_run_that_was_stopped_is_gone_on_with(hospitals: Hospitals, tmp_path: 
     assert adapter_of(run) == simulated(config)
 
 
-def test_a_server_that_is_killed_gives_the_adapter_that_it_would_have_given(hospitals: Hospitals, tmp_path: Path, simulated):
+def test_a_killed_server_does_not_change_the_adapter(hospitals: Hospitals, tmp_path: Path, simulated):
     config, run = write_run(tmp_path / "run.yaml", hospitals.data, **LONG), tmp_path / "run"
     hospitals.start_run(config)
     until(lambda: rounds_done(run) == 1)
@@ -209,7 +209,9 @@ def test_a_server_that_is_killed_gives_the_adapter_that_it_would_have_given(hosp
     assert adapter_of(run) == simulated(config)
 
 
-def test_a_server_that_is_killed_while_it_writes_its_state_does_too(hospitals: Hospitals, tmp_path: Path, simulated):
+def test_a_server_killed_while_it_writes_its_state_does_not_change_the_adapter(
+    hospitals: Hospitals, tmp_path: Path, simulated
+):
     fields = {"strategy": "full", "compression": {"codec": "fp32"}, "aggregator": "fedavg", "rounds": {"count": 7}}
     config, run = write_run(tmp_path / "run.yaml", hospitals.data, **fields), tmp_path / "run"
     hospitals.start_run(config)
@@ -219,18 +221,18 @@ def test_a_server_that_is_killed_while_it_writes_its_state_does_too(hospitals: H
     while True:
         if any(path.name.startswith(".part-") and "round" in path.name for path in state.iterdir()):
             job.suspend()
-            if half := list(state.glob(".part-*round*")):
+            if partial := list(state.glob(".part-*round*")):
                 break
             job.resume()
         assert not read_events(run, "end")
     kill_all(hospitals.running["server"])
-    assert [path for path in half if path.exists()]
+    assert [path for path in partial if path.exists()]
     hospitals.start_server()
     hospitals.follow(config)
     assert adapter_of(run) == simulated(config)
 
 
-def test_who_has_no_certificate_gets_nothing(hospitals: Hospitals):
+def test_a_connection_without_a_certificate_is_refused(hospitals: Hospitals):
     context = ssl.create_default_context(cafile=str(hospitals.kit("server") / "startup/rootCA.pem"))
     context.set_alpn_protocols(["h2"])
     with (
@@ -240,30 +242,30 @@ def test_who_has_no_certificate_gets_nothing(hospitals: Hospitals):
     ):
         caller.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
         assert caller.recv(100) == b""
-    until(lambda: "Refused: somebody without a certificate." in hospitals.said("server"))
+    until(lambda: "Refused: a connection without a certificate." in hospitals.said("server"))
 
 
-def test_a_site_is_told_in_advance_whether_all_will_do(hospitals: Hospitals, tmp_path: Path):
+def test_check_finds_no_problem_at_a_site_that_is_ready(hospitals: Hospitals, tmp_path: Path):
     own = hospitals.folder / hospitals.own / "site_a.yaml"
     config = write_run(tmp_path / "run.yaml", tmp_path)
-    said = hospitals.flapsam("check", hospitals.kit("site_a"), "--data", own, "--config", config, "--json")
-    found = json.loads(said[said.index("[") : said.rindex("]") + 1])
-    assert all(finding["fine"] for finding in found)
-    assert [finding["what"] for finding in found] == ["certificate", "network", "data", "disk", "run", "memory"]
+    output = hospitals.flapsam("check", hospitals.kit("site_a"), "--data", own, "--config", config, "--json")
+    findings = json.loads(output[output.index("[") : output.rindex("]") + 1])
+    assert all(finding["fine"] for finding in findings)
+    assert [finding["what"] for finding in findings] == ["certificate", "network", "data", "disk", "run", "memory"]
 
 
-def test_a_certificate_of_another_federation_is_refused(hospitals: Hospitals, tmp_path: Path):
-    other = Hospitals(tmp_path, ["site_a"])
-    other.make_data()
-    other.point("site_a", hospitals.port)
-    other.start_site("site_a")
+def test_a_certificate_from_another_federation_is_refused(hospitals: Hospitals, tmp_path: Path):
+    foreign = Hospitals(tmp_path, ["site_a"])
+    foreign.make_data()
+    foreign.point("site_a", hospitals.port)
+    foreign.start_site("site_a")
     own = tmp_path / "own" / "site_a.yaml"
-    assert "is not reached" in other.flapsam("check", other.kit("site_a"), "--data", own, code=2)
+    assert "cannot be reached" in foreign.flapsam("check", foreign.kit("site_a"), "--data", own, code=2)
     before = hospitals.said("server").count("site_a has connected")
-    refused = "Refused: the other side's certificate is not of this federation."
-    until(lambda: refused in other.said("site_a"))
-    other.stop_all()
-    assert "Connected" not in other.said("site_a")
+    refused = "Refused: the other side's certificate is not from this federation."
+    until(lambda: refused in foreign.said("site_a"))
+    foreign.stop_all()
+    assert "Connected" not in foreign.said("site_a")
     assert hospitals.said("server").count("site_a has connected") == before
 
 
@@ -281,9 +283,7 @@ def test_a_sites_certificate_is_refused_under_another_name(hospitals: Hospitals,
     assert "Connected" not in thief.said("site_b")
 
 
-def test_a_site_refuses_a_strategy_that_its_file_forbids_and_a_server_of_another_version(
-    hospitals: Hospitals, tmp_path: Path
-):
+def test_a_site_refuses_a_forbidden_strategy_and_a_server_of_another_version(hospitals: Hospitals, tmp_path: Path):
     (tmp_path / "sitecustomize.py").write_text("import flapsam\nflapsam.__version__ = '0.0.1'\n")
     for site in ("site_b", "site_c"):
         kill_all(hospitals.running[site])
@@ -292,18 +292,22 @@ def test_a_site_refuses_a_strategy_that_its_file_forbids_and_a_server_of_another
     until(lambda: all(hospitals.said(site).rstrip().endswith("Connected to the server.") for site in ("site_b", "site_c")))
     config = write_run(tmp_path / "run.yaml", hospitals.data, rounds={"count": 1, "min_sites": 1})
     hospitals.start_run(config)
-    said = hospitals.follow(config)
-    assert f"site_b does not take part: {REASONS['strategy']}" in said
-    assert f"site_c does not take part: it runs flapsam 0.0.1, the server {__version__}" in said
+    output = hospitals.follow(config)
+    assert f"site_b does not take part: {REASONS['strategy']}" in output
+    assert f"site_c does not take part: it runs flapsam 0.0.1, the server runs {__version__}" in output
     assert {event["site"] for event in read_events(tmp_path / "run", "fit")} == {"site_a"}
-    assert "the run's strategy is flap, strategies has lora" in (hospitals.state_of("site_b") / "site.log").read_text()
     assert (
-        f"the server runs flapsam {__version__}, this site 0.0.1" in (hospitals.state_of("site_c") / "site.log").read_text()
+        "the run's strategy is flap, this site's strategies are lora"
+        in (hospitals.state_of("site_b") / "site.log").read_text()
+    )
+    assert (
+        f"the server runs flapsam {__version__}, this site runs 0.0.1"
+        in (hospitals.state_of("site_c") / "site.log").read_text()
     )
 
 
 def submit(hospitals: Hospitals, folder: Path, change: Callable[[Path], None]) -> str:
-    """A job of the coordinator's that was changed; returns how it ended."""
+    """Submit a modified job as the coordinator and return its final status."""
     job = write_job(folder, "0" * 32, folder, hospitals.sites, 1)
     change(job)
     with AdminLine(read_kit(hospitals.kit("coordinator"), "coordinator")) as line:
@@ -327,7 +331,7 @@ OTHER_CLASS = "nvflare.app_common.executors.statistics.statistics_executor.Stati
 
 @pytest.fixture(scope="module")
 def malicious(hospitals: Hospitals) -> Hospitals:
-    """From here on the server lets everything through: what is refused now, the sites refuse by themselves."""
+    """From here on, the server allows everything, so it is the sites themselves that refuse a job."""
     kill_all(hospitals.running["server"])
     make_careless(hospitals.kit("server"))
     before = len(hospitals.said("server"))
@@ -347,14 +351,14 @@ def make_careless(kit: Path) -> None:
         path.write_text(json.dumps(tree))
 
 
-def test_a_site_refuses_a_job_with_code_in_it(malicious: Hospitals, tmp_path: Path):
-    ended = submit(malicious, tmp_path, add_code)
-    assert "FINISHED:COMPLETED" not in ended and ended.count("BYOC not permitted") == len(malicious.sites)
-    until(lambda: "Refused: a job with code of its own." in malicious.said("server"))
+def test_a_site_refuses_a_job_that_contains_code(malicious: Hospitals, tmp_path: Path):
+    outcome = submit(malicious, tmp_path, add_code)
+    assert "FINISHED:COMPLETED" not in outcome and outcome.count("BYOC not permitted") == len(malicious.sites)
+    until(lambda: "Refused: a job that brings its own code." in malicious.said("server"))
     assert not [path for site in malicious.sites for path in malicious.kit(site).rglob("spy.py")]
 
 
-def test_a_site_refuses_a_job_that_names_a_class_which_it_does_not_allow(malicious: Hospitals, tmp_path: Path):
+def test_a_site_refuses_a_job_with_a_class_that_is_not_allowed(malicious: Hospitals, tmp_path: Path):
     assert "FINISHED:COMPLETED" not in submit(malicious, tmp_path, name_another_class)
     for site in malicious.sites:
         logs = [path.read_text() for path in malicious.kit(site).rglob("log.txt")]
@@ -362,7 +366,7 @@ def test_a_site_refuses_a_job_that_names_a_class_which_it_does_not_allow(malicio
 
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
-def test_a_participant_that_is_ended_leaves_nothing_running(ending: signal.Signals, hospitals: Hospitals):
+def test_a_participant_leaves_no_process_behind_when_it_ends(ending: signal.Signals, hospitals: Hospitals):
     process = hospitals.running["site_b" if ending == signal.SIGINT else "site_c"]
     family = psutil.Process(process.pid).children(recursive=True)
     assert family
@@ -371,19 +375,19 @@ def test_a_participant_that_is_ended_leaves_nothing_running(ending: signal.Signa
     assert not [member for member in family if member.is_running() and member.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_kits_of_an_earlier_version_run_with_this_one(tmp_path: Path):
-    """All but keys and certificates is what version 0.1.0 wrote before its modules moved, when classes were named as now."""
-    made = Hospitals(tmp_path, ["site_a"], proxied=False)
+def test_kits_of_an_earlier_version_work_with_this_one(tmp_path: Path):
+    """All files but keys and certificates are from 0.1.0 before its modules moved. They name the same classes as now."""
+    federation = Hospitals(tmp_path, ["site_a"], proxied=False)
     for name in ("server", "coordinator", "site_a"):
         for path in (WRITTEN / "kits-0.1.0" / name).rglob("*.*"):
-            text = path.read_text().replace("58002", str(made.port)).replace("58003", str(made.admin_port))
-            (made.kit(name) / path.relative_to(WRITTEN / "kits-0.1.0" / name)).write_text(text)
-    made.make_data()
+            text = path.read_text().replace("58002", str(federation.port)).replace("58003", str(federation.admin_port))
+            (federation.kit(name) / path.relative_to(WRITTEN / "kits-0.1.0" / name)).write_text(text)
+    federation.make_data()
     try:
-        made.start_all()
-        made.start_run(write_run(tmp_path / "run.yaml", made.data, rounds={"count": 1, "min_sites": 1}))
-        made.follow(tmp_path / "run.yaml")
+        federation.start_all()
+        federation.start_run(write_run(tmp_path / "run.yaml", federation.data, rounds={"count": 1, "min_sites": 1}))
+        federation.follow(tmp_path / "run.yaml")
     finally:
-        made.stop_all()
+        federation.stop_all()
     assert [event["site"] for event in read_events(tmp_path / "run", "fit")] == ["site_a"]
     assert adapter_of(tmp_path / "run")

@@ -1,3 +1,5 @@
+"""Packets: round trips, contracts, and the refusal of invalid packets."""
+
 import hashlib
 from typing import Any
 
@@ -21,7 +23,7 @@ def opened(packet: bytes, contract: Contract = CONTRACT) -> tuple[Header, dict[s
 
 
 def sealed(body: bytes) -> bytes:
-    """Bytes with a right checksum, as a malicious sender would make them."""
+    """Add a valid checksum, as a malicious sender would."""
     return MAGIC + hashlib.sha256(body).digest() + body
 
 
@@ -30,12 +32,12 @@ def compressed(content: bytes) -> bytes:
 
 
 def packed(entries: dict[str, Tensor], **fields: Any) -> bytes:
-    """A packet of these entries, whether or not its contract asks for them."""
+    """A packet with these entries, even if the contract does not allow them."""
     return sealed(compressed(save(entries, metadata={"flapsam": packed_header(**fields)})))
 
 
 @pytest.mark.parametrize("name", CODECS)
-def test_round_trip(name: str):
+def test_packets_round_trip(name: str):
     contract = Contract.of(TENSORS, Compression(codec=name, density=0.5))
     packet, sent = encode_lossy(HEADER, contract, TENSORS, seed=3)
     assert packet == encode(HEADER, contract, TENSORS, seed=3)
@@ -47,11 +49,11 @@ def test_round_trip(name: str):
         assert all(torch.equal(tensors[key], TENSORS[key]) for key in TENSORS)
 
 
-def test_the_same_input_gives_the_same_bytes():
+def test_the_order_of_the_tensors_does_not_change_the_packet():
     assert encode(HEADER, CONTRACT, TENSORS) == encode(HEADER, CONTRACT, dict(reversed(TENSORS.items())))
 
 
-def test_a_contract_is_all_that_was_agreed():
+def test_the_hash_of_a_contract_covers_all_that_was_agreed():
     assert CONTRACT.tensor_bytes == 8 * 4
     others = [
         Contract.of({"a.weight": torch.zeros(3, 2), "b.bias": TENSORS["b.bias"]}),
@@ -67,7 +69,7 @@ def test_a_contract_is_all_that_was_agreed():
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "1e999", "null"])
-def test_not_a_number_in_the_metrics_is_left_open(value: str):
+def test_non_finite_metrics_are_read_as_missing(value: str):
     text = packed_header().replace('"loss":0.5', f'"loss":{value}')
     packet = sealed(compressed(save({"values": VALUES}, metadata={"flapsam": text})))
     assert opened(packet)[0].metrics["loss"] is None
@@ -85,56 +87,56 @@ GOOD = encode(HEADER, CONTRACT, TENSORS)
 PLAIN = save({"values": VALUES}, metadata={"flapsam": HEADER.model_dump_json()})
 
 REFUSED = {
-    "empty": (b"", "not a flapsam packet"),
+    "empty": (b"", "it is not a flapsam packet"),
     "other file": (b"PK\x03\x04" + bytes(100), "not a flapsam packet"),
     "first format": (b"FLAPSAM1" + GOOD[8:], "need the same version of flapsam"),
     "later format": (b"FLAPSAM3" + GOOD[8:], "need the same version of flapsam"),
     "flipped bit": (GOOD[:-1] + bytes([GOOD[-1] ^ 1]), "damaged"),
     "cut short": (GOOD[:-5], "damaged"),
-    "no frame": (sealed(b"garbage"), "not readable"),
-    "no safetensors": (sealed(compressed(b"garbage")), "not readable"),
-    "no header": (sealed(compressed(save({"values": VALUES}))), "not readable"),
-    "something after the frame": (sealed(compressed(PLAIN) + b"more"), "not readable"),
-    "another frame after it": (sealed(compressed(PLAIN) * 2), "not readable"),
-    "frame cut short": (sealed(compressed(PLAIN)[:-8]), "not readable"),
-    "odd header": (sealed(compressed(save({"values": VALUES}, metadata={"flapsam": '{"run": 3}'}))), "not readable"),
+    "no frame": (sealed(b"garbage"), "it cannot be read"),
+    "no safetensors": (sealed(compressed(b"garbage")), "it cannot be read"),
+    "no header": (sealed(compressed(save({"values": VALUES}))), "it cannot be read"),
+    "something after the frame": (sealed(compressed(PLAIN) + b"more"), "it cannot be read"),
+    "another frame after it": (sealed(compressed(PLAIN) * 2), "it cannot be read"),
+    "frame cut short": (sealed(compressed(PLAIN)[:-8]), "it cannot be read"),
+    "odd header": (sealed(compressed(save({"values": VALUES}, metadata={"flapsam": '{"run": 3}'}))), "it cannot be read"),
     "unknown header field": (
         sealed(compressed(save({"values": VALUES}, metadata={"flapsam": HEADER.model_dump_json()[:-1] + ',"x":1}'}))),
-        "not readable",
+        "it cannot be read",
     ),
     "header of a deep nest": (
         sealed(compressed(save({"values": VALUES}, metadata={"flapsam": "[" * 100_000}))),
-        "not readable",
+        "it cannot be read",
     ),
     "bomb": (sealed(compressed(bytes(FRAMING_BYTES + 10**6))), "too large"),
     "undeclared size": (sealed(zstandard.ZstdCompressor(write_content_size=False).compress(PLAIN)), "too large"),
     "other contract": (packed({"values": VALUES}, contract="0"), "another contract"),
-    "other codec": (packed({"values": VALUES}, codec="int4"), "codec 'int4' is not the one agreed, which is fp32"),
+    "other codec": (packed({"values": VALUES}, codec="int4"), "it uses codec 'int4', but fp32 was agreed"),
     "missing entry": (packed({}), "'values'"),
     "extra entry": (packed({"values": VALUES, "c": torch.zeros(1)}), "'c'"),
-    "too long": (packed({"values": torch.zeros(9)}), "agreed was"),
-    "other shape": (packed({"values": VALUES.reshape(2, 4)}), "agreed was"),
-    "other dtype": (packed({"values": VALUES.double()}), "agreed was"),
+    "too long": (packed({"values": torch.zeros(9)}), "of length 8 was agreed"),
+    "other shape": (packed({"values": VALUES.reshape(2, 4)}), "of length 8 was agreed"),
+    "other dtype": (packed({"values": VALUES.double()}), "float32 of length 8 was agreed"),
     "not a number": (encode(HEADER, CONTRACT, {**TENSORS, "b.bias": torch.tensor([0.0, torch.nan])}), "NaN or infinity"),
     "infinity": (encode(HEADER, CONTRACT, {**TENSORS, "b.bias": torch.tensor([0.0, torch.inf])}), "NaN or infinity"),
 }
 
 
 @pytest.mark.parametrize(("packet", "reason"), REFUSED.values(), ids=REFUSED)
-def test_refused(packet: bytes, reason: str):
+def test_invalid_packets_are_refused(packet: bytes, reason: str):
     with pytest.raises(PacketRefused, match=reason):
         opened(packet)
 
 
-def test_a_frame_that_lies_about_its_size_is_not_unpacked_beyond_it():
+def test_a_frame_is_not_decompressed_beyond_its_declared_size():
     frame = bytearray(zstandard.ZstdCompressor().compress(bytes(50 << 20)))
     small = zstandard.ZstdCompressor().compress(PLAIN)
     assert zstandard.get_frame_parameters(bytes(frame)).content_size == 50 << 20
-    # Single-segment frames keep the content size right after the descriptor; claim 1000 bytes instead of 50 MiB.
-    at = bytes(frame).index((50 << 20).to_bytes(4, "little"))
-    frame[at : at + 4] = (1000).to_bytes(4, "little")
+    # Single-segment frames keep the content size right after the descriptor. Claim 1000 bytes instead of 50 MiB.
+    offset = bytes(frame).index((50 << 20).to_bytes(4, "little"))
+    frame[offset : offset + 4] = (1000).to_bytes(4, "little")
     assert len(small) < len(frame)
-    with pytest.raises(PacketRefused, match="not readable"):
+    with pytest.raises(PacketRefused, match="it cannot be read"):
         opened(sealed(bytes(frame)))
 
 

@@ -1,4 +1,4 @@
-"""Killed at any moment and resumed, a run ends in the same adapter, bit for bit. Real processes, real kill -9."""
+"""A run that is killed at any moment and resumed ends with the same adapter, bit for bit. Real processes, real kill -9."""
 
 import signal
 import subprocess
@@ -12,14 +12,14 @@ import pytest
 from tests.helpers.ledgers import read_events
 from tests.helpers.sites import make_sites, write_run
 
-# A flexlora that, where a signal file is named, touches it in its second round's aggregation and waits to be killed.
+# FlexLoRA that, if a signal file is given, touches it while aggregating the second round and waits to be killed.
 PROGRAM = """
 import signal, sys, time
 from pathlib import Path
 from flapsam import cli
 from flapsam.federation.aggregation import AGGREGATORS, FlexLora
 
-# Tests that run in the background of a shell inherit that interruptions are ignored.
+# A process that a shell started in the background would ignore interruptions.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal_file = sys.argv.pop(1)
 results = 0
@@ -52,14 +52,14 @@ def kill_when(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -
     deadline = time.monotonic() + 120
     while not condition():
         assert process.poll() is None, (process.stdout.read() if process.stdout else b"").decode()
-        assert time.monotonic() < deadline, "the moment to kill never came"
+        assert time.monotonic() < deadline, "the moment to kill the process never came"
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """An adapter without its descriptions, which name the run."""
+    """The files of an adapter except its descriptions, which name the run."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("flapsam.json", "README.md")}
 
 
@@ -68,47 +68,47 @@ FIELDS = {"rounds": {"count": 4}, "aggregator": "slow", "training": {"window": 3
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of four rounds that nothing disturbed; beside it are its data."""
+    """The folder of an uninterrupted run of four rounds. Its data are next to it."""
     root = tmp_path_factory.mktemp("whole")
     finish(start(write_run(root / "run.yaml", make_sites(root / "data", sites=3, cases=4), **FIELDS)))
     return root / "run"
 
 
-def resumed_equals(uninterrupted: Path, config: Path) -> None:
+def assert_resumed_run_is_equal(uninterrupted: Path, config: Path) -> None:
     finish(start(config, "--resume"))
     run = config.parent / "run"
     assert files(run / "adapter") == files(uninterrupted / "adapter")
     for label_map in (uninterrupted / "predictions").rglob("*.nii.gz"):
         assert (run / label_map.relative_to(uninterrupted)).read_bytes() == label_map.read_bytes()
-    # The ledger holds every fit once, with the same figures.
+    # The ledger contains every fit once, with the same figures.
     ledgers = [
         [(e["round"], e["site"], e["loss"], e["bytes_up"]) for e in read_events(folder) if e["event"] == "fit"]
         for folder in (run, uninterrupted)
     ]
-    # Packets carry the run's id and the fit's seconds, so their sizes differ by a few bytes.
+    # Packets contain the run's id and the fit's seconds, so their sizes differ by a few bytes.
     assert [entry[:3] for entry in ledgers[0]] == [entry[:3] for entry in ledgers[1]]
     assert [entry[3] for entry in ledgers[0]] == pytest.approx([entry[3] for entry in ledgers[1]], rel=0.01)
 
 
-def test_killed_in_a_clients_fit(uninterrupted: Path, tmp_path: Path):
+def test_a_run_killed_during_a_clients_fit_resumes(uninterrupted: Path, tmp_path: Path):
     config = write_run(tmp_path / "run.yaml", uninterrupted.parent / "data", **FIELDS)
     process = start(config)
     sites = tmp_path / "run" / "state" / "federated" / "sites"
     kill_when(process, (sites / "site_0" / "reply-000002.packet").exists)
-    # The first site had answered round 2, the second was at it.
+    # The first site has answered round 2, and the second is still fitting.
     assert not (sites / "site_1" / "reply-000002.packet").exists()
-    resumed_equals(uninterrupted, config)
+    assert_resumed_run_is_equal(uninterrupted, config)
 
 
-def test_killed_while_the_server_aggregates(uninterrupted: Path, tmp_path: Path):
+def test_a_run_killed_while_the_server_aggregates_resumes(uninterrupted: Path, tmp_path: Path):
     config = write_run(tmp_path / "run.yaml", uninterrupted.parent / "data", **FIELDS)
     process = start(config, signal_file=tmp_path / "aggregating")
     kill_when(process, (tmp_path / "aggregating").exists)
     assert not (tmp_path / "run" / "adapter").exists()
-    resumed_equals(uninterrupted, config)
+    assert_resumed_run_is_equal(uninterrupted, config)
 
 
-def test_interrupted_by_the_user(uninterrupted: Path, tmp_path: Path):
+def test_a_run_interrupted_by_the_user_resumes(uninterrupted: Path, tmp_path: Path):
     config = write_run(tmp_path / "run.yaml", uninterrupted.parent / "data", **FIELDS)
     process = start(config, signal_file=tmp_path / "aggregating")
     while not (tmp_path / "aggregating").exists():
@@ -119,4 +119,4 @@ def test_interrupted_by_the_user(uninterrupted: Path, tmp_path: Path):
     assert process.returncode == 130
     assert b"add --resume to continue" in output
     assert b"Traceback" not in output
-    resumed_equals(uninterrupted, config)
+    assert_resumed_run_is_equal(uninterrupted, config)

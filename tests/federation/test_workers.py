@@ -1,4 +1,4 @@
-"""Sites fitted side by side: the same result, and an end that says what happened."""
+"""Sites fitted in parallel: the same result, clear errors, and no process left behind."""
 
 import multiprocessing
 import signal
@@ -31,41 +31,41 @@ def adapter(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (run / "adapter").glob("*.safetensors")}
 
 
-def told(run: Path) -> list[tuple]:
-    """The ledger without times and sizes, which hold the fits' seconds."""
+def recorded(run: Path) -> list[tuple]:
+    """The ledger's events without durations and sizes, which differ between runs."""
     fields = ("event", "federation", "round", "site", "slices", "loss", "dice")
     return [tuple(str(event.get(field)) for field in fields) for event in read_events(run)]
 
 
-def test_workers_change_nothing(data: Path, tmp_path: Path):
+def test_workers_do_not_change_the_result(data: Path, tmp_path: Path):
     fields = {"modes": ["local", "federated"], "rounds": {"count": 2}}
-    alone, together = (run_with(tmp_path / str(count), data, count, **fields) for count in (1, 2))
-    assert adapter(alone) == adapter(together)
-    assert told(alone) == told(together)
+    serial, parallel = (run_with(tmp_path / str(count), data, count, **fields) for count in (1, 2))
+    assert adapter(serial) == adapter(parallel)
+    assert recorded(serial) == recorded(parallel)
     assert not multiprocessing.active_children()
 
 
-def test_a_worker_that_dies_ends_the_run_with_a_sentence_and_it_is_gone_on_with(data: Path, tmp_path: Path):
+def test_a_run_whose_worker_died_ends_with_an_error_and_resumes(data: Path, tmp_path: Path):
     config = read_config(write_run(tmp_path / "run.yaml", data, rounds={"count": 6}))
     reply = tmp_path / "run/state/federated/sites/site_0/reply-000002.packet"
 
-    def kill_one() -> None:
+    def kill_a_worker() -> None:
         while not reply.exists():
             time.sleep(0.005)
         multiprocessing.active_children()[0].kill()
 
-    threading.Thread(target=kill_one, daemon=True).start()
+    threading.Thread(target=kill_a_worker, daemon=True).start()
     with pytest.raises(FlapsamError, match="a worker has died"):
         simulate(config, workers=2)
     simulate(config, workers=2, resume=True)
-    whole = run_with(tmp_path / "whole", data, 1, rounds={"count": 6})
-    assert adapter(tmp_path / "run") == adapter(whole)
+    uninterrupted = run_with(tmp_path / "whole", data, 1, rounds={"count": 6})
+    assert adapter(tmp_path / "run") == adapter(uninterrupted)
 
 
-def test_an_interruption_ends_the_workers_too(data: Path, tmp_path: Path):
+def test_an_interruption_also_ends_the_workers(data: Path, tmp_path: Path):
     config = write_run(tmp_path / "run.yaml", data, rounds={"count": 50})
-    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from flapsam import cli; cli.main()"
-    command = [sys.executable, "-c", start, "simulate", str(config), "--workers", "2"]
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from flapsam import cli; cli.main()"
+    command = [sys.executable, "-c", program, "simulate", str(config), "--workers", "2"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     while not list((tmp_path / "run").rglob("reply-*.packet")):
         assert process.poll() is None

@@ -1,1 +1,1 @@
-"""What several tests need: made-up data, runs, hospitals, and the command line."""
+"""Shared helpers of the tests: synthetic data, runs, hospitals and the command line."""

@@ -13,13 +13,13 @@ from flapsam.sam import Assembled, assemble, travelling, travelling_state
 def trained(
     name: str, *, seed: int = 3, size: int = 64, lora: Lora = Lora(rank=4), frozen: Sequence[OutputPart] = ()
 ) -> tuple[Assembled, AdapterCard]:
-    """A network whose travelling tensors have moved away from their start, and its card."""
+    """Return a network whose travelling tensors were perturbed, as by training, and its adapter card."""
     backbone = Backbone(name="sam-tiny", weights="random")
     assembled = assemble(backbone, image_size=size, classes=2, strategy_name=name, lora=lora, frozen=frozen, seed=seed)
     with torch.no_grad():
-        draw = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
         for parameter in travelling(assembled.network).values():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=draw)
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
     card = AdapterCard(
         run="r",
         mode="federated",
@@ -39,7 +39,7 @@ def trained(
 
 
 def saved(folder: Path, name: str = "flap", *, seed: int | None = None) -> Path:
-    """The folder of such an adapter; with ``seed``, it says another seed than it was made with."""
+    """Save such an adapter and return its folder. With ``seed``, its card names that seed instead of the real one."""
     assembled, card = trained(name)
     if seed is not None:
         card = card.model_copy(update={"backbone": card.backbone.model_copy(update={"seed": seed})})
@@ -48,12 +48,12 @@ def saved(folder: Path, name: str = "flap", *, seed: int | None = None) -> Path:
 
 
 def saved_lively(folder: Path) -> Path:
-    """The folder of an adapter that finds every class in smooth noise, so that label maps have something to compare."""
+    """Save an adapter that finds every class in smooth noise, so that label maps can be compared. Return its folder."""
     assembled, card = trained("flap")
     with torch.no_grad():
-        draw = torch.Generator().manual_seed(107)
+        generator = torch.Generator().manual_seed(107)
         for name, parameter in travelling(assembled.network).items():
             if "hypernetworks" in name or "mask_tokens" in name:
-                parameter += 0.3 * torch.randn(parameter.shape, generator=draw)
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
     save_adapter(folder, card, travelling_state(assembled.network))
     return folder

@@ -1,4 +1,4 @@
-"""Calling the command line as a user does, within the test's process."""
+"""Run the command line as a user does, but within the test's process."""
 
 import sys
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ class Outcome:
 
 
 def flapsam(capfd: pytest.CaptureFixture[str], *arguments: str | Path) -> Outcome:
-    """Run ``flapsam`` with these arguments; a traceback fails the test."""
+    """Run ``flapsam`` with these arguments. A traceback fails the test."""
     capfd.readouterr()
-    before, sys.argv = sys.argv, ["flapsam", *map(str, arguments)]
+    argv, sys.argv = sys.argv, ["flapsam", *map(str, arguments)]
     try:
         cli.main()
         code = 0
-    except SystemExit as end:
-        code = int(end.code or 0)
+    except SystemExit as error:
+        code = int(error.code or 0)
     finally:
-        sys.argv = before
+        sys.argv = argv
     captured = capfd.readouterr()
     return Outcome(code, captured.out, captured.err)

@@ -15,7 +15,7 @@ LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 Change = Callable[[Dataset, int], None]
 
 
-def _head(path: Path, kind: UID, series: str) -> FileDataset:
+def _header(path: Path, kind: UID, series: str) -> FileDataset:
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = kind
     meta.MediaStorageSOPInstanceUID = generate_uid()
@@ -36,8 +36,8 @@ def _head(path: Path, kind: UID, series: str) -> FileDataset:
     return header
 
 
-def _places(affine: NDArray) -> tuple[NDArray, list[float], list[float]]:
-    """Affine in LPS, direction cosines, spacing from row to row and from column to column."""
+def _geometry(affine: NDArray) -> tuple[NDArray, list[float], list[float]]:
+    """The affine in LPS, the direction cosines, and the spacing between rows and between columns."""
     lps = LPS @ affine
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
     cosines = lps[:3, :3] / spacing
@@ -53,21 +53,24 @@ def save_series(
     order: Sequence[int] | None = None,
     change: Change = lambda header, index: None,
 ) -> Path:
-    """A file a slice, of whole numbers from −1024 to 3071 in (i, j, k); k must grow along the slices' normal.
+    """Save a volume as a DICOM series with one file for each slice.
 
     Args:
-        folder: where to.
-        array: voxels (i, j, k).
-        affine: to RAS+.
-        series: its description.
-        order: the numbers in the files' names; those of the slices if not given.
-        change: is given each header and the slice's number before it is written.
+        folder: folder to write to.
+        array: voxels (i, j, k), whole numbers from −1024 to 3071. k must grow along the slices' normal.
+        affine: affine to RAS+.
+        series: description of the series.
+        order: numbers in the files' names. By default, the numbers of the slices.
+        change: called with each header and its slice number before the file is written.
+
+    Returns:
+        The folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lps, directions, spacing = _places(affine)
+    lps, directions, spacing = _geometry(affine)
     for index in range(array.shape[2]):
         path = folder / f"{series.replace(' ', '_')}_{order[index] if order else index:04d}.dcm"
-        header = _head(path, CTImageStorage, series)
+        header = _header(path, CTImageStorage, series)
         header.InstanceNumber = index + 1
         header.Rows, header.Columns = array.shape[1], array.shape[0]
         header.ImageOrientationPatient, header.PixelSpacing = directions, spacing
@@ -81,19 +84,19 @@ def save_series(
 
 
 def save_enhanced(path: Path, array: NDArray, affine: NDArray, order: Sequence[int]) -> Path:
-    """All slices in one file, frame after frame in the order given."""
+    """Save all slices in one enhanced DICOM file, with the frames in the given order."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lps, directions, spacing = _places(affine)
-    header = _head(path, EnhancedCTImageStorage, "enhanced")
+    lps, directions, spacing = _geometry(affine)
+    header = _header(path, EnhancedCTImageStorage, "enhanced")
     header.ImageType = ["ORIGINAL", "PRIMARY", "VOLUME", "NONE"]
     header.InstanceNumber, header.NumberOfFrames = 1, len(order)
     header.Rows, header.Columns = array.shape[1], array.shape[0]
 
     def item(**fields: object) -> Dataset:
-        made = Dataset()
+        dataset = Dataset()
         for name, value in fields.items():
-            setattr(made, name, Items([value]) if isinstance(value, Dataset) else value)
-        return made
+            setattr(dataset, name, Items([value]) if isinstance(value, Dataset) else value)
+        return dataset
 
     header.SharedFunctionalGroupsSequence = Items(
         [
@@ -119,7 +122,7 @@ def save_enhanced(path: Path, array: NDArray, affine: NDArray, order: Sequence[i
 
 
 def changed(path: Path, change: Callable[[Dataset], None]) -> None:
-    """Change one file of a series."""
+    """Change the header of one file of a series."""
     header = pydicom.dcmread(path)
     change(header)
     header.save_as(path)

@@ -1,4 +1,4 @@
-"""The documentation's pages, taken apart: blocks of code, commands and links."""
+"""Parse the documentation's pages into code blocks, commands and links."""
 
 import re
 import shlex
@@ -18,14 +18,14 @@ class Block:
 
     page: Path
     section: str
-    """The heading that it stands under."""
+    """Heading above the block."""
     language: str
     text: str
 
 
 def blocks(page: Path, *languages: str) -> list[Block]:
-    """The blocks of a page in these languages, in order; ``""`` is a block of commands."""
-    found, section = [], ""
+    """The blocks of a page in these languages, in order. ``""`` stands for blocks of commands."""
+    result, section = [], ""
     for heading, indent, language, text in re.findall(
         r"^#+ ([^\n]+)$|^( *)```(\w*)[^\n]*\n(.*?)^ *```$", page.read_text(), re.MULTILINE | re.DOTALL
     ):
@@ -33,32 +33,32 @@ def blocks(page: Path, *languages: str) -> list[Block]:
             section = heading
         elif language in languages:
             lines = [line.removeprefix(indent) for line in text.splitlines()]
-            found.append(Block(page, section, language, "\n".join(lines) + "\n"))
-    return found
+            result.append(Block(page, section, language, "\n".join(lines) + "\n"))
+    return result
 
 
 def commands(block: Block) -> Iterator[list[str]]:
-    """The words of each command of flapsam in a block of commands."""
+    """Yield the words of each flapsam command in a block of commands."""
     for line in block.text.replace("\\\n", " ").splitlines():
         if line.startswith("flapsam "):
             yield shlex.split(line, comments=True)[1:]
 
 
 def inline_commands(page: Path) -> Iterator[list[str]]:
-    """The same of those within sentences, such as `flapsam data list`."""
+    """Yield the words of each flapsam command within a sentence, such as `flapsam data list`."""
     text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    for found in re.findall(r"`flapsam ([^`]+)`", text):
-        yield [word for word in shlex.split(found) if word != "…"]
+    for command in re.findall(r"`flapsam ([^`]+)`", text):
+        yield [word for word in shlex.split(command) if word != "…"]
 
 
 def links(page: Path) -> Iterator[str]:
-    """What a page links to, outside of blocks of code."""
+    """Yield the targets of a page's links, except those in code blocks."""
     text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     yield from re.findall(r"\]\(([^)\s]+)\)", text)
 
 
 def anchors(page: Path) -> set[str]:
-    """What can stand behind a # in links to a page, as both MkDocs and GitHub make them from headings."""
+    """The anchors of a page's headings, as both MkDocs and GitHub derive them."""
     text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}

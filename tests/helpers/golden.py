@@ -1,4 +1,4 @@
-"""The reference implementation's numbers, and its small network."""
+"""Values of the reference implementation, and its small network."""
 
 import json
 from typing import Any
@@ -48,7 +48,7 @@ def golden_network() -> Sam:
 
 
 def golden_network_with_lora() -> Sam:
-    """The same with the reference's adapters on it; everything trains."""
+    """The same network with the reference's adapters. All parameters train."""
     network = apply_strategy(golden_network(), STRATEGIES["flap"], Lora(rank=4))
     adapters = {reference_to_public(name): tensor for name, tensor in golden("lora").items()}
     load_travelling(network, {**travelling_state(network), **adapters})
@@ -56,7 +56,7 @@ def golden_network_with_lora() -> Sam:
 
 
 def reference_to_public(name: str) -> str:
-    """The network's name for a parameter of the reference; of a fused qkv, the name of q."""
+    """The network's name for a parameter of the reference. For a fused qkv, the name of q."""
     for letter in "ab":
         for part in "qv":
             for suffix in (".0.weight", ".weight"):

@@ -1,4 +1,4 @@
-"""A real federation on loopback, as its people would run it: processes of ``flapsam federation``, each with its own kit."""
+"""A real federation on loopback, as its users run it: processes of ``flapsam federation``, each with its own kit."""
 
 import json
 import os
@@ -27,16 +27,16 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def until(condition: Callable[[], object], seconds: float = 60) -> None:
-    """Wait until something holds; that it does not in time fails the test."""
+def until(condition: Callable[[], object], seconds: float = 120) -> None:
+    """Wait until a condition holds. The test fails if it does not hold in time."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
+        assert time.monotonic() < deadline, f"the condition did not hold within {seconds} s"
         time.sleep(0.02)
 
 
 def kill_all(process: subprocess.Popen) -> None:
-    """``kill -9`` of a process and all that it started, as a machine dies that loses its power."""
+    """Kill a process and all its descendants with ``kill -9``, as when the machine loses power."""
     family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
     for pid in family:
         os.kill(pid, signal.SIGKILL)
@@ -45,22 +45,22 @@ def kill_all(process: subprocess.Popen) -> None:
 
 @dataclass
 class Hospitals:
-    """Kits, data and running processes, all in one folder. Sites reach the server through a proxy that records."""
+    """Kits, data and running processes, all in one folder. The sites reach the server through a recording proxy."""
 
     folder: Path
     sites: list[str]
     own: str = "own"
-    """Name of the folder that holds all that is the sites' own."""
+    """Name of the folder with everything that belongs to the sites."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Of the sites."""
+    """Environment variables of the sites' processes."""
     proxied: bool = True
     running: dict[str, subprocess.Popen] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.port, self.admin_port = free_port(), free_port()
         server = {"host": "localhost", "port": self.port, "admin_port": self.admin_port}
-        about = {"name": "test", "server": server, "sites": self.sites}
-        (self.folder / "federation.yaml").write_text(yaml.safe_dump(about))
+        federation = {"name": "test", "server": server, "sites": self.sites}
+        (self.folder / "federation.yaml").write_text(yaml.safe_dump(federation))
         self.flapsam("provision", self.folder / "federation.yaml", "-o", self.folder / "kits")
         for site in self.sites:
             (self.folder / self.own / "kits").mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ class Hospitals:
         return self.folder / (self.own if name in self.sites else "") / "kits" / name
 
     def point(self, site: str, port: int) -> None:
-        """Let a site look for the server at another port."""
+        """Make a site look for the server at another port."""
         path = self.kit(site) / "startup" / "fed_client.json"
         tree = json.loads(path.read_text())
         tree["servers"][0]["service"]["target"] = f"localhost:{port}"
@@ -92,8 +92,8 @@ class Hospitals:
         for number, site in enumerate(self.sites):
             make_site(self.data / site, cases, seed=number)
 
-    def flapsam(self, *arguments: str | Path, code: int = 0, seconds: float = 120) -> str:
-        """``flapsam federation …`` to its end; returns what it printed."""
+    def flapsam(self, *arguments: str | Path, code: int = 0, seconds: float = 240) -> str:
+        """Run ``flapsam federation …`` to its end and return its output."""
         outcome = subprocess.run(
             [*FLAPSAM, "federation", *map(str, arguments)], capture_output=True, text=True, timeout=seconds, check=False
         )
@@ -102,7 +102,7 @@ class Hospitals:
         return outcome.stdout + outcome.stderr
 
     def start(self, name: str, *arguments: str | Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen:
-        """``flapsam federation …`` in the background; what it prints goes to ``NAME.out``."""
+        """Start ``flapsam federation …`` in the background, with its output in ``NAME.out``."""
         with (self.folder / f"{name}.out").open("ab") as output:
             self.running[name] = subprocess.Popen(
                 [*FLAPSAM, "federation", *map(str, arguments)],
@@ -122,10 +122,10 @@ class Hospitals:
         until(lambda: self.said("server").count("The server is up") > before)
 
     def start_site(self, site: str, environment: Mapping[str, str] | None = None, **own: object) -> None:
-        """Start a site, whose file says what is given beside its data."""
+        """Start a site. ``own`` are further fields of its file."""
         path = self.folder / self.own / f"{site}.yaml"
-        about = {"data": {"path": str(self.data / site)}, "state": str(self.state_of(site)), "threads": 1, **own}
-        path.write_text(yaml.safe_dump(about))
+        fields = {"data": {"path": str(self.data / site)}, "state": str(self.state_of(site)), "threads": 1, **own}
+        path.write_text(yaml.safe_dump(fields))
         environment = {**self.environment, **(environment or {})}
         self.start(site, "site", self.kit(site), "--data", path, environment=environment)
 
@@ -135,14 +135,14 @@ class Hospitals:
             self.start_site(site)
         until(lambda: all("Connected to the server" in self.said(site) for site in self.sites))
 
-    def follow(self, config: Path, *, seconds: float = 120, code: int = 0) -> str:
-        """Wait for ``start_run``'s end; returns what it printed."""
+    def follow(self, config: Path, *, seconds: float = 240, code: int = 0) -> str:
+        """Wait until a run ends and return its output."""
         name = f"run-{config.stem}"
         try:
-            found = self.running[name].wait(seconds)
+            returned = self.running[name].wait(seconds)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"not done within {seconds} s:\n{self.said(name)}") from None
-        assert found == code, self.said(name)
+            raise AssertionError(f"the run did not end within {seconds} s:\n{self.said(name)}") from None
+        assert returned == code, self.said(name)
         assert "Traceback" not in self.said(name)
         return self.said(name)
 

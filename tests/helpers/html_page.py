@@ -1,15 +1,15 @@
-"""Reading a page as text and tables, with the standard library's parser."""
+"""Read an HTML page as text and tables, with the standard library's parser."""
 
 from html.parser import HTMLParser
 
 
 class Page(HTMLParser):
-    """A page's tables, its text and the addresses that it names."""
+    """The tables and the text of a page, and the addresses that it refers to."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
         self.tables: dict[str, list[list[str]]] = {}
-        """Id → rows of cells, the head first."""
+        """Id → rows of cells, with the header row first."""
         self.addresses: list[str] = []
         self.tags: list[str] = []
         self.parts: list[str] = []
@@ -22,11 +22,11 @@ class Page(HTMLParser):
         return "".join(self.parts)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
+        attributes = dict(attrs)
         self.tags.append(tag)
         self.addresses += [value for key, value in attrs if key in ("src", "href", "xlink:href", "data", "action") and value]
         if tag == "table":
-            self._table = found["id"]
+            self._table = attributes["id"]
             self.tables[self._table or ""] = []
         elif tag == "tr" and self._table is not None:
             self.tables[self._table].append([])

@@ -1,4 +1,4 @@
-"""Ledgers written by hand, and ledgers read without flapsam."""
+"""Ledgers written by hand, and a reader of ledgers that does not use flapsam."""
 
 import json
 from datetime import UTC, datetime, timedelta
@@ -26,8 +26,8 @@ def site(name: str) -> Event:
 
 
 def fit(when: float, name: str, number: int, federation: str = "federated", **fields: Any) -> Event:
-    usual = {"bytes_down": 10, "bytes_up": 100, "loss": 0.5, "cross_entropy": 1.0, "dice_loss": 0.25, "seconds": 4.0}
-    return event("fit", when, federation=federation, round=number, site=name, slices=9, **{**usual, **fields})
+    defaults = {"bytes_down": 10, "bytes_up": 100, "loss": 0.5, "cross_entropy": 1.0, "dice_loss": 0.25, "seconds": 4.0}
+    return event("fit", when, federation=federation, round=number, site=name, slices=9, **{**defaults, **fields})
 
 
 def validation(when: float, name: str, number: int, dice: float, federation: str = "federated") -> Event:
@@ -35,13 +35,13 @@ def validation(when: float, name: str, number: int, dice: float, federation: str
     return event("validation", when, federation=federation, round=number, site=name, dice=scores)
 
 
-def closed(when: float, number: int, took: float, federation: str = "federated") -> Event:
-    return event("round", when, federation=federation, round=number, seconds=took, aggregation_seconds=0.5)
+def closed(when: float, number: int, seconds: float, federation: str = "federated") -> Event:
+    return event("round", when, federation=federation, round=number, seconds=seconds, aggregation_seconds=0.5)
 
 
 def scored(when: float, name: str, case: str, dice: float, federation: str = "federated") -> Event:
-    about = {"federation": federation, "site": name, "case": case}
-    return event("test", when, **about, dice={"ball": dice, "core": None}, hd95={"ball": 1.0, "core": None})
+    fields = {"federation": federation, "site": name, "case": case}
+    return event("test", when, **fields, dice={"ball": dice, "core": None}, hd95={"ball": 1.0, "core": None})
 
 
 LEDGER = [
@@ -58,7 +58,7 @@ LEDGER = [
     validation(24, "a", 2, 0.3),
     fit(24, "a", 3, loss=0.2, bytes_down=60),
 ]
-"""Two of four rounds are done, and the first of two sites has answered the third."""
+"""Two of four rounds are complete, and the first of two sites has answered in the third."""
 FINISHED = [
     *LEDGER[:11],
     event("delivery", 24, federation="federated", round=2, site="a", bytes_down=60),
@@ -69,11 +69,11 @@ FINISHED = [
     scored(33, "b", "b2", 0.4),
     event("end", 34),
 ]
-"""After two rounds it had settled."""
+"""The run settled after two rounds."""
 
 
 def begun(folder: Path, config: RunConfig, events: list[Event]) -> Path:
-    """The folder of a run with this ledger."""
+    """Create the folder of a run with this ledger."""
     folder.mkdir()
     (folder / "run.yaml").write_text(write_config(config.model_copy(update={"output": folder})))
     (folder / "environment.json").write_text(json.dumps({"run": "5ca1ab1e" * 4}))
@@ -83,7 +83,7 @@ def begun(folder: Path, config: RunConfig, events: list[Event]) -> Path:
 
 
 def read_events(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The whole lines of a run's ledger so far, of all kinds or one."""
+    """Read the complete lines of a run's ledger so far, optionally of one kind."""
     path = run / "events.jsonl"
     text = path.read_text() if path.exists() else ""
     events = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

@@ -1,7 +1,7 @@
-"""A proxy that ends the TLS of each site and begins its own with the server, and keeps everything that crosses it in clear.
+"""A proxy between sites and server that decrypts everything they send, and records it.
 
-It can do so only because the test holds every private key: to the sites it shows the server's certificate, to the server
-that of the site which called.
+It terminates the TLS connection of each site and opens its own to the server. This works only because the test holds every
+private key: the proxy presents the server's certificate to the sites, and the calling site's certificate to the server.
 """
 
 import select
@@ -44,8 +44,8 @@ class RecordingProxy:
     def _serve(self, connection: socket.socket) -> None:
         try:
             with self.as_server.wrap_socket(connection, server_side=True) as site:
-                shown = x509.load_der_x509_certificate(site.getpeercert(binary_form=True) or b"")
-                name = str(shown.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
+                certificate = x509.load_der_x509_certificate(site.getpeercert(binary_form=True) or b"")
+                name = str(certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)
                 self.callers.add(name)
                 startup = self.kit_of(name) / "startup"
                 as_site = ssl.create_default_context(cafile=str(startup / "rootCA.pem"))
@@ -53,18 +53,18 @@ class RecordingProxy:
                 as_site.set_alpn_protocols(["h2"])
                 raw = socket.create_connection(("127.0.0.1", self.server_port))
                 with as_site.wrap_socket(raw, server_hostname="localhost") as server:
-                    self._carry(site, server)
+                    self._relay(site, server)
         except (OSError, ValueError):
             connection.close()
 
-    def _carry(self, site: ssl.SSLSocket, server: ssl.SSLSocket) -> None:
-        other = {site: server, server: site}
+    def _relay(self, site: ssl.SSLSocket, server: ssl.SSLSocket) -> None:
+        peers = {site: server, server: site}
         while True:
-            ready = [end for end in other if end.pending()] or select.select(list(other), [], [])[0]
+            ready = [end for end in peers if end.pending()] or select.select(list(peers), [], [])[0]
             for end in ready:
                 data = end.recv(1 << 16)
                 if not data:
                     return
                 with self.lock:
                     self.record += data
-                other[end].sendall(data)
+                peers[end].sendall(data)

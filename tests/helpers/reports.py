@@ -1,4 +1,4 @@
-"""Runs for the report's tests, whose ledgers are written by hand."""
+"""Runs for the report's tests, with ledgers written by hand."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,12 +13,12 @@ from tests.helpers.sites import AFFINE, ball, save
 
 CLASSES = ("ball", "core")
 DICE = {"federated": 0.8, "local": 0.7}
-"""Of class ball; the n-th case of a site has n hundredths more, core a tenth less."""
+"""Mode → Dice of class ball in a site's first case. Each further case has 0.01 more, and class core has 0.1 less."""
 
 
 @dataclass
 class Writer:
-    """Writes a ledger, a second an event."""
+    """Writes a ledger with one event per second."""
 
     path: Path
     events: list[dict[str, Any]] = field(default_factory=list)
@@ -27,7 +27,7 @@ class Writer:
         second = len(self.events)
         time = f"2026-01-01T00:{second // 60:02}:{second % 60:02}+00:00"
         self.events.append({"event": event, "time": time, **fields})
-        self.path.write_text("".join(json.dumps(one) + "\n" for one in self.events))
+        self.path.write_text("".join(json.dumps(entry) + "\n" for entry in self.events))
 
 
 def make_run(
@@ -45,21 +45,24 @@ def make_run(
     over: bool = True,
     fields: Mapping[str, Any] | None = None,
 ) -> Path:
-    """A run's folder, and beside it its sites' volumes, all of which are test cases.
+    """Create a run's folder and, next to it, the volumes of its sites, all of which are test cases.
 
     Args:
-        folder: of everything.
-        name: of the run.
-        sites: their names.
-        case: cases are called so, with a number.
-        cases: of each site.
-        rounds: of each federation.
-        modes: that were trained.
-        notes: of the configuration.
-        better: is added to every Dice.
+        folder: folder for the run and its data.
+        name: name of the run.
+        sites: names of the sites.
+        case: prefix of the cases' names, before their number.
+        cases: number of cases of each site.
+        rounds: number of rounds of each cohort.
+        modes: modes that were trained.
+        notes: notes in the configuration.
+        better: added to every Dice.
         troubles: events that are written after the first round.
-        over: whether the run came to its end.
-        fields: of the configuration.
+        over: whether the run has ended.
+        fields: further fields of the configuration.
+
+    Returns:
+        The run's folder.
     """
     run = folder / name
     run.mkdir(parents=True)
@@ -72,20 +75,20 @@ def make_run(
         **(fields or {}),
     }
     (run / "run.yaml").write_text(yaml.safe_dump(tree))
-    about = {
+    environment = {
         "run": "0" * 32,
         "flapsam": "0.1.0",
         "command": ["/bin/flapsam", "simulate", "a run.yaml"],
         "packages": {"torch": "2"},
     }
-    (run / "environment.json").write_text(json.dumps(about))
+    (run / "environment.json").write_text(json.dumps(environment))
     write = Writer(run / "events.jsonl")
     for site in sites:
         write("site", site=site, cases={"train": 4, "val": 1, "test": cases})
     for mode in modes:
         members = {"federated": sites, "centralised": ("centralised",)}.get(mode)
-        for federation, some in [(mode, members)] if members else [(f"{mode}/{site}", (site,)) for site in sites]:
-            _rounds(write, federation, some, rounds, troubles if mode == "federated" else ())
+        for federation, participants in [(mode, members)] if members else [(f"{mode}/{site}", (site,)) for site in sites]:
+            _rounds(write, federation, participants, rounds, troubles if mode == "federated" else ())
     _tests(write, folder, run, sites, [f"{case}{index}" for index in range(cases)], modes, better)
     if over:
         write("end")
@@ -95,12 +98,12 @@ def make_run(
 def _rounds(
     write: Writer, federation: str, sites: Sequence[str], rounds: int, troubles: Sequence[Mapping[str, Any]]
 ) -> None:
-    silent = {(one["round"], one["site"]) for one in troubles if "round" in one}
+    silent = {(trouble["round"], trouble["site"]) for trouble in troubles if "round" in trouble}
     for number in range(1, rounds + 1):
-        for place, site in enumerate(sites):
+        for index, site in enumerate(sites):
             if (number, site) in silent:
                 continue
-            fit = {"loss": 1 / number + place / 10, "cross_entropy": 0.3, "dice_loss": 0.2, "steps": 6.0}
+            fit = {"loss": 1 / number + index / 10, "cross_entropy": 0.3, "dice_loss": 0.2, "steps": 6.0}
             traffic = {"bytes_up": 2048 * number, "bytes_down": 1024}
             write(
                 "fit", federation=federation, round=number, site=site, slices=9, seconds=2.0, waiting=0.5, **traffic, **fit
@@ -109,8 +112,8 @@ def _rounds(
         if number == 1:
             for trouble in troubles:
                 write(**{"federation": federation, **trouble})
-    for place, site in enumerate(sites):
-        dice = {"mean": 0.6 + place / 10, "ball": 0.65, "core": 0.55}
+    for index, site in enumerate(sites):
+        dice = {"mean": 0.6 + index / 10, "ball": 0.65, "core": 0.55}
         write("validation", federation=federation, round=rounds, site=site, dice=dice)
         write("delivery", federation=federation, round=rounds, site=site, bytes_down=512)
 
@@ -118,13 +121,13 @@ def _rounds(
 def _tests(
     write: Writer, folder: Path, run: Path, sites: Sequence[str], cases: Sequence[str], modes: Sequence[str], better: float
 ) -> None:
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     rows = ["case,site,split"]
     for site in sites:
         for index, case in enumerate(cases):
             rows.append(f'"{case.replace(chr(34), chr(34) * 2)}","{site.replace(chr(34), chr(34) * 2)}",test')
-            truth = ball((20, 16, 6), draw)
-            image = (100 * truth + draw.normal(0, 10, truth.shape)).astype(np.float32)
+            truth = ball((20, 16, 6), rng)
+            image = (100 * truth + rng.normal(0, 10, truth.shape)).astype(np.float32)
             if not (folder / "sites" / site / "images" / f"{case}.nii.gz").exists():
                 save(image, folder / "sites" / site / "images" / f"{case}.nii.gz", AFFINE)
                 save(truth, folder / "sites" / site / "labels" / f"{case}.nii.gz", AFFINE)

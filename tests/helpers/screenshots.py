@@ -1,4 +1,4 @@
-"""The documentation's pictures, from a run that `make demo` has made.
+"""Take the documentation's screenshots from a run that `make demo` has made.
 
 .venv/bin/python -m tests.helpers.screenshots demo/run docs/images
 """
@@ -17,37 +17,37 @@ from tests.helpers.browser import open_browser, watch
 
 
 def save(picture: bytes, path: Path) -> None:
-    """Charts as a PNG of 256 colours, which is small; grey images as a JPEG."""
-    shown = Image.open(io.BytesIO(picture)).convert("RGB")
+    """Save charts as PNG with 256 colours, which keeps them small, and grey-scale images as JPEG."""
+    image = Image.open(io.BytesIO(picture)).convert("RGB")
     if path.suffix == ".png":
-        shown.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+        image.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
     else:
-        shown.save(path, quality=88, optimize=True)
+        image.save(path, quality=88, optimize=True)
 
 
 def main(run: Path, images: Path) -> None:
     images.mkdir(parents=True, exist_ok=True)
-    page = write_report(run).resolve()
+    report = write_report(run).resolve()
     server, address = run_server(run, None, 0, Observer())
     threading.Thread(target=server.run, daemon=True).start()
     with open_browser() as browser:
         for name, dark in (("report", False), ("report-dark", True)):
-            seen = watch(browser, width=1100, height=1010, dark=dark).page
-            seen.goto(page.as_uri())
-            save(seen.screenshot(), images / f"{name}.png")
-        seen = watch(browser, width=400, height=800).page
-        seen.goto(page.as_uri())
-        save(seen.screenshot(), images / "report-narrow.png")
-        seen = watch(browser, width=1100, height=900).page
-        seen.goto(page.as_uri())
-        save(seen.locator("#slices .strips section").nth(1).screenshot(), images / "slices.jpg")
-        seen = watch(browser, width=1100, height=820).page
-        seen.goto(address)
-        seen.locator(".strips section").nth(1).locator("a").first.click()
-        seen.wait_for_selector("body[data-state=shown]", timeout=60_000)
-        seen.locator("canvas").click(position={"x": 215, "y": 550})
-        seen.wait_for_timeout(500)
-        save(seen.screenshot(), images / "viewer.jpg")
+            page = watch(browser, width=1100, height=1010, dark=dark).page
+            page.goto(report.as_uri())
+            save(page.screenshot(), images / f"{name}.png")
+        page = watch(browser, width=400, height=800).page
+        page.goto(report.as_uri())
+        save(page.screenshot(), images / "report-narrow.png")
+        page = watch(browser, width=1100, height=900).page
+        page.goto(report.as_uri())
+        save(page.locator("#slices .strips section").nth(1).screenshot(), images / "slices.jpg")
+        page = watch(browser, width=1100, height=820).page
+        page.goto(address)
+        page.locator(".strips section").nth(1).locator("a").first.click()
+        page.wait_for_selector("body[data-state=shown]", timeout=60_000)
+        page.locator("canvas").click(position={"x": 215, "y": 550})
+        page.wait_for_timeout(500)
+        save(page.screenshot(), images / "viewer.jpg")
     server.close()
 
 

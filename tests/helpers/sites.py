@@ -1,4 +1,4 @@
-"""Small sites for tests: bright balls on a dark, noisy ground."""
+"""Small sites for tests, with bright balls on a dark, noisy background."""
 
 from pathlib import Path
 
@@ -11,10 +11,10 @@ AFFINE = np.diag([1.0, 1.0, 3.0, 1.0])
 
 
 def ball(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """Class 1: a ball somewhere; class 2: its core."""
-    centre = [rng.uniform(0.35, 0.65) * n for n in shape]
-    grid = np.meshgrid(*[np.arange(n) for n in shape], indexing="ij")
-    offsets = [(axis - c) / (0.3 * n) for axis, c, n in zip(grid, centre, shape, strict=True)]
+    """A label map with a ball at a random position as class 1, and its core as class 2."""
+    centre = [rng.uniform(0.35, 0.65) * size for size in shape]
+    grid = np.meshgrid(*[np.arange(size) for size in shape], indexing="ij")
+    offsets = [(axis - middle) / (0.3 * size) for axis, middle, size in zip(grid, centre, shape, strict=True)]
     distance = np.square(offsets).sum(axis=0)
     return (distance < 1).astype(np.uint8) + (distance < 0.3).astype(np.uint8)
 
@@ -32,7 +32,7 @@ def save(array: np.ndarray, path: Path, affine: np.ndarray = AFFINE) -> Path:
 
 
 def make_site(folder: Path, cases: int, *, seed: int = 0, shape: tuple[int, ...] = SHAPE) -> Path:
-    """One site's folder, whose cases are named after it."""
+    """Create the folder of one site. Its cases are named after it."""
     rng = np.random.default_rng(seed)
     for index in range(cases):
         label = ball(shape, rng)
@@ -49,7 +49,7 @@ def make_sites(root: Path, sites: int = 2, cases: int = 4) -> Path:
 
 
 def write_run(path: Path, data: Path, **fields: object) -> Path:
-    """A configuration of a run that takes seconds."""
+    """Write the configuration of a run that takes seconds."""
     tree = {
         "data": {"path": str(data), "labels": {"ball": 1, "core": 2}},
         "samples": {"size": 32},

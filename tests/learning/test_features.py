@@ -16,10 +16,10 @@ def network(strategy: str) -> Sam:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_only_a_frozen_encoder_says_the_same_twice(strategy: str):
+def test_features_are_kept_only_for_a_frozen_encoder(strategy: str):
     net = network(strategy)
     assert can_be_kept(net, PLAIN, Samples()) == (strategy in ("decoder", "partial-decoder"))
-    # The gradient goes no further back than what trains.
+    # Gradients reach no further back than the parameters that train.
     assert net.embed(torch.zeros(1, 3, 32, 32)).requires_grad != (strategy in ("decoder", "partial-decoder"))
 
 
@@ -32,12 +32,12 @@ def test_only_a_frozen_encoder_says_the_same_twice(strategy: str):
         ({"window": 3}, {"scaling": "volume"}, True),
     ],
 )
-def test_only_slices_that_stay_the_same(options: dict, samples: dict, expected: bool):
+def test_features_are_kept_only_for_unchanging_slices(options: dict, samples: dict, expected: bool):
     assert can_be_kept(network("decoder"), PLAIN.model_copy(update=options), Samples(**samples)) == expected
 
 
 @pytest.mark.parametrize(("window", "scaling"), [(1, "window"), (3, "volume")])
-def test_kept_features_train_the_same(cases, window: int, scaling: str, monkeypatch: pytest.MonkeyPatch):
+def test_training_on_kept_features_has_the_same_result(cases, window: int, scaling: str, monkeypatch: pytest.MonkeyPatch):
     options, samples = PLAIN.model_copy(update={"window": window}), Samples(scaling=scaling)  # type: ignore[arg-type]
 
     def trained() -> tuple[float, dict[str, torch.Tensor]]:
@@ -47,21 +47,21 @@ def test_kept_features_train_the_same(cases, window: int, scaling: str, monkeypa
 
     loss, tensors = trained()
     with monkeypatch.context() as patch:
-        patch.setattr(Sam, "embed", None)  # the encoder is not asked again
-        again, same = trained()
-    assert again == loss
-    assert all(torch.equal(same[name], tensor) for name, tensor in tensors.items())
+        patch.setattr(Sam, "embed", None)  # The encoder must not run again.
+        kept_loss, kept = trained()
+    assert kept_loss == loss
+    assert all(torch.equal(kept[name], tensor) for name, tensor in tensors.items())
     monkeypatch.setattr(training, "can_be_kept", lambda *_: False)
-    direct, close = trained()
-    assert direct == pytest.approx(loss, rel=1e-4)
+    direct_loss, direct = trained()
+    assert direct_loss == pytest.approx(loss, rel=1e-4)
     for name, tensor in tensors.items():
-        torch.testing.assert_close(close[name], tensor, atol=2e-3, rtol=0)
+        torch.testing.assert_close(direct[name], tensor, atol=2e-3, rtol=0)
 
 
-def test_features_of_another_encoder_are_not_taken(cases):
-    one, other = network("decoder"), network("decoder")
+def test_features_of_another_encoder_are_not_reused(cases):
+    first, second = network("decoder"), network("decoder")
     with torch.no_grad():
-        next(other.vision_encoder.parameters()).add_(1.0)
-    losses = [fit(net, Learner(net, PLAIN), cases, Samples(), seed=0).loss for net in (one, other)]
+        next(second.vision_encoder.parameters()).add_(1.0)
+    losses = [fit(net, Learner(net, PLAIN), cases, Samples(), seed=0).loss for net in (first, second)]
     assert losses[0] != losses[1]
-    assert len(list(cases[0].folder.glob(f"{cases[0].name}.*.npy"))) == 4  # image, label and two of features
+    assert len(list(cases[0].folder.glob(f"{cases[0].name}.*.npy"))) == 4  # image, labels and two files of features

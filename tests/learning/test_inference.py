@@ -1,4 +1,4 @@
-"""Slices through the network: in streams, blank ones once, mirrored, along three axes; and what is done to label maps."""
+"""Prediction of slices, in batches, mirrored and along three axes, and the cleaning of label maps."""
 
 from collections.abc import Callable
 from itertools import combinations
@@ -34,8 +34,8 @@ def volume(shape: tuple[int, int, int] = (20, 18, 12)) -> Volume:
     return Volume(RNG(0).normal(size=shape).astype(np.float32), np.diag([1.0, 1, 3, 1]))
 
 
-class Counting(Brightest):
-    """Counts the slices that it sees."""
+class Recording(Brightest):
+    """Keeps the slices that it is given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Counting(Brightest):
 
 
 @pytest.mark.parametrize("strategy", ["flap", "lora-decoder", "full"])
-def test_the_fused_network_computes_the_same(strategy: str):
+def test_the_fused_network_computes_the_same_logits(strategy: str):
     network = trained(strategy)[0].network.eval()
     with torch.no_grad():
         for name, parameter in network.named_parameters():
@@ -64,12 +64,12 @@ def test_the_fused_network_computes_the_same(strategy: str):
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 12, 50])
 @pytest.mark.parametrize("blank", [(), (0,), (3, 4, 5, 9), (11,), (0, 1, 2, 3, 4, 5, 6, 7), tuple(range(12))], ids=str)
-def test_blank_slices_go_through_the_network_once_and_change_nothing(batch: int, blank: tuple[int, ...]):
+def test_blank_slices_are_predicted_once_and_change_nothing(batch: int, blank: tuple[int, ...]):
     image = volume()
     image.array[...] += 10
     image.array[:, :, list(blank)] = 0
     samples = Samples(size=64, scaling="volume")
-    network = Counting()
+    network = Recording()
     steps: list[int] = []
     labels = predict_volume(
         network,  # type: ignore[arg-type]
@@ -81,12 +81,12 @@ def test_blank_slices_go_through_the_network_once_and_change_nothing(batch: int,
     assert sum(steps) == 12
     assert max(steps) <= batch
     assert len(network.seen) == 12 - max(len(blank) - 1, 0)
-    expected = np.stack([one_slice(network, image, samples, k) for k in range(12)], axis=-1)
+    expected = np.stack([predict_slice(network, image, samples, k) for k in range(12)], axis=-1)
     np.testing.assert_array_equal(labels, expected)
 
 
-def one_slice(network: Brightest, image: Volume, samples: Samples, k: int) -> np.ndarray:
-    """A slice alone, in the volume's scale."""
+def predict_slice(network: Brightest, image: Volume, samples: Samples, k: int) -> np.ndarray:
+    """The labels of slice ``k``, predicted alone with the scaling of the whole volume."""
     stack = stack_of(image, samples)
     square = torch.nn.functional.interpolate(stack.window(k), (64, 64), mode="bicubic", antialias=True).clamp(0, 1)
     logits = network.logits(network.embed(square)).softmax(1)
@@ -97,46 +97,48 @@ def one_slice(network: Brightest, image: Volume, samples: Samples, k: int) -> np
 @pytest.mark.parametrize(
     ("axis", "flips"), [("axial", "x"), ("axial", "xy"), ("coronal", "xz"), ("sagittal", "y"), ("axial", "z")]
 )
-def test_mirror_images_are_averaged_where_they_belong(axis: str, flips: str, codes: str):
-    """Each mirror image of the patient, segmented alone and turned back, adds its share."""
+def test_mirror_images_are_flipped_back_and_averaged(axis: str, flips: str, codes: str):
+    """The result is the mean over all mirror images of the patient, each segmented alone and flipped back."""
     assembled, card = trained("flap")
     samples = card.samples.model_copy(update={"axis": axis})
     image = volume()
-    places = ["xyz".index(name) for name in flips if name != {"axial": "z", "coronal": "y", "sagittal": "x"}[axis]]
-    shares = []
-    for count in range(len(places) + 1):
-        for turn in combinations(places, count):
-            mirrored = Volume(np.flip(image.array, turn), image.affine)
-            found = predict_volume(assembled.network, mirrored, samples, options=PredictionOptions(probabilities=True))
-            assert found.probabilities is not None
-            shares.append(np.flip(found.probabilities.astype(float), turn))
+    axes = ["xyz".index(name) for name in flips if name != {"axial": "z", "coronal": "y", "sagittal": "x"}[axis]]
+    parts = []
+    for count in range(len(axes) + 1):
+        for flipped in combinations(axes, count):
+            mirrored = Volume(np.flip(image.array, flipped), image.affine)
+            prediction = predict_volume(assembled.network, mirrored, samples, options=PredictionOptions(probabilities=True))
+            assert prediction.probabilities is not None
+            parts.append(np.flip(prediction.probabilities.astype(float), flipped))
     stored = stored_as(codes, image)
-    found = predict_volume(assembled.network, stored, samples, options=PredictionOptions(flips=flips, probabilities=True))
-    assert found.probabilities is not None
-    ours = Volume(found.probabilities, stored.affine).to_canonical().array
-    assert abs(ours - np.mean(shares, axis=0)).max() <= 2
+    prediction = predict_volume(
+        assembled.network, stored, samples, options=PredictionOptions(flips=flips, probabilities=True)
+    )
+    assert prediction.probabilities is not None
+    actual = Volume(prediction.probabilities, stored.affine).to_canonical().array
+    assert abs(actual - np.mean(parts, axis=0)).max() <= 2
 
 
 @pytest.mark.parametrize("codes", ["RAS", "IPL"])
-def test_three_planes_are_the_mean_of_each_alone(codes: str):
+def test_three_planes_are_averaged(codes: str):
     assembled, card = trained("flap")
     image = stored_as(codes, volume())
-    alone = []
+    planes = []
     for axis in ("sagittal", "coronal", "axial"):
         samples = card.samples.model_copy(update={"axis": axis})
-        found = predict_volume(assembled.network, image, samples, options=PredictionOptions(probabilities=True))
-        assert found.probabilities is not None
-        alone.append(found.probabilities.astype(float))
-    found = predict_volume(
+        prediction = predict_volume(assembled.network, image, samples, options=PredictionOptions(probabilities=True))
+        assert prediction.probabilities is not None
+        planes.append(prediction.probabilities.astype(float))
+    prediction = predict_volume(
         assembled.network, image, card.samples, options=PredictionOptions(planes=True, probabilities=True)
     )
-    assert found.probabilities is not None
-    assert abs(found.probabilities - sum(alone) / 3).max() <= 1.5
-    np.testing.assert_array_equal(found.labels, found.probabilities.argmax(-1))
-    assert abs(found.probabilities.sum(-1, dtype=int) - 65535).max() <= 9
-    without = predict_volume(assembled.network, image, card.samples, options=PredictionOptions(planes=True))
-    assert without.probabilities is None
-    np.testing.assert_array_equal(without.labels, found.labels)
+    assert prediction.probabilities is not None
+    assert abs(prediction.probabilities - sum(planes) / 3).max() <= 1.5
+    np.testing.assert_array_equal(prediction.labels, prediction.probabilities.argmax(-1))
+    assert abs(prediction.probabilities.sum(-1, dtype=int) - 65535).max() <= 9
+    plain = predict_volume(assembled.network, image, card.samples, options=PredictionOptions(planes=True))
+    assert plain.probabilities is None
+    np.testing.assert_array_equal(plain.labels, prediction.labels)
 
 
 def test_half_precision_is_close_and_full_precision_is_the_default():
@@ -151,7 +153,7 @@ def test_half_precision_is_close_and_full_precision_is_the_default():
     assert torch.equal(default, full)
 
 
-def test_the_fastest_precision_is_measured(monkeypatch):
+def test_the_fastest_precision_is_chosen_by_measurement(monkeypatch):
     network = trained("flap")[0].network
     seconds = {"fp32": 1.0, "bf16": 0.5}
     monkeypatch.setattr("flapsam.learning.inference._seconds", lambda network, images, precision: seconds[precision])
@@ -164,7 +166,7 @@ def test_the_fastest_precision_is_measured(monkeypatch):
     ("name", "size", "shape", "expected"),
     [("sam-vit-b", 224, (512, 512), 8), ("sam-vit-b", 1024, (512, 512), 1), ("sam-tiny", 128, (64, 64), 8)],
 )
-def test_as_many_slices_at_once_as_memory_allows(name: str, size: int, shape: tuple[int, int], expected: int):
+def test_the_number_of_slices_at_once_is_limited_by_memory(name: str, size: int, shape: tuple[int, int], expected: int):
     with torch.device("meta"):
         network = build(ARCHITECTURES[name], image_size=size, classes=2)
     network.pixel_mean = torch.zeros(1)
@@ -207,16 +209,16 @@ CLEANED: dict[str, tuple[Callable, np.ndarray, np.ndarray]] = {
 
 
 @pytest.mark.parametrize(("clean", "labels", "expected"), CLEANED.values(), ids=CLEANED)
-def test_cleaning(clean: Callable, labels: np.ndarray, expected: np.ndarray):
+def test_label_maps_are_cleaned(clean: Callable, labels: np.ndarray, expected: np.ndarray):
     for order in ("C", "F"):
-        given = np.array(labels, order=order)
-        clean(given)
-        np.testing.assert_array_equal(given, expected)
+        cleaned = np.array(labels, order=order)
+        clean(cleaned)
+        np.testing.assert_array_equal(cleaned, expected)
 
 
 @pytest.mark.parametrize("classes", [1, 2, 3, 30])
-def test_the_largest_probability_wins_and_of_equal_ones_the_first(classes: int):
+def test_the_largest_probability_wins_and_the_first_of_equal_ones(classes: int):
     probabilities = torch.from_numpy(RNG(0).integers(0, 4, size=(3, classes, 5, 6)).astype(np.float32))
-    found = _largest(probabilities)
-    assert found.dtype == np.uint8
-    np.testing.assert_array_equal(found, np.argmax(probabilities.numpy(), axis=1))
+    labels = _largest(probabilities)
+    assert labels.dtype == np.uint8
+    np.testing.assert_array_equal(labels, np.argmax(probabilities.numpy(), axis=1))

@@ -1,4 +1,4 @@
-"""The number of sites costs no memory: one network, one site's optimizer, packets and moments on disk."""
+"""More sites take no more memory: there is one network and one optimizer, and packets and moments are on disk."""
 
 import shutil
 import subprocess
@@ -21,9 +21,9 @@ finally:
 def peak(config: Path) -> float:
     """Peak resident memory of a simulation, in MiB."""
     command = [sys.executable, "-c", PROGRAM, "simulate", str(config)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    return float(done.stdout.rsplit("peak", 1)[1]) / 1024
+    process = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert process.returncode == 0, process.stderr
+    return float(process.stdout.rsplit("peak", 1)[1]) / 1024
 
 
 def test_twenty_sites_take_no_more_memory_than_four(tmp_path: Path, record_property):

@@ -12,7 +12,7 @@ def network():
     ).network
 
 
-def test_memory_grows_with_the_slices():
+def test_memory_grows_linearly_with_the_slices():
     net = network()
     one, two, four = (step_bytes(net, slices, Training()) for slices in (1, 2, 4))
     assert 0 < one < two < four
@@ -20,20 +20,20 @@ def test_memory_grows_with_the_slices():
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
-def test_checkpointing_keeps_less():
+def test_checkpointing_saves_memory():
     net = network()
     straight = step_bytes(net, 2, Training())
     checkpoint_layers(net.vision_encoder)
     assert step_bytes(net, 2, Training()) < 0.8 * straight
 
 
-def test_as_many_windows_as_fit():
+def test_the_number_of_windows_fits_the_free_memory():
     net, options = network(), Training(window=5, batch_size=4)
     one, two = (step_bytes(net, slices, options) for slices in (1, 2))
-    learned = 12 * sum(p.numel() for p in net.parameters() if p.requires_grad)
+    training_state = 12 * sum(p.numel() for p in net.parameters() if p.requires_grad)
 
     def enough_for(slices: float) -> int:
-        return int((one + (slices - 1) * (two - one) + learned) / SHARE)
+        return int((one + (slices - 1) * (two - one) + training_state) / SHARE)
 
     assert windows_that_fit(net, options, free=enough_for(10.5)) == 2
     assert windows_that_fit(net, options, free=enough_for(14.5)) == 2
@@ -42,10 +42,10 @@ def test_as_many_windows_as_fit():
     assert windows_that_fit(net, options, free=0) == 1
 
 
-def test_the_table_begins_with_the_parameters():
+def test_the_memory_table_includes_the_parameters():
     rows = memory_table("sam-tiny", image_size=64, strategy="full", rank=2, device="cpu", precision="fp32")
     assert [row.slices for row in rows] == [1, 2, 4, 8, 16]
-    fixed = 4 * 4 * sum(p.numel() for p in network().parameters())  # parameters, gradients, two moments
+    fixed = 4 * 4 * sum(p.numel() for p in network().parameters())  # parameters, gradients and two moments
     growth = rows[1].straight - rows[0].straight
     assert rows[0].straight - growth == pytest.approx(fixed, rel=0.1)
     assert rows[4].straight - rows[3].straight == 8 * growth

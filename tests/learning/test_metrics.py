@@ -10,27 +10,27 @@ def box(*ranges: tuple[int, int], shape: tuple[int, ...] = (12, 12, 12)) -> np.n
     return mask
 
 
-def test_dice_by_hand():
-    # 8 voxels and 16 voxels share 8: 2 · 8 / 24.
+def test_dice_of_two_boxes_matches_the_value_by_hand():
+    # Boxes of 8 and 16 voxels share 8 of them: 2 · 8 / 24.
     assert dice(box((0, 2), (0, 2), (0, 2)), box((0, 4), (0, 2), (0, 2))) == pytest.approx(2 / 3)
 
 
-def test_dice_of_nothing():
-    nothing, something = box((0, 0), (0, 0), (0, 0)), box((0, 2), (0, 2), (0, 2))
-    assert dice(nothing, nothing) == 1
-    assert dice(nothing, something) == 0
-    assert dice(something, nothing) == 0
+def test_dice_is_1_if_both_masks_are_empty_and_0_if_one_is():
+    empty, filled = box((0, 0), (0, 0), (0, 0)), box((0, 2), (0, 2), (0, 2))
+    assert dice(empty, empty) == 1
+    assert dice(empty, filled) == 0
+    assert dice(filled, empty) == 0
 
 
-def test_distance_of_shifted_boxes_is_the_shift_in_mm():
+def test_hd95_of_shifted_boxes_is_the_shift_in_mm():
     first, second = box((2, 6), (2, 6), (2, 6)), box((2, 6), (2, 6), (4, 8))
-    # Along the last axis two voxels of 2.5 mm.
+    # The shift is two voxels of 2.5 mm along the last axis.
     assert hd95(first, second, (1, 1, 2.5)) == pytest.approx(5.0)
     assert hd95(first, first, (1, 1, 1)) == 0
 
 
-def test_distance_against_scipy():
-    """95th percentile of surface distances in both directions, the larger, worked out by a distance transform."""
+def test_hd95_matches_scipy():
+    """The expected value is the larger of both directed 95th percentiles, computed with a distance transform."""
     from scipy.ndimage import binary_erosion, distance_transform_edt
 
     rng = np.random.default_rng(0)
@@ -46,10 +46,10 @@ def test_distance_against_scipy():
     assert hd95(blobs[0], blobs[1], spacing) == pytest.approx(max(directed), rel=1e-4)
 
 
-def test_distance_of_nothing_is_left_out():
-    nothing, something = box((0, 0), (0, 0), (0, 0)), box((0, 2), (0, 2), (0, 2))
-    assert hd95(nothing, something, (1, 1, 1)) is None
-    assert hd95(nothing, nothing, (1, 1, 1)) is None
+def test_hd95_of_an_empty_mask_is_undefined():
+    empty, filled = box((0, 0), (0, 0), (0, 0)), box((0, 2), (0, 2), (0, 2))
+    assert hd95(empty, filled, (1, 1, 1)) is None
+    assert hd95(empty, empty, (1, 1, 1)) is None
 
 
 def test_a_class_that_is_not_annotated_is_not_scored():
@@ -60,7 +60,7 @@ def test_a_class_that_is_not_annotated_is_not_scored():
     assert scores.hd95 == {"a": 0.0, "b": None}
 
 
-def test_means_leave_out_what_is_not_there():
+def test_means_leave_out_missing_scores():
     scores = [
         CaseScores("1", "x", {"a": 1.0, "b": None}, {"a": 2.0, "b": None}),
         CaseScores("2", "y", {"a": 0.5, "b": 0.25}, {"a": None, "b": 4.0}),

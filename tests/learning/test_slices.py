@@ -19,55 +19,58 @@ from tests.helpers.sites import AFFINE, make_site, save
 
 
 def stack(values: Sequence[Any], site: str = "", **fields) -> SliceStack:
-    """One-voxel slices of these intensities, or of these tuples of modalities."""
+    """A stack of one-voxel slices with these intensities. A tuple holds one intensity per modality."""
     array = np.array(values, np.float32)
     return stack_of(Volume(array[None, None], np.eye(4)), Samples(axis="axial", **fields), site)
 
 
-def test_a_slice_is_scaled_with_its_two_neighbours_either_side():
-    # Slice 3 of 0 10 20 30 40 50 60: its window is 10…50, so it is (30 − 10) / 40.
+def test_a_slice_is_scaled_with_two_neighbours_on_either_side():
+    # The window of slice 3 is 10 to 50, so the slice becomes (30 − 10) / 40.
     values = [0.0, 10, 20, 30, 40, 50, 60]
     assert stack(values).window(3).item() == pytest.approx(0.5)
-    # Slice 0: the window is 0 0 0 10 20.
+    # The window of slice 0 is 0 0 0 10 20.
     assert stack(values).window(0).item() == pytest.approx(0)
     assert stack(values).window(1).item() == pytest.approx(10 / 30)
 
 
-def test_scaling_by_volume():
+def test_a_slice_may_be_scaled_by_its_volume():
     assert stack([0, 10, 20, 30, 40], scaling="volume").window(1).item() == pytest.approx(0.25)
 
 
-def test_clip_comes_before_scaling():
+def test_clipping_comes_before_scaling():
     values = [-1000, 0, 50, 100, 3000]
     window = stack(values, clip=(0, 100)).window(2, depth=5).flatten()
     torch.testing.assert_close(window, torch.tensor([0, 0, 0.5, 1, 1]))
     assert stack(values, clip=(0, 100), scaling="volume").window(2).item() == pytest.approx(0.5)
 
 
-def test_a_sites_own_clip_is_as_good_as_its_z_score():
-    """Fed-KiTS19's site A: clip to (−66, 208), subtract 100.545, divide by 61.677, then scale by the window."""
+def test_clipping_per_site_is_equivalent_to_its_z_score():
+    """The z-score of Fed-KiTS19's site A clips to (−66, 208), subtracts 100.545 and divides by 61.677.
+
+    Scaling by the window afterwards cancels the subtraction and the division.
+    """
     values = np.array([-500.0, -70, 0, 150, 900])
     scores = (values.clip(-66, 208) - 100.545) / 61.677
     expected = (scores - scores.min()) / (scores.max() - scores.min() + 1e-8)
     clips = {"clip": (-75, 296), "site_clip": {"A": (-66, 208)}}
     window = stack(values.tolist(), site="A", **clips).window(2, depth=5).flatten()
     torch.testing.assert_close(window, torch.from_numpy(expected).float(), atol=1e-6, rtol=0)
-    other = stack(values.tolist(), site="B", **clips).window(2, depth=5).flatten()
-    assert other[3].item() == pytest.approx((150 + 75) / (296 + 75))
+    elsewhere = stack(values.tolist(), site="B", **clips).window(2, depth=5).flatten()
+    assert elsewhere[3].item() == pytest.approx((150 + 75) / (296 + 75))
 
 
-def test_clip_at_a_percentile_of_the_volume():
-    # Of 0 … 100 the 99th percentile is 99; the window of slice 99 is 97 … 99 99.
+def test_intensities_are_clipped_at_a_percentile_of_the_volume():
+    # The 99th percentile of 0 to 100 is 99. The window of slice 99 is 97 98 99 99 99.
     values = [float(value) for value in range(101)]
-    made = stack(values, clip_percentile=99)
-    assert made.clip == ((-np.inf, 99.0),)
-    torch.testing.assert_close(made.window(99, depth=5).flatten(), torch.tensor([0, 0.5, 1, 1, 1]))
+    clipped = stack(values, clip_percentile=99)
+    assert clipped.clip == ((-np.inf, 99.0),)
+    torch.testing.assert_close(clipped.window(99, depth=5).flatten(), torch.tensor([0, 0.5, 1, 1, 1]))
     assert stack(values, clip_percentile=99, scaling="volume").window(50).item() == pytest.approx(50 / 99)
     assert stack(values, clip_percentile=99, clip=(0, 60)).clip == ((0, 60),)
 
 
 @pytest.mark.parametrize("channels", ["replicate", "adjacent"])
-def test_modalities_take_a_channel_each_and_are_scaled_apart(channels: str):
+def test_every_modality_has_its_own_channel_and_scaling(channels: str):
     two = stack([(0, 500), (10, 400), (20, 300), (30, 200), (40, 100)], channels=channels)
     torch.testing.assert_close(two.window(1).flatten(), torch.tensor([1 / 3, 2 / 3, 2 / 3]))
     assert two.window(2, depth=3).shape == (3, 3, 1, 1)
@@ -77,7 +80,7 @@ def test_modalities_take_a_channel_each_and_are_scaled_apart(channels: str):
     torch.testing.assert_close(clipped.window(1).flatten(), torch.tensor([1.0, 1, 1]))
 
 
-def test_adjacent_puts_the_neighbours_into_the_outer_channels():
+def test_adjacent_slices_fill_the_outer_channels():
     window = stack([0, 10, 20, 30, 40], channels="adjacent").window(2)
     torch.testing.assert_close(window.flatten(), torch.tensor([0.25, 0.5, 0.75]))
     # At the edge the outermost slice stands in for its missing neighbour.
@@ -86,11 +89,11 @@ def test_adjacent_puts_the_neighbours_into_the_outer_channels():
 
 @pytest.mark.parametrize("channels", ["replicate", "adjacent"])
 @pytest.mark.parametrize("depth", [1, 3, 5, 9])
-def test_shapes_of_windows(channels: str, depth: int):
+def test_windows_have_the_expected_shape(channels: str, depth: int):
     images = np.random.default_rng(0).normal(size=(4, 6, 5)).astype(np.float32)
-    made = SliceStack(images, Samples.model_validate({"channels": channels}), ((-3, 3),))
+    slices = SliceStack(images, Samples.model_validate({"channels": channels}), ((-3, 3),))
     for centre in range(4):
-        window = made.window(centre, depth)
+        window = slices.window(centre, depth)
         assert window.shape == (depth, 3 if channels == "adjacent" else 1, 6, 5)
         if channels == "adjacent" or depth <= 5:
             assert 0 <= window.min() <= window.max() <= 1
@@ -102,7 +105,7 @@ def test_constant_slices_become_zero():
 
 @pytest.mark.parametrize("shape", [(32, 32), (40, 20), (9, 17)])
 @pytest.mark.parametrize("resize", ["stretch", "pad"])
-def test_there_and_back_keeps_labels(shape: tuple[int, int], resize: str):
+def test_resizing_to_the_square_and_back_keeps_labels(shape: tuple[int, int], resize: str):
     labels = torch.zeros(1, *shape, dtype=torch.long)
     labels[:, shape[0] // 4 : -shape[0] // 4, shape[1] // 4 : -shape[1] // 4] = 1
     square = labels_to_square(labels, 64, resize)
@@ -110,18 +113,18 @@ def test_there_and_back_keeps_labels(shape: tuple[int, int], resize: str):
     probabilities = torch.nn.functional.one_hot(square.clamp(min=0), 2).movedim(-1, 1).float()
     back = from_square(probabilities, shape, resize).argmax(1)
     assert back.shape == labels.shape
-    # Nearest there, bilinear back: at most the rim may differ.
+    # Labels are resized by nearest neighbour and probabilities bilinearly, so the rim may differ.
     assert (back != labels).float().mean() < 0.08
 
 
-def test_padding_keeps_the_aspect_and_is_ignored():
+def test_padding_keeps_the_aspect_ratio_and_is_ignored():
     square = labels_to_square(torch.ones(1, 40, 20, dtype=torch.long), 64, "pad")
     assert (square[..., :32] == 1).all()
     assert (square[..., 32:] == IGNORED).all()
     assert to_square(torch.ones(1, 1, 40, 20), 64, "pad")[..., 32:].max() == 0
 
 
-def test_cubic_overshoot_is_clipped():
+def test_bicubic_overshoot_is_clipped():
     image = torch.zeros(1, 1, 8, 8)
     image[..., 4:] = 1
     square = to_square(image, 64, "stretch")
@@ -141,7 +144,7 @@ CHANGES = [*AUGMENTATIONS.values(), turn_and_flip, rotate, exponent, erase, *EIT
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
-def test_every_change_keeps_type_and_range_and_moves_labels_with_the_image(change, window):
+def test_every_augmentation_keeps_type_and_range_and_moves_labels_with_the_image(change, window):
     for seed in range(10):
         images, labels = change(*window, np.random.default_rng(seed))
         assert images.dtype == torch.float32
@@ -150,29 +153,29 @@ def test_every_change_keeps_type_and_range_and_moves_labels_with_the_image(chang
         assert images.min() >= 0 and images.max() <= 1
         assert set(labels.unique().tolist()) <= {IGNORED, 0, 1}
         if change not in (erase, paper):
-            # The bright square is where the label says.
+            # The bright square is where the labels are 1.
             assert images[:, 0][labels == 1].mean() > images[:, 0][labels == 0].mean() + 0.1
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
-def test_every_change_depends_on_its_seed_alone(change, window):
+def test_every_augmentation_depends_on_its_seed_alone(change, window):
     first, second = (change(*window, np.random.default_rng(5)) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
 
-def test_there_are_ten_changes_to_choose_two_from():
+def test_there_are_ten_augmentations_to_choose_two_from():
     assert len(EITHER) == 10
 
 
-def test_warp_by_hand():
+def test_a_warp_moves_pixels_and_labels_alike():
     images = torch.arange(6.0).reshape(1, 1, 2, 3) / 6
     labels = torch.arange(6).reshape(1, 2, 3)
-    moved, moved_labels = warp(images, labels, [[1, 0, 1], [0, 1, 0]])  # each pixel from its right neighbour
+    moved, moved_labels = warp(images, labels, [[1, 0, 1], [0, 1, 0]])  # each pixel comes from its right neighbour
     assert moved_labels.tolist() == [[[1, 2, 0], [4, 5, 0]]]
     torch.testing.assert_close(moved * 6, torch.tensor([[[[1.0, 2, 0], [4, 5, 0]]]]))
 
 
-def test_erased_rectangles_have_the_size_asked_for():
+def test_erased_rectangles_have_the_expected_size():
     images, labels = torch.zeros(1, 1, 100, 100), torch.ones(1, 100, 100, dtype=torch.long)
     for seed in range(20):
         _, erased = erase(images, labels, np.random.default_rng(seed))
@@ -184,7 +187,7 @@ def read(site: Path, samples: Samples):
     return prepare(case, label_map(Data(path=site.parent, labels={"ball": 1, "core": 2}), "a"), samples, site / "cache")
 
 
-def test_a_prepared_case_gives_the_windows_of_its_volume(tmp_path: Path):
+def test_a_prepared_case_has_the_windows_of_its_volume(tmp_path: Path):
     site = make_site(tmp_path / "a", 1)
     samples = Samples()
     prepared = read(site, samples)
@@ -207,7 +210,7 @@ def test_a_changed_file_is_prepared_again(tmp_path: Path):
     assert np.array(read(site, Samples()).stack(Samples()).images).max() == 0
 
 
-def test_labels_that_do_not_fit_their_image(tmp_path: Path):
+def test_labels_that_do_not_match_their_image_are_refused(tmp_path: Path):
     site = make_site(tmp_path / "a", 1)
     label = site / "labels" / "a_0.nii.gz"
     save(np.zeros((20, 16, 5), np.uint8), label)
@@ -230,7 +233,7 @@ def test_unannotated_background_stays_ignored_through_preparation(tmp_path: Path
 
 
 class Brightest(torch.nn.Module):
-    """A network for tests: class 1 where a pixel is above half, nothing learned."""
+    """A network without parameters that predicts class 1 where a pixel is above 0.5."""
 
     image_size = 64
     masks = 2

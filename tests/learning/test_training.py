@@ -22,7 +22,7 @@ def scene(ignored: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(2, 3, 8, 8, generator=draw), labels
 
 
-def test_dice_term_is_monais():
+def test_the_dice_term_matches_monai():
     logits, labels = scene()
     monai = DiceLoss(softmax=True, to_onehot_y=True, squared_pred=True, batch=True, smooth_nr=1e-5, smooth_dr=1e-5)
     assert segmentation_loss(logits, labels, Training()).dice.item() == pytest.approx(
@@ -32,13 +32,13 @@ def test_dice_term_is_monais():
 
 def test_ignored_voxels_change_nothing():
     logits, labels = scene(ignored=0.3)
-    other = logits.clone()
-    other.movedim(1, -1)[labels == IGNORED] = 17.0
-    first, second = segmentation_loss(logits, labels, Training()), segmentation_loss(other, labels, Training())
+    altered = logits.clone()
+    altered.movedim(1, -1)[labels == IGNORED] = 17.0
+    first, second = segmentation_loss(logits, labels, Training()), segmentation_loss(altered, labels, Training())
     assert first.total.item() == pytest.approx(second.total.item(), abs=1e-7)
 
 
-def test_a_batch_with_everything_ignored_has_no_gradient():
+def test_a_batch_that_is_ignored_entirely_has_no_gradient():
     logits, labels = scene()
     logits.requires_grad_()
     loss = segmentation_loss(logits, torch.full_like(labels, IGNORED), Training()).total
@@ -47,8 +47,8 @@ def test_a_batch_with_everything_ignored_has_no_gradient():
     assert logits.grad is not None and logits.grad.abs().max() == 0
 
 
-def test_foreground_weight_by_hand():
-    # Two voxels. Background has logits 0 and 0, so its cross-entropy is log 2; foreground has 0 and 1, so log(1 + 1/e).
+def test_the_foreground_weight_matches_the_value_by_hand():
+    # The background voxel has logits 0 and 0, so its cross-entropy is log 2. The foreground voxel has 0 and 1: log(1 + 1/e).
     logits = torch.zeros(1, 2, 1, 2)
     logits[0, 1, 0, 1] = 1.0
     labels = torch.tensor([[[0, 1]]])
@@ -57,41 +57,41 @@ def test_foreground_weight_by_hand():
     assert loss.item() == pytest.approx((background + 3 * foreground) / 4)
 
 
-def test_every_slice_is_once_the_middle_of_a_window_and_the_last_batch_is_kept(cases):
+def test_every_slice_is_the_centre_of_one_window_and_the_last_batch_is_kept(cases):
     options = Training(window=5, batch_size=4, augment="none")
     sizes = [len(images) for images, _ in batches(cases, options, Samples(), 32, seed=0)]
-    assert sizes == [20, 20, 20, 20, 10]  # 18 windows of 5 slices, 4 windows a batch
+    assert sizes == [20, 20, 20, 20, 10]  # 18 windows of 5 slices, 4 windows per batch
     assert batches_per_epoch(cases, options) == 5
 
 
-def test_of_empty_slices_a_share_is_shown(cases):
+def test_a_share_of_the_empty_slices_is_used(cases):
     occupied = sum(len(case.occupied) for case in cases)
     assert occupied == sum(int((case.labels() > 0).any(axis=(1, 2)).sum()) for case in cases)
     assert 0 < occupied < 18  # of 3 cases with 6 slices
     options = Training(window=1, batch_size=1, empty_slices=0.5, augment="none")
-    shown = [labels for seed in (0, 1) for _, labels in batches(cases, options, Samples(), 32, seed=seed)]
-    assert len(shown) == 2 * batches_per_epoch(cases, options) == 2 * (occupied + round((18 - occupied) / 2))
-    assert sum(bool((labels > 0).any()) for labels in shown) == 2 * occupied
+    used = [labels for seed in (0, 1) for _, labels in batches(cases, options, Samples(), 32, seed=seed)]
+    assert len(used) == 2 * batches_per_epoch(cases, options) == 2 * (occupied + round((18 - occupied) / 2))
+    assert sum(bool((labels > 0).any()) for labels in used) == 2 * occupied
 
 
-def test_where_all_is_empty_one_slice_is_shown(cases):
+def test_one_slice_is_used_if_all_are_empty(cases):
     empty = [replace(case, occupied=frozenset()) for case in cases]
     options = Training(window=1, batch_size=4, empty_slices=0, augment="none")
     assert [len(images) for images, _ in batches(empty, options, Samples(), 32, seed=0)] == [1]
     assert batches_per_epoch(empty, options) == 1
 
 
-def test_the_rate_may_fall_until_the_end_of_the_run():
+def test_the_learning_rate_may_fall_until_the_end_of_the_run():
     options = Training(learning_rate=1.0, warmup_steps=2, schedule_epochs=None, schedule_power=1, epochs=2)
-    # 3 rounds of 2 epochs of 2 batches: 12 steps, 10 of them after warm-up.
+    # 3 rounds of 2 epochs of 2 batches are 12 steps, 10 of them after the warm-up.
     rates = [learning_rate(step, 2, options, rounds=3) for step in range(12)]
     assert rates == pytest.approx([0.5, 0.5, 1.0, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
 
 
 def test_batches_depend_on_the_seed_alone(cases):
-    first, again, other = (list(batches(cases, Training(), Samples(), 32, seed=s)) for s in (1, 1, 2))
-    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(first, again, strict=True))
-    assert not torch.equal(first[0][0], other[0][0])
+    first, repeated, reseeded = (list(batches(cases, Training(), Samples(), 32, seed=s)) for s in (1, 1, 2))
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(first, repeated, strict=True))
+    assert not torch.equal(first[0][0], reseeded[0][0])
 
 
 def network(name: str = "flap"):
@@ -103,7 +103,7 @@ def network(name: str = "flap"):
 OPTIONS = Training(window=1, batch_size=6, warmup_steps=2)
 
 
-def test_only_what_travels_changes(cases):
+def test_training_changes_only_the_travelling_tensors(cases):
     net = network("lora")
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     fit(net, Learner(net, OPTIONS), cases, Samples(), seed=0)
@@ -111,7 +111,7 @@ def test_only_what_travels_changes(cases):
     assert changed == {name for name in before if ".lora_" in name}
 
 
-def test_a_stopped_learner_goes_on_as_if_it_had_not_stopped(cases, tmp_path: Path):
+def test_a_resumed_learner_matches_one_that_never_stopped(cases, tmp_path: Path):
     torch.use_deterministic_algorithms(True)
     straight = network("full")
     learner = Learner(straight, OPTIONS)
@@ -125,8 +125,8 @@ def test_a_stopped_learner_goes_on_as_if_it_had_not_stopped(cases, tmp_path: Pat
     second.load(tmp_path / "moments")
     fit(stopped, second, cases, Samples(), seed=1)
     assert second.steps == learner.steps == 6
-    expected, found = travelling_state(straight), travelling_state(stopped)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    expected, actual = travelling_state(straight), travelling_state(stopped)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
@@ -138,25 +138,25 @@ def test_damaged_moments_are_refused(cases, keep: int, tmp_path: Path):
     learner.save(path)
     Learner(net, OPTIONS).load(path)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(FlapsamError, match="cannot be read"):
+    with pytest.raises(FlapsamError, match="cannot read the client.s saved state"):
         Learner(net, OPTIONS).load(path)
 
 
 def test_moments_of_another_network_are_refused(tmp_path: Path):
     path = tmp_path / "moments"
     save_file({"exp_avg/no.such.parameter": torch.zeros(1)}, path, metadata={"steps": "1"})
-    with pytest.raises(FlapsamError, match="cannot be read"):
+    with pytest.raises(FlapsamError, match="cannot read the client.s saved state"):
         Learner(network("lora"), OPTIONS).load(path)
 
 
-def test_the_proximal_term_by_hand():
+def test_the_proximal_term_matches_the_value_by_hand():
     theta = torch.nn.Parameter(torch.tensor([3.0, -1.0]))
     theta.grad = torch.tensor([0.5, 0.5])
     _pull_back([theta], [torch.tensor([1.0, 1.0])], 0.1)
     assert theta.grad.tolist() == pytest.approx([0.7, 0.3])  # 0.5 + 0.1 · (3 − 1), 0.5 + 0.1 · (−1 − 1)
 
 
-def test_the_report_counts(cases):
+def test_the_report_counts_steps_and_slices(cases):
     net = network()
     report = fit(net, Learner(net, OPTIONS), cases, Samples(), seed=0)
     assert (report.steps, report.slices) == (3, 18)
@@ -168,7 +168,7 @@ ENTROPY = Training(window=1, batch_size=6, warmup_steps=2, cross_entropy=1, dice
 
 
 def gradients(cases, options: Training, *, checkpointing: bool = False) -> dict[str, torch.Tensor]:
-    """Of the first step."""
+    """The gradients of the first step."""
     net = network()
     if checkpointing:
         checkpoint_layers(net.vision_encoder)
@@ -177,8 +177,8 @@ def gradients(cases, options: Training, *, checkpointing: bool = False) -> dict[
 
 
 @pytest.mark.parametrize("micro_batch", [9, 6, 4, 1])
-def test_parts_of_a_batch_give_its_gradient(cases, micro_batch: int):
-    # Cross-entropy is a mean over pixels, so the parts' gradients add up to the whole's, whatever their sizes.
+def test_micro_batches_add_up_to_the_gradient_of_the_batch(cases, micro_batch: int):
+    # Cross-entropy is a mean over pixels, so the gradients of the parts add up to that of the batch, whatever their sizes.
     whole = gradients(cases, ENTROPY)
     parts = gradients(cases, ENTROPY.model_copy(update={"micro_batch": micro_batch}))
     assert whole.keys() == parts.keys()
@@ -186,12 +186,12 @@ def test_parts_of_a_batch_give_its_gradient(cases, micro_batch: int):
         torch.testing.assert_close(parts[name], gradient, atol=1e-6, rtol=1e-3)
 
 
-def test_checkpointing_changes_no_gradient(cases):
-    straight, twice = gradients(cases, ENTROPY), gradients(cases, ENTROPY, checkpointing=True)
-    assert all(torch.equal(twice[name], gradient) for name, gradient in straight.items())
+def test_checkpointing_does_not_change_the_gradients(cases):
+    straight, checkpointed = gradients(cases, ENTROPY), gradients(cases, ENTROPY, checkpointing=True)
+    assert all(torch.equal(checkpointed[name], gradient) for name, gradient in straight.items())
 
 
-def test_it_learns(cases):
+def test_training_lowers_the_loss(cases):
     net = network("full")
     options = Training(window=1, batch_size=6, warmup_steps=5, epochs=25, learning_rate=2e-3, augment="none")
     learner = Learner(net, options)

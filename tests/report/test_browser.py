@@ -1,4 +1,4 @@
-"""What a person sees: the report and the viewer in a real browser."""
+"""The report and the viewer in a real browser, as a person sees them."""
 
 import io
 import threading
@@ -48,7 +48,7 @@ def serving(server: ViewServer) -> Iterator[ViewServer]:
 
 
 def read_tables(page) -> dict[str, list[list[str]]]:
-    """Id → rows, as the browser has them."""
+    """Id → rows of each table in the browser."""
     return page.evaluate(
         "Object.fromEntries([...document.querySelectorAll('table')].map(t => "
         "[t.id, [...t.rows].map(r => [...r.cells].map(c => c.textContent))]))"
@@ -63,30 +63,30 @@ def test_the_report_opens_from_disk(kind: str, browser: Browser, tmp_path: Path)
         "hostile": {"sites": (HOSTILE, "beta"), "case": HOSTILE, "notes": f"</p></style></script>{HOSTILE}"},
     }[kind]
     page = write_report(make_run(tmp_path, **options), tmp_path / "page.html")
-    seen = watch(browser)
-    seen.page.goto(page.as_uri())
-    assert seen.complaints == []
-    assert [url for url in seen.requests if not url.startswith("data:")] == [page.as_uri()]
+    watched = watch(browser)
+    watched.page.goto(page.as_uri())
+    assert watched.complaints == []
+    assert [url for url in watched.requests if not url.startswith("data:")] == [page.as_uri()]
     sections = {"gain", "cases", "dice-per-round", "traffic", "losses", "time"} | (
         {"attendance"} if kind == "drop-outs" else set()
     )
     for name in sections:
-        chart = seen.page.locator(f"#{name} figure svg")
+        chart = watched.page.locator(f"#{name} figure svg")
         assert chart.count() == 1, name
         box = chart.bounding_box()
         assert box and box["width"] > 300 and box["height"] > 60, name
-    pictures = seen.page.locator("svg.strip image")
+    pictures = watched.page.locator("svg.strip image")
     assert pictures.count() == 2 * 3 * 5
-    drawn = seen.page.evaluate(
+    drawn = watched.page.evaluate(
         "async () => { const i = new Image(); i.src = document.querySelector('svg.strip image')"
         ".getAttribute('href'); await i.decode(); return i.naturalWidth; }"
     )
     assert drawn > 10
-    tables = read_tables(seen.page)
+    tables = read_tables(watched.page)
     assert tables["gain-table"][-1] == ["all cases", "6", "0.760", "0.660", "+0.100 (+0.100 to +0.100)"]
     if kind == "hostile":
-        assert seen.page.evaluate("document.querySelectorAll('script, img').length") == 0
-        assert HOSTILE in seen.page.inner_text("body")
+        assert watched.page.evaluate("document.querySelectorAll('script, img').length") == 0
+        assert HOSTILE in watched.page.inner_text("body")
         assert tables["gain-table"][1][0] == HOSTILE
     if kind == "drop-outs":
         assert len(tables["attendance-table"]) == 1 + len(TROUBLES)
@@ -95,41 +95,41 @@ def test_the_report_opens_from_disk(kind: str, browser: Browser, tmp_path: Path)
 @pytest.mark.parametrize(("width", "dark"), [(400, True), (1200, False)], ids=["narrow, dark", "wide, light"])
 def test_the_report_is_usable_and_accessible(width: int, dark: bool, browser: Browser, tmp_path: Path):
     page = write_report(make_run(tmp_path, troubles=TROUBLES, notes="A trial."), tmp_path / "page.html")
-    seen = watch(browser, width=width, dark=dark)
-    seen.page.goto(page.as_uri())
-    assert seen.page.evaluate("document.documentElement.scrollWidth") <= width
-    seen.page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
-    assert seen.page.evaluate("document.documentElement.scrollWidth") <= width
-    found = Axe().run(seen.page, options={"resultTypes": ["violations", "passes"]})
-    assert found.violations_count == 0, found.generate_report()
-    # The tool did look at contrast.
-    assert any(rule["id"] == "color-contrast" and len(rule["nodes"]) > 20 for rule in found.response["passes"])
-    ground = seen.page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert ground == ("rgb(20, 24, 29)" if dark else "rgb(255, 255, 255)")
+    watched = watch(browser, width=width, dark=dark)
+    watched.page.goto(page.as_uri())
+    assert watched.page.evaluate("document.documentElement.scrollWidth") <= width
+    watched.page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
+    assert watched.page.evaluate("document.documentElement.scrollWidth") <= width
+    audit = Axe().run(watched.page, options={"resultTypes": ["violations", "passes"]})
+    assert audit.violations_count == 0, audit.generate_report()
+    # Axe did check the contrast.
+    assert any(rule["id"] == "color-contrast" and len(rule["nodes"]) > 20 for rule in audit.response["passes"])
+    background = watched.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert background == ("rgb(20, 24, 29)" if dark else "rgb(255, 255, 255)")
 
 
 def test_truth_and_prediction_can_be_hidden(browser: Browser, tmp_path: Path):
     page = write_report(make_run(tmp_path), tmp_path / "page.html")
-    seen = watch(browser)
-    seen.page.goto(page.as_uri())
-    lines = {kind: seen.page.locator(f"svg.strip path.{kind}").first for kind in ("truth", "prediction")}
+    watched = watch(browser)
+    watched.page.goto(page.as_uri())
+    lines = {kind: watched.page.locator(f"svg.strip path.{kind}").first for kind in ("truth", "prediction")}
     assert lines["truth"].is_visible() and lines["prediction"].is_visible()
-    seen.page.get_by_label("truth").uncheck()
+    watched.page.get_by_label("truth").uncheck()
     assert not lines["truth"].is_visible() and lines["prediction"].is_visible()
-    seen.page.get_by_label("prediction").uncheck()
+    watched.page.get_by_label("prediction").uncheck()
     assert not lines["prediction"].is_visible()
 
 
-def test_printed_it_is_a_few_pages(browser: Browser, tmp_path: Path):
+def test_the_printed_report_has_a_few_pages(browser: Browser, tmp_path: Path):
     page = write_report(make_run(tmp_path), tmp_path / "page.html")
-    seen = watch(browser, dark=True)
-    seen.page.goto(page.as_uri())
-    seen.page.emulate_media(media="print")
-    seen.page.set_viewport_size({"width": 718, "height": 1000})
-    # Nothing is cut off at the paper's edge, and dark screens do not print dark.
-    assert seen.page.evaluate("document.documentElement.scrollWidth") <= 718
-    assert seen.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-    printed = seen.page.pdf(format="A4")
+    watched = watch(browser, dark=True)
+    watched.page.goto(page.as_uri())
+    watched.page.emulate_media(media="print")
+    watched.page.set_viewport_size({"width": 718, "height": 1000})
+    # Nothing is cut off at the paper's edge, and the dark theme is not printed.
+    assert watched.page.evaluate("document.documentElement.scrollWidth") <= 718
+    assert watched.page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    printed = watched.page.pdf(format="A4")
     assert 2 <= printed.count(b"/Type /Page\n") + printed.count(b"/Type/Page/") <= 12
 
 
@@ -137,88 +137,88 @@ def test_a_click_in_the_served_report_opens_the_case(browser: Browser, tmp_path:
     run = make_run(tmp_path, sites=("alpha", HOSTILE))
     server, address = run_server(run, None, 0, Observer())
     with serving(server):
-        seen = watch(browser)
-        seen.page.goto(address)
-        seen.page.locator("#cases summary").click()
-        seen.page.locator("#cases-table a").nth(1).click()
-        seen.page.wait_for_selector("body[data-state=shown]", timeout=60_000)
-        assert seen.page.inner_text("h1") == f"{HOSTILE}, case1"
-        assert seen.page.get_by_role("link", name="next case").count() == 1
-        seen.page.get_by_role("link", name="report").click()
-        assert seen.page.locator("#gain-table").count() == 1
-    assert seen.complaints == []
-    assert all(url.startswith((server.address, "data:", "blob:")) for url in seen.requests)
+        watched = watch(browser)
+        watched.page.goto(address)
+        watched.page.locator("#cases summary").click()
+        watched.page.locator("#cases-table a").nth(1).click()
+        watched.page.wait_for_selector("body[data-state=shown]", timeout=60_000)
+        assert watched.page.inner_text("h1") == f"{HOSTILE}, case1"
+        assert watched.page.get_by_role("link", name="next case").count() == 1
+        watched.page.get_by_role("link", name="report").click()
+        assert watched.page.locator("#gain-table").count() == 1
+    assert watched.complaints == []
+    assert all(url.startswith((server.address, "data:", "blob:")) for url in watched.requests)
 
 
 def test_the_viewer_shows_volume_and_overlay(browser: Browser, tmp_path: Path):
     run = make_run(tmp_path)
     server, address = run_server(run, "alpha/case0", 0, Observer())
     with serving(server):
-        seen = watch(browser, width=900, height=700)
-        seen.page.goto(address)
-        seen.page.wait_for_selector("body[data-state=shown]", timeout=60_000)
-        seen.page.wait_for_timeout(300)
-        with_overlay = picture(seen.page)
-        # What is seen is not one colour, and the classes' colours lie over it: orange and sky blue.
+        watched = watch(browser, width=900, height=700)
+        watched.page.goto(address)
+        watched.page.wait_for_selector("body[data-state=shown]", timeout=60_000)
+        watched.page.wait_for_timeout(300)
+        with_overlay = picture(watched.page)
+        # The picture is not uniform, and the classes are drawn over it in orange and sky blue.
         assert with_overlay.std() > 20
         orange, blue = share_of(with_overlay, (230, 159, 0)), share_of(with_overlay, (86, 180, 233))
         assert orange > 0.01
         assert blue > 0.001
-        seen.page.locator("input[data-layer='1']").fill("0")
-        seen.page.wait_for_timeout(300)
-        without = picture(seen.page)
-        assert share_of(without, (230, 159, 0)) == share_of(without, (86, 180, 233)) == 0
-        assert without.std() > 20
-        # The truth lies a voxel beside the prediction.
-        seen.page.get_by_label("truth").fill("0.5")
-        seen.page.wait_for_timeout(300)
-        truth = picture(seen.page)
+        watched.page.locator("input[data-layer='1']").fill("0")
+        watched.page.wait_for_timeout(300)
+        without_overlay = picture(watched.page)
+        assert share_of(without_overlay, (230, 159, 0)) == share_of(without_overlay, (86, 180, 233)) == 0
+        assert without_overlay.std() > 20
+        # The truth lies one voxel beside the prediction.
+        watched.page.get_by_label("truth").fill("0.5")
+        watched.page.wait_for_timeout(300)
+        truth = picture(watched.page)
         assert share_of(truth, (230, 159, 0)) > 0.01
         assert np.abs(truth.astype(int) - with_overlay.astype(int)).max() > 50
-        seen.page.locator("canvas").click(position={"x": 150, "y": 150})
-        assert " mm · intensity " in seen.page.inner_text("#status")
-    assert seen.complaints == []
-    found = [url for url in seen.requests if not url.startswith(("data:", "blob:"))]
-    assert all(url.startswith(server.address) for url in found)
+        watched.page.locator("canvas").click(position={"x": 150, "y": 150})
+        assert " mm · intensity " in watched.page.inner_text("#status")
+    assert watched.complaints == []
+    addresses = [url for url in watched.requests if not url.startswith(("data:", "blob:"))]
+    assert all(url.startswith(server.address) for url in addresses)
 
 
-def test_an_image_and_its_label_map(browser: Browser, tmp_path: Path):
+def test_the_viewer_shows_an_image_and_its_label_map(browser: Browser, tmp_path: Path):
     make_run(tmp_path)
     site = tmp_path / "sites" / "alpha"
     image, labels = site / "images" / "case0.nii.gz", site / "labels" / "case0.nii.gz"
     server, address = image_server(image, [("prediction", labels)], None, 0)
     with serving(server):
-        seen = watch(browser)
-        seen.page.goto(address)
-        seen.page.wait_for_selector("body[data-state=shown]", timeout=60_000)
-        assert seen.page.locator("header li").all_inner_texts() == ["value 1", "value 2"]
-        found = Axe().run(seen.page)
-        assert found.violations_count == 0, found.generate_report()
+        watched = watch(browser)
+        watched.page.goto(address)
+        watched.page.wait_for_selector("body[data-state=shown]", timeout=60_000)
+        assert watched.page.locator("header li").all_inner_texts() == ["value 1", "value 2"]
+        audit = Axe().run(watched.page)
+        assert audit.violations_count == 0, audit.generate_report()
 
 
 def picture(page) -> np.ndarray:
-    """The canvas as (row, column, rgb)."""
+    """The canvas as an array (row, column, RGB)."""
     return np.asarray(Image.open(io.BytesIO(page.locator("canvas").screenshot())).convert("RGB"))
 
 
-def share_of(shown: np.ndarray, colour: tuple[int, int, int]) -> float:
-    """The share of pixels of that hue, within 12 degrees, and clearly coloured."""
-    degrees, strength = hue(shown)
-    wanted, _ = hue(np.array([[colour]]))
-    apart = np.abs((degrees - wanted + 180) % 360 - 180)
-    return float(((apart < 12) & (strength > 0.25)).mean())
+def share_of(pixels: np.ndarray, colour: tuple[int, int, int]) -> float:
+    """The share of clearly coloured pixels whose hue is within 12 degrees of the given colour's."""
+    degrees, strength = hue(pixels)
+    target, _ = hue(np.array([[colour]]))
+    distance = np.abs((degrees - target + 180) % 360 - 180)
+    return float(((distance < 12) & (strength > 0.25)).mean())
 
 
-def hue(shown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Angle in degrees and saturation."""
-    red, green, blue = np.moveaxis(shown.astype(float) / 255, -1, 0)
+def hue(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Hue in degrees and saturation."""
+    red, green, blue = np.moveaxis(pixels.astype(float) / 255, -1, 0)
     angle = np.degrees(np.arctan2(np.sqrt(3) * (green - blue), 2 * red - green - blue))
-    top, low = shown.max(axis=-1), shown.min(axis=-1)
-    return angle, np.where(top > 40, (top - low) / np.maximum(top, 1), 0)
+    highest, lowest = pixels.max(axis=-1), pixels.min(axis=-1)
+    return angle, np.where(highest > 40, (highest - lowest) / np.maximum(highest, 1), 0)
 
 
 class TestServer:
-    """The viewer's server, asked without a browser."""
+    """The viewer's server, without a browser."""
 
     @pytest.fixture
     def server(self, tmp_path: Path) -> Iterator[ViewServer]:
@@ -226,7 +226,7 @@ class TestServer:
         with serving(server):
             yield server
 
-    def ask(self, server: ViewServer, path: str, host: str | None = None) -> int:
+    def status(self, server: ViewServer, path: str, host: str | None = None) -> int:
         request = urllib.request.Request(f"http://127.0.0.1:{server.http.server_port}{path}")
         if host:
             request.add_header("Host", host)
@@ -236,18 +236,18 @@ class TestServer:
         except urllib.error.HTTPError as error:
             return error.code
 
-    def test_only_who_knows_the_address_is_answered(self, server: ViewServer):
+    def test_only_requests_to_the_secret_address_are_answered(self, server: ViewServer):
         assert server.http.server_address[0] == "127.0.0.1"
         assert len(server.token) >= 32
-        assert self.ask(server, server.root) == 200
-        assert self.ask(server, server.root, host=f"localhost:{server.http.server_port}") == 200
-        assert self.ask(server, server.root, host="elsewhere.example") == 404
+        assert self.status(server, server.root) == 200
+        assert self.status(server, server.root, host=f"localhost:{server.http.server_port}") == 200
+        assert self.status(server, server.root, host="elsewhere.example") == 404
         for path in ("/", "/x/", f"/{server.token}x/", "/favicon.ico", f"/{server.token.swapcase()}/"):
-            assert self.ask(server, path) == 404
+            assert self.status(server, path) == 404
 
-    def test_only_cases_and_the_viewer_are_there(self, server: ViewServer):
-        assert self.ask(server, server.link("alpha", "case0")) == 200
-        assert self.ask(server, server.link("alpha", "case0") + "2.nii") == 200
+    def test_only_cases_and_the_viewer_are_served(self, server: ViewServer):
+        assert self.status(server, server.link("alpha", "case0")) == 200
+        assert self.status(server, server.link("alpha", "case0") + "2.nii") == 200
         paths = ("../../run.yaml", "case/alpha/", "case/alpha/case9/", "case/alpha/case0/9.nii", "case/alpha/case0/-1.nii")
         for path in (
             *paths,
@@ -256,9 +256,9 @@ class TestServer:
             "case/alpha/case0/..%2f..%2frun.yaml",
             "case/alpha/case0/x.nii",
         ):
-            assert self.ask(server, server.root + path) == 404, path
+            assert self.status(server, server.root + path) == 404, path
 
-    def test_volumes_are_served_as_they_lie(self, server: ViewServer, tmp_path: Path):
+    def test_volumes_are_served_in_their_own_orientation(self, server: ViewServer, tmp_path: Path):
         with urllib.request.urlopen(
             f"http://127.0.0.1:{server.http.server_port}{server.link('alpha', 'case1')}0.nii"
         ) as answer:
@@ -268,9 +268,9 @@ class TestServer:
         assert np.array_equal(served.get_fdata(), original.get_fdata())
         assert np.array_equal(np.asarray(served.affine), np.asarray(original.affine))
 
-    def test_a_broken_volume_is_told(self, server: ViewServer, tmp_path: Path):
+    def test_a_broken_volume_is_a_server_error(self, server: ViewServer, tmp_path: Path):
         (tmp_path / "sites" / "alpha" / "images" / "case1.nii.gz").write_bytes(b"")
-        assert self.ask(server, server.link("alpha", "case1") + "0.nii") == 500
+        assert self.status(server, server.link("alpha", "case1") + "0.nii") == 500
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ class TestServer:
         (np.float64, (0.5, 1.5), np.float32),
     ],
 )
-def test_volumes_become_what_the_viewer_draws(dtype: type, values: tuple[float, float], expected: type):
+def test_volumes_are_converted_to_types_that_the_viewer_draws(dtype: type, values: tuple[float, float], expected: type):
     array = np.array(values, dtype).reshape(2, 1, 1)
     image = nibabel.Nifti1Image.from_bytes(nifti_of(Volume(array, np.eye(4))))
     assert image.get_data_dtype() == expected
@@ -305,7 +305,7 @@ def test_volumes_become_what_the_viewer_draws(dtype: type, values: tuple[float, 
         "no label maps",
     ],
 )
-def test_what_cannot_be_viewed_is_one_sentence(wrong: str, tmp_path: Path, capfd):
+def test_what_cannot_be_viewed_is_reported_in_one_sentence(wrong: str, tmp_path: Path, capfd):
     run = make_run(tmp_path)
     image = tmp_path / "sites" / "alpha" / "images" / "case0.nii.gz"
     arguments: list[Path | str] = [run, "nothing"]

@@ -1,4 +1,4 @@
-"""The report's page: its figures are the ledger's, whatever is in names stays text, and nothing outside is asked for."""
+"""The report's page: its figures match the ledger, names are shown as plain text, and nothing external is loaded."""
 
 import json
 import re
@@ -31,9 +31,10 @@ def read(run: Path) -> Page:
     return Page(write_report(run).read_text())
 
 
-def test_the_figures_are_those_of_the_ledger(tmp_path: Path):
+def test_the_figures_match_the_ledger(tmp_path: Path):
     page = read(make_run(tmp_path))
-    # Cases have 0.80, 0.81, 0.82 for ball and a tenth less for core, so a site's mean is 0.81 − 0.05; alone 0.10 less.
+    # The cases' Dice is 0.80, 0.81 and 0.82 for ball and 0.10 less for core, so a site's mean is 0.81 − 0.05. Local-only
+    # training has 0.10 less.
     assert page.tables["gain-table"] == [
         ["site", "cases", "federated", "local-only", "federated − local-only"],
         ["alpha", "3", "0.760", "0.660", "+0.100 (+0.100 to +0.100)"],
@@ -45,16 +46,16 @@ def test_the_figures_are_those_of_the_ledger(tmp_path: Path):
     assert cases[2] == ["alpha", "case1", "0.810", "0.710", "1.5", "–", "0.710", "0.610", "1.5", "–"]
     assert page.tables["dice-per-round-federated"][1:] == [["2", "0.600", "0.700", "0.650"]]
     assert page.tables["losses-federated"][1:] == [["1", "1.000", "1.100", "1.050"], ["2", "0.500", "0.600", "0.550"]]
-    # Up 2 KiB and 4 KiB, down 1 KiB a round and half at the end: 8.5 KiB a site.
+    # Each site sends 2 KiB and 4 KiB, and receives 1 KiB in each round and 0.5 KiB at the end: 8.5 KiB.
     assert page.tables["traffic-rounds"][1:] == [
         ["1", "2.00 KiB", "1.00 KiB", "6.00 KiB"],
         ["2", "4.00 KiB", "1.00 KiB", "10.00 KiB"],
-        ["the end", "–", "512 B", "1.00 KiB"],
+        ["final model", "–", "512 B", "1.00 KiB"],
     ]
     totals = {row[0]: row for row in page.tables["traffic-table"][1:]}
     assert totals["this run, measured"][3] == "8.50 KiB"
     assert totals["flap"][1] == "FLAP-SAM"
-    # Two rounds of 5 s: two fits of 2 s, 0.25 s of aggregation; the test's events are a second each.
+    # Each of the two rounds takes 5 s, with two fits of 2 s and 0.25 s of aggregation.
     federated = page.tables["time-table"][1]
     assert federated[:4] == ["federated", "8.0", "0.5", "1.5"]
     assert page.tables["time-sites"][1] == ["federated", "alpha", "4.0", "1.0", "12", "3.00"]
@@ -63,7 +64,7 @@ def test_the_figures_are_those_of_the_ledger(tmp_path: Path):
     assert "Every site answered in every round" in page.text
 
 
-def test_fits_side_by_side_take_as_long_as_the_slowest(tmp_path: Path):
+def test_parallel_fits_take_as_long_as_the_slowest(tmp_path: Path):
     run = make_run(tmp_path)
     ledger = run / "events.jsonl"
     events = [json.loads(line) for line in ledger.read_text().splitlines()]
@@ -71,11 +72,11 @@ def test_fits_side_by_side_take_as_long_as_the_slowest(tmp_path: Path):
         if event["event"] == "fit" and event["federation"] == "federated":
             event |= {"site_seconds": 2.1, "seconds": 2.0 if event["site"] == "alpha" else 1.0}
     ledger.write_text("".join(json.dumps(event) + "\n" for event in events))
-    # Two rounds of 5 s, in each 2 s of fitting and 0.25 s of aggregation.
+    # Each of the two rounds takes 5 s, with 2 s of fitting and 0.25 s of aggregation.
     assert read(run).tables["time-table"][1][:4] == ["federated", "4.0", "0.5", "5.5"]
 
 
-def test_sites_that_keep_their_metrics_at_home_are_counted(tmp_path: Path):
+def test_sites_that_do_not_share_their_metrics_are_counted(tmp_path: Path):
     run = make_run(tmp_path, modes=("federated",), troubles=TROUBLES)
     ledger = run / "events.jsonl"
     events = [json.loads(line) for line in ledger.read_text().splitlines()]
@@ -86,25 +87,25 @@ def test_sites_that_keep_their_metrics_at_home_are_counted(tmp_path: Path):
     kept = [event for event in events if event["event"] not in ("validation", "test")]
     ledger.write_text("".join(json.dumps(event) + "\n" for event in kept))
     page = read(run)
-    # Two fits of 3 KiB; in round 2 a packet of 100 B is refused and beta does not answer; deliveries of 512 B.
+    # Two fits of 3 KiB, and a delivery of 512 B to each site. In round 2, a packet of 100 B is refused and beta is missing.
     assert "3.55 KiB" in page.text
     assert page.tables["time-table"][1][1] == "2.2"
     assert not {"losses-federated", "dice-per-round-federated"} & page.tables.keys()
 
 
-def test_drop_outs_are_told_with_their_reasons(tmp_path: Path):
+def test_drop_outs_are_shown_with_their_reasons(tmp_path: Path):
     page = read(make_run(tmp_path, troubles=TROUBLES))
-    told = {(row[0], row[1], row[3], row[4]) for row in page.tables["attendance-table"][1:]}
-    assert told == {
+    shown = {(row[0], row[1], row[3], row[4]) for row in page.tables["attendance-table"][1:]}
+    assert shown == {
         ("no answer", "beta", "it did not answer in 3600 s", "2"),
         ("packet refused", "alpha", "its checksum is wrong", "2"),
         ("does not take part", "gamma", "it runs another version of flapsam", "–"),
     }
-    # A refused packet has travelled.
+    # A refused packet counts as traffic.
     assert page.tables["traffic-rounds"][2][1] == "100 B"
 
 
-def test_names_are_shown_as_text(tmp_path: Path):
+def test_names_are_shown_as_plain_text(tmp_path: Path):
     trouble = {"event": "missing", "round": 2, "site": HOSTILE, "reason": f"</td></style></script>{HOSTILE}"}
     run = make_run(
         tmp_path, sites=(HOSTILE, "beta"), case=HOSTILE, notes=f"</p>{HOSTILE}\n", name=HOSTILE, troubles=[trouble]
@@ -118,14 +119,14 @@ def test_names_are_shown_as_text(tmp_path: Path):
     assert not any(address.startswith("x") for address in page.addresses)
 
 
-def test_nothing_outside_is_named(tmp_path: Path):
+def test_the_page_refers_to_nothing_external(tmp_path: Path):
     page = read(make_run(tmp_path))
     assert page.addresses
     assert all(address.startswith(("#", "data:")) for address in page.addresses)
     assert {"script", "link", "iframe", "object"} & set(page.tags) == {"link"}
 
 
-def test_every_chart_has_words_and_a_table(tmp_path: Path):
+def test_every_chart_has_a_description_and_a_table(tmp_path: Path):
     html = write_report(make_run(tmp_path, troubles=TROUBLES)).read_text()
     sections = re.findall(r'<section id="(.*?)".*?>(.*?)</section>', html, re.DOTALL)
     drawn = {name: body for name, body in sections if "<figure><div" in body}
@@ -162,7 +163,7 @@ def test_a_run_in_any_state_has_a_report(state: str, tmp_path: Path):
     if state == "no data":
         (tmp_path / "sites").rename(tmp_path / "moved")
     page = read(run)
-    assert "This run is not over" in page.text
+    assert "This run is not finished" in page.text
     assert ("gain-table" in page.tables) == (state in ("not over", "no data", "one site"))
     assert ("cannot be shown" in page.text) == (state == "no data")
 
@@ -176,7 +177,7 @@ def test_images_can_be_left_out(tmp_path: Path, capfd):
     assert "image/jpeg" in (run / "report" / "index.html").read_text()
 
 
-def test_best_median_and_worst():
+def test_the_best_median_and_worst_cases_are_chosen():
     def scored(site: str, case: str, *dices: float | None) -> CaseScores:
         return CaseScores(case, site, dict(zip("ab", dices, strict=True)), dict.fromkeys("ab"))
 
@@ -203,28 +204,30 @@ def test_slices_look_the_same_in_every_orientation():
     truth[22:26, 8:14, 2:7] = 1
     image = np.random.default_rng(0).normal(0, 1, truth.shape).astype(np.float32) + truth * 5
     affine = np.diag([1.0, 0.8, 4.0, 1.0])
-    seen = set()
+    strips = set()
     for axes in ((0, 1, 2), (2, 0, 1), (1, 2, 0), (1, 0, 2)):
         for flips in ((1, 1, 1), (-1, 1, 1), (1, -1, -1), (-1, -1, -1)):
-            turned = np.array(list(zip(axes, flips, strict=True)))
-            there = affine @ orientations.inv_ornt_aff(turned, truth.shape)
-            shown, labels = (Volume(orientations.apply_orientation(array, turned), there) for array in (image, truth))
-            seen.add(draw_strip(shown, labels, labels, Samples(), "a case"))
-    assert len(seen) == 1
+            orientation = np.array(list(zip(axes, flips, strict=True)))
+            turned_affine = affine @ orientations.inv_ornt_aff(orientation, truth.shape)
+            turned_image, turned_truth = (
+                Volume(orientations.apply_orientation(array, orientation), turned_affine) for array in (image, truth)
+            )
+            strips.add(draw_strip(turned_image, turned_truth, turned_truth, Samples(), "a case"))
+    assert len(strips) == 1
 
 
-def test_patients_right_is_on_the_left_and_front_is_up():
-    # RAS+: the block lies to the right and to the front of a volume that is shown whole.
+def test_the_patients_right_is_on_the_left_and_anterior_is_up():
+    # In RAS+, x grows to the patient's right and y to the front. The slices are shown whole.
     truth = np.zeros((20, 20, 4), np.uint8)
     truth[2:5, 2:18, :] = 1
     truth[12:18, 15:17, :] = 2
-    volume, nothing = Volume(truth, np.eye(4)), Volume(np.zeros_like(truth), np.eye(4))
-    drawn = draw_strip(volume, volume, nothing, Samples(axis="axial"), "a case")
+    volume, empty = Volume(truth, np.eye(4)), Volume(np.zeros_like(truth), np.eye(4))
+    drawn = draw_strip(volume, volume, empty, Samples(axis="axial"), "a case")
     paths = re.findall(r'class="truth" style="[^"]*" d="([^"]+)"', drawn)[:2]
-    left, right = ([[float(n) for n in pair.split()] for pair in re.findall(r"[\d.]+ [\d.]+", path)] for path in paths)
-    # Class 1 lies at x 2–4, near the patient's left, so right in the picture; class 2 at x 12–17, and y 15–16, the front.
-    assert min(x for x, _ in left) > max(x for x, _ in right)
-    assert max(y for _, y in right) < np.mean([y for _, y in left])
+    first, second = ([[float(n) for n in pair.split()] for pair in re.findall(r"[\d.]+ [\d.]+", path)] for path in paths)
+    # Class 1 (x 2–4) lies on the patient's left, so on the right of the picture. Class 2 (x 12–17, y 15–16) is anterior.
+    assert min(x for x, _ in first) > max(x for x, _ in second)
+    assert max(y for _, y in second) < np.mean([y for _, y in first])
 
 
 def test_runs_are_compared_case_by_case(tmp_path: Path, capfd):
@@ -246,7 +249,7 @@ def test_runs_are_compared_case_by_case(tmp_path: Path, capfd):
     assert [row[2] for row in page.tables["traffic-table"][1:]] == ["8.50 KiB", "8.50 KiB"]
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path: Path):
+def test_runs_of_the_same_name_are_distinguished(tmp_path: Path):
     runs = [make_run(tmp_path / part) for part in ("a", "b")]
     page = Page(write_comparison(runs, tmp_path / "both.html").read_text())
     assert page.tables["runs-table"][0][0] == "run"
@@ -256,30 +259,30 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path):
 @pytest.mark.parametrize(
     "wrong", ["no run", "damaged identity", "damaged ledger", "twice", "no common mode", "a file in the way"]
 )
-def test_what_is_wrong_is_one_sentence(wrong: str, tmp_path: Path, capfd):
+def test_errors_are_reported_in_one_sentence(wrong: str, tmp_path: Path, capfd):
     run = make_run(tmp_path, modes=("federated",))
-    given: list[Path | str] = [run]
+    arguments: list[Path | str] = [run]
     if wrong == "no run":
-        given = [tmp_path]
+        arguments = [tmp_path]
     elif wrong == "damaged identity":
         (run / "environment.json").write_text("{")
     elif wrong == "damaged ledger":
         (run / "events.jsonl").write_text("{\n")
     elif wrong == "twice":
-        given = [run, run]
+        arguments = [run, run]
     elif wrong == "no common mode":
-        given = [run, make_run(tmp_path, name="other", modes=("local",))]
+        arguments = [run, make_run(tmp_path, name="other", modes=("local",))]
     else:
         (run / "report").write_text("")
-    outcome = flapsam(capfd, "report", *given)
+    outcome = flapsam(capfd, "report", *arguments)
     assert outcome.code == 2
     assert outcome.err.startswith("Error: ")
     assert outcome.err.count("\n") == 1
     assert "Traceback" not in outcome.err
 
 
-def test_colours_stand_out():
-    """WCAG 2.1: contrast of text at least 4.5 to 1, of what is drawn 3 to 1, in light and in dark."""
+def test_colours_have_enough_contrast():
+    """WCAG 2.1: a contrast of at least 4.5 to 1 for text and 3 to 1 for graphics, in both themes."""
     style = (Path(report.__file__).parent / "templates" / "page.css").read_text()
     themes = [
         dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block)) for block in re.findall(r":root \{(.*?)\}", style, re.DOTALL)
@@ -289,9 +292,9 @@ def test_colours_stand_out():
         for name, colour in theme.items():
             if name in ("paper", "raised", "grid", "line"):
                 continue
-            least = 3 if name.startswith("series") else 4.5
-            for ground in ("paper", "raised"):
-                assert contrast(colour, theme[ground]) >= least, (name, ground)
+            minimum = 3 if name.startswith("series") else 4.5
+            for background in ("paper", "raised"):
+                assert contrast(colour, theme[background]) >= minimum, (name, background)
 
 
 def contrast(first: str, second: str) -> float:

@@ -1,4 +1,4 @@
-"""What trackers wrote is read with their own readers and compared with a ledger written by hand."""
+"""The trackers' files, read with their own readers and compared with a ledger written by hand."""
 
 import importlib.util
 import json
@@ -56,7 +56,7 @@ EXPECTED: dict[str, Curves] = {
         "test_dice/ball": [(2, 0.5)],
     },
 }
-"""By hand, of ``FINISHED``: series → curve → round and value."""
+"""Series → curve → round and value, computed by hand from ``FINISHED``."""
 
 
 def read_tensorboard(folder: Path) -> tuple[Curves, dict[str, str]]:
@@ -81,7 +81,7 @@ def read_mlflow(folder: Path) -> tuple[Curves, dict[str, str]]:
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=folder.as_uri())
-    (experiment,) = [found for found in client.search_experiments() if found.name == "flapsam"]
+    (experiment,) = [candidate for candidate in client.search_experiments() if candidate.name == "flapsam"]
     (run,) = client.search_runs([experiment.experiment_id])
     curves = {
         key: [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, key)]
@@ -107,43 +107,43 @@ def _no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
 
 
-def written(folder: Path, name: str) -> Curves:
+def read_curves(folder: Path, name: str) -> Curves:
     return READERS[name](folder / "tracking" / name)[0]
 
 
-def check(found: Curves) -> None:
+def check(tracked: Curves) -> None:
     expected = {f"{series}/{name}": curve for series, curves in EXPECTED.items() for name, curve in curves.items()}
-    assert found.keys() == expected.keys()
+    assert tracked.keys() == expected.keys()
     for name, curve in expected.items():
-        assert [step for step, _ in found[name]] == [step for step, _ in curve], name
-        assert [value for _, value in found[name]] == pytest.approx([value for _, value in curve]), name
+        assert [step for step, _ in tracked[name]] == [step for step, _ in curve], name
+        assert [value for _, value in tracked[name]] == pytest.approx([value for _, value in curve]), name
 
 
 @pytest.mark.parametrize("name", TRACKERS)
-def test_a_ledger_is_written_whole_and_once(name: str, config: RunConfig, tmp_path: Path):
+def test_a_ledger_is_tracked_completely_and_only_once(name: str, config: RunConfig, tmp_path: Path):
     folder = begun(tmp_path / "run", config, FINISHED)
     for _ in range(2):
-        (place,) = track_run(folder, [name])
-        assert str(folder / "tracking" / name) in place
-        check(written(folder, name))
+        (target,) = track_run(folder, [name])
+        assert str(folder / "tracking" / name) in target
+        check(read_curves(folder, name))
 
 
 @pytest.mark.parametrize("name", TRACKERS)
 @pytest.mark.parametrize("stopped", [0, 1, 7, 14, len(FINISHED)])
-def test_a_run_that_is_gone_on_with_has_no_point_twice(name: str, stopped: int, config: RunConfig, tmp_path: Path):
+def test_a_resumed_run_has_no_duplicate_points(name: str, stopped: int, config: RunConfig, tmp_path: Path):
     folder = begun(tmp_path / "run", config, [])
     config = config.model_copy(update={"output": folder})
     for past, new in ([], FINISHED[:stopped]), (FINISHED[:stopped], FINISHED[stopped:]):
-        one = Tracking([name], pytest.fail)
-        one.opened(config, past)
+        tracking = Tracking([name], pytest.fail)
+        tracking.opened(config, past)
         for event in new:
-            one.event(event)
-        one.close()
-    check(written(folder, name))
+            tracking.event(event)
+        tracking.close()
+    check(read_curves(folder, name))
 
 
 @pytest.mark.parametrize("name", TRACKERS)
-def test_the_configuration_is_written(name: str, config: RunConfig, tmp_path: Path):
+def test_the_configuration_is_tracked(name: str, config: RunConfig, tmp_path: Path):
     folder = begun(tmp_path / "run", config, FINISHED)
     track_run(folder, [name])
     _, parameters = READERS[name](folder / "tracking" / name)
@@ -151,18 +151,18 @@ def test_the_configuration_is_written(name: str, config: RunConfig, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", TRACKERS)
-def test_a_missing_package_is_one_sentence(
+def test_a_missing_package_is_reported_in_one_sentence(
     name: str, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     folder = begun(tmp_path / "run", config, FINISHED)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     outcome = flapsam(capfd, "track", folder, "--to", name)
     assert outcome.code == 2
-    assert outcome.err.strip() == f"Error: tracking with {name} needs pip install 'flapsam[{name}]'"
+    assert outcome.err.strip() == f"Error: tracking with {name} needs another package; run pip install 'flapsam[{name}]'"
     assert not (folder / "tracking").exists()
 
 
-def test_an_unknown_tracker_is_told_before_the_run_begins(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+def test_an_unknown_tracker_is_reported_before_the_run_starts(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     run = write_run(tmp_path / "run.yaml", make_sites(tmp_path / "data"))
     outcome = flapsam(capfd, "simulate", run, "--track", "wandb")
     assert outcome.code == 2
@@ -173,14 +173,14 @@ def test_an_unknown_tracker_is_told_before_the_run_begins(tmp_path: Path, capfd:
 def test_a_tracker_that_fails_is_left_out(config: RunConfig, tmp_path: Path):
     folder = begun(tmp_path / "run", config, FINISHED)
     (folder / "tracking").write_text("where a folder should be")
-    said: list[str] = []
-    one = Tracking(["tensorboard"], said.append)
-    one.opened(config.model_copy(update={"output": folder}), FINISHED)
-    one.event(FINISHED[-1])
-    one.close()
-    assert len(said) == 1
-    assert said[0].startswith("tensorboard is left out from here on")
-    with pytest.raises(FlapsamError, match="tensorboard is left out"):
+    messages: list[str] = []
+    tracking = Tracking(["tensorboard"], messages.append)
+    tracking.opened(config.model_copy(update={"output": folder}), FINISHED)
+    tracking.event(FINISHED[-1])
+    tracking.close()
+    assert len(messages) == 1
+    assert messages[0].startswith("tensorboard has failed and is left out from now on")
+    with pytest.raises(FlapsamError, match="tensorboard has failed"):
         track_run(folder, ["tensorboard"])
 
 
@@ -202,19 +202,19 @@ print(asked)
 """
 
 
-def test_nothing_is_asked_of_the_network(config: RunConfig, tmp_path: Path):
+def test_tracking_does_not_use_the_network(config: RunConfig, tmp_path: Path):
     folder = begun(tmp_path / "run", config, FINISHED)
-    # MLflow reports nothing from where it sees tests or continuous integration.
-    unseen = ("CI", "PYTEST_CURRENT_TEST", "MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK", "GITHUB_ACTIONS")
-    environment = {name: value for name, value in os.environ.items() if name not in unseen}
-    done = subprocess.run(
+    # MLflow sends no telemetry where it detects tests or continuous integration.
+    hidden = ("CI", "PYTEST_CURRENT_TEST", "MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK", "GITHUB_ACTIONS")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    process = subprocess.run(
         [sys.executable, "-c", OFFLINE, folder], env=environment, capture_output=True, text=True, timeout=120
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().splitlines()[-1] == "[]"
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip().splitlines()[-1] == "[]"
 
 
-def test_a_quiet_run_is_tracked_as_it_goes(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+def test_a_quiet_run_is_tracked_while_it_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     run = write_run(tmp_path / "run.yaml", make_sites(tmp_path / "data"), modes=["federated", "local"])
     outcome = flapsam(capfd, "simulate", run, "--quiet", "--json", "--track", "tensorboard", "--track", "mlflow")
     assert (outcome.code, outcome.err) == (0, "")
@@ -226,23 +226,23 @@ def test_a_quiet_run_is_tracked_as_it_goes(tmp_path: Path, capfd: pytest.Capture
             losses.setdefault(f"{event['federation']}/{event['site']}/loss", []).append((event["round"], event["loss"]))
     assert len(losses) == 4
     for name in TRACKERS:
-        found = written(tmp_path / "run", name)
-        assert {key: curve for key, curve in found.items() if key.endswith("/loss")} == {
+        curves = read_curves(tmp_path / "run", name)
+        assert {key: curve for key, curve in curves.items() if key.endswith("/loss")} == {
             key: [(step, pytest.approx(value, rel=1e-6)) for step, value in curve] for key, curve in losses.items()
         }
-        assert not any(key.startswith("local") and "bytes" in key for key in found)
+        assert not any(key.startswith("local") and "bytes" in key for key in curves)
 
 
-def test_observers_all_hear_the_same():
+def test_all_observers_receive_the_same_calls():
     from flapsam.run.observer import Observers
 
-    class Heard(Observer):
+    class Counter(Observer):
         def __init__(self) -> None:
             self.steps = 0.0
 
         def step(self, count: float = 1) -> None:
             self.steps += count
 
-    both = Heard(), Heard()
+    both = Counter(), Counter()
     Observers(*both).step(2)
-    assert [one.steps for one in both] == [2, 2]
+    assert [observer.steps for observer in both] == [2, 2]

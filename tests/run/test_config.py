@@ -16,7 +16,7 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_the_preset_paper_has_the_papers_values(tmp_path: Path):
+def test_the_paper_preset_has_the_values_of_the_paper(tmp_path: Path):
     config = read_config(write(tmp_path / "run.yaml", MINIMAL + "preset: paper\n"))
     assert config.strategy == "flap"
     assert config.lora.rank == 32
@@ -29,7 +29,7 @@ def test_the_preset_paper_has_the_papers_values(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_fills_what_is_not_given(name: str, tmp_path: Path):
+def test_a_preset_sets_the_fields_that_are_not_given(name: str, tmp_path: Path):
     path = write(tmp_path / "run.yaml", MINIMAL + f"preset: {name}\ntraining: {{learning_rate: 0.5}}\n")
     tree = read_config(path, ["rounds.count=3"]).model_dump()
     given = {("training", "learning_rate"): 0.5, ("rounds", "count"): 3}
@@ -42,7 +42,7 @@ def test_a_preset_fills_what_is_not_given(name: str, tmp_path: Path):
     assert (tree["training"]["learning_rate"], tree["rounds"]["count"]) == (0.5, 3)
 
 
-def test_fast_is_the_default(tmp_path: Path):
+def test_the_default_preset_is_fast(tmp_path: Path):
     given, default = (write(tmp_path / f"{n}.yaml", MINIMAL + extra) for n, extra in (("a", "preset: fast\n"), ("b", "")))
     assert read_config(given) == read_config(default) != read_config(default, ["preset=paper"])
 
@@ -56,11 +56,11 @@ def test_paths_are_relative_to_the_file(tmp_path: Path):
     assert read_config(path, ["output=elsewhere"]).output == Path("elsewhere")
 
 
-def test_what_is_written_reads_back_the_same(tmp_path: Path):
-    first = read_config(write(tmp_path / "run.yaml", MINIMAL + "samples: {clip: [-80, 300]}\n"))
-    text = write_config(first)
-    again = read_config(write(tmp_path / "again.yaml", text))
-    assert write_config(again) == text
+def test_a_written_configuration_reads_back_the_same(tmp_path: Path):
+    original = read_config(write(tmp_path / "run.yaml", MINIMAL + "samples: {clip: [-80, 300]}\n"))
+    text = write_config(original)
+    reread = read_config(write(tmp_path / "again.yaml", text))
+    assert write_config(reread) == text
     assert yaml.safe_load(text)["samples"]["clip"] == [-80.0, 300.0]
 
 
@@ -99,7 +99,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("text", "assignments", "message"), WRONG.values(), ids=WRONG)
-def test_errors_name_file_and_field(text: str, assignments: list[str], message: str, tmp_path: Path):
+def test_errors_name_the_field_in_one_line(text: str, assignments: list[str], message: str, tmp_path: Path):
     path = write(tmp_path / "run.yaml", text)
     with pytest.raises(FlapsamError) as error:
         read_config(path, assignments)
@@ -107,7 +107,7 @@ def test_errors_name_file_and_field(text: str, assignments: list[str], message: 
     assert "\n" not in str(error.value)
 
 
-def test_missing_file(tmp_path: Path):
+def test_a_missing_configuration_is_an_error(tmp_path: Path):
     with pytest.raises(FlapsamError, match=r"run\.yaml: cannot read the configuration \(No such file"):
         read_config(tmp_path / "run.yaml")
 

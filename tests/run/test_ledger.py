@@ -1,4 +1,4 @@
-"""The ledger: every kind of event comes back as it was written, and a crash or a full disk costs at most one line."""
+"""The ledger: every kind of event reads back as it was written, and a crash or a full disk costs at most one line."""
 
 import json
 from functools import partial
@@ -29,17 +29,17 @@ LINES: list[dict[str, Any]] = [
     {"event": "label_map", "case": "a/c", "image": "c.nii", "of": [["c.nii", 1, 2]], "way": "0f", "written": [], "ml": {}},
     {"event": "end"},
 ]
-"""An event of each kind, as versions have written them from the beginning."""
+"""One event of each kind, as all versions so far have written it."""
 
 
-def test_there_is_a_line_for_every_kind_of_event():
+def test_every_kind_of_event_has_a_line():
     kinds = {kind.model_fields["event"].default for kind in get_args(get_args(Event)[0])}
     assert [line["event"] for line in LINES] == list(dict.fromkeys(line["event"] for line in LINES))
     assert {line["event"] for line in LINES} == kinds
 
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line["event"])
-def test_an_event_comes_back_as_it_was_written(line: dict[str, Any], tmp_path: Path):
+def test_an_event_reads_back_as_it_was_written(line: dict[str, Any], tmp_path: Path):
     line = {**line, "time": TIME}
     (event,) = parse_events([json.dumps({**line, "a_field_of_a_later_version": 1})])
     Ledger(tmp_path / "events.jsonl").write(event)
@@ -48,18 +48,18 @@ def test_an_event_comes_back_as_it_was_written(line: dict[str, Any], tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["federated", "centralised", "local/a", "local/a/b"])
-def test_a_cohort_has_one_name(name: str):
+def test_a_cohort_is_parsed_from_its_name(name: str):
     assert str(Cohort.parse(name)) == name
     assert Cohort.parse("local/a/b") == Cohort("local", "a/b")
 
 
 @pytest.mark.parametrize("name", ["", "local", "local/", "federated/a", "all", "Federated"])
-def test_what_is_no_cohort(name: str):
-    with pytest.raises(ValueError, match="no cohort"):
+def test_an_invalid_cohort_name_is_refused(name: str):
+    with pytest.raises(ValueError, match="is not a cohort"):
         Cohort.parse(name)
 
 
-def test_a_cut_line_is_repaired_and_nothing_is_written_twice(tmp_path: Path):
+def test_a_truncated_line_is_removed_and_no_event_is_written_twice(tmp_path: Path):
     path = tmp_path / "events.jsonl"
     ledger = Ledger(path)
     fit = partial(Fitted, cohort=TOGETHER, site="a", bytes_down=0, bytes_up=0, slices=1)
@@ -67,17 +67,17 @@ def test_a_cut_line_is_repaired_and_nothing_is_written_twice(tmp_path: Path):
     with path.open("a") as file:
         file.write('{"event": "fit", "fed')
     written: list[Event] = []
-    again = Ledger(path, written.append)
-    assert again.holds(fit(round=1))
-    assert not again.holds(fit(round=1, cohort=Cohort("local", "a")))
-    again.write(fit(round=1, loss=0.7))
-    again.write(fit(round=2, loss=0.4))
+    reopened = Ledger(path, written.append)
+    assert reopened.holds(fit(round=1))
+    assert not reopened.holds(fit(round=1, cohort=Cohort("local", "a")))
+    reopened.write(fit(round=1, loss=0.7))
+    reopened.write(fit(round=2, loss=0.4))
     assert [(event["round"], event["loss"]) for event in read_events(tmp_path)] == [(1, 0.5), (2, 0.4)]
-    assert again.events() == read_ledger(path)
-    assert written == again.events()[1:]
+    assert reopened.events() == read_ledger(path)
+    assert written == reopened.events()[1:]
 
 
-def test_troubles_may_repeat_and_the_end_may_not(tmp_path: Path):
+def test_failures_may_repeat_but_the_end_may_not(tmp_path: Path):
     ledger = Ledger(tmp_path / "events.jsonl")
     (missing,) = parse_events([json.dumps({**LINES[9], "time": TIME})])
     for event in (missing, missing, RunEnded(), RunEnded()):
@@ -85,8 +85,8 @@ def test_troubles_may_repeat_and_the_end_may_not(tmp_path: Path):
     assert [event["event"] for event in read_events(tmp_path)] == ["missing", "missing", "end"]
 
 
-def test_bytes_of_a_cohort():
-    """100 of the fit and 7 refused went up; 10 to the fit and 20 of the delivery came down."""
+def test_bytes_are_summed_by_cohort_and_direction():
+    """The fit sent up 100 and the refused packet 7. The fit received 10 and the delivery 20."""
     events = parse_events(json.dumps(line) for line in LINES)
     assert bytes_sent(events, TOGETHER) == (107, 30)
     assert bytes_sent(events, Cohort("local", "a")) == (0, 0)
@@ -97,20 +97,20 @@ def test_a_line_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     ledger.write(RunEnded())
     before = ledger.path.read_bytes()
 
-    def full(*_: object) -> str:
+    def fail_halfway(*_: object) -> str:
         ledger.path.open("a").write("{half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("flapsam.run.ledger.json.dumps", full)
-    (joined,) = parse_events(['{"event": "site", "site": "a", "cases": {}}'])
+    monkeypatch.setattr("flapsam.run.ledger.json.dumps", fail_halfway)
+    (event,) = parse_events(['{"event": "site", "site": "a", "cases": {}}'])
     with pytest.raises(OSError, match="No space left"):
-        ledger.write(joined)
+        ledger.write(event)
     assert ledger.path.read_bytes() == before
-    assert not ledger.holds(joined)
+    assert not ledger.holds(event)
 
 
 @pytest.mark.parametrize("text", ["nonsense\n", '{"event": "fit"}\n', '{"event": "dance", "site": "a"}\n', "[]\n"])
-def test_a_damaged_ledger_is_an_error(text: str, tmp_path: Path):
+def test_a_missing_or_damaged_ledger_is_refused(text: str, tmp_path: Path):
     path = tmp_path / "events.jsonl"
     with pytest.raises(FlapsamError, match="no ledger"):
         read_ledger(path)

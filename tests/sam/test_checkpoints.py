@@ -1,4 +1,4 @@
-"""Real checkpoints' formats, made here from random weights."""
+"""The formats of published checkpoints, written here with random weights."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ from tests.helpers.golden import golden, golden_sizes
 
 
 def meta_checkpoint(folder: Path) -> Path:
-    """The golden weights in Meta's names, with the four masks and the upscaling that SAM has."""
+    """Save the golden weights under Meta's names, with SAM's four mask tokens and its upscaling."""
     state = {
         name: tensor
         for name, tensor in golden("sam").items()
@@ -60,7 +60,7 @@ def meta_checkpoint(folder: Path) -> Path:
 
 
 def transformers_folder(folder: Path) -> Path:
-    """The golden encoder in a ``SamModel`` that transformers saved."""
+    """Save the golden encoder as a ``SamModel`` of transformers."""
     sizes = golden_sizes()
     vision = SamVisionConfig(
         hidden_size=sizes.width,
@@ -91,7 +91,7 @@ def transformers_folder(folder: Path) -> Path:
 
 
 def older_transformers_folder(folder: Path) -> Path:
-    """The same as transformers saved it before safetensors."""
+    """Save the same model as transformers did before safetensors."""
     transformers_folder(folder)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
@@ -110,7 +110,7 @@ def network(image_size: int = 96) -> Sam:
 
 
 @pytest.mark.parametrize("make", FORMATS.values(), ids=FORMATS)
-def test_the_same_embedding_from_either_format(make, tmp_path: Path):
+def test_every_format_yields_the_same_embedding(make, tmp_path: Path):
     net = network()
     report = load_checkpoint(net, read_checkpoint(make(tmp_path)), "checkpoint")
     image = golden("forward")["image"]
@@ -124,7 +124,7 @@ def test_the_same_embedding_from_either_format(make, tmp_path: Path):
 
 @pytest.mark.parametrize("make", FORMATS.values(), ids=FORMATS)
 def test_another_image_size_resizes_the_positions_as_the_reference_does(make, tmp_path: Path):
-    """The golden positions stored for 12 × 12 tokens, loaded for 6 × 6."""
+    """The golden positions are stored for 12 × 12 tokens and loaded for 6 × 6."""
     positions = golden("resize")
     stored = {n.removeprefix("stored."): t for n, t in positions.items() if n.startswith("stored.")}
     expected = to_own_names({n.removeprefix("loaded."): t for n, t in positions.items() if n.startswith("loaded.")})
@@ -136,12 +136,12 @@ def test_another_image_size_resizes_the_positions_as_the_reference_does(make, tm
     parameters = net.state_dict()
     for name, tensor in expected.items():
         torch.testing.assert_close(parameters[name], tensor, atol=1e-5, rtol=0)
-    # pos_embed, and two relative positions of each of the two global blocks.
+    # These are pos_embed and the two relative positions of each of the two global blocks.
     assert len(report.resized) == 5
 
 
 def full_size(name: str) -> dict[str, Tensor]:
-    """A checkpoint of published size in Meta's names: shapes only for the large ones."""
+    """The state of a network of published size, as shapes without data."""
     sizes = architecture(name)
     with torch.device("meta"):
         own = build(sizes, image_size=sizes.native_size, classes=3).state_dict()
@@ -149,11 +149,11 @@ def full_size(name: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_architecture_is_read_off_the_tensors(name: str):
+def test_the_architecture_is_inferred_from_the_tensors(name: str):
     assert infer_architecture(full_size(name)) == name
 
 
-def test_a_full_size_vit_b_gives_the_same_embedding_in_either_format(tmp_path: Path):
+def test_a_full_size_vit_b_has_the_same_embedding_in_either_format(tmp_path: Path):
     torch.manual_seed(0)
     model = SamModel(SamConfig(vision_config=SamVisionConfig(image_size=224, initializer_range=0.02)))
     for name, parameter in model.named_parameters():
@@ -176,13 +176,13 @@ def test_a_full_size_vit_b_gives_the_same_embedding_in_either_format(tmp_path: P
 
 @pytest.mark.parametrize("name", ["sam-vit-l", "sam-vit-h"])
 def test_shapes_of_the_large_published_checkpoints_load(name: str):
-    """Positions of 1024-pixel images arrive at 224; nothing is allocated."""
+    """Positions for 1024-pixel images are resized for 224 pixels. No memory is allocated."""
     state = full_size(name)
     with torch.device("meta"):
         net = build(architecture(name), image_size=224, classes=2)
         report = load_checkpoint(net, state, name)
-    globals_ = len(architecture(name).global_blocks)
-    assert len(report.resized) == 1 + 2 * globals_
+    global_blocks = len(architecture(name).global_blocks)
+    assert len(report.resized) == 1 + 2 * global_blocks
     assert len(report.loaded) + len(report.new) == len(net.state_dict())
 
 
@@ -202,20 +202,20 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("name", "make", "message"), BROKEN.values(), ids=BROKEN)
-def test_broken_checkpoints(name: str, make, message: str, tmp_path: Path):
+def test_a_broken_checkpoint_is_refused(name: str, make, message: str, tmp_path: Path):
     make(tmp_path / name)
     with pytest.raises(FlapsamError, match=message) as error:
         read_checkpoint(tmp_path / name)
     assert str(tmp_path / name) in str(error.value)
 
 
-def test_the_wrong_size_is_said():
+def test_a_checkpoint_of_the_wrong_size_is_refused():
     state = golden("sam")
     with pytest.raises(FlapsamError, match=r"choose the backbone\.name that the checkpoint was made for"):
         load_checkpoint(build(architecture("sam-tiny"), image_size=64, classes=2), state, "golden")
 
 
-def test_names_are_told_apart(tmp_path: Path):
+def test_the_naming_scheme_is_recognised(tmp_path: Path):
     assert naming_of(golden("sam")) == "meta"
     assert naming_of(load_file(transformers_folder(tmp_path) / "model.safetensors")) == "transformers"
     assert naming_of(network().state_dict()) == "flapsam"
@@ -233,14 +233,14 @@ def test_every_source_has_an_architecture_and_a_scaling():
         assert source.url is None or source.url.startswith("https://")
 
 
-def test_warm_masks_start_from_the_checkpoints_first():
+def test_warm_masks_are_copies_of_the_checkpoints_first_mask():
     network = build(golden_sizes(), image_size=96, classes=2)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     prefix = "mask_decoder.output_hypernetworks_mlps.0.layers"
     state = {
         "mask_decoder.mask_tokens.weight": torch.arange(4 * 32.0).view(4, 32),
         f"{prefix}.0.weight": torch.full((32, 32), 2.0),
-        f"{prefix}.2.weight": torch.ones(4, 32),  # SAM's, wider than the one here
+        f"{prefix}.2.weight": torch.ones(4, 32),  # SAM's layer is wider than the one here.
     }
     warm_masks(network, state)
     after = network.state_dict()
@@ -251,16 +251,16 @@ def test_warm_masks_start_from_the_checkpoints_first():
     assert after[f"{output}.hypernetworks.1.layers.0.weight"].unique().tolist() == [2]
 
 
-def test_the_masks_of_a_run_start_as_it_says():
+def test_masks_start_as_the_run_configures_them():
     shipped = read_checkpoint(SHIPPED / "sam-tiny.safetensors")
     name = "mask_decoder.output.hypernetworks.{}.layers.2.weight"
-    found = {}
+    copied = {}
     for masks in ("new", "warm"):
         backbone = Backbone(masks=masks)
         net = assemble(backbone, image_size=64, classes=2, strategy_name="flap", lora=Lora(rank=2), seed=0).network
         state = {public_name(key): tensor for key, tensor in net.state_dict().items()}
-        found[masks] = [torch.equal(state[name.format(mask)], shipped[name.format(0)].float()) for mask in range(3)]
-    assert found == {"new": [False] * 3, "warm": [True] * 3}
+        copied[masks] = [torch.equal(state[name.format(mask)], shipped[name.format(0)].float()) for mask in range(3)]
+    assert copied == {"new": [False] * 3, "warm": [True] * 3}
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_the_masks_of_a_run_start_as_it_says():
         ("flap", ["mask-tokens", "hypernetworks"], False),
     ],
 )
-def test_masks_that_never_train_do_not_start_alike(strategy: str, frozen: list, alike: bool):
+def test_warm_masks_start_alike_only_where_they_train(strategy: str, frozen: list, alike: bool):
     network = assemble(
         Backbone(masks="warm"),
         image_size=64,
@@ -287,32 +287,32 @@ def test_masks_that_never_train_do_not_start_alike(strategy: str, frozen: list, 
     assert torch.equal(logits[:, 0], logits[:, 1]) == alike
 
 
-def test_the_shipped_weights_say_how_they_were_made_and_load_at_any_size():
+def test_the_shipped_weights_record_their_training_and_load_at_any_size():
     path = SHIPPED / "sam-tiny.safetensors"
     assert path.stat().st_size < 12e6
     with safe_open(path, framework="pt") as file:
-        about = file.metadata()
-    recipe = json.loads(about["recipe"])
-    assert about["command"] == "flapsam pretrain --steps {steps} --batch {batch} --seed {seed}".format(**recipe)
-    assert int(about["steps"]) == recipe["steps"]
-    assert float(about["seconds"]) > 0
-    assert json.loads(about["held_out_iou"]).keys() == {*TASKS, "mean"}
-    assert about["data"] == "synthetic images only"
+        metadata = file.metadata()
+    recipe = json.loads(metadata["recipe"])
+    assert metadata["command"] == "flapsam pretrain --steps {steps} --batch {batch} --seed {seed}".format(**recipe)
+    assert int(metadata["steps"]) == recipe["steps"]
+    assert float(metadata["seconds"]) > 0
+    assert json.loads(metadata["held_out_iou"]).keys() == {*TASKS, "mean"}
+    assert metadata["data"] == "synthetic images only"
     for size, resized in ((128, 0), (64, 13), (224, 13)):
         net = build(architecture("sam-tiny"), image_size=size, classes=2)
         report = load_checkpoint(net, read_checkpoint(path), "shipped")
-        assert len(report.resized) == resized  # pos_embed, and two relative positions of each of six blocks
+        assert len(report.resized) == resized  # pos_embed and the two relative positions of each of six blocks
 
 
-def test_the_shipped_weights_know_their_pretext_tasks():
-    """Held-out scenes: far above the same network with random weights."""
+def test_the_shipped_weights_solve_their_pretext_tasks():
+    """On held-out scenes, they score more than twice as high as random weights."""
     recipe = Recipe()
     network = build(architecture("sam-tiny"), image_size=recipe.size, classes=len(TASKS))
     before = held_out_iou(network, recipe)["mean"]
     load_checkpoint(network, read_checkpoint(SHIPPED / "sam-tiny.safetensors"), "shipped", keep_masks=True)
     with safe_open(SHIPPED / "sam-tiny.safetensors", framework="pt") as file:
         recorded = json.loads(file.metadata()["held_out_iou"])
-    found = held_out_iou(network, recipe)
-    assert found["mean"] > 2 * before
-    # The file holds half precision, the scores were computed before rounding.
-    assert found == pytest.approx(recorded, abs=0.005)
+    measured = held_out_iou(network, recipe)
+    assert measured["mean"] > 2 * before
+    # The file holds half precision, but the recorded scores were computed before rounding.
+    assert measured == pytest.approx(recorded, abs=0.005)

@@ -1,4 +1,4 @@
-"""The network, the loss, the schedule and the samples against tensors of the reference implementation."""
+"""The network, the loss, the schedule and the samples match tensors of the reference implementation."""
 
 import math
 import re
@@ -23,13 +23,13 @@ from tests.helpers.golden import (
 )
 
 
-def test_logits_without_lora():
+def test_logits_without_lora_match_the_reference():
     with torch.no_grad():
         logits = golden_network()(golden("forward")["image"])
     torch.testing.assert_close(logits, golden("forward")["logits_without_lora"], atol=2e-4, rtol=0)
 
 
-def test_embedding_logits_and_iou_with_lora():
+def test_embedding_logits_and_iou_with_lora_match_the_reference():
     network, expected = golden_network_with_lora(), golden("forward")
     with torch.no_grad():
         embedding = network.embed(expected["image"])
@@ -39,8 +39,8 @@ def test_embedding_logits_and_iou_with_lora():
     torch.testing.assert_close(iou, expected["iou"], atol=2e-4, rtol=0)
 
 
-def test_embedding_without_lora_equals_merged_lora():
-    """The reference gives no embedding without LoRA; that of the same weights with LoRA merged into them is the same sum."""
+def test_the_embedding_with_merged_lora_matches_the_reference():
+    """The reference has no embedding without LoRA, so LoRA is merged here into the weights of the network without it."""
     network, merged, expected = golden_network_with_lora(), golden_network(), golden("forward")
     factors = dict(named_parameters(network))
     with torch.no_grad():
@@ -52,7 +52,7 @@ def test_embedding_without_lora_equals_merged_lora():
     torch.testing.assert_close(embedding, expected["image_embedding"], atol=1e-5, rtol=0)
 
 
-def test_loss_and_gradients():
+def test_loss_and_gradients_match_the_reference():
     network, expected, numbers = golden_network_with_lora(), golden("forward"), golden_json("forward")
     loss = segmentation_loss(network(expected["image"]), expected["label"], Training())
     assert loss.total.item() == pytest.approx(numbers["loss"], abs=1e-5)
@@ -65,7 +65,7 @@ def test_loss_and_gradients():
         if norm <= 1e-4:
             continue
         public = reference_to_public(name)
-        # The fused qkv's gradient is the gradients of its three parts, one above another.
+        # The gradient of the fused qkv is the stack of the gradients of its three parts.
         parts = [public.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")] if ".qkv." in name else [public]
         gradients = [parameters[part].grad for part in parts]
         measured = math.sqrt(sum(float((g.double() ** 2).sum()) for g in gradients if g is not None))
@@ -90,7 +90,7 @@ def test_parameters_without_gradient_are_the_iou_head_and_unused_prompts():
     }
 
 
-def test_resized_positions():
+def test_resized_positions_match_the_reference():
     tensors = golden("resize")
     stored = to_own_names({n.removeprefix("stored."): t for n, t in tensors.items() if n.startswith("stored.")})
     expected = to_own_names({n.removeprefix("loaded."): t for n, t in tensors.items() if n.startswith("loaded.")})
@@ -100,7 +100,7 @@ def test_resized_positions():
         torch.testing.assert_close(resized[name], tensor, atol=1e-5, rtol=0)
 
 
-def test_learning_rate():
+def test_the_learning_rate_matches_the_reference():
     schedule = golden_json("learning_rate")
     # 200 epochs of 20 batches are the 4000 iterations of the reference.
     options = Training(learning_rate=schedule["base_lr"], warmup_steps=schedule["warmup"], schedule_power=schedule["power"])
@@ -109,11 +109,11 @@ def test_learning_rate():
         assert learning_rate(int(step), batches, options) == pytest.approx(rate, abs=1e-12)
 
 
-def test_learning_rate_stays_at_zero_after_its_end():
+def test_the_learning_rate_stays_zero_after_the_schedule():
     assert learning_rate(10**6, 1, Training()) == 0
 
 
-def test_windows():
+def test_windows_match_the_reference():
     tensors = golden("windows")
     volume = tensors["volume"].numpy()  # height, width, slices
     stack = SliceStack(np.moveaxis(volume, 2, 0), Samples(), ((float(volume.min()), float(volume.max())),))
@@ -123,7 +123,7 @@ def test_windows():
 
 
 def sam_checkpoint(network: Sam) -> dict[str, torch.Tensor]:
-    """The golden weights as Meta would publish them: four mask tokens, an upscaling of two doublings."""
+    """The golden weights under Meta's names, with SAM's upscaling, which doubles the resolution twice."""
     state = {name: tensor for name, tensor in golden("sam").items() if ".output_upscaling" not in name}
     state["mask_decoder.output_upscaling.0.weight"] = torch.ones(32, 8, 2, 2)
     state["mask_decoder.output_upscaling.0.bias"] = torch.ones(8)
@@ -134,7 +134,7 @@ def sam_checkpoint(network: Sam) -> dict[str, torch.Tensor]:
     return state
 
 
-def test_from_a_sam_checkpoint_all_but_the_new_parts_is_loaded():
+def test_all_but_the_new_parts_are_loaded_from_a_sam_checkpoint():
     network = build(golden_sizes(), image_size=96, classes=2, seed=1)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     report = load_checkpoint(network, sam_checkpoint(network), "sam")
@@ -150,7 +150,7 @@ def test_from_a_sam_checkpoint_all_but_the_new_parts_is_loaded():
     assert network.state_dict()["mask_decoder.output.upscaling.3.weight"].unique().tolist() == [4]
 
 
-def test_architecture_sizes_are_multiples_of_the_patch():
+def test_the_image_size_must_be_a_multiple_of_the_patch_size():
     from flapsam.base.errors import FlapsamError
 
     with pytest.raises(FlapsamError, match=r"samples\.size 100 is not a multiple of 16"):

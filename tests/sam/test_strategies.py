@@ -1,4 +1,4 @@
-"""Every strategy: the paper's counts, and a save that loads back."""
+"""Every strategy: its parameter count in the paper, and saving and loading."""
 
 import json
 from pathlib import Path
@@ -37,10 +37,13 @@ EXPECTED = {
     "lora-decoder": (5_270_259, 3.9266, 17.2),
     "flap": (1_846_384, 1.3757, 49.0),
 }
-"""Counted by running the reference implementation: ViT-B, 224, 2 classes, rank 32; GiB of 100 rounds; times less."""
+"""Strategy → parameters, GiB of 100 rounds, and the factor saved over ``full``.
+
+Counted by running the reference implementation with ViT-B, 224 pixels, 2 classes and rank 32.
+"""
 
 
-def test_the_table_of_the_paper():
+def test_counts_match_the_table_of_the_paper():
     rows = {row.strategy: row for row in strategy_table("sam-vit-b", image_size=224, classes=2, rank=32, rounds=100)}
     assert rows.keys() == STRATEGIES.keys() == EXPECTED.keys()
     for name, (parameters, gib, less) in EXPECTED.items():
@@ -50,15 +53,16 @@ def test_the_table_of_the_paper():
 
 
 @pytest.mark.parametrize("backbone", ["sam-vit-l", "sam-vit-h", "sam-tiny"])
-def test_other_backbones_have_a_table(backbone: str):
+def test_counts_of_other_backbones_add_up(backbone: str):
     counts = {row.strategy: row.parameters for row in strategy_table(backbone)}
     assert counts["flap"] == counts["lora"] + counts["partial-decoder"]
     assert counts["lora-decoder"] == counts["lora"] + counts["decoder"]
     assert counts["full"] == max(counts.values())
 
 
-# ViT-B at rank 32. A block's query and value: 2 · (768 + 768) · 32 = 98,304. In the decoder's two layers self-attention has
-# 2 · (256 + 256) · 32 = 32,768, each of the two cross-attentions and the final one 2 · (256 + 128) · 32 = 24,576.
+# ViT-B at rank 32. Query and value of an encoder block have 2 · (768 + 768) · 32 = 98,304 parameters. In each of the
+# decoder's two layers, self-attention has 2 · (256 + 256) · 32 = 32,768, and each of the two cross-attentions has
+# 2 · (256 + 128) · 32 = 24,576. The final attention has 24,576, too.
 ENCODER, DECODER = 12 * 98_304, 2 * (32_768 + 2 * 24_576) + 24_576
 TOKENS, UPSCALING, HYPERNETWORKS = 3 * 256, 76_632, 3 * 133_640
 
@@ -80,7 +84,7 @@ TOKENS, UPSCALING, HYPERNETWORKS = 3 * 256, 76_632, 3 * 133_640
         (Lora(), ["hypernetworks", "mask-tokens"], ENCODER + DECODER - HYPERNETWORKS - TOKENS),
     ],
 )
-def test_where_adapters_sit_and_what_stays(lora: Lora, frozen: list, parameters: int):
+def test_lora_options_and_frozen_parts_change_the_count(lora: Lora, frozen: list, parameters: int):
     with torch.device("meta"):
         network = build(architecture("sam-vit-b"), image_size=224, classes=2)
         apply_strategy(network, STRATEGIES["flap"], lora, frozen=frozen)
@@ -93,7 +97,7 @@ def volume() -> Volume:
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_saved_and_loaded_it_predicts_the_same(name: str, tmp_path: Path):
+def test_a_loaded_adapter_predicts_the_same(name: str, tmp_path: Path):
     assembled, card = trained(name)
     before = predict_volume(assembled.network, volume(), card.samples, batch=2).labels
     save_adapter(tmp_path, card, travelling_state(assembled.network))
@@ -107,7 +111,7 @@ def test_saved_and_loaded_it_predicts_the_same(name: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_the_files_are_those_that_peft_reads_where_it_can(name: str, tmp_path: Path):
+def test_adapters_are_saved_in_the_format_of_peft_where_possible(name: str, tmp_path: Path):
     assembled, card = trained(name)
     save_adapter(tmp_path, card, travelling_state(assembled.network))
     files = {path.name for path in tmp_path.iterdir()}
@@ -133,7 +137,7 @@ def test_an_adapter_with_frozen_parts_loads_back(tmp_path: Path):
 
 @pytest.mark.parametrize("layers", [["encoder", "decoder"], ["encoder-first", "decoder"]])
 @pytest.mark.parametrize("name", ["flap", "lora"])
-def test_plain_peft_loads_it(name: str, layers: list, tmp_path: Path):
+def test_plain_peft_loads_an_adapter(name: str, layers: list, tmp_path: Path):
     from peft import PeftModel
 
     assembled, card = trained(name, lora=Lora(rank=4, layers=layers, projections=["q", "out"]))
@@ -155,7 +159,7 @@ def test_plain_peft_loads_it(name: str, layers: list, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_only_what_travels_gets_a_gradient(name: str):
+def test_only_travelling_parameters_get_a_gradient(name: str):
     network = trained(name)[0].network
     network(torch.rand(1, 3, 64, 64)).sum().backward()
     chosen = strategy(name)
@@ -172,7 +176,7 @@ def test_an_adapter_for_another_backbone_is_refused(tmp_path: Path):
 
 @pytest.mark.parametrize("weights", ['"random"', "null"])
 def test_the_first_format_still_loads(weights: str, tmp_path: Path):
-    """An adapter of flapsam 0.1.0's first format, with logits that this version gave; null once meant random weights."""
+    """An adapter in the first format of flapsam 0.1.0, with the logits of that version. Null meant random weights then."""
     folder = copytree(WRITTEN / "adapter-format-1", tmp_path / "adapter")
     text = (folder / "flapsam.json").read_text()
     assert '"weights": "random"' in text
@@ -203,7 +207,7 @@ def test_the_second_and_third_format_still_load(tmp_path: Path):
     assert (card.format, card.backbone.masks, card.licence) == (CARD_FORMAT, "new", "MIT")
 
 
-def test_a_newer_format_is_said_to_be_newer(tmp_path: Path):
+def test_a_newer_format_is_refused(tmp_path: Path):
     card = saved(tmp_path) / "flapsam.json"
     card.write_text(card.read_text().replace(f'"format": {CARD_FORMAT}', f'"format": {CARD_FORMAT + 1}'))
     with pytest.raises(FlapsamError, match=f"format {CARD_FORMAT + 1} is newer"):
@@ -225,7 +229,7 @@ def test_damaged_adapters_are_refused(tmp_path: Path):
         load_adapter(tmp_path)
 
 
-def test_travelling_tensors_must_fit():
+def test_travelling_tensors_must_match_the_network():
     network = trained("lora")[0].network
     with pytest.raises(ValueError, match="1 tensors differ"):
         load_travelling(network, {**travelling_state(network), "extra": torch.zeros(1)})

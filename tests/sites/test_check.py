@@ -1,4 +1,4 @@
-"""A data set spoiled in many ways, checked once."""
+"""A single check of a data set that is wrong in many ways."""
 
 import csv
 import json
@@ -12,7 +12,7 @@ from tests.helpers.sites import AFFINE, SHAPE, ball, make_site, save
 
 
 def spoil(root: Path) -> dict[str, str]:
-    """Fifteen cases, each wrong in its own way, and one site that is well; the way → what must be said of it."""
+    """Write two sites that are wrong in fifteen ways. Returns each defect with the start of its message."""
     make_site(root / "a", 16)
     make_site(root / "b", 3, seed=1)
     image = {index: root / "a" / "images" / f"a_{index}.nii.gz" for index in range(16)}
@@ -51,32 +51,32 @@ def spoil(root: Path) -> dict[str, str]:
         "affine": f"{label[3]}: its affine differs",
         "label value": f"{label[4]}: label value 7 belongs to no class",
         "NaN": f"{image[5]}: 1 voxels are NaN",
-        "empty": f"{image[6]}: all its voxels are 42",
+        "empty": f"{image[6]}: all voxels are 42",
         "truncated": f"{image[7]}: the voxels cannot be read",
-        "duplicate": f"{image[9]}: the same voxels as {image[8]}",
+        "duplicate": f"{image[9]}: the image has the same voxels as {image[8]}",
         "no whole numbers": f"{label[10]}: a label map holds whole numbers",
         "no class": f"{label[11]}: no voxel belongs to a class",
         "two dimensions": f"{image[12]}: a 3-D volume is needed",
         "too many modalities": f"{image[13]}: the file has 5 modalities",
-        "subject on both sides": "site a: subject p14 is in the test and in training",
+        "subject on both sides": "site a: subject p14 is in both test and training",
         "in the table alone": f"{root}/b/images/ghost.nii.gz: the image of case ghost of site b is missing",
     }
 
 
 def test_every_problem_is_found_in_one_run(tmp_path: Path, capfd):
     expected = spoil(tmp_path)
-    told = flapsam(capfd, "data", "check", tmp_path, "--label", "1", "--label", "2", "--json")
-    assert told.code == 2
-    problems = json.loads(told.out)["problems"]
-    for way, start in expected.items():
-        assert sum(problem.startswith(start) for problem in problems) == 1, f"{way}: {problems}"
-    # The ghost misses both of its files, and the image that is not there has a label map of its own.
+    outcome = flapsam(capfd, "data", "check", tmp_path, "--label", "1", "--label", "2", "--json")
+    assert outcome.code == 2
+    problems = json.loads(outcome.out)["problems"]
+    for defect, start in expected.items():
+        assert sum(problem.startswith(start) for problem in problems) == 1, f"{defect}: {problems}"
+    # Case ghost lacks both of its files and is reported twice. Case a_1 lacks only its image.
     assert len(problems) == len(expected) + 1
 
 
-def test_without_labels_any_value_may_be_and_is_told(tmp_path: Path, capfd):
+def test_without_labels_every_value_is_accepted_and_reported(tmp_path: Path, capfd):
     make_site(tmp_path / "a", 3)
-    told = flapsam(capfd, "data", "check", tmp_path)
-    assert told.code == 0
-    assert "label values: 1, 2" in told.out
-    assert "3 cases at 1 sites, 0 problems" in told.out
+    outcome = flapsam(capfd, "data", "check", tmp_path)
+    assert outcome.code == 0
+    assert "label values: 1, 2" in outcome.out
+    assert "3 cases at 1 sites, 0 problems" in outcome.out

@@ -1,4 +1,4 @@
-"""Every data set, from a miniature in exactly its layout."""
+"""Every data set, read from a miniature with exactly its layout."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ from tests.helpers.sites import ball, make_sites, save
 SMALL = (6, 5, 4)
 TABLES = SOURCE / "sites" / "tables"
 IPL = np.array([[0, 0, -0.8, 0], [0, -0.8, 0, 0], [-5.0, 0, 0, 0], [0, 0, 0, 1]])
-"""Array axis 0 goes down, 1 to the back, 2 to the left, as in KiTS19's files."""
+"""The affine of KiTS19's files: array axis 0 points down, axis 1 to the back, axis 2 to the left."""
 
 
 def rows(name: str) -> list[dict[str, str]]:
@@ -110,7 +110,7 @@ class Miniature:
     make: Callable[[Path], object]
     labels: dict
     sites: dict[str, tuple[int, int] | int]
-    """Site → cases for training and for the test, or of both where the data do not say."""
+    """Site → number of cases for training and for the test, or their sum where the data define no split."""
     modalities: int = 1
 
 
@@ -164,7 +164,7 @@ def read_samples(name: str):
     return read_settings(name if name in SETTINGS else "hippocampus", Path()).samples
 
 
-@pytest.mark.skipif(not (SHARED / "facts").exists(), reason="the facts tables are not here")
+@pytest.mark.skipif(not (SHARED / "facts").exists(), reason="the fact tables are missing")
 @pytest.mark.parametrize(
     ("name", "facts", "key"),
     [
@@ -173,17 +173,17 @@ def read_samples(name: str):
         ("fed_prostate", "prostate_sites", lambda r: (r["raw_image"].split("/")[1][:-7], r["raw_folder"], r["split"])),
     ],
 )
-def test_the_tables_are_those_of_the_facts(name: str, facts: str, key: Callable):
+def test_the_site_tables_match_the_fact_tables(name: str, facts: str, key: Callable):
     with (SHARED / "facts" / f"{facts}.csv").open(newline="") as file:
         expected = sorted(key(row) for row in csv.DictReader(file))
     assert sorted((row["case"], row["site"], row["split"]) for row in rows(name)) == expected
 
 
-@pytest.mark.skipif(not (SHARED / "data" / "hippocampus").exists(), reason="the hippocampus volumes are not here")
-def test_the_hippocampus_table_is_that_of_the_folder():
+@pytest.mark.skipif(not (SHARED / "data" / "hippocampus").exists(), reason="the hippocampus volumes are missing")
+def test_the_hippocampus_table_matches_the_folder():
     data = Data(path=SHARED / "data" / "hippocampus", labels={"anterior": 1, "posterior": 2})
-    found = [(c.name, site.name, c.split, c.subject) for site in read_sites(data, 0) for c in site.cases]
-    assert sorted(found) == sorted((r["case"], r["site"], r["split"], r["subject"]) for r in rows("hippocampus"))
+    cases = [(c.name, site.name, c.split, c.subject) for site in read_sites(data, 0) for c in site.cases]
+    assert sorted(cases) == sorted((r["case"], r["site"], r["split"], r["subject"]) for r in rows("hippocampus"))
 
 
 def first_case(tmp_path: Path, make: Callable[[Path], object], name: str, site: str):
@@ -200,12 +200,12 @@ def test_kits19_is_prepared_as_in_the_paper(tmp_path: Path):
     assert "".join(nibabel.aff2axcodes(nibabel.load(case.image).affine)) == "IPL"  # type: ignore[attr-defined]
     assert prepared.slices == SMALL[0] == slice_count(*read_geometry(case.image), samples.axis)
     scores = (stored.clip(-77, 341) - 110.722) / 84.011
-    # Slice 2 of the file counted from above is slice 3 from below; its window is the file's slices 0 … 4.
+    # The file counts its slices from above: its slice 2 is slice 3 from below, whose window is slices 0 to 4 of the file.
     window = scores[0:5]
     expected = (scores[2] - window.min()) / (window.max() - window.min() + 1e-8)
-    got = prepared.window(3, 1, samples)[0][0, 0].numpy()
-    # Canonical axes are right and front, the file's are left and back.
-    np.testing.assert_allclose(got, expected[::-1, ::-1].T, atol=1e-5)
+    actual = prepared.window(3, 1, samples)[0][0, 0].numpy()
+    # The canonical axes point right and to the front, those of the file left and to the back.
+    np.testing.assert_allclose(actual, expected[::-1, ::-1].T, atol=1e-5)
     assert set(np.unique(prepared.labels())) <= {0, 1, 2}
     assert prepared.labels().max() == 2
 
@@ -215,7 +215,7 @@ def test_prostate_is_prepared_as_in_the_paper(tmp_path: Path):
     stored = np.asarray(nibabel.load(case.image).dataobj)  # type: ignore[attr-defined]
     clipped = stored.clip(None, np.percentile(stored, 99))
     expected = (clipped[..., 1] - clipped.min()) / (clipped.max() - clipped.min() + 1e-8)
-    # Four slices: the window of slice 1 is 0 0 1 2 3, the whole volume.
+    # The volume has four slices, and the window of slice 1 is 0 0 1 2 3, which covers all of them.
     np.testing.assert_allclose(prepared.window(1, 1, samples)[0][0, 0].numpy(), expected, atol=1e-6)
     assert set(np.unique(prepared.labels())) <= {0, 1}
 
@@ -229,11 +229,11 @@ def test_the_settings_agree_with_the_data_sets():
             assert config.samples.site_clip == (sites if name == "fed-kits19" else {})
 
 
-def test_a_table_or_simulated_sites_where_the_data_have_none(tmp_path: Path):
+def test_data_without_sites_take_a_table_or_simulated_sites(tmp_path: Path):
     nnunet(tmp_path)
     labels: dict = {"kidney": 1, "tumour": 2}
-    dealt = read_sites(Data(path=tmp_path, labels=labels, simulated_sites=2), 0)
-    assert [(site.name, len(site.cases)) for site in dealt] == [("site_1", 3), ("site_2", 2)]
+    simulated = read_sites(Data(path=tmp_path, labels=labels, simulated_sites=2), 0)
+    assert [(site.name, len(site.cases)) for site in simulated] == [("site_1", 3), ("site_2", 2)]
     table = tmp_path / "who.csv"
     table.write_text("case,site,split,subject\ncase_0,x,train,p\ncase_1,y,test,q\n")
     sites = read_sites(Data(path=tmp_path, labels=labels, table=table), 0)
@@ -242,28 +242,28 @@ def test_a_table_or_simulated_sites_where_the_data_have_none(tmp_path: Path):
         ("y", "case_1", "test", "q"),
     ]
     table.write_text("case,site\ncase_9,x\n")
-    with pytest.raises(FlapsamError, match="case case_9 is not among the data"):
+    with pytest.raises(FlapsamError, match="case case_9 is not in the data"):
         read_sites(Data(path=tmp_path, labels=labels, table=table), 0)
-    with pytest.raises(FlapsamError, match="6 sites need as many subjects"):
+    with pytest.raises(FlapsamError, match="6 sites are too many for 5 subjects"):
         read_sites(Data(path=tmp_path, labels=labels, simulated_sites=6), 0)
 
 
-def test_simulated_sites_only_where_there_are_none(tmp_path: Path):
+def test_data_with_sites_refuse_simulated_sites(tmp_path: Path):
     with pytest.raises(FlapsamError, match="have sites of their own"):
         read_sites(Data(path=make_sites(tmp_path), labels={"ball": 1, "core": 2}, simulated_sites=2), 0)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "not valid JSON"), ("[]", "is missing; is this another layout"), ('{"training": [1]}', "must list pairs")],
+    [("{", "not valid JSON"), ("[]", "is missing; add it or choose another"), ('{"training": [1]}', "must list pairs")],
 )
-def test_broken_descriptions(text: str, message: str, tmp_path: Path):
+def test_a_broken_description_is_refused(text: str, message: str, tmp_path: Path):
     (tmp_path / "dataset.json").write_text(text)
     with pytest.raises(FlapsamError, match=message):
         read_sites(Data(path=tmp_path, layout="msd", labels={"a": 1}), 0)
 
 
-def test_nnunets_regions_and_other_formats_are_said(tmp_path: Path):
+def test_nnunet_regions_and_other_formats_are_refused(tmp_path: Path):
     nnunet(tmp_path)
     description = json.loads((tmp_path / "dataset.json").read_text())
     regions = {**description, "labels": {"background": 0, "whole": [1, 2], "core": 2}}
@@ -275,7 +275,7 @@ def test_nnunets_regions_and_other_formats_are_said(tmp_path: Path):
         find_dataset(tmp_path).read(tmp_path)
 
 
-def test_nnunets_own_list_of_files(tmp_path: Path, monkeypatch):
+def test_nnunets_own_list_of_files_is_read(tmp_path: Path, monkeypatch):
     nnunet(tmp_path / "elsewhere")
     monkeypatch.setenv("PLACE", str(tmp_path / "elsewhere"))
     files = {"images": ["$PLACE/imagesTr/case_1_0000.nii.gz"], "label": "elsewhere/labelsTr/case_1.nii.gz"}
@@ -286,10 +286,10 @@ def test_nnunets_own_list_of_files(tmp_path: Path, monkeypatch):
         "dataset": {"one": files},
     }
     (tmp_path / "dataset.json").write_text(json.dumps(description))
-    found = find_dataset(tmp_path).read(tmp_path)
-    assert [(case.name, case.image.exists(), case.label.exists()) for case in found.cases] == [("one", True, True)]
+    listing = find_dataset(tmp_path).read(tmp_path)
+    assert [(case.name, case.image.exists(), case.label.exists()) for case in listing.cases] == [("one", True, True)]
 
 
-def test_no_data_at_all(tmp_path: Path):
-    with pytest.raises(FlapsamError, match="nor another layout"):
+def test_an_empty_folder_has_an_unknown_layout(tmp_path: Path):
+    with pytest.raises(FlapsamError, match="unknown layout"):
         find_dataset(tmp_path)

@@ -24,16 +24,16 @@ def data(path: Path, **fields) -> Data:
     return Data(path=path, **{"labels": {"ball": 1, "core": 2}, **fields})
 
 
-def test_without_a_table_a_seeded_share_of_each_site_is_for_the_test(tmp_path: Path):
+def test_without_a_table_test_cases_are_drawn_at_each_site_by_seed(tmp_path: Path):
     for number in range(2):
         make_site(tmp_path / f"site_{number}", 10, seed=number, shape=(4, 4, 2))
-    first, again, other = (read_sites(data(tmp_path), seed) for seed in (0, 0, 1))
+    first, repeated, reseeded = (read_sites(data(tmp_path), seed) for seed in (0, 0, 1))
     assert [len(site.of("test")) for site in first] == [2, 2]
-    assert first == again
-    assert [site.of("test") for site in first] != [site.of("test") for site in other]
+    assert first == repeated
+    assert [site.of("test") for site in first] != [site.of("test") for site in reseeded]
 
 
-def test_a_table_says_split_and_subject(tmp_path: Path):
+def test_a_table_sets_split_and_subject(tmp_path: Path):
     make_sites(tmp_path, sites=1, cases=4)
     splits = ["train", "train", "val", "test"]
     rows = [{"case": f"site_0_{i}", "site": "site_0", "split": s, "subject": f"s{i // 2}"} for i, s in enumerate(splits)]
@@ -49,7 +49,7 @@ def test_a_table_says_split_and_subject(tmp_path: Path):
     assert hold_out_validation(site, 0.5, 0) == site
 
 
-def test_validation_is_drawn_by_subject_and_at_least_one():
+def test_validation_cases_are_drawn_by_subject():
     cases = tuple(Case(f"c{i}", "a", f"s{i // 2}", Path(), Path(), "train" if i < 8 else "test") for i in range(10))
     site = hold_out_validation(Site("a", cases), 0.15, seed=0)
     assert len(site.of("val")) == 2
@@ -68,31 +68,31 @@ def table_row(**fields: str) -> dict[str, str]:
 
 
 WRONG_TABLES = {
-    "no such case": ([table_row(case="nobody")], "the image of case .* is missing; sites.csv names it"),
+    "no such case": ([table_row(case="nobody")], "the image of case .* is missing; add it or remove the case"),
     "no such split": ([table_row(split="holdout")], "use train, val or test"),
-    "twice": ([table_row(), table_row()], "stands in two rows"),
+    "twice": ([table_row(), table_row()], "is listed twice"),
     "column missing": ([{"case": "site_0_0"}], "column site is missing"),
-    "half a split": ([table_row(), table_row(case="site_0_1", split="")], "give all or none"),
-    "subject on both sides": ([table_row(), table_row(case="site_0_1", split="test")], "subject s is in the test"),
+    "half a split": ([table_row(), table_row(case="site_0_1", split="")], "give every case a split, or none"),
+    "subject on both sides": ([table_row(), table_row(case="site_0_1", split="test")], "subject s is in both test"),
 }
 
 
 @pytest.mark.parametrize(("rows", "message"), WRONG_TABLES.values(), ids=WRONG_TABLES)
-def test_wrong_tables(rows: list[dict[str, str]], message: str, tmp_path: Path):
+def test_a_wrong_table_is_refused(rows: list[dict[str, str]], message: str, tmp_path: Path):
     make_sites(tmp_path, sites=1, cases=2)
     write_table(tmp_path, rows)
     with pytest.raises(FlapsamError, match=message):
         read_sites(data(tmp_path), 0)
 
 
-def test_missing_label_map(tmp_path: Path):
+def test_a_missing_label_map_is_refused(tmp_path: Path):
     make_sites(tmp_path, sites=1, cases=2)
     (tmp_path / "site_0" / "labels" / "site_0_1.nii.gz").unlink()
     with pytest.raises(FlapsamError, match=r"site_0_1\.nii\.gz: the label map of case site_0_1 of site site_0 is missing"):
         read_sites(data(tmp_path), 0)
 
 
-def test_unknown_sites_and_layouts(tmp_path: Path):
+def test_unknown_sites_and_layouts_are_refused(tmp_path: Path):
     make_sites(tmp_path)
     with pytest.raises(FlapsamError, match="no site 'x'"):
         read_sites(data(tmp_path, sites=["x"]), 0)
@@ -111,19 +111,19 @@ def test_labels_are_merged_dropped_and_ignored():
     np.testing.assert_array_equal(mapping.apply(stored, Path("x")), [0, 1, 1, 0, 2, IGNORED])
 
 
-def test_a_site_may_use_other_values():
+def test_a_site_may_use_other_label_values():
     mapping = label_map(data(Path(), site_labels={"b": {"ball": [7, 2], "core": 1}}), "b")
     np.testing.assert_array_equal(mapping.apply(np.array([0, 7, 2, 1]), Path("x")), [0, 1, 1, 2])
 
 
-def test_where_a_class_is_not_annotated_background_is_ignored():
+def test_background_is_ignored_where_a_class_is_not_annotated():
     mapping = label_map(data(Path(), site_labels={"b": {"core": None}}), "b")
     np.testing.assert_array_equal(mapping.apply(np.array([0, 1]), Path("x")), [IGNORED, 1])
     assert mapping.annotated == {1}
     assert label_map(data(Path(), site_labels={"b": {"core": None}}), "a").annotated == {1, 2}
 
 
-def test_a_value_of_no_class_is_an_error_that_names_file_and_value():
+def test_an_error_names_the_file_and_the_label_value_of_no_class():
     with pytest.raises(FlapsamError, match=r"file\.nii: label value 3 belongs to no class"):
         label_map(data(Path()), "a").apply(np.array([0, 3]), Path("file.nii"))
 
@@ -132,7 +132,7 @@ def config(path: Path) -> RunConfig:
     return RunConfig.model_validate({"data": {"path": path, "labels": {"ball": 1, "core": 2}}})
 
 
-def test_weights(tmp_path: Path):
+def test_weights_follow_slices_cases_or_given_numbers(tmp_path: Path):
     make_site(tmp_path / "a", 1, shape=(4, 4, 6))
     make_site(tmp_path / "b", 3, shape=(4, 4, 2))
     rows = [{"case": f"{s}_{i}", "site": s, "split": "train"} for s, i in (("a", 0), ("b", 0), ("b", 1), ("b", 2))]
@@ -146,9 +146,9 @@ def test_weights(tmp_path: Path):
         client_shares(sizes, Rounds(weights={"a": 1}))
 
 
-@pytest.mark.skipif(not (SHARED / "facts").exists(), reason="the facts tables are not here")
-def test_weights_of_fed_kits19_are_those_of_the_paper():
-    """The published code holds them as numbers; they are the shares of training slices."""
+@pytest.mark.skipif(not (SHARED / "facts").exists(), reason="the fact tables are missing")
+def test_weights_of_fed_kits19_match_the_paper():
+    """The published code hard-codes the weights. They are the sites' shares of the training slices."""
     with (SHARED / "facts" / "fedkits19_segmentation_headers.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
     slices = [sum(int(row["shape"].split("x")[0]) for row in rows if row["site"] == str(site)) for site in range(6)]
@@ -156,7 +156,7 @@ def test_weights_of_fed_kits19_are_those_of_the_paper():
     assert shares == [0.030, 0.184, 0.153, 0.096, 0.047, 0.490]
 
 
-def test_the_phantom_is_the_same_for_the_same_seed_and_differs_by_site(tmp_path: Path):
+def test_the_phantom_depends_on_its_seed(tmp_path: Path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         make_phantom(tmp_path / name, sites=2, cases=2, seed=seed)
     files = [{p.name: p.read_bytes() for p in (tmp_path / name).rglob("*.nii.gz")} for name in "abc"]
@@ -166,8 +166,8 @@ def test_the_phantom_is_the_same_for_the_same_seed_and_differs_by_site(tmp_path:
     assert [(len(site.of("train")), len(site.of("test"))) for site in sites] == [(1, 1), (1, 1)]
 
 
-def test_intensity_alone_does_not_solve_the_demos_phantom(tmp_path: Path):
-    """Gaussian mixtures over single voxels, fitted on the training labels; the factor is chosen on the test cases."""
+def test_the_phantom_cannot_be_segmented_by_intensity_alone(tmp_path: Path):
+    """Gaussian mixtures of voxel intensities score at most 0.5, even with priors tuned on the test cases."""
     from phantom_voxels import voxel_dice
 
     make_phantom(tmp_path, sites=4, cases=10, seed=0)
@@ -175,7 +175,7 @@ def test_intensity_alone_does_not_solve_the_demos_phantom(tmp_path: Path):
     assert voxel_dice(tmp_path, per_site=False)["mean"] <= 0.5
 
 
-@pytest.mark.skipif(not (SHARED / "data" / "hippocampus").exists(), reason="the hippocampus volumes are not here")
+@pytest.mark.skipif(not (SHARED / "data" / "hippocampus").exists(), reason="the hippocampus volumes are missing")
 def test_hippocampus_has_six_sites():
     sites = read_sites(Data(path=SHARED / "data" / "hippocampus", labels={"anterior": 1, "posterior": 2}), 0)
     assert [len(site.cases) for site in sites] == [30, 24, 15, 22, 22, 22]

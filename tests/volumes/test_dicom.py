@@ -1,4 +1,4 @@
-"""DICOM series in, segmentations out; SimpleITK and highdicom say what is right."""
+"""Reading DICOM series and writing segmentations, checked against SimpleITK and highdicom."""
 
 from pathlib import Path
 
@@ -19,8 +19,8 @@ LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 LEGEND = legend_of(["kidney", "part of it"])
 
 
-def made_up(shape: tuple[int, int, int] = (12, 10, 6)) -> Volume:
-    """Hounsfield units on an oblique grid of uneven spacing, whose slices go from feet to head."""
+def synthetic_ct(shape: tuple[int, int, int] = (12, 10, 6)) -> Volume:
+    """A volume in Hounsfield units on an oblique, anisotropic grid, with its slices ordered from feet to head."""
     c, s = np.cos(0.2), np.sin(0.2)
     affine = np.eye(4)
     affine[:3, :3] = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ np.diag([-0.7, -0.8, 2.5])
@@ -33,7 +33,7 @@ def read_folder(folder: Path) -> Volume:
     return read_image(series)
 
 
-def by_sitk(folder: Path) -> tuple[NDArray, NDArray]:
+def read_with_sitk(folder: Path) -> tuple[NDArray, NDArray]:
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
     image = reader.Execute()
@@ -41,11 +41,11 @@ def by_sitk(folder: Path) -> tuple[NDArray, NDArray]:
 
 
 @pytest.mark.parametrize("order", [None, [3, 1, 5, 0, 2, 4]])
-def test_files_in_any_order_are_what_simpleitk_reads(order: list[int] | None, tmp_path: Path):
-    expected = made_up()
+def test_a_series_in_any_file_order_is_read_as_by_simpleitk(order: list[int] | None, tmp_path: Path):
+    expected = synthetic_ct()
     save_series(tmp_path, expected.array, expected.affine, order=order)
     volume = read_folder(tmp_path)
-    array, affine = by_sitk(tmp_path)
+    array, affine = read_with_sitk(tmp_path)
     np.testing.assert_array_equal(volume.array, array)
     np.testing.assert_allclose(volume.affine, affine, atol=1e-9)
     np.testing.assert_array_equal(volume.array, expected.array)
@@ -54,20 +54,20 @@ def test_files_in_any_order_are_what_simpleitk_reads(order: list[int] | None, tm
 
 
 @pytest.mark.parametrize("syntax", [RLELossless, JPEGLSLossless, "1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.70"])
-def test_compressed(syntax: str, tmp_path: Path):
-    expected = made_up()
+def test_compressed_series_are_read(syntax: str, tmp_path: Path):
+    expected = synthetic_ct()
     save_series(tmp_path, expected.array, expected.affine)
     for path in tmp_path.iterdir():
         if UID(syntax) in (RLELossless, JPEGLSLossless):
             changed(path, lambda header: header.compress(UID(syntax)))
         else:
-            by_gdcm(path, syntax)
+            compress_with_gdcm(path, syntax)
     assert {pydicom.dcmread(path).file_meta.TransferSyntaxUID for path in tmp_path.iterdir()} == {syntax}
     np.testing.assert_array_equal(read_folder(tmp_path).array, expected.array)
 
 
-def by_gdcm(path: Path, syntax: str) -> None:
-    """JPEG 2000 and lossless JPEG, which pydicom does not write."""
+def compress_with_gdcm(path: Path, syntax: str) -> None:
+    """Compress a file as JPEG 2000 or lossless JPEG, which pydicom does not write."""
     import gdcm
 
     reader = gdcm.ImageReader()
@@ -85,8 +85,8 @@ def by_gdcm(path: Path, syntax: str) -> None:
 
 
 @pytest.mark.parametrize("order", [range(6), [5, 4, 3, 2, 1, 0], [4, 2, 0, 1, 5, 3]])
-def test_all_slices_in_one_file(order: list[int], tmp_path: Path):
-    expected = made_up()
+def test_all_slices_may_be_in_one_file(order: list[int], tmp_path: Path):
+    expected = synthetic_ct()
     save_enhanced(tmp_path / "one.dcm", expected.array, expected.affine, list(order))
     volume = read_folder(tmp_path)
     np.testing.assert_array_equal(volume.array, expected.array)
@@ -94,15 +94,15 @@ def test_all_slices_in_one_file(order: list[int], tmp_path: Path):
 
 
 def test_a_tilted_gantry_shears_the_affine(tmp_path: Path):
-    expected = made_up()
+    expected = synthetic_ct()
     affine = expected.affine.copy()
     affine[:3, 2] += 0.9 * affine[:3, 1]
     save_series(tmp_path, expected.array, affine)
     np.testing.assert_allclose(read_folder(tmp_path).affine, affine, atol=1e-9)
 
 
-def test_slopes_that_differ_from_slice_to_slice(tmp_path: Path):
-    expected = made_up()
+def test_every_slice_may_have_its_own_rescale_slope(tmp_path: Path):
+    expected = synthetic_ct()
 
     def change(header: pydicom.Dataset, index: int) -> None:
         header.RescaleSlope = 0.5 + index / 8
@@ -114,20 +114,20 @@ def test_slopes_that_differ_from_slice_to_slice(tmp_path: Path):
     assert volume.array.dtype == np.float32
 
 
-def test_series_are_told_apart_and_reports_left_out(tmp_path: Path):
-    expected = made_up()
+def test_series_are_separated_and_reports_are_left_out(tmp_path: Path):
+    expected = synthetic_ct()
     save_series(tmp_path, expected.array, expected.affine, series="first")
     save_series(tmp_path, expected.array[..., :4], expected.affine, series="second")
     report = save_series(tmp_path / "report", expected.array[..., :1], expected.affine, series="third")
     (file,) = report.iterdir()
     changed(file, lambda header: setattr(header, "SOPClassUID", "1.2.840.10008.5.1.4.1.1.88.11"))
     file.rename(tmp_path / "report.dcm")
-    found = find_series(tmp_path, sorted(path for path in tmp_path.iterdir() if path.is_file()))
-    assert sorted((one.description, len(one.files)) for one in found) == [("first", 6), ("second", 4)]
+    all_series = find_series(tmp_path, sorted(path for path in tmp_path.iterdir() if path.is_file()))
+    assert sorted((series.description, len(series.files)) for series in all_series) == [("first", 6), ("second", 4)]
 
 
-def test_what_is_dicom(tmp_path: Path):
-    save_series(tmp_path / "a", made_up().array, made_up().affine)
+def test_dicom_files_are_recognised(tmp_path: Path):
+    save_series(tmp_path / "a", synthetic_ct().array, synthetic_ct().affine)
     file = next((tmp_path / "a").iterdir())
     for name in ("IM000001", "1.2.840.99.1", "slice.ima"):
         (tmp_path / name).write_bytes(file.read_bytes())
@@ -140,8 +140,8 @@ def test_what_is_dicom(tmp_path: Path):
 
 
 @pytest.mark.parametrize("whole_file", [False, True])
-def test_segmentations_read_back_with_the_right_frames(whole_file: bool, tmp_path: Path):
-    image = made_up()
+def test_every_frame_of_a_segmentation_lies_at_its_position(whole_file: bool, tmp_path: Path):
+    image = synthetic_ct()
     if whole_file:
         save_enhanced(tmp_path / "in" / "one.dcm", image.array, image.affine, [4, 2, 0, 1, 5, 3])
     else:
@@ -160,33 +160,33 @@ def test_segmentations_read_back_with_the_right_frames(whole_file: bool, tmp_pat
         ("kidney", "SCT"),
         ("part of it", "99FLAPSAM"),
     ]
-    # Three slices of the first class, one of the second; empty frames are left out.
+    # Three slices contain the first class and one the second. Empty frames are left out.
     assert segmentation.NumberOfFrames == 4
     assert segmentation.PatientID == "7"
     sources = {pydicom.dcmread(file).SOPInstanceUID for file in series.files}
     assert {uid for *_, uid in segmentation.get_source_image_uids()} == sources
-    # Every frame lies at the position that its mask was made for.
-    found = np.zeros_like(labels)
+    # Every frame has the position of the slice that it was made from.
+    restored = np.zeros_like(labels)
     to_voxels = np.linalg.inv(LPS @ volume.affine)
     raw = pydicom.dcmread(path)
     for groups, frame in zip(raw.PerFrameFunctionalGroupsSequence, raw.pixel_array, strict=True):
         position = groups.PlanePositionSequence[0].ImagePositionPatient
         k = int(np.rint(to_voxels @ [*map(float, position), 1])[2])
         value = groups.SegmentIdentificationSequence[0].ReferencedSegmentNumber
-        found[:, :, k][frame.T > 0] = value
-    np.testing.assert_array_equal(found, labels)
+        restored[:, :, k][frame.T > 0] = value
+    np.testing.assert_array_equal(restored, labels)
 
 
-def test_an_empty_mask_is_a_segmentation_too(tmp_path: Path):
-    image = made_up()
+def test_an_empty_label_map_is_written_as_a_segmentation(tmp_path: Path):
+    image = synthetic_ct()
     save_series(tmp_path / "in", image.array, image.affine)
     (series,) = find_series(tmp_path / "in", sorted((tmp_path / "in").iterdir()))
     _, path = write_labels(np.zeros((12, 10, 6), np.uint8), series, image.affine, tmp_path / "out", LEGEND)
     assert not pydicom.dcmread(path).pixel_array.any()
 
 
-def test_a_source_that_lacks_its_study(tmp_path: Path):
-    image = made_up()
+def test_a_series_without_a_study_cannot_be_the_source_of_a_segmentation(tmp_path: Path):
+    image = synthetic_ct()
     save_series(tmp_path / "in", image.array, image.affine, change=lambda header, _: delattr(header, "StudyInstanceUID"))
     (series,) = find_series(tmp_path / "in", sorted((tmp_path / "in").iterdir()))
     with pytest.raises(FlapsamError, match=r"cannot be the source of a DICOM segmentation .*StudyInstanceUID"):

@@ -1,4 +1,4 @@
-"""Every format: what is written lies where the image lies, bit for bit, and says what its values stand for."""
+"""Every image format: a label map has exactly the geometry of its image, and names its classes."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 def save_as(volume: Volume, path: Path) -> Path:
-    """An image by a library that flapsam does not write images with: SimpleITK; NIfTI by nibabel."""
+    """Save an image without flapsam: NIfTI with nibabel, and every other format with SimpleITK."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.name.endswith((".nii", ".nii.gz")):
         nibabel.save(nibabel.Nifti1Image(volume.array, volume.affine), path)
@@ -41,7 +41,7 @@ ENDS = [(name, end) for name, form in FORMATS.items() for end in form.suffixes]
 
 @pytest.mark.parametrize("codes", ["RAS", "LPS", "PIR", "SAL"])
 @pytest.mark.parametrize(("name", "end"), ENDS)
-def test_read_and_written_where_it_lay(name: str, end: str, codes: str, tmp_path: Path):
+def test_images_and_label_maps_round_trip_with_their_geometry(name: str, end: str, codes: str, tmp_path: Path):
     expected = stored_as(codes, anatomy())
     path = save_as(expected, tmp_path / f"case.1{end}")
     volume = read_image(path)
@@ -50,14 +50,14 @@ def test_read_and_written_where_it_lay(name: str, end: str, codes: str, tmp_path
     labels = (expected.array % 3).astype(np.uint8)
     (written,) = write_labels(labels, path, volume.affine, tmp_path / "out" / case_name(path), LEGEND)
     assert written.name == f"case.1{FORMATS[name].written}"
-    again = read_label(written)
-    np.testing.assert_array_equal(again.array, labels)
-    np.testing.assert_array_equal(again.affine, volume.affine)
+    reread = read_label(written)
+    np.testing.assert_array_equal(reread.array, labels)
+    np.testing.assert_array_equal(reread.affine, volume.affine)
 
 
 @pytest.mark.parametrize("codes", ORIENTATIONS)
 @pytest.mark.parametrize("end", [".nii.gz", ".nrrd", ".mha"])
-def test_the_place_as_another_library_sees_it_is_the_images_to_the_bit(codes: str, end: str, tmp_path: Path):
+def test_other_libraries_read_exactly_the_geometry_of_the_image(codes: str, end: str, tmp_path: Path):
     stored = stored_as(codes, anatomy())
     path = save_as(stored, tmp_path / f"image{end}")
     (written,) = write_labels(np.zeros(stored.array.shape, np.uint8), path, stored.affine, tmp_path / "label", LEGEND)
@@ -71,7 +71,7 @@ def test_the_place_as_another_library_sees_it_is_the_images_to_the_bit(codes: st
 
 
 @pytest.mark.parametrize(("name", "end"), ENDS)
-def test_modalities_in_files_of_every_format(name: str, end: str, tmp_path: Path):
+def test_modalities_may_be_in_separate_files_of_every_format(name: str, end: str, tmp_path: Path):
     first, second = anatomy(), Volume(anatomy().array + 7, anatomy().affine)
     paths = [save_as(volume, tmp_path / f"case_000{index}{end}") for index, volume in enumerate((first, second))]
     volume = read_image(*paths)
@@ -82,13 +82,13 @@ def test_modalities_in_files_of_every_format(name: str, end: str, tmp_path: Path
         read_image(paths[0], moved)
     if name == "NIfTI":
         both = save_as(volume, tmp_path / f"both{end}")
-        with pytest.raises(FlapsamError, match=r"both.* a 3-D volume is needed, this file has 4 dimensions"):
+        with pytest.raises(FlapsamError, match=r"both.* a 3-D volume is needed, but this file has 4 dimensions"):
             read_image(both, paths[0])
 
 
 @pytest.mark.parametrize("scale", [(1, 0), (0.5, 3)])
 @pytest.mark.parametrize("kind", ["<i2", ">i2", "<u2", "<i4", "<f4", "<f8"])
-def test_parts_of_a_nifti_file_are_what_nibabel_reads_whole(kind: str, scale: tuple, tmp_path: Path, monkeypatch):
+def test_nifti_read_in_chunks_matches_nibabel(kind: str, scale: tuple, tmp_path: Path, monkeypatch):
     monkeypatch.setattr("flapsam.volumes.nifti.CHUNK", 500)
     array = np.random.default_rng(0).integers(0, 3000, size=(7, 6, 11)).astype(kind)
     image = nibabel.Nifti1Image(array, np.eye(4))
@@ -96,12 +96,12 @@ def test_parts_of_a_nifti_file_are_what_nibabel_reads_whole(kind: str, scale: tu
     image.header.set_slope_inter(*scale)
     nibabel.save(image, tmp_path / "a.nii.gz")
     expected = np.asanyarray(load(tmp_path / "a.nii.gz").dataobj)
-    found = read_image(tmp_path / "a.nii.gz").array
-    np.testing.assert_array_equal(found, expected if expected.dtype.kind in "iu" else expected.astype(np.float32))
-    assert found.dtype == (np.float32 if scale != (1, 0) or "f" in kind else np.dtype(kind).newbyteorder("="))
+    actual = read_image(tmp_path / "a.nii.gz").array
+    np.testing.assert_array_equal(actual, expected if expected.dtype.kind in "iu" else expected.astype(np.float32))
+    assert actual.dtype == (np.float32 if scale != (1, 0) or "f" in kind else np.dtype(kind).newbyteorder("="))
 
 
-def test_nifti_keeps_names_and_colours_in_its_header(tmp_path: Path):
+def test_nifti_label_maps_store_names_and_colours_in_the_header(tmp_path: Path):
     path = save_as(anatomy(), tmp_path / "image.nii.gz")
     (written,) = write_labels(np.ones((4, 5, 3), np.uint8), path, np.eye(4), tmp_path / "label", LEGEND)
     (extension,) = load(written).header.extensions
@@ -111,7 +111,7 @@ def test_nifti_keeps_names_and_colours_in_its_header(tmp_path: Path):
 
 
 @pytest.mark.parametrize("end", [".nrrd", ".mha"])
-def test_slicers_fields(end: str, tmp_path: Path):
+def test_label_maps_have_the_fields_of_3d_slicer(end: str, tmp_path: Path):
     path = save_as(anatomy(), tmp_path / f"image{end}")
     (written,) = write_labels(np.ones((4, 5, 3), np.uint8), path, np.eye(4), tmp_path / "label", LEGEND)
     image = sitk.ReadImage(str(written))
@@ -128,7 +128,7 @@ def test_slicers_fields(end: str, tmp_path: Path):
         assert nrrd.read_header(str(written))["Segment0_Name"] == "kidney"
 
 
-def test_itk_snaps_descriptions():
+def test_descriptions_have_the_format_of_itk_snap():
     assert itk_snap(LEGEND).splitlines() == [
         '0 0 0 0 0 0 0 "background"',
         '1 230 159 0 1 1 1 "kidney"',
@@ -136,20 +136,22 @@ def test_itk_snaps_descriptions():
     ]
 
 
-def test_names():
+def test_image_files_are_recognised_by_name():
     assert [case_name(Path(f"a/case.1{end}")) for end in (".nii", ".nii.gz", ".seg.nrrd", ".nhdr", ".mha")] == ["case.1"] * 5
     assert is_image(Path("a.mhd"))
     assert not is_image(Path("._a.mha"))
     assert not is_image(Path("a.raw"))
 
 
-def test_a_format_that_is_none(tmp_path: Path):
-    with pytest.raises(FlapsamError, match=r"a.png: no image that flapsam reads; it reads .nii.gz, .nii, .nrrd"):
+def test_an_unknown_format_is_refused(tmp_path: Path):
+    with pytest.raises(
+        FlapsamError, match=r"a.png: not an image format that flapsam reads; convert it to .nii.gz, .nii, .nrrd"
+    ):
         read_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize(("claimed", "compressed"), itertools.product([99, 100, 101, 103_200, 103_201], [False, True]))
-def test_a_file_holds_no_more_than_its_bytes_or_what_zlib_makes_of_them(claimed: int, compressed: bool, tmp_path: Path):
+def test_a_header_may_not_claim_more_than_the_file_can_contain(claimed: int, compressed: bool, tmp_path: Path):
     path = tmp_path / "file"
     path.write_bytes(bytes(100))
     if claimed <= (103_200 if compressed else 100):
@@ -159,12 +161,12 @@ def test_a_file_holds_no_more_than_its_bytes_or_what_zlib_makes_of_them(claimed:
             check_claim(path, claimed, compressed=compressed)
 
 
-def test_more_memory_than_there_is(tmp_path: Path):
+def test_a_volume_larger_than_memory_is_refused(tmp_path: Path):
     with pytest.raises(FlapsamError, match=r"a: its voxels take 953,674,316.4 MiB of memory"):
         check_memory(Path("a"), 10**15)
 
 
-def test_large_arrays_lie_in_a_file_that_is_gone_with_them(tmp_path: Path, monkeypatch):
+def test_large_arrays_are_mapped_to_a_file_that_is_already_deleted(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("flapsam.volumes.allocation.IN_MEMORY", 100)
     assert not isinstance(room("a", (10, 10), np.uint8), np.memmap)
@@ -176,6 +178,6 @@ def test_large_arrays_lie_in_a_file_that_is_gone_with_them(tmp_path: Path, monke
     assert list(tmp_path.iterdir()) == []
 
 
-def test_more_disk_than_there_is(monkeypatch, tmp_path: Path):
+def test_an_array_larger_than_the_disk_is_refused(monkeypatch, tmp_path: Path):
     with pytest.raises(FlapsamError, match=r"a: its voxels take .* more than .* has room for; set TMPDIR"):
         room("a", (10**6, 10**6, 10**4), np.uint8)

@@ -27,7 +27,7 @@ ORIENTATIONS += ["ASR", "IPL", "SRA", "PIL", "SAL"]
 
 
 def stored_as(codes: str, volume: Volume) -> Volume:
-    """The same anatomy with other axes, by nibabel."""
+    """The same anatomy with other array axes, reoriented by nibabel."""
     change = orientations.ornt_transform(orientations.io_orientation(volume.affine), orientations.axcodes2ornt(tuple(codes)))
     image = nibabel.Nifti1Image(volume.array, volume.affine).as_reoriented(change.tolist())
     assert image.affine is not None
@@ -35,7 +35,7 @@ def stored_as(codes: str, volume: Volume) -> Volume:
 
 
 def anatomy() -> Volume:
-    """Distinct voxels, anisotropic spacing, an oblique affine."""
+    """A volume with distinct voxels, anisotropic spacing and an oblique affine."""
     rotation = np.array([[0.96, -0.28, 0], [0.28, 0.96, 0], [0, 0, 1]])
     affine = np.eye(4)
     affine[:3, :3] = rotation @ np.diag([1.0, 1.5, 4.0])
@@ -44,7 +44,7 @@ def anatomy() -> Volume:
 
 
 @pytest.mark.parametrize("codes", ORIENTATIONS)
-def test_canonical_is_the_same_however_it_is_stored(codes: str):
+def test_the_canonical_volume_is_the_same_for_every_stored_orientation(codes: str):
     expected = anatomy()
     stored = stored_as(codes, expected)
     canonical = stored.to_canonical()
@@ -53,7 +53,7 @@ def test_canonical_is_the_same_however_it_is_stored(codes: str):
 
 
 @pytest.mark.parametrize("codes", ORIENTATIONS)
-def test_what_is_written_to_the_canonical_view_lies_in_the_volume(codes: str):
+def test_writing_to_the_canonical_view_writes_to_the_volume(codes: str):
     stored = stored_as(codes, anatomy())
     labels = np.zeros(stored.array.shape, int)
     Volume(labels, stored.affine).to_canonical().array[...] = stored.to_canonical().array
@@ -61,7 +61,7 @@ def test_what_is_written_to_the_canonical_view_lies_in_the_volume(codes: str):
 
 
 @pytest.mark.parametrize("codes", ORIENTATIONS)
-def test_slices_go_along_the_largest_spacing(codes: str):
+def test_slices_are_stacked_along_the_largest_spacing(codes: str):
     stored = stored_as(codes, anatomy())
     assert canonical_slice_axis(stored.affine, "auto") == 2
     assert canonical_slice_axis(stored.affine, "sagittal") == 0
@@ -73,7 +73,7 @@ def test_slices_go_along_the_largest_spacing(codes: str):
     ("spacing", "axis"),
     [((1, 1, 1), 2), ((2, 2, 1), 1), ((2, 1, 2), 2), ((3, 1, 1), 0), ((1, 1.000001, 1), 2)],
 )
-def test_of_equal_spacings_the_last_axis_is_taken(spacing: tuple[float, ...], axis: int):
+def test_the_last_axis_is_chosen_among_equal_spacings(spacing: tuple[float, ...], axis: int):
     assert canonical_slice_axis(np.diag([*spacing, 1.0]), "auto") == axis
 
 
@@ -120,7 +120,7 @@ def test_integers_are_read_as_stored_and_scaled_values_as_float32(tmp_path: Path
     assert (read == 3.5).all() or (read == 1.0).all()
 
 
-def test_float_label_maps_are_whole_numbers(tmp_path: Path):
+def test_float_label_maps_must_hold_whole_numbers(tmp_path: Path):
     path = save(np.full((2, 3, 4), 2.0, np.float32), tmp_path / "a.nii.gz")
     assert read_label(path).array.dtype == np.int32
     save(np.full((2, 3, 4), 0.5, np.float32), path)
@@ -144,8 +144,11 @@ def save_singular(path: Path) -> None:
 
 BROKEN = {
     "not a number": (lambda p: save(np.array([[[1.0, np.nan]]], np.float32), p), "1 voxels are NaN or infinite"),
-    "two dimensions": (lambda p: save(np.zeros((4, 4), np.float32), p), "a 3-D volume is needed, this file has 2"),
-    "four modalities": (lambda p: save(np.zeros((4, 4, 4, 4), np.float32), p), "has 4 modalities; the network has three"),
+    "two dimensions": (lambda p: save(np.zeros((4, 4), np.float32), p), "a 3-D volume is needed, but this file has 2"),
+    "four modalities": (
+        lambda p: save(np.zeros((4, 4, 4, 4), np.float32), p),
+        "has 4 modalities, but the network has three",
+    ),
     "singular affine": (save_singular, "the affine is singular"),
     "colours": (lambda p: save(np.zeros((4, 4, 4), [("R", "u1"), ("G", "u1"), ("B", "u1")]), p), "one plain number"),
     "missing": (lambda p: None, "no such file"),
@@ -154,7 +157,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("make", "message"), BROKEN.values(), ids=BROKEN)
-def test_broken_files(make, message: str, tmp_path: Path):
+def test_a_broken_file_is_refused(make, message: str, tmp_path: Path):
     path = tmp_path / "image.nii.gz"
     make(path)
     with pytest.raises(FlapsamError, match=message) as error:
@@ -162,16 +165,16 @@ def test_broken_files(make, message: str, tmp_path: Path):
     assert str(path) in str(error.value)
 
 
-def test_a_label_map_has_three_dimensions(tmp_path: Path):
-    with pytest.raises(FlapsamError, match="a 3-D volume is needed, this file has 4"):
+def test_a_label_map_must_have_three_dimensions(tmp_path: Path):
+    with pytest.raises(FlapsamError, match="a 3-D volume is needed, but this file has 4"):
         read_label(save(np.zeros((4, 4, 4, 2), np.uint8), tmp_path / "label.nii.gz"))
 
 
-def test_modalities_in_one_file_or_in_several(tmp_path: Path):
+def test_modalities_may_be_in_one_file_or_several(tmp_path: Path):
     array = np.random.default_rng(0).normal(size=(4, 3, 2, 2)).astype(np.float32)
-    one = save(array, tmp_path / "both.nii.gz")
+    combined = save(array, tmp_path / "both.nii.gz")
     first, second = (save(array[..., index], tmp_path / f"case_000{index}.nii.gz") for index in (0, 1))
-    for paths in ([one], [first, second]):
+    for paths in ([combined], [first, second]):
         assert count_modalities(paths) == 2
         volume = read_image(*paths)
         assert (volume.geometry[0], volume.modalities) == ((4, 3, 2), 2)
@@ -179,7 +182,7 @@ def test_modalities_in_one_file_or_in_several(tmp_path: Path):
     assert count_modalities([first]) == read_image(first).modalities == 1
     single = save(array[..., :1], tmp_path / "single.nii.gz")
     assert read_image(single).array.shape == (4, 3, 2)
-    assert read_geometry(one, modalities=True)[0] == (4, 3, 2)
+    assert read_geometry(combined, modalities=True)[0] == (4, 3, 2)
     with pytest.raises(FlapsamError, match="the case has 4 modalities"):
         read_image(first, first, first, first)
     save(array[..., 1], tmp_path / "moved.nii.gz", np.diag([2.0, 1, 1, 1]))
@@ -187,22 +190,22 @@ def test_modalities_in_one_file_or_in_several(tmp_path: Path):
         read_image(first, tmp_path / "moved.nii.gz")
 
 
-def test_modalities_are_turned_with_the_volume(tmp_path: Path):
+def test_modalities_are_reoriented_with_the_volume(tmp_path: Path):
     array = np.random.default_rng(0).normal(size=(4, 3, 2, 2)).astype(np.float32)
-    turned = Volume(array, np.array([[0, 0, 1.0, 0], [-1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]])).to_canonical()
+    canonical = Volume(array, np.array([[0, 0, 1.0, 0], [-1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]])).to_canonical()
     for index in range(2):
-        alone = Volume(array[..., index], np.array([[0, 0, 1.0, 0], [-1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]]))
-        np.testing.assert_array_equal(turned.array[..., index], alone.to_canonical().array)
+        single = Volume(array[..., index], np.array([[0, 0, 1.0, 0], [-1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]]))
+        np.testing.assert_array_equal(canonical.array[..., index], single.to_canonical().array)
 
 
-def test_the_label_map_of_modalities_has_none(tmp_path: Path):
+def test_the_label_map_of_a_multimodal_image_is_3d(tmp_path: Path):
     image = save(np.zeros((4, 3, 2, 2), np.float32), tmp_path / "image.nii.gz")
     write_label_like(np.ones((4, 3, 2), np.uint8), image, tmp_path / "label.nii.gz")
     assert read_label(tmp_path / "label.nii.gz").array.shape == (4, 3, 2)
 
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.9, 0.99])
-def test_truncated_files(share: float, tmp_path: Path):
+def test_a_truncated_file_is_refused(share: float, tmp_path: Path):
     noise = np.random.default_rng(0).normal(size=(20, 20, 20)).astype(np.float32)
     path = save(noise, tmp_path / "image.nii.gz")
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
@@ -221,7 +224,7 @@ def test_affines_agree_within_a_tenth_of_a_voxel():
     assert not same_geometry(AFFINE, turned, (10, 10, 10))
 
 
-def test_names():
+def test_nifti_files_are_recognised_by_name():
     assert case_name(Path("a/case.01.nii.gz")) == "case.01"
     assert is_nifti(Path("case.nii"))
     assert not is_nifti(Path("._case.nii.gz"))

@@ -1,1 +1,1 @@
-"""What a run leaves, and what one does with it: the adapter, its card, prediction, evaluation, export."""
+"""The result of a run and its uses: adapter, model card, prediction, evaluation and export."""

@@ -1,4 +1,4 @@
-"""The model card: what an adapter is, on what it was trained and how well it does, for people, from the run's ledger."""
+"""Write the model card of an adapter, for people: what it is, its training data and its scores, from the run's ledger."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,50 +11,60 @@ from flapsam.run.ledger import Cases, CaseTested, Cohort, Event, SiteJoined
 from flapsam.sam import strategy
 
 FEW_CASES = 5
-"""Below this many test cases at a site its scores say little."""
+"""Number of test cases at a site below which the card calls the site's scores uncertain."""
 
 
 def write_model_card(folder: Path, card: AdapterCard, cohort: Cohort, events: Sequence[Event]) -> None:
-    """Write the model card into an adapter's folder; arguments as ``model_card``."""
+    """Write the model card into an adapter's folder.
+
+    Args:
+        folder: the adapter's folder.
+        card: the adapter's description.
+        cohort: the cohort that trained it.
+        events: the events of the run's ledger.
+    """
     write_text(folder / "README.md", model_card(card, cohort, events))
 
 
 def model_card(card: AdapterCard, cohort: Cohort, events: Sequence[Event]) -> str:
-    """The card as Markdown, with the header that model hubs read.
+    """The model card as Markdown, with the header that model hubs read.
 
     Args:
         card: the adapter's description.
-        cohort: who trained it.
-        events: the run's ledger.
+        cohort: the cohort that trained it.
+        events: the events of the run's ledger.
     """
-    joined = [event for event in events if isinstance(event, SiteJoined) and cohort.site in (None, event.site)]
-    cases = {event.site: event.cases for event in joined}
+    sites = [event for event in events if isinstance(event, SiteJoined) and cohort.site in (None, event.site)]
+    cases = {event.site: event.cases for event in sites}
     scores = [scores_of(event) for event in events if isinstance(event, CaseTested) and event.cohort == cohort]
-    together = {
-        "federated": f"by {len(cases)} sites together",
-        "local": "by one site alone",
-        "centralised": f"on the pooled data of {len(cases)} sites",
+    training = {
+        "federated": f"by federated learning across {_count(len(cases), 'site')}",
+        "local": "at one site alone",
+        "centralised": f"on the pooled data of {_count(len(cases), 'site')}",
     }[card.mode]
-    classes = ", ".join(card.classes)
+    rank = f" at rank {card.lora.rank}" if strategy(card.strategy).lora else ""
+    classes = _listed(card.classes)
     parts = [
         _head(card),
         f"# Segmentation of {classes}",
-        f"An adapter for the Segment Anything Model `{card.backbone.name}`, trained {together} with "
-        f"[FLAP-SAM](https://arxiv.org/abs/2407.21739) for {card.rounds} rounds (strategy `{card.strategy}`"
-        f"{f', rank {card.lora.rank}' if strategy(card.strategy).lora else ''}). It needs no prompts. "
-        f"Label maps hold 0 for background and {_values(card)}.",
+        f"This adapter for the Segment Anything Model `{card.backbone.name}` segments {classes} without prompts. "
+        f"It was trained {training} for {_count(card.rounds, 'round')} with flapsam, an implementation of "
+        f"[FLAP-SAM](https://arxiv.org/abs/2407.21739). The strategy was `{card.strategy}`{rank}.",
+        "To segment your images, run:",
         "```\nflapsam predict THIS_FOLDER IMAGES -o LABEL_MAPS\n```",
-        "## Training and test",
+        f"The label maps contain {_values(card)}.",
+        "## Training and evaluation",
         _sites(cases, scores, card.classes),
-        "Test cases were read once, after the last round. Dice is computed in 3-D on each case's own grid; a site's figure "
-        "is the mean over its test cases."
+        "Test cases were used only once, after the last round. Dice is computed in 3-D on each case's own grid and averaged "
+        "over the test cases of a row. Mean Dice is the average over the classes. A dash marks a missing score."
         if scores
-        else "Test cases stayed at the sites and were not read: `flapsam evaluate` scores this adapter there.",
+        else "This adapter has not been scored on test cases. The cases stayed at their sites, where `flapsam predict` and "
+        "`flapsam evaluate` can score the adapter.",
         "## Intended use",
-        f"Research on the segmentation of {classes} in volumes like those of the sites above: the same modality, "
-        "region and slice direction. Check it on labelled cases of your own before you rely on it. "
-        "It is not a medical device and must not guide diagnosis or treatment.",
-        "## Limits",
+        f"This adapter is meant for research on the segmentation of {classes}. Use it on volumes like those of the sites "
+        "above, with the same modality, body region and slice direction. Check it on labelled cases of your own before you "
+        "rely on it. It is not a medical device and must not guide diagnosis or treatment.",
+        "## Limitations",
         "\n".join(f"- {limit}" for limit in _limits(card, cases, scores)),
         "## Details",
         "\n".join(f"- {name}: {value}" for name, value in _details(card).items()),
@@ -69,7 +79,18 @@ def _head(card: AdapterCard) -> str:
 
 
 def _values(card: AdapterCard) -> str:
-    return ", ".join(f"{value} for {name}" for value, name in enumerate(card.classes, start=1))
+    return _listed([f"{value} for {name}" for value, name in enumerate(["background", *card.classes])])
+
+
+def _count(number: int, noun: str) -> str:
+    """A number and its noun, such as "1 site" or "2 sites"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names as one phrase, such as "a, b and c"."""
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _sites(cases: dict[str, Cases], scores: Sequence[CaseScores], classes: Sequence[str]) -> str:
@@ -80,8 +101,8 @@ def _sites(cases: dict[str, Cases], scores: Sequence[CaseScores], classes: Seque
     ]
     if len(rows) > 1:
         total = [str(sum(counts[split] for counts in cases.values())) for split in SPLITS]
-        rows.append(["all", *total, *_dice(summarise(scores), classes)])
-    head = ["site", "training cases", "validation", "test", *(f"Dice, {name}" for name in classes), "mean"]
+        rows.append(["all sites", *total, *_dice(summarise(scores), classes)])
+    head = ["Site", "Training cases", "Validation cases", "Test cases", *(f"Dice, {name}" for name in classes), "Mean Dice"]
     rule = ["---", *("---:" for _ in head[1:])]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *rows])
 
@@ -92,19 +113,19 @@ def _dice(summary: Summary | None, classes: Sequence[str]) -> list[str]:
 
 
 def _limits(card: AdapterCard, cases: dict[str, Cases], scores: Sequence[CaseScores]) -> list[str]:
-    many = f"{len(cases)} sites" if len(cases) > 1 else "one site"
+    training_cases = _count(sum(counts["train"] for counts in cases.values()), "case")
     limits = [
-        f"Trained on {sum(counts['train'] for counts in cases.values())} cases of {many}: elsewhere, "
-        "with other scanners and patients, expect lower scores."
+        f"The adapter was trained on {training_cases} from {_count(len(cases), 'site')}. "
+        "Expect lower scores elsewhere, on other scanners and patients."
     ]
-    few = [site for site, counts in cases.items() if counts["test"] < FEW_CASES]
-    if few and scores:
-        limits.append(f"Fewer than {FEW_CASES} test cases at {', '.join(few)}: the scores there are uncertain.")
+    small = [site for site, counts in cases.items() if counts["test"] < FEW_CASES]
+    if small and scores:
+        limits.append(f"Scores are uncertain at sites with fewer than {FEW_CASES} test cases: {_listed(small)}.")
     for name, value in summarise(scores).dice.items():
         if value is not None and value < 0.5:
-            limits.append(f"A mean Dice of {value:.3f} for {name}: most of it is missed or wrong.")
-    neighbours = "sees its two neighbours, no more" if card.samples.channels == "adjacent" else "sees no other"
-    limits.append(f"Slices are segmented one by one; each {neighbours}.")
+            limits.append(f"The mean Dice of {name} is only {value:.3f}. Much of it is missed or wrong.")
+    neighbours = "with only the two" if card.samples.channels == "adjacent" else "without"
+    limits.append(f"Slices are segmented one at a time, {neighbours} neighbouring slices as context.")
     if card.backbone.weights == "random":
         limits.append("The backbone was not pretrained.")
     return limits
@@ -112,12 +133,15 @@ def _limits(card: AdapterCard, cases: dict[str, Cases], scores: Sequence[CaseSco
 
 def _details(card: AdapterCard) -> dict[str, str]:
     samples = card.samples
-    clip = f"intensities cut to {samples.clip[0]:g} … {samples.clip[1]:g}, " if samples.clip else ""
+    clip = f"clipped to {samples.clip[0]:g} … {samples.clip[1]:g} and " if samples.clip else ""
+    extent = {"window": "each slice and its two neighbours on either side", "volume": "the volume"}[samples.scaling]
+    direction = "perpendicular to the axis of largest spacing" if samples.axis == "auto" else samples.axis
+    shape = {"stretch": "stretched", "pad": "scaled and padded"}[samples.resize]
     return {
-        "Input": f"{clip}scaled to [0, 1] by {samples.scaling}, slices along axis `{samples.axis}`, {samples.resize} to "
-        f"{samples.size} pixels, channels `{samples.channels}`",
+        "Intensities": f"{clip}scaled to [0, 1] over {extent}",
+        "Slices": f"{direction}, {shape} to {samples.size} × {samples.size} pixels, channels `{samples.channels}`",
         "Backbone": f"`{card.backbone.name}`, weights `{card.backbone.weights}`, SHA-256 of the frozen tensors "
         f"`{card.backbone.checksum}`",
-        "Run": f"`{card.run}`, flapsam {card.flapsam}; the rest is in `{CARD}`",
+        "Run": f"`{card.run}`, trained with flapsam {card.flapsam}; `{CARD}` describes the adapter in full",
         "Licence": card.licence,
     }

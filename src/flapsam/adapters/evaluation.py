@@ -1,4 +1,4 @@
-"""Label maps on disk against the truth on disk."""
+"""Score label maps on disk against the truth on disk."""
 
 from pathlib import Path
 
@@ -22,26 +22,28 @@ def evaluate(
 
     Args:
         predictions: folder with ``CASE.nii.gz`` or ``SITE/CASE.nii.gz``.
-        labels: the same, or a folder of sites (``SITE/labels/CASE.nii.gz``).
+        labels: folder with the truth in the same layout, or a folder of sites (``SITE/labels/CASE.nii.gz``).
         trained: folder of the run or adapter that says which values in ``labels`` stand for which class. Without it, values
             are compared as they are, and each value above 0 is a class.
         observer: follows the cases.
 
     Returns:
-        Scores of every case, in the order of site and name.
+        Scores of every case, ordered by site and name.
 
     Raises:
-        FlapsamError: there is nothing to score, a label map has no truth, or files do not fit each other.
+        FlapsamError: there is no label map to score, a label map has no truth, or the two do not match.
     """
     observer = observer or Observer()
     model = find_trained(trained) if trained else None
     predicted, truths = _label_maps(predictions), _label_maps(labels)
     if not predicted:
-        raise FlapsamError(f"{predictions}: no label map CASE.nii.gz or SITE/CASE.nii.gz there")
+        raise FlapsamError(f"{predictions}: no label maps found; name them CASE.nii.gz or SITE/CASE.nii.gz")
     pairs = []
     for key, path in predicted.items():
         if key not in truths:
-            raise FlapsamError(f"{path}: there is no label map for {'/'.join(key)} in {labels}")
+            raise FlapsamError(
+                f"{path}: there is no label map for {'/'.join(key)} in {labels}; add it or remove the prediction"
+            )
         pairs.append((key, path, truths[key]))
     data = _data(model, labels) or _values(pairs, labels)
     observer.begin("scores", len(pairs))
@@ -70,15 +72,18 @@ def evaluate(
 
 
 def _label_maps(folder: Path) -> dict[tuple[str, ...], Path]:
-    """Label maps by their place, where a folder ``labels`` does not count; ``images`` and ``probabilities`` are left out."""
+    """Paths of label maps by the names of their folders and case.
+
+    A folder ``labels`` does not count as a name. The folders ``images`` and ``probabilities`` are left out.
+    """
     if not folder.is_dir():
         raise FlapsamError(f"{folder}: no such folder")
-    found = {}
+    label_maps = {}
     for path in sorted(folder.rglob("*")):
         folders = path.relative_to(folder).parent.parts
         if is_image(path) and not {"images", "probabilities"} & set(folders):
-            found[(*(part for part in folders if part != "labels"), case_name(path))] = path
-    return found
+            label_maps[(*(part for part in folders if part != "labels"), case_name(path))] = path
+    return label_maps
 
 
 def _data(trained: Trained | None, labels: Path) -> Data | None:
@@ -88,13 +93,13 @@ def _data(trained: Trained | None, labels: Path) -> Data | None:
 
 
 def _values(pairs: list[tuple[tuple[str, ...], Path, Path]], labels: Path) -> Data:
-    """Every value above 0 as a class of that name."""
+    """Labels in which every value above 0 is a class, named after the value."""
     values = {int(value) for _, *paths in pairs for path in paths for value in np.unique(read_label(path).array)} - {0}
     if not values:
-        raise FlapsamError(f"{labels}: all label maps are empty, there is nothing to score")
+        raise FlapsamError(f"{labels}: all label maps are empty, so there is nothing to score")
     return Data(path=labels, labels={str(value): value for value in sorted(values)})
 
 
 def _as_classes(array: np.ndarray, data: Data) -> np.ndarray:
-    """Values → class indices, where each class has one value."""
+    """Convert label values to class indices. Each class has exactly one value."""
     return np.searchsorted([0, *(int(name) for name in data.classes)], array)

@@ -1,4 +1,4 @@
-"""An adapter merged into its backbone, in the formats of others."""
+"""Merge an adapter into its backbone and export the network to other formats."""
 
 import json
 import warnings
@@ -19,7 +19,7 @@ from flapsam.sam import Sam, merge_adapters
 from flapsam.sam.naming import to_transformers_names
 
 TOLERANCE = 1e-3
-"""How far logits of onnxruntime may lie from PyTorch's."""
+"""Largest difference allowed between the logits of onnxruntime and PyTorch."""
 
 
 def export(
@@ -39,12 +39,12 @@ def export(
         The files written.
 
     Raises:
-        FlapsamError: the adapter or its backbone is wrong, the folder cannot be written, packages for ONNX are missing, or
-            the written network computes something else.
+        FlapsamError: the adapter is damaged or belongs to another backbone, the folder cannot be written, the packages for
+            ONNX are missing, or the exported network computes different logits.
     """
-    found = find_trained(trained)
+    adapter = find_trained(trained)
     check_writable(output)
-    network, card = load_adapter(found.folder, checkpoint or found.checkpoint)
+    network, card = load_adapter(adapter.folder, checkpoint or adapter.checkpoint)
     merge_adapters(network).eval()
     if form == "onnx":
         return _onnx(network, card, output)
@@ -61,7 +61,7 @@ def _transformers(network: Sam, card: AdapterCard, output: Path) -> list[Path]:
 
 
 def _config(network: Sam, classes: int) -> dict[str, Any]:
-    """What ``SamModel.from_pretrained`` reads; its decoder has one mask fewer in its count than in its tokens."""
+    """Configuration for ``SamModel.from_pretrained``. Its decoder counts one mask fewer than it has mask tokens."""
     sizes = network.sizes
     prompt = SamPromptEncoderConfig(hidden_size=sizes.decoder_width, image_size=network.image_size, patch_size=sizes.patch)
     decoder = network.mask_decoder.transformer.config.to_dict()
@@ -77,12 +77,12 @@ def _onnx(network: Sam, card: AdapterCard, output: Path) -> list[Path]:
         import onnxruntime
         import onnxscript  # noqa: F401 (PyTorch's exporter needs it)
     except ImportError as error:
-        raise FlapsamError("ONNX needs more packages; install them with `pip install flapsam[onnx]`") from error
-    draw = torch.Generator().manual_seed(0)
-    two, three = (torch.rand(batch, 3, network.image_size, network.image_size, generator=draw) for batch in (2, 3))
+        raise FlapsamError("packages for ONNX are missing; install them with `pip install flapsam[onnx]`") from error
+    generator = torch.Generator().manual_seed(0)
+    two, three = (torch.rand(batch, 3, network.image_size, network.image_size, generator=generator) for batch in (2, 3))
     model, description = output / "model.onnx", output / "flapsam.json"
     with written_whole(model) as temporary, warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
-        # The fused attention leaves strides that the exporter takes for the shape; the exporter's own warnings help no user.
+        # The exporter mistakes the strides of fused attention for its shape. Its own warnings do not help users.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             network,
@@ -101,6 +101,6 @@ def _onnx(network: Sam, card: AdapterCard, output: Path) -> list[Path]:
         (logits,) = session.run(None, {"images": three.numpy()})
         difference = float((torch.from_numpy(logits) - expected).abs().max())
         if not difference <= TOLERANCE:
-            raise FlapsamError(f"{model}: not written, its logits differ from PyTorch's by {difference:.1e}")
+            raise FlapsamError(f"{model}: not written, because its logits differ from PyTorch's by {difference:.1e}")
     write_text(description, card.model_dump_json(indent=2) + "\n")
     return [description, model]

@@ -1,4 +1,4 @@
-"""Which images are to be segmented: files, folders, DICOM trees, lists."""
+"""Find the images to segment: files, folders, DICOM trees and lists of paths."""
 
 import os
 import re
@@ -16,40 +16,43 @@ from flapsam.volumes import Series, Source, case_name, find_series, is_dicom, is
 
 LIST = ".txt"
 NUMBERED = re.compile(r"_\d{4}$")
-"""nnU-Net's number of a modality, at the end of a file's name."""
+"""nnU-Net's modality number at the end of a file's name."""
 TRUTH = "labels"
-"""Beginning of the names of folders that hold label maps: this layout's, nnU-Net's and the Decathlon's."""
+"""Beginning of the names of folders with label maps, in flapsam's layout, nnU-Net's and the Decathlon's."""
 LABEL_MAP = re.compile(r"(^|[_.-])(seg|segmentation|labels?|mask)$", re.IGNORECASE)
-"""End of the names of files that are label maps: those of KiTS, IXI, the prostate sites, 3D Slicer."""
+"""End of the names of label map files, as in KiTS, IXI, the prostate sites and 3D Slicer."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One image, and its label map's place relative to the output folder, without suffix."""
+    """One image to segment."""
 
     image: Source
     stem: Path
+    """Path of its label map, relative to the output folder and without suffix."""
     others: tuple[Path, ...] = ()
     """Files of further modalities."""
     site: str = ""
+    """Name of the image's site, where sites are known."""
     fault: str = ""
-    """Why it cannot be segmented, where that is known already."""
+    """Reason why the image cannot be segmented, if that is known beforehand."""
 
 
 def find_images(
     paths: Sequence[Path], trained: Trained, *, series: str | None = None, output: Path | None = None
 ) -> list[Job]:
-    """Images to segment.
+    """Find the images to segment.
 
     Args:
-        paths: image files; folders, which are searched to the bottom for all but what is called a label map, each folder of
-            DICOM files being a series; or lists (``.txt``) of such paths, one a line, relative to the list's folder.
-        trained: says how many modalities a case has.
-        series: of folders with several DICOM series, those whose description, number or UID fit this pattern.
-        output: a folder that is not searched.
+        paths: image files, folders, or lists (``.txt``) of such paths. Folders are searched at any depth for everything that
+            is not named like a label map. The DICOM files of a folder form a series. A list has one path per line,
+            relative to the list's folder.
+        trained: the adapter, which knows the number of modalities of a case.
+        series: pattern for the description, number or UID of a series, which selects from folders with several DICOM series.
+        output: the output folder, which is not searched.
 
     Raises:
-        FlapsamError: a path does not exist, or there is no image.
+        FlapsamError: a path does not exist, or no image is found.
     """
     modalities = read_card(trained.folder).samples.modalities
     jobs: list[Job] = []
@@ -58,20 +61,20 @@ def find_images(
             raise FlapsamError(f"{path}: no such file or folder")
         jobs += _listed(path, modalities, series, output) if path.suffix == LIST else _at(path, modalities, series, output)
     if not jobs:
-        raise FlapsamError(f"{', '.join(map(str, paths))}: no NIfTI, NRRD, MetaImage or DICOM image there")
+        raise FlapsamError(f"{', '.join(map(str, paths))}: no NIfTI, NRRD, MetaImage or DICOM image found")
     return _apart(jobs)
 
 
 def images_of_split(folder: Path, trained: Trained, split: Split) -> list[Job]:
-    """The cases of a split, in a folder of sites.
+    """The cases of a split in a folder of sites.
 
     Args:
-        folder: as for training.
-        trained: says how the run split its data, where they have no table.
-        split: which cases.
+        folder: the folder of sites, as for training.
+        trained: the adapter. Its run knows how it split data that have no table.
+        split: the split of the cases to segment.
 
     Raises:
-        FlapsamError: it has no split, or no case of this one.
+        FlapsamError: the data have no split, or no case is in this split.
     """
     if trained.run:
         data = trained.run.data.model_copy(update={"path": folder})
@@ -80,13 +83,13 @@ def images_of_split(folder: Path, trained: Trained, split: Split) -> list[Job]:
         cases = find_dataset(folder).read(folder).cases
         if any(case.split is None for case in cases):
             raise FlapsamError(
-                f"{folder}: its cases have no split; give the run's folder, which knows it, or leave out --split"
+                f"{folder}: its cases have no split; give the run's folder instead of the adapter's, or leave out --split"
             )
     jobs = [
         Job(case.image, Path(case.site) / case.name, case.other_images, case.site) for case in cases if case.split == split
     ]
     if not jobs:
-        raise FlapsamError(f"{folder}: no case has the split '{split}'")
+        raise FlapsamError(f"{folder}: no case is in the split '{split}'")
     return jobs
 
 
@@ -94,13 +97,13 @@ def _listed(path: Path, modalities: int, series: str | None, output: Path | None
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise FlapsamError(f"{path}: not a list of paths, one a line") from error
+        raise FlapsamError(f"{path}: cannot read this list; write one path per line, in UTF-8") from error
     for line in filter(None, (line.strip() for line in lines)):
         listed = path.parent / line
         if listed.exists():
             yield from _at(listed, modalities, series, output)
         else:
-            yield Job(listed, Path(case_name(listed)), fault=f"{listed}: no such file or folder; {path.name} lists it")
+            yield Job(listed, Path(case_name(listed)), fault=f"{listed}: no such file or folder; correct {path.name}")
 
 
 def _at(path: Path, modalities: int, series: str | None, output: Path | None) -> Iterator[Job]:
@@ -108,58 +111,58 @@ def _at(path: Path, modalities: int, series: str | None, output: Path | None) ->
         yield from _inside(path, modalities, series, output)
         return
     try:
-        # What is no image at all is told so when it is read.
+        # A file that is not an image fails later, with the error of its reader.
         yield Job(source_at(path), Path(case_name(path)))
     except FlapsamError as error:
         yield Job(path, Path(case_name(path)), fault=str(error))
 
 
 def _inside(root: Path, modalities: int, series: str | None, output: Path | None) -> Iterator[Job]:
-    """The images in a folder and below it; folders ``images`` leave no trace in the label maps' places."""
-    # Links are followed, but to no folder twice.
+    """The images in a folder and below it. Folders ``images`` are left out of the paths of label maps."""
+    # Links are followed, but no folder is searched twice.
     seen = {root.resolve()} | ({output.resolve()} if output else set())
-    for here, folders, files in os.walk(root, followlinks=True):
-        folder = Path(here)
-        there = {name: (folder / name).resolve() for name in sorted(folders) if not name.startswith((".", TRUTH))}
-        folders[:] = [name for name, path in there.items() if path not in seen]
-        seen.update(there.values())
-        place = Path(*(part for part in folder.relative_to(root).parts if part != "images"))
+    for directory, folders, files in os.walk(root, followlinks=True):
+        folder = Path(directory)
+        subfolders = {name: (folder / name).resolve() for name in sorted(folders) if not name.startswith((".", TRUTH))}
+        folders[:] = [name for name, path in subfolders.items() if path not in seen]
+        seen.update(subfolders.values())
+        target = Path(*(part for part in folder.relative_to(root).parts if part != "images"))
         paths = [folder / name for name in sorted(files)]
         images = [path for path in paths if is_image(path)]
-        yield from _by_case([path for path in images if not _is_label_map(path)], place, modalities)
-        found = find_series(folder, [path for path in paths if not is_image(path) and is_dicom(path)])
-        yield from _by_series(folder, found, place, series)
+        yield from _by_case([path for path in images if not _is_label_map(path)], target, modalities)
+        all_series = find_series(folder, [path for path in paths if not is_image(path) and is_dicom(path)])
+        yield from _by_series(folder, all_series, target, series)
 
 
 def _is_label_map(path: Path) -> bool:
     return path.name.endswith(".seg.nrrd") or bool(LABEL_MAP.search(case_name(path)))
 
 
-def _by_case(images: list[Path], place: Path, modalities: int) -> list[Job]:
-    """A job an image; where an adapter wants several modalities, files ``CASE_0000``, ``CASE_0001``, … are one case."""
+def _by_case(images: list[Path], target: Path, modalities: int) -> list[Job]:
+    """One job per image. With several modalities, the files ``CASE_0000``, ``CASE_0001``, … are one case."""
     cases: dict[str, list[Path]] = {}
     for image in images:
         name = case_name(image)
         cases.setdefault(NUMBERED.sub("", name) if modalities > 1 else name, []).append(image)
     if modalities > 1:
-        return [Job(files[0], place / name, tuple(files[1:])) for name, files in cases.items()]
-    return [Job(file, place / name) for name, files in cases.items() for file in files]
+        return [Job(files[0], target / name, tuple(files[1:])) for name, files in cases.items()]
+    return [Job(file, target / name) for name, files in cases.items() for file in files]
 
 
-def _by_series(folder: Path, found: Sequence[Series], place: Path, pattern: str | None) -> Iterator[Job]:
-    """A job a series; of several in a folder only those that are asked for, since one rarely wants all."""
-    yield from (Job(one, place / one.files[0].stem) for one in found if one.whole_file)
-    several = [one for one in found if not one.whole_file]
-    named = place if place.parts else Path(folder.resolve().name)
-    if len(several) > 1 and pattern is None:
-        titles = ", ".join(one.title for one in several)
-        fault = f"{folder}: {len(several)} series in one folder: {titles}; choose with --series, or '*' for each"
-        yield Job(several[0], named, fault=fault)
+def _by_series(folder: Path, all_series: Sequence[Series], target: Path, pattern: str | None) -> Iterator[Job]:
+    """One job per series. Of several series in a folder, only those that match the pattern, since users rarely need all."""
+    yield from (Job(series, target / series.files[0].stem) for series in all_series if series.whole_file)
+    sliced = [series for series in all_series if not series.whole_file]
+    stem = target if target.parts else Path(folder.resolve().name)
+    if len(sliced) > 1 and pattern is None:
+        titles = ", ".join(series.title for series in sliced)
+        fault = f"{folder}: {len(sliced)} series in one folder: {titles}; choose with --series, or '*' for all"
+        yield Job(sliced[0], stem, fault=fault)
         return
-    for one in several:
-        if _fits(one, pattern or "*"):
-            title = re.sub(r"\W+", "_", f"{one.number}_{one.description}").strip("_")
-            yield Job(one, named if len(several) == 1 else named / title)
+    for series in sliced:
+        if _fits(series, pattern or "*"):
+            title = re.sub(r"\W+", "_", f"{series.number}_{series.description}").strip("_")
+            yield Job(series, stem if len(sliced) == 1 else stem / title)
 
 
 def _fits(series: Series, pattern: str) -> bool:
@@ -167,12 +170,12 @@ def _fits(series: Series, pattern: str) -> bool:
 
 
 def _apart(jobs: list[Job]) -> list[Job]:
-    """The same jobs, but of two with one place for their label maps only the first is done."""
+    """The same jobs, with a fault in every job whose label map would overwrite that of an earlier job."""
     first: dict[Path, Job] = {}
     result = []
     for job in jobs:
-        other = first.setdefault(job.stem, job)
-        if other is not job and not job.fault:
-            job = replace(job, fault=f"{job.image}: its label map would lie where that of {other.image} does; rename one")
+        earlier = first.setdefault(job.stem, job)
+        if earlier is not job and not job.fault:
+            job = replace(job, fault=f"{job.image}: its label map would overwrite that of {earlier.image}; rename one image")
         result.append(job)
     return result

@@ -1,6 +1,6 @@
-"""Images → label maps on disk, with a trained adapter: one after the other, past those that are broken.
+"""Segment images with a trained adapter and write their label maps. A broken image does not stop the others.
 
-While a volume is in the network, the next one is read and the last one's label map is written.
+While the network segments a volume, the next one is read and the label map of the previous one is written.
 """
 
 import csv
@@ -34,17 +34,18 @@ RECORD, VOLUMES, DESCRIPTIONS, PROBABILITIES = "predictions.jsonl", "volumes.csv
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an image."""
+    """Outcome of segmenting one image."""
 
     job: Job
     written: tuple[Path, ...] = ()
-    """First the label map."""
+    """Files written for the image, the label map first."""
     ml: dict[str, float] = field(default_factory=dict)
-    """Class → volume."""
+    """Volume of each class in millilitres."""
     error: str = ""
+    """Reason why the image was not segmented, empty if it was."""
 
     def as_json(self) -> dict[str, Any]:
-        """For other programs."""
+        """The outcome as JSON for other programs."""
         image = str(self.job.image)
         if self.error:
             return {"image": image, "error": self.error}
@@ -64,42 +65,42 @@ def predict_images(
 ) -> Iterator[Outcome]:
     """Write a label map for each image, in the image's own grid, format and header geometry.
 
-    The folder also gets ``labels.txt`` (names and colours for ITK-SNAP), ``predictions.jsonl`` (the ledger) and, at the
-    end, ``volumes.csv`` (millilitres a class).
+    The output folder also gets ``labels.txt`` (names and colours for ITK-SNAP), ``predictions.jsonl`` (the ledger) and, at
+    the end, ``volumes.csv`` (volume of each class in millilitres).
 
     Args:
-        model: what predicts.
-        trained: where it comes from.
+        model: the network with its adapter.
+        trained: the adapter's folder.
         jobs: the images.
-        output: folder of the label maps.
-        options: what is done beyond predicting every slice once.
-        segmentation: whether DICOM images get a DICOM segmentation, beside NIfTI.
-        resume: leave out what the same adapter has segmented here in the same way.
-        observer: is told of the progress.
+        output: folder for the label maps.
+        options: optional steps beyond predicting every slice once.
+        segmentation: whether DICOM images also get a DICOM segmentation, beside the NIfTI label map.
+        resume: skip images that the same adapter has segmented into this folder with the same options.
+        observer: follows the images.
 
     Yields:
-        What became of every image: of those that are left out first, then in the order of ``jobs``. An image that cannot be
-        read, or a label map that cannot be written, does not end the work.
+        The outcome of every image, first of the skipped ones, then of the others in the order of ``jobs``. An image that
+        cannot be read or a label map that cannot be written does not stop the others.
 
     Raises:
-        FlapsamError: nothing can be written to the output folder.
+        FlapsamError: the output folder cannot be written.
     """
     check_writable(output)
     write_text(output / DESCRIPTIONS, itk_snap(model.legend))
     ledger = Ledger(output / RECORD)
     method = _fingerprint(model, trained, options)
     done = _done(ledger, output, method) if resume else {}
-    kept, left = [], []
+    skipped, remaining = [], []
     for job in jobs:
         event = done.get(job.stem.as_posix())
         if event and not job.fault and event.files == _files_of(job):
-            kept.append(Outcome(job, tuple(output / name for name in event.written), event.ml))
+            skipped.append(Outcome(job, tuple(output / name for name in event.written), event.ml))
         else:
-            left.append(job)
-    observer.begin("label maps", len(jobs), len(kept))
+            remaining.append(job)
+    observer.begin("label maps", len(jobs), len(skipped))
     try:
-        yield from kept
-        for outcome in _outcomes(model, left, output, options, segmentation, observer):
+        yield from skipped
+        for outcome in _outcomes(model, remaining, output, options, segmentation, observer):
             yield outcome if outcome.error else _recorded(outcome, ledger, output, method)
     finally:
         try:
@@ -112,29 +113,29 @@ def predict_images(
 def _outcomes(
     model: Model, jobs: list[Job], output: Path, options: PredictionOptions, segmentation: bool, observer: Observer
 ) -> Iterator[Outcome]:
-    """Read ahead, predict, write behind."""
-    behind: Future[Outcome] | None = None
+    """Segment images, while the next one is read and the previous label map is written."""
+    writing: Future[Outcome] | None = None
     with ThreadPoolExecutor(1) as writer, closing(ahead(_read(jobs), depth=1)) as volumes:
         for job, volume in volumes:
-            found = volume
+            result = volume
             if isinstance(volume, Volume):
-                found = _tried(job, _segment, model, job, volume, options, observer)
-            if behind is not None:
-                yield behind.result()
-            if isinstance(volume, Volume) and isinstance(found, Prediction):
-                behind = writer.submit(_write, job, found, volume.affine, output, model.legend, segmentation)
+                result = _tried(job, _segment, model, job, volume, options, observer)
+            if writing is not None:
+                yield writing.result()
+            if isinstance(volume, Volume) and isinstance(result, Prediction):
+                writing = writer.submit(_write, job, result, volume.affine, output, model.legend, segmentation)
             else:
-                behind = None
+                writing = None
                 observer.step()
-                yield Outcome(job, error=str(found))
-            # The next one is there already; this one's voxels are not needed any more.
-            del volume, found
-        if behind is not None:
-            yield behind.result()
+                yield Outcome(job, error=str(result))
+            # The next volume is already in memory, so this one is released.
+            del volume, result
+        if writing is not None:
+            yield writing.result()
 
 
 def _read(jobs: Iterable[Job]) -> Iterator[tuple[Job, Volume | str]]:
-    """Volumes, or why there is none."""
+    """Yield every job with its volume, or with the reason why it has none."""
     for job in jobs:
         yield job, job.fault or _tried(job, read_image, job.image, *job.others)
 
@@ -147,30 +148,31 @@ def _segment(model: Model, job: Job, volume: Volume, options: PredictionOptions,
 
 
 def _write(
-    job: Job, found: Prediction, affine: NDArray[np.float64], output: Path, legend: Legend, segmentation: bool
+    job: Job, prediction: Prediction, affine: NDArray[np.float64], output: Path, legend: Legend, segmentation: bool
 ) -> Outcome:
-    """All files of an image, or none."""
+    """Write all files of an image, or none."""
     written: list[Path] = []
 
     def write() -> None:
-        written.extend(write_labels(found.labels, job.image, affine, output / job.stem, legend, segmentation=segmentation))
-        if found.probabilities is not None:
+        stem = output / job.stem
+        written.extend(write_labels(prediction.labels, job.image, affine, stem, legend, segmentation=segmentation))
+        if prediction.probabilities is not None:
             path = output / PROBABILITIES / job.stem.with_name(job.stem.name + ".nii.gz")
-            write_probabilities(found.probabilities, job.image, affine, path)
+            write_probabilities(prediction.probabilities, job.image, affine, path)
             written.append(path)
 
     error = _tried(job, write)
     if error:
         return _withdrawn(Outcome(job, tuple(written)), error)
-    # A slice at a time, because counting turns every voxel into eight bytes.
-    slices = np.moveaxis(found.labels, 2, 0)
-    voxels = np.sum([np.bincount(one.ravel(), minlength=len(legend) + 1) for one in slices], axis=0)
+    # Voxels are counted slice by slice, because bincount converts each to eight bytes.
+    slices = np.moveaxis(prediction.labels, 2, 0)
+    voxels = np.sum([np.bincount(labels.ravel(), minlength=len(legend) + 1) for labels in slices], axis=0)
     ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
     return Outcome(job, tuple(written), {segment.name: round(voxels[segment.value] * ml, 6) for segment in legend})
 
 
 def _recorded(outcome: Outcome, ledger: Ledger, output: Path, method: str) -> Outcome:
-    """The outcome, once it is in the ledger."""
+    """Record an outcome in the ledger. If that fails, remove its files and return the failure."""
     event = LabelMapWritten(
         case=outcome.job.stem.as_posix(),
         image=str(outcome.job.image),
@@ -182,19 +184,19 @@ def _recorded(outcome: Outcome, ledger: Ledger, output: Path, method: str) -> Ou
     try:
         ledger.write(event)
     except OSError as error:
-        return _withdrawn(outcome, f"{outcome.job.image}: {ledger.path} cannot be written ({error.strerror})")
+        return _withdrawn(outcome, f"{outcome.job.image}: cannot write {ledger.path} ({error.strerror})")
     return outcome
 
 
 def _withdrawn(outcome: Outcome, error: str) -> Outcome:
-    """The failure of an image of which files were written already, and are taken away again."""
+    """Remove the files written for an image and return its failure."""
     for path in outcome.written:
         path.unlink(missing_ok=True)
     return Outcome(outcome.job, error=error)
 
 
 def _tried(job: Job, function: Callable[..., Any], *arguments: Any) -> Any:
-    """What the function returns, or a sentence on why it failed: hundreds of images must not be lost to one."""
+    """Call a function, and return its result or a sentence on why it failed. One image must not stop the others."""
     try:
         return function(*arguments)
     except FlapsamError as error:
@@ -204,7 +206,7 @@ def _tried(job: Job, function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _fingerprint(model: Model, trained: Trained, options: PredictionOptions) -> str:
-    """SHA-256 of all that label maps depend on but the images."""
+    """SHA-256 of everything that label maps depend on, except the images."""
     digest = hashlib.sha256(json.dumps([asdict(options), model.precision, __version__]).encode())
     for path in sorted(trained.folder.iterdir()):
         if path.is_file():
@@ -213,18 +215,18 @@ def _fingerprint(model: Model, trained: Trained, options: PredictionOptions) -> 
 
 
 def _files_of(job: Job) -> list[list[Any]]:
-    """Names, sizes and times of an image's files."""
+    """Paths, sizes and modification times of an image's files."""
     files = job.image.files if isinstance(job.image, Series) else (job.image, *job.others)
     return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files if path.exists()]
 
 
 def _newest(ledger: Ledger) -> dict[str, LabelMapWritten]:
-    """Case → its newest label map."""
+    """The newest label map of each case."""
     return {event.case: event for event in ledger.events() if isinstance(event, LabelMapWritten)}
 
 
 def _done(ledger: Ledger, output: Path, method: str) -> dict[str, LabelMapWritten]:
-    """The newest label maps that were made by this method and whose files all exist."""
+    """The newest label maps that this method produced and whose files all exist."""
     return {
         case: event
         for case, event in _newest(ledger).items()
@@ -233,7 +235,7 @@ def _done(ledger: Ledger, output: Path, method: str) -> dict[str, LabelMapWritte
 
 
 def _write_volumes(output: Path, ledger: Ledger, classes: Sequence[str]) -> None:
-    """Write a row for every image that was ever segmented here."""
+    """Write a table with one row for every image that was ever segmented into this folder."""
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
     rows.writerow(["case", "image", "label_map", *(f"{name} (ml)" for name in classes)])

@@ -1,4 +1,4 @@
-"""A trained adapter, ready to segment: for programs in Python, and for ``flapsam predict``."""
+"""A trained adapter, ready to segment, for Python programs and for ``flapsam predict``."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,15 +17,15 @@ from flapsam.volumes import Legend, Volume, labels_like, legend_of, read_image, 
 
 
 class Model:
-    """A network with its adapter merged into it, and how volumes become its samples."""
+    """A network with its adapter merged into it, ready to segment volumes."""
 
     def __init__(self, network: Sam, card: AdapterCard, precision: Precision = "fp32") -> None:
-        """Take a network over.
+        """Merge the adapter into its network.
 
         Args:
-            network: with the adapter; it only predicts from now on.
-            card: of the adapter.
-            precision: of the image encoder.
+            network: the network with its adapter. It is changed in place and can no longer be trained.
+            card: the adapter's description.
+            precision: precision of the image encoder.
         """
         self.network = fuse(network)
         self.card = card
@@ -33,24 +33,24 @@ class Model:
 
     @property
     def legend(self) -> Legend:
-        """What the values of label maps stand for, with names and colours."""
+        """Names and colours of the values in label maps."""
         return legend_of(self.card.classes)
 
     def predict(self, volume: Any, affine: NDArray | None = None, **options: Any) -> Any:
-        """Segment a volume; the label map comes back in the form that the volume was given in.
+        """Segment a volume, and return the label map in the form of the input.
 
         Args:
             volume: a NumPy array with its affine, a nibabel or SimpleITK image, a MONAI ``MetaTensor``, or the path of
                 a file or of a folder with one DICOM series.
-            affine: (4, 4), from voxel index to millimetres in RAS+; of a NumPy array only.
-            options: fields of ``PredictionOptions`` but ``probabilities``, such as ``flips="x"``.
+            affine: matrix (4, 4) from voxel indices to millimetres in RAS+, for a NumPy array only.
+            options: fields of ``PredictionOptions`` except ``probabilities``, such as ``flips="x"``.
 
         Returns:
-            0 for background, 1, 2, … in the order of ``card.classes``, as uint8, in the volume's axes. For a path, a NumPy
-            array.
+            Label map as uint8 in the volume's axes: 0 for background, then 1, 2, … in the order of ``card.classes``. A path
+            returns a NumPy array.
 
         Raises:
-            FlapsamError: it is no volume, or not of as many modalities as the adapter was trained on.
+            FlapsamError: the input is not a volume, or its number of modalities is not the adapter's.
         """
         read = read_image(source_at(Path(volume))) if isinstance(volume, (str, Path)) else volume_of(volume, affine)
         return labels_like(self.segment(read, PredictionOptions(**options)).labels, volume)
@@ -63,20 +63,21 @@ class Model:
         site: str = "",
         on_slices: Callable[[int, int], None] = lambda count, of: None,
     ) -> Prediction:
-        """The same for a ``Volume``, with probabilities if they are asked for.
+        """Segment a ``Volume``, with probabilities if requested.
 
         Args:
             volume: the image.
-            options: what is done beyond predicting every slice once.
-            site: whose it is, where sites are clipped differently.
-            on_slices: called with the number of slices just done, and of all.
+            options: optional steps beyond predicting every slice once.
+            site: the volume's site, which matters where sites clip intensities differently.
+            on_slices: called with the number of slices just done and the total.
 
         Raises:
-            FlapsamError: as ``predict``.
+            FlapsamError: the volume's number of modalities is not the adapter's, or there is no room for the result.
         """
-        wanted = self.card.samples.modalities
-        if volume.modalities != wanted:
-            raise FlapsamError(f"it has {volume.modalities} modalities, the adapter was trained on {wanted}")
+        expected = self.card.samples.modalities
+        if volume.modalities != expected:
+            number = f"{volume.modalities} {'modality' if volume.modalities == 1 else 'modalities'}"
+            raise FlapsamError(f"the image has {number}, but the adapter was trained on {expected}")
         return predict_volume(
             self.network,
             volume,
@@ -96,26 +97,27 @@ def load(
     precision: Literal["fp32", "bf16", "fp16", "auto"] | None = None,
     weights: Checkpoint | None = None,
 ) -> Model:
-    """Load what a run has trained.
+    """Load the adapter that a run has trained.
 
     Args:
         path: folder of an adapter or of a run.
         checkpoint: the backbone's checkpoint, if the adapter needs one that neither ships nor was downloaded.
         device: ``cpu``, ``cuda``, ``mps`` or ``auto``.
-        precision: of the image encoder; ``auto`` takes the fastest by a short measurement. If not given: ``fp32`` on a CPU,
-            ``auto`` elsewhere.
-        weights: the former name of ``checkpoint``.
+        precision: precision of the image encoder. ``auto`` measures briefly and takes the fastest. None means ``fp32`` on a
+            CPU and ``auto`` elsewhere.
+        weights: former name of ``checkpoint``.
 
     Raises:
-        FlapsamError: there is no adapter, its backbone is missing or another, or there is no such device or precision.
+        FlapsamError: there is no adapter at ``path``, its backbone is missing or is another one, or the device or precision
+            is unknown.
     """
     if precision not in (None, "auto", *get_args(Precision)):
         raise FlapsamError(f"precision '{precision}' is unknown; choose {', '.join(get_args(Precision))} or auto")
     trained = find_trained(Path(path))
-    place = find_device(device)
+    torch_device = find_device(device)
     network, card = load_adapter(trained.folder, checkpoint or weights or trained.checkpoint)
-    model = Model(network.to(place), card)
+    model = Model(network.to(torch_device), card)
     if precision is None:
-        precision = "fp32" if place.type == "cpu" else "auto"
+        precision = "fp32" if torch_device.type == "cpu" else "auto"
     model.precision = fastest_precision(model.network) if precision == "auto" else precision
     return model

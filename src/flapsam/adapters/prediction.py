@@ -1,4 +1,4 @@
-"""Prediction as one call: what a run has trained, and images → label maps on disk."""
+"""Segment images on disk with a trained adapter, in one call."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,25 +19,25 @@ from flapsam.run.observer import Observer
 
 @dataclass(frozen=True)
 class Predictions:
-    """What became of the images."""
+    """Outcomes of segmenting images."""
 
     outcomes: Sequence[Outcome]
-    """An outcome for each image."""
+    """One outcome for each image."""
     volumes: Path
-    """Table of the classes' volumes in millilitres."""
+    """Path of the table with the classes' volumes in millilitres."""
 
     @property
     def written(self) -> list[Outcome]:
-        """The images that have a label map."""
+        """Outcomes of the images that have a label map."""
         return [outcome for outcome in self.outcomes if not outcome.error]
 
     @property
     def failed(self) -> list[Outcome]:
-        """The images that could not be segmented."""
+        """Outcomes of the images that could not be segmented."""
         return [outcome for outcome in self.outcomes if outcome.error]
 
     def as_json(self) -> dict[str, Any]:
-        """The outcomes for other programs."""
+        """The outcomes as JSON for other programs."""
         return {
             "written": [str(path) for outcome in self.written for path in outcome.written],
             "images": [outcome.as_json() for outcome in self.outcomes],
@@ -65,33 +65,33 @@ def predict(
 
     Args:
         trained: folder of a run or of an adapter.
-        images: image files; folders, which are searched at any depth; or lists of paths (``.txt``).
+        images: image files, folders, which are searched at any depth, or lists of paths (``.txt``).
         output: folder for the label maps.
-        split: take only these cases of the one folder of sites in ``images``.
-        series: of folders with several DICOM series, those whose description, number or UID match this pattern.
-        options: what is done beyond predicting every slice once.
-        dicom_seg: whether DICOM images get a DICOM segmentation beside NIfTI.
-        resume: skip images that the same adapter has segmented here in the same way.
+        split: segment only the cases of this split. ``images`` must then be one folder of sites.
+        series: pattern for the description, number or UID of a series, which selects from folders with several DICOM series.
+        options: optional steps beyond predicting every slice once.
+        dicom_seg: whether DICOM images also get a DICOM segmentation, beside the NIfTI label map.
+        resume: skip images that the same adapter has segmented into this folder with the same options.
         checkpoint: the backbone's checkpoint, if the adapter needs one.
         device: ``cpu``, ``cuda``, ``mps`` or ``auto``.
-        precision: as ``load``.
+        precision: precision of the image encoder, as for ``load``.
         threads: number of threads; all cores if None.
-        observer: follows the work.
+        observer: follows the images.
 
     Raises:
-        FlapsamError: there is no adapter or no image, or nothing can be written. An image that cannot be segmented raises
-            nothing; it is among ``Predictions.failed``.
+        FlapsamError: there is no adapter or no image, or the output folder cannot be written. An image that cannot be
+            segmented raises nothing. It is listed in ``Predictions.failed``.
     """
-    found = find_trained(trained)
+    adapter = find_trained(trained)
     if split is None:
-        jobs = find_images(images, found, series=series, output=output)
+        jobs = find_images(images, adapter, series=series, output=output)
     elif len(images) == 1:
-        jobs = images_of_split(images[0], found, split)
+        jobs = images_of_split(images[0], adapter, split)
     else:
-        raise FlapsamError("--split: give one folder of sites")
+        raise FlapsamError("--split needs exactly one folder of sites; leave the other paths out")
     set_up_torch(threads or default_threads(), deterministic=True)
     model = load(trained, checkpoint=checkpoint, device=device, precision=precision)
     outcomes = predict_images(
-        model, found, jobs, output, options=options, segmentation=dicom_seg, resume=resume, observer=observer or Observer()
+        model, adapter, jobs, output, options=options, segmentation=dicom_seg, resume=resume, observer=observer or Observer()
     )
     return Predictions(list(outcomes), output / VOLUMES)

@@ -1,8 +1,8 @@
-"""The result of a run: a folder with the trained tensors and all that is needed to use them.
+"""Store and load an adapter: a folder with the trained tensors and everything that is needed to use them.
 
-``flapsam.json`` says what the adapter is. Low-rank factors are kept in PEFT's own format (``adapter_config.json``,
-``adapter_model.safetensors``), for FLAP-SAM together with the decoder's output part; what PEFT cannot express is in
-``weights.safetensors``. The model card beside them, ``README.md``, is for people.
+``flapsam.json`` describes the adapter. Low-rank factors are kept in PEFT's own format (``adapter_config.json``,
+``adapter_model.safetensors``), which for FLAP-SAM also holds the decoder's output part. What PEFT cannot express is in
+``weights.safetensors``. The model card, ``README.md``, is for people.
 """
 
 import json
@@ -32,11 +32,11 @@ CARD, PEFT_CONFIG, PEFT_WEIGHTS, PLAIN_WEIGHTS = (
 )
 PEFT_PREFIX = "base_model.model."
 CARD_FORMAT = 4
-"""Of ``flapsam.json``; ``_upgrade`` reads the older ones."""
+"""Version of ``flapsam.json``. ``_upgrade`` converts older ones."""
 
 
 class BackboneCard(BaseModel):
-    """The network underneath an adapter."""
+    """The backbone that an adapter belongs to."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -46,13 +46,13 @@ class BackboneCard(BaseModel):
     """File name of the checkpoint, or ``random``."""
     masks: Literal["new", "warm"]
     seed: int
-    """Of what was not in the checkpoint."""
+    """Seed of the weights that the checkpoint did not contain."""
     checksum: str
-    """SHA-256 of the weights that stay."""
+    """SHA-256 of the frozen weights."""
 
 
 class AdapterCard(BaseModel):
-    """What ``flapsam.json`` says."""
+    """Contents of ``flapsam.json``: the description of an adapter."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -68,24 +68,24 @@ class AdapterCard(BaseModel):
     samples: Samples
     classes: list[str]
     labels: dict[str, ClassValues]
-    """Values that stood for the classes in the training labels; predictions hold 1, 2, … in the order of ``classes``."""
+    """Values of each class in the training labels. Predictions hold 1, 2, … in the order of ``classes``."""
     licence: str
-    """An SPDX identifier, or ``unknown``."""
+    """SPDX identifier, or ``unknown``."""
 
 
 def save_adapter(folder: Path, card: AdapterCard, tensors: Mapping[str, Tensor]) -> None:
-    """Write an adapter; its card is written last, so a folder with a card is whole.
+    """Write an adapter. Its description is written last, so a folder that has one is complete.
 
     Args:
-        folder: where to.
-        card: what it is.
-        tensors: those that travel, under the network's public names.
+        folder: the adapter's folder.
+        card: the adapter's description.
+        tensors: the travelling tensors, under the network's public names.
     """
     chosen = strategy(card.strategy)
     output_with_lora = chosen.lora and chosen.trains == (OUTPUT,) and not card.frozen
     peft = {n: t.contiguous() for n, t in tensors.items() if ".lora_" in n or (output_with_lora and fnmatchcase(n, OUTPUT))}
     if any(name in tensors and not chosen.selects(name) for name in adapted_weights(tensors.keys())):
-        # An aggregator changed the adapted layers' own weights too: PEFT shall not find a part of the adapter.
+        # An aggregator also changed the adapted layers' own weights. PEFT must not load only a part of the adapter.
         peft = {}
     plain = {n: t.contiguous() for n, t in tensors.items() if n not in peft}
     if peft:
@@ -95,7 +95,7 @@ def save_adapter(folder: Path, card: AdapterCard, tensors: Mapping[str, Tensor])
         config.modules_to_save = ["output"] if output_with_lora else None
         with written_whole(folder / PEFT_WEIGHTS) as temporary:
             save_file({PEFT_PREFIX + name: tensor for name, tensor in peft.items()}, temporary, metadata={"format": "pt"})
-        # Sets have no order of their own; sorted, the file is the same each time.
+        # Sets have no order. Sorting them writes the same file every time.
         write_text(folder / PEFT_CONFIG, json.dumps(config.to_dict(), indent=2, sort_keys=True, default=sorted) + "\n")
     if plain:
         with written_whole(folder / PLAIN_WEIGHTS) as temporary:
@@ -104,18 +104,18 @@ def save_adapter(folder: Path, card: AdapterCard, tensors: Mapping[str, Tensor])
 
 
 def read_card(folder: Path) -> AdapterCard:
-    """What an adapter is.
+    """Read the description of an adapter.
 
     Raises:
-        FlapsamError: the folder is no adapter, or of a format that this version does not know.
+        FlapsamError: the folder is not an adapter, or this version does not know its format.
     """
     path = folder / CARD
     try:
         description = json.loads(path.read_text())
     except OSError as error:
-        raise FlapsamError(f"{folder}: not an adapter, {CARD} is missing") from error
+        raise FlapsamError(f"{folder}: not an adapter, because {CARD} is missing") from error
     except ValueError as error:
-        raise FlapsamError(f"{path}: not an adapter's description, it is no JSON") from error
+        raise FlapsamError(f"{path}: not an adapter's description, because it is not valid JSON") from error
     if problem := too_new(description.get("format") if isinstance(description, dict) else None, CARD_FORMAT):
         raise FlapsamError(f"{path}: {problem}")
     try:
@@ -125,29 +125,29 @@ def read_card(folder: Path) -> AdapterCard:
 
 
 def _upgrade(description: Any) -> Any:
-    """From the format that it was written in to the one of today, a format at a time."""
+    """Convert a description to the current format, one version at a time."""
     if not isinstance(description, dict):
         return description
     backbone = description.get("backbone")
     if description.get("format") == 1:
-        # Adapters did not say their licence, and at first had null for random weights.
+        # Format 1 had no licence, and its first adapters had null for random weights.
         if isinstance(backbone, dict) and backbone.get("weights") is None:
             backbone = {**backbone, "weights": RANDOM}
         description = {**description, "format": 2, "licence": "unknown", "backbone": backbone}
     if description.get("format") == 2:
-        # Masks always started anew.
+        # In format 2, masks always started at random.
         if isinstance(backbone, dict):
             backbone = {**backbone, "masks": "new"}
         description = {**description, "format": 3, "backbone": backbone}
     if description.get("format") == 3:
-        # Adapters sat on every query and value, and all of the output trained.
+        # In format 3, every query and value had low-rank factors, and the whole output part was trained.
         description = {**description, "format": 4, "lora": {"rank": description.get("lora_rank")}, "frozen": []}
         description.pop("lora_rank", None)
     return description
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The trained tensors of an adapter under the network's public names.
+    """Read the trained tensors of an adapter, under the network's public names.
 
     Raises:
         FlapsamError: a file is missing or damaged.
@@ -165,14 +165,14 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def load_adapter(folder: Path, checkpoint: Checkpoint | None = None) -> tuple[Sam, AdapterCard]:
-    """Build the network of an adapter and put the adapter on it.
+    """Build the network of an adapter and load the adapter into it.
 
     Args:
-        folder: the adapter.
-        checkpoint: the backbone's checkpoint; if not given, the one that ships or was downloaded.
+        folder: the adapter's folder.
+        checkpoint: the backbone's checkpoint; the one that ships or was downloaded if None.
 
     Raises:
-        FlapsamError: the adapter is damaged, or the backbone is missing or not the one that it was trained on.
+        FlapsamError: the adapter is damaged, or its backbone is missing or is not the one that it was trained on.
     """
     card = read_card(folder)
     if card.backbone.weights == RANDOM:
@@ -189,11 +189,11 @@ def load_adapter(folder: Path, checkpoint: Checkpoint | None = None) -> tuple[Sa
     if assembled.origin.checksum != card.backbone.checksum:
         raise FlapsamError(
             f"{folder}: this adapter belongs to another backbone: {card.backbone.name} from {card.backbone.weights} with "
-            f"checksum {card.backbone.checksum[:12]}, not {assembled.origin.checksum[:12]}; give that checkpoint with "
+            f"checksum {card.backbone.checksum[:12]}, not {assembled.origin.checksum[:12]}; pass its checkpoint with "
             "--checkpoint"
         )
     try:
         load_travelling(assembled.network, read_tensors(folder))
     except ValueError as error:
-        raise FlapsamError(f"{folder}: its weights do not fit its description: {error}") from error
+        raise FlapsamError(f"{folder}: the weights do not fit its description: {error}") from error
     return assembled.network, card

@@ -1,1 +1,1 @@
-"""What every room builds on: errors, files, seeds, downloads, the machine. It knows nothing of runs."""
+"""What every room builds on: errors, files, seeds, downloads and the machine. It knows nothing about runs."""

@@ -1,4 +1,4 @@
-"""Where the arithmetic happens."""
+"""The device that a network runs on, and the machine around it."""
 
 import os
 from typing import Any
@@ -11,10 +11,10 @@ from flapsam.base.errors import FlapsamError
 
 
 def find_device(name: str) -> torch.device:
-    """The device of this name; ``auto`` takes a GPU if there is one.
+    """The device called ``name``. ``auto`` takes a GPU if the machine has one.
 
     Raises:
-        FlapsamError: there is no such device here.
+        FlapsamError: the device is not available on this machine.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -27,21 +27,26 @@ def find_device(name: str) -> torch.device:
 
 
 def set_up_torch(threads: int, *, deterministic: bool) -> None:
-    """Fix what the last bits of a result depend on, for the whole process."""
+    """Set, for the whole process, what the last bits of a result depend on.
+
+    Args:
+        threads: number of threads for each operation on the CPU.
+        deterministic: whether to use only operations that return the same bits every time.
+    """
     torch.set_num_threads(threads)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
-    # Every tensor here is written before it is read; filling memory first costs a fifth of a step.
+    # flapsam writes every tensor before reading it. Filling memory first would cost a fifth of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def inspect_machine() -> dict[str, Any]:
     """Versions, memory, disk and GPUs of this machine."""
-    found = environment()
-    del found["command"]
+    described = environment()
+    del described["command"]
     return {
-        **found,
+        **described,
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "memory_free_gib": round(psutil.virtual_memory().available / 2**30, 1),
         "disk_free_gib": round(psutil.disk_usage(".").free / 2**30, 1),

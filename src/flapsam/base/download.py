@@ -1,4 +1,4 @@
-"""Files from the network, only when the user asks for them."""
+"""Downloads, which happen only when the user asks for them."""
 
 import hashlib
 import os
@@ -16,7 +16,7 @@ CHUNK = 1 << 20
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: ``FLAPSAM_CACHE``, else the user's cache folder."""
+    """Folder that holds downloads: ``FLAPSAM_CACHE`` if set, else the user's cache folder."""
     if "FLAPSAM_CACHE" in os.environ:
         return Path(os.environ["FLAPSAM_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flapsam"
@@ -30,53 +30,55 @@ def download(
     md5: str = "",
     on_bytes: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Fetch a file; what a broken attempt left is gone on with.
+    """Download a file, resuming an interrupted download.
 
     Args:
-        url: where from.
-        target: where to; it appears when it is whole and right.
-        sha256: the checksum's first digits, if they are known.
-        md5: the same in MD5, where a file's makers give no other.
-        on_bytes: called with the bytes there are and the bytes there will be (0 if the server does not say).
+        url: address of the file.
+        target: path of the downloaded file. It appears only once the file is complete and its checksum matches.
+        sha256: first digits of the SHA-256 checksum, if known.
+        md5: first digits of the MD5 checksum, for files whose makers publish no other.
+        on_bytes: called with the number of bytes received and the total (0 if the server does not state it).
 
     Raises:
-        FlapsamError: no connection, the server refuses, the disk is too small, or the checksum differs.
+        FlapsamError: there is no connection, the server refuses, the disk is too small, or the checksum differs.
     """
     make_folder(target.parent)
     part = target.with_name(target.name + ".part")
-    there = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={there}-"} if there else {})
+    received = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={received}-"} if received else {})
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
             if response.status != HTTPStatus.PARTIAL_CONTENT:
-                there = 0
+                received = 0
             length = int(response.headers.get("Content-Length") or 0)
-            total = there + length if length else 0
+            total = received + length if length else 0
             if length > shutil.disk_usage(target.parent).free:
                 raise FlapsamError(
-                    f"{target.parent}: {length} bytes are needed, fewer are free; set FLAPSAM_CACHE elsewhere"
+                    f"{target.parent}: the disk has less than the {length} bytes that are needed; set FLAPSAM_CACHE to a "
+                    "folder on a larger one"
                 )
-            with part.open("ab" if there else "wb") as file:
+            with part.open("ab" if received else "wb") as file:
                 while chunk := response.read(CHUNK):
                     file.write(chunk)
-                    there += len(chunk)
-                    on_bytes(there, total)
+                    received += len(chunk)
+                    on_bytes(received, total)
     except urllib.error.HTTPError as error:
         if error.code != HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise FlapsamError(f"{url}: the server answers {error.code} {error.reason}") from error
-        total = there
+        total = received
     except (urllib.error.URLError, OSError) as error:
         raise FlapsamError(
-            f"{url}: cannot be fetched ({getattr(error, 'reason', error)}); fetch it on a machine that is online and put it "
-            f"to {target}, or run this again to go on"
+            f"{url}: cannot be downloaded ({getattr(error, 'reason', error)}); run this again to resume, or download it on "
+            f"a machine with a connection and copy it to {target}"
         ) from error
-    if total and there != total:
-        raise FlapsamError(f"{url}: the connection broke after {there} of {total} bytes; run this again to go on")
+    if total and received != total:
+        raise FlapsamError(f"{url}: the connection broke after {received} of {total} bytes; run this again to resume")
     for algorithm, expected in (("sha256", sha256), ("md5", md5)):
-        if expected and not (found := checksum(part, algorithm)).startswith(expected):
+        if expected and not (actual := checksum(part, algorithm)).startswith(expected):
             part.unlink()
             raise FlapsamError(
-                f"{url}: the file's checksum is {found[:12]}…, not {expected}…; it is removed, run this again"
+                f"{url}: the file's checksum is {actual[:12]}…, not {expected}…, so it was removed; run this again to "
+                "download it"
             )
     part.replace(target)
 

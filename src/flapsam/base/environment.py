@@ -1,4 +1,4 @@
-"""What a run ran on."""
+"""The software, machine and command line that a run used."""
 
 import os
 import platform
@@ -11,11 +11,11 @@ from typing import Any
 from flapsam.base.version import __version__
 
 PACKAGES = ("torch", "transformers", "peft", "monai", "nibabel", "numpy", "safetensors", "zstandard")
-"""Those whose versions can change a result."""
+"""Packages whose versions can change a result."""
 
 
 def environment() -> dict[str, Any]:
-    """Versions, machine and command line, for whoever repeats the run."""
+    """Versions, machine and command line, so that the run can be repeated."""
     return {
         "flapsam": __version__,
         "command": sys.argv,
@@ -28,7 +28,7 @@ def environment() -> dict[str, Any]:
 
 
 def default_threads() -> int:
-    """The cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -36,13 +36,13 @@ PROCESS = Path("/proc/self")
 
 
 def forget_peak() -> None:
-    """From now on ``peak_bytes`` counts anew, where the system lets it."""
+    """Reset the peak that ``peak_bytes`` reports, where the system allows it."""
     with suppress(OSError):
         (PROCESS / "clear_refs").write_text("5")
 
 
 def peak_bytes() -> int | None:
-    """The largest resident memory of this process; None where the system does not say."""
+    """Peak resident memory of this process, or None where the system does not report it."""
     if not PROCESS.exists():
         return None
     lines = (PROCESS / "status").read_text().splitlines()

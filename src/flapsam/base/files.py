@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files so that a reader never sees an incomplete one."""
 
 import errno
 import os
@@ -11,17 +11,17 @@ from typing import IO
 from flapsam.base.errors import FlapsamError
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
-"""How a disk says that it knows no locks; work there goes on without."""
+"""Errors of a file system without locks. Work there continues without a lock."""
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path``; when the block ends well, sync it and rename it to ``path``.
+    """Yield a temporary path beside ``path``. When the block ends without an error, sync it and rename it to ``path``.
 
     The temporary name keeps the suffixes, because image libraries choose the format by them.
 
     Raises:
-        FlapsamError: the folder cannot be made or written to, or the disk is full.
+        FlapsamError: the folder cannot be created or written to, or the disk is full.
     """
     make_folder(path.parent)
     try:
@@ -43,34 +43,34 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path``, whole or not at all."""
+    """Write ``data`` to ``path``, completely or not at all."""
     with written_whole(path) as temporary:
         temporary.write_bytes(data)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` as UTF-8 to ``path``, whole or not at all."""
+    """Write ``text`` as UTF-8 to ``path``, completely or not at all."""
     write_bytes(path, text.encode())
 
 
 def make_folder(path: Path) -> Path:
-    """Make ``path`` and its parents; returns it.
+    """Create the folder ``path`` with its parents, and return it.
 
     Raises:
-        FlapsamError: it cannot be made.
+        FlapsamError: the folder cannot be created.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FlapsamError(f"{path}: cannot make this folder ({error.strerror}); choose another output folder") from error
+        raise FlapsamError(f"{path}: cannot create this folder ({error.strerror}); choose another output folder") from error
     return path
 
 
 def check_writable(folder: Path) -> None:
-    """Make ``folder`` and try a file in it, before long work begins.
+    """Create ``folder`` and write a file in it as a test, before long work begins.
 
     Raises:
-        FlapsamError: nothing can be written there.
+        FlapsamError: the folder cannot be created or written to.
     """
     probe = folder / ".writable"
     write_bytes(probe, b"")
@@ -78,14 +78,14 @@ def check_writable(folder: Path) -> None:
 
 
 def alone(path: Path, *, wait: bool = True) -> IO[bytes]:
-    """Lock a file until what is returned is closed or the process ends.
+    """Lock a file until the returned file object is closed or the process ends.
 
     Args:
-        path: of the file.
-        wait: until no other process has it locked.
+        path: the file to lock.
+        wait: whether to wait while another process holds the lock.
 
     Raises:
-        FlapsamError: another has it locked, and it is not waited for.
+        FlapsamError: another process holds the lock and ``wait`` is False.
     """
     import fcntl
 
@@ -94,7 +94,7 @@ def alone(path: Path, *, wait: bool = True) -> IO[bytes]:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError as error:
-        raise FlapsamError(f"{path.parent}: another process is at work here; end that one first") from error
+        raise FlapsamError(f"{path.parent}: another process is using this folder; stop that process first") from error
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
@@ -102,7 +102,10 @@ def alone(path: Path, *, wait: bool = True) -> IO[bytes]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process on this machine, or on one whose locks the disk carries here, has a file locked by ``alone``."""
+    """Whether a process holds a lock from ``alone`` on a file.
+
+    Processes on other machines count if the file system shares their locks.
+    """
     import fcntl
 
     try:

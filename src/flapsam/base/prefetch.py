@@ -1,4 +1,4 @@
-"""Work done ahead of time, in a thread of its own, so that the network need not wait for its samples."""
+"""Preparing samples ahead of time in a separate thread, so that the network need not wait for them."""
 
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -11,13 +11,13 @@ from threadpoolctl import threadpool_limits
 Item = TypeVar("Item")
 
 DEPTH = 3
-"""Items that may be ready and waiting, unless it is said otherwise."""
+"""Default for the number of items that may be computed in advance."""
 
 
 def ahead(items: Iterator[Item], depth: int = DEPTH) -> Generator[Item]:
-    """The same items in the same order, each computed while the ones before it are in use.
+    """Yield the same items in the same order, each computed while earlier ones are in use.
 
-    At most ``depth`` are ready and waiting. An exception of the iterator is raised where its item would have come.
+    At most ``depth`` items are computed in advance. An exception of the iterator is raised in place of its item.
     """
     end = object()
     with ThreadPoolExecutor(1, initializer=_one_thread) as pool:
@@ -28,6 +28,7 @@ def ahead(items: Iterator[Item], depth: int = DEPTH) -> Generator[Item]:
 
 
 def _one_thread() -> None:
-    """Leave the other cores to the network: two teams of threads slow each other down."""
-    torch.get_num_threads()  # PyTorch sets a thread's number at its first use, and would undo the limit later
+    """Leave the other cores to the network, because two teams of threads slow each other down."""
+    # PyTorch sets the number of threads at its first use and would otherwise undo the limit later.
+    torch.get_num_threads()
     threadpool_limits(1, user_api="openmp")

@@ -27,7 +27,7 @@ app.add_typer(federation.app, name="federation")
 
 
 def main() -> None:
-    """Run the command line. A user's mistake ends in one sentence and exit code 2."""
+    """Run the command line. A user's error is reported in one sentence, with exit code 2."""
     try:
         app()
     except FlapsamError as error:

@@ -1,4 +1,4 @@
-"""``flapsam backbone``: Segment Anything Models to build on, and ``flapsam pretrain``."""
+"""``flapsam backbone``: Segment Anything Models to build on."""
 
 from pathlib import Path
 from typing import Annotated
@@ -34,7 +34,7 @@ def get(name: Annotated[str, typer.Argument(help="A name from `flapsam backbone 
 
 @app.command()
 def info(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint: .pth, .safetensors, or a folder of transformers.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint: .pth, .safetensors, or a transformers folder.")],
     as_json: Json = False,
 ) -> None:
     """Describe a checkpoint: architecture, image size, parameters, checksum."""

@@ -11,7 +11,9 @@ app = typer.Typer()
 
 BenchConfig = Annotated[
     str,
-    typer.Argument(metavar="RUN.yaml", help="Configuration whose field `bench` says what to compare, or a shipped setting."),
+    typer.Argument(
+        metavar="RUN.yaml", help="Configuration with a `bench` field that lists what to compare, or a shipped setting."
+    ),
 ]
 DataFolder = Annotated[Path | None, typer.Option("--data", help="Folder of the data. Overrides data.path.")]
 
@@ -22,7 +24,7 @@ def bench(
     data: DataFolder = None,
     assignments: Assignments = None,
     only: Annotated[str, typer.Option(help="Compute only the cells whose names match, such as 'flap*'.")] = "*",
-    minutes: Annotated[float | None, typer.Option(min=0, help="Begin no new cell after this time.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="Start no new cell after this many minutes.")] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -51,7 +53,7 @@ def suggest(
     config: BenchConfig,
     data: DataFolder = None,
     assignments: Assignments = None,
-    tolerance: Annotated[float, typer.Option(min=0, help="Loss of Dice that is acceptable.")] = 0.01,
+    tolerance: Annotated[float, typer.Option(min=0, help="Acceptable loss of Dice.")] = 0.01,
     as_json: Json = False,
 ) -> None:
     """Name the cheapest choice of a bench whose Dice is close to the best."""

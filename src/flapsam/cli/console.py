@@ -1,4 +1,4 @@
-"""What all commands share: output, common options, progress, and how an interrupted command ends."""
+"""Shared by all commands: output, common options, progress, and the handling of Ctrl-C."""
 
 import json
 import sys
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 out, notes = Console(), Console(stderr=True)
 work = Console(stderr=True)
-"""Shows long work, unless ``--quiet`` is given."""
+"""Console for the progress of long work. ``--quiet`` silences it."""
 
 
 class TrackerName(StrEnum):
-    """Software that run figures can be written for."""
+    """Software that a run's figures can be written for."""
 
     tensorboard = "tensorboard"
     mlflow = "mlflow"
@@ -33,7 +33,7 @@ def _hush(quiet: bool) -> bool:
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show only errors and the result.", callback=_hush)]
 Track = Annotated[
-    list[TrackerName] | None, typer.Option("--track", help="Also write figures for this software. Repeatable.")
+    list[TrackerName] | None, typer.Option("--track", help="Also write the figures for this software. Repeatable.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Assignments = Annotated[
@@ -53,12 +53,12 @@ TrainedOption = Annotated[
 ]
 Checkpoint = Annotated[
     Path | None,
-    typer.Option("--checkpoint", "--weights", help="Checkpoint of the backbone, if it neither ships nor was downloaded."),
+    typer.Option("--checkpoint", "--weights", help="Checkpoint of the backbone, if it is neither shipped nor downloaded."),
 ]
 
 
 def say(text: str, *, to: Console = out) -> None:
-    """Print a sentence as it is, without markup, colours or line breaks of its own."""
+    """Print a sentence as it is, without interpreting markup, adding colours or breaking lines."""
     to.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -68,18 +68,18 @@ def warn(text: str) -> None:
 
 
 def show_error(text: str) -> None:
-    """Print what ended the command."""
+    """Print the error that ended the command."""
     notes.print("[bold red]Error:[/]", end=" ")
     say(text, to=notes)
 
 
 def print_json(value: Any) -> None:
-    """Print a result for other programs."""
+    """Print a result as JSON, for other programs."""
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
 def observing() -> "ConsoleObserver":
-    """An observer that shows long work."""
+    """An observer that shows the progress of long work."""
     from flapsam.report.progress import ConsoleObserver
 
     return ConsoleObserver(work)
@@ -97,6 +97,6 @@ def interrupted(advice: str) -> Iterator[None]:
 
 @contextmanager
 def interruptible(advice: str) -> "Iterator[ConsoleObserver]":
-    """Show long work; on Ctrl-C, print the advice and end with exit code 130."""
+    """Show the progress of long work. On Ctrl-C, print the advice and end with exit code 130."""
     with interrupted(advice), observing() as observer:
         yield observer

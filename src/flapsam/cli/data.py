@@ -1,4 +1,4 @@
-"""``flapsam data``: data sets, and whether they are sound."""
+"""``flapsam data``: list, describe, download, check and simulate data sets."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,7 @@ import typer
 
 from flapsam.cli.console import Json, Quiet, observing, out, print_json, say
 
-app = typer.Typer(help="Check data, fetch it, or simulate it.", no_args_is_help=True)
+app = typer.Typer(help="Check, download or simulate data.", no_args_is_help=True)
 
 DatasetName = Annotated[str, typer.Argument(help="A name from `flapsam data list`.")]
 
@@ -56,11 +56,11 @@ def check(
     config: Annotated[
         Path | None, typer.Option(metavar="RUN.yaml", help="Configuration that says which label values are classes.")
     ] = None,
-    labels: Annotated[list[int] | None, typer.Option("--label", help="A label value that may occur. Repeatable.")] = None,
+    labels: Annotated[list[int] | None, typer.Option("--label", help="Label value that may occur. Repeatable.")] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Read every case and list every problem, before any training."""
+    """Read every case and list all problems, before any training."""
     from flapsam.run.reading import read_config
     from flapsam.sites.check import check_data
 
@@ -82,7 +82,7 @@ def check(
 def phantom(
     folder: Annotated[Path, typer.Argument(help="Folder for the sites.")],
     sites: Annotated[int, typer.Option(min=1, help="Number of sites.")] = 4,
-    cases: Annotated[int, typer.Option(min=2, help="Cases at each site; three in ten are for the test.")] = 10,
+    cases: Annotated[int, typer.Option(min=2, help="Cases at each site. Three in ten are test cases.")] = 10,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     quiet: Quiet = False,
 ) -> None:

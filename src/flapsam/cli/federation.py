@@ -1,4 +1,4 @@
-"""``flapsam federation``: a run between hospitals."""
+"""``flapsam federation``: runs between hospitals."""
 
 import importlib.util
 from pathlib import Path
@@ -38,7 +38,7 @@ def provision(
         Path, typer.Argument(metavar="FEDERATION.yaml", help="File with the server's address and the sites' names.")
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the kits.")] = Path("kits"),
-    renew: Annotated[list[str] | None, typer.Option(help="SiteSide whose kit is made again, or `all`. Repeatable.")] = None,
+    renew: Annotated[list[str] | None, typer.Option(help="Participant whose kit is replaced, or `all`. Repeatable.")] = None,
     as_json: Json = False,
 ) -> None:
     """Make a start-up kit for the server, the coordinator and each site. Existing kits stay as they are."""
@@ -53,8 +53,8 @@ def provision(
         return print_json(rows)
     out.print(tables.plain_table(rows))
     say(
-        "Give each participant its kit over a channel that you trust: whoever has a kit is that participant. "
-        f"Keep {output / 'authority'} to yourself."
+        "Send each participant its kit over a channel that you trust. Anyone who has a kit can act as its participant. "
+        f"Keep {output / 'authority'} secret."
     )
 
 
@@ -78,7 +78,7 @@ def check(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Check in advance whether a site's certificate, network, data and memory will do."""
+    """Check a site's certificate, network, data, disk and memory before it takes part in a run."""
     from dataclasses import asdict
 
     from flapsam.federation.engines.nvflare.preflight import check_site
@@ -100,7 +100,7 @@ def run(
     config: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Configuration of the run, as for flapsam simulate.")],
     kit: CoordinatorKit = COORDINATOR,
     assignments: Assignments = None,
-    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for missing sites, once there are enough.")] = 60,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for missing sites before starting without them.")] = 60,
     track: Track = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -112,7 +112,7 @@ def run(
     from flapsam.report.tracking import tracked
 
     configuration = read_federated_config(config, assignments or [])
-    advice = "The server continues. Run the same command to follow it, or flapsam federation stop to end the run."
+    advice = "The run continues at the server. Run the same command to follow it, or flapsam federation stop to stop it."
     with interruptible(advice) as shown, tracked(shown, track or [], warn) as observer:
         adapter = follow(configuration, kit, observer, wait=wait)
     if as_json:
@@ -133,20 +133,20 @@ def status(kit: CoordinatorKit = COORDINATOR, as_json: Json = False) -> None:
     answer = ask(kit)
     if as_json:
         return print_json(answer)
-    say(f"{answer['server']}: up since {answer['since']}, {len(answer['jobs'])} jobs running")
+    say(f"{answer['server']}: up since {answer['since']}, jobs running: {len(answer['jobs'])}")
     rows = [{"site": name, "": "connected" if seen else "not connected"} for name, seen in answer["sites"].items()]
     out.print(tables.plain_table(rows))
 
 
 @app.command()
 def stop(kit: CoordinatorKit = COORDINATOR, as_json: Json = False) -> None:
-    """Stop the current run. Finished rounds are kept; flapsam federation run resumes it."""
+    """Stop the current run. Finished rounds are kept, and flapsam federation run resumes it."""
     from flapsam.federation.engines.nvflare.jobs import stop as end
 
     jobs = end(kit)
     if as_json:
         return print_json({"ended": jobs})
-    say(f"{len(jobs)} jobs stopped" if jobs else "no job is running")
+    say(f"Jobs stopped: {len(jobs)}" if jobs else "No job is running.")
 
 
 def _launch(folder: Path, role: Literal["server", "site"], site_config: Path | None, unit: bool) -> None:

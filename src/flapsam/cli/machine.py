@@ -1,4 +1,4 @@
-"""Commands about this machine and a run's demands: ``traffic``, ``memory``, ``doctor``, ``pretrain``."""
+"""Commands about resources: ``traffic``, ``memory``, ``doctor``, ``pretrain``."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,7 +27,7 @@ BackboneName = Annotated[str, typer.Option(help="A name from `flapsam backbone l
 @app.command()
 def traffic(
     config: Annotated[
-        Path | None, typer.Argument(metavar="[RUN.yaml]", help="Configuration of a run whose packets are to be predicted.")
+        Path | None, typer.Argument(metavar="[RUN.yaml]", help="Configuration of a run whose traffic to predict.")
     ] = None,
     assignments: Assignments = None,
     backbone: BackboneName = "sam-vit-b",
@@ -61,13 +61,13 @@ def traffic(
 def memory(
     backbone: BackboneName = "sam-vit-b",
     size: Size = None,
-    strategy: Annotated[str, typer.Option(help="Strategy: what trains.")] = "flap",
+    strategy: Annotated[str, typer.Option(help="Strategy that selects the parameters to train.")] = "flap",
     rank: Rank = 32,
     device: Device = "cpu",
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Precision of the network's arithmetic.")] = "fp32",
     as_json: Json = False,
 ) -> None:
-    """Measure the memory of a training step on random weights, by slices at once, with and without checkpointing."""
+    """Measure the memory of a training step on random weights, by number of slices, with and without checkpointing."""
     from dataclasses import asdict
 
     from flapsam.learning.memory import memory_table
@@ -81,7 +81,7 @@ def memory(
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Show what flapsam finds on this machine."""
+    """Show versions, devices, memory and disk of this machine."""
     from flapsam.base.device import inspect_machine
 
     machine = inspect_machine()
@@ -96,9 +96,9 @@ def doctor(as_json: Json = False) -> None:
 def pretrain(
     folder: Annotated[Path, typer.Argument(help="Folder for weights, log and state.")],
     steps: Annotated[int, typer.Option(min=1, help="Number of training steps.")] = 10_000,
-    batch: Annotated[int, typer.Option(min=1, help="Scenes in a step.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Number of scenes in a step.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="Twenty steps, to check that it runs.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Train for 20 steps only, to check that it works.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last state in the folder.")] = False,
     threads: Threads = None,
     quiet: Quiet = False,

@@ -1,4 +1,4 @@
-"""Commands that show what a run has produced: ``report``, ``view``, ``track``."""
+"""Commands that show a run's results: ``report``, ``view``, ``track``."""
 
 from pathlib import Path
 from typing import Annotated
@@ -75,7 +75,7 @@ def track(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
     to: Annotated[list[TrackerName], typer.Option("--to", help="Software to write figures for. Repeatable.")],
 ) -> None:
-    """Write the figures of a run for TensorBoard or MLflow. Figures that were written before are not written again."""
+    """Write the figures of a run for TensorBoard or MLflow. Figures that were written before are skipped."""
     from flapsam.report.tracking import track_run
 
     for place in track_run(run, to):

@@ -1,4 +1,4 @@
-"""Commands that begin runs and follow them: ``demo``, ``init``, ``simulate``, ``status``."""
+"""Commands that prepare, start and follow runs: ``demo``, ``init``, ``simulate``, ``status``."""
 
 from pathlib import Path
 from typing import Annotated
@@ -26,12 +26,12 @@ app = typer.Typer()
 @app.command()
 def demo(
     context: typer.Context,
-    folder: Annotated[Path, typer.Argument(help="A new folder for everything that the demo writes.")] = Path("demo"),
+    folder: Annotated[Path, typer.Argument(help="New folder for everything that the demo writes.")] = Path("demo"),
     sites: Annotated[int, typer.Option(min=2, help="Number of simulated sites.")] = 4,
     cases: Annotated[int, typer.Option(min=4, help="Cases at each site.")] = 10,
     assignments: Assignments = None,
 ) -> None:
-    """Try everything without data: simulate sites, train on them, segment and score. Takes about 5 minutes on two cores."""
+    """Try flapsam without data: simulate sites, train on them, segment and score. Takes about 5 minutes on two cores."""
     import shlex
 
     from flapsam.experiments.demo import begin_demo, demo_commands
@@ -56,7 +56,7 @@ def init(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Inspect a data set and write a configuration for it, with a reason beside each choice."""
+    """Inspect a data set and write a configuration for it, with a reason for each choice."""
     from dataclasses import asdict
 
     from flapsam.experiments.init import initialise, minutes
@@ -77,7 +77,7 @@ def simulate(
     config: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Configuration of the run.")],
     assignments: Assignments = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
-    workers: Annotated[int, typer.Option(min=1, help="Number of sites that train side by side.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Number of sites that train in parallel.")] = 1,
     track: Track = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -98,7 +98,7 @@ def simulate(
     else:
         for table in tables.results_tables(results):
             out.print(table)
-    # Last, so that the results are printed even if the report cannot be written.
+    # The report comes last, so that the results are printed even if it cannot be written.
     with observing() as observer:
         page = write_report(results.folder, observer=observer)
     if not as_json:

@@ -36,13 +36,16 @@ def predict(
         ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the label maps.")],
-    resume: Annotated[bool, typer.Option("--resume", help="Skip images whose label map was made in the same way.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Skip images that were already segmented in the same way.")
+    ] = False,
     series: Annotated[
         str | None,
-        typer.Option(help="DICOM series to take where a folder has several: number, description or UID, such as '*T2*'."),
+        typer.Option(help="DICOM series to use if a folder has several: number, description or UID, such as '*T2*'."),
     ] = None,
     split: Annotated[
-        Literal["train", "val", "test"] | None, typer.Option(help="Take only these cases of one folder of sites.")
+        Literal["train", "val", "test"] | None,
+        typer.Option(help="Segment only the cases of this split of a folder of sites."),
     ] = None,
     flips: Annotated[
         str,
@@ -57,18 +60,20 @@ def predict(
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Also write the classes' probabilities as one 4-D NIfTI file.")
     ] = False,
-    dicom_seg: Annotated[bool, typer.Option(help="For DICOM images, write a DICOM segmentation beside NIfTI.")] = True,
+    dicom_seg: Annotated[
+        bool, typer.Option(help="Write a DICOM segmentation beside the NIfTI file of a DICOM image.")
+    ] = True,
     checkpoint: Checkpoint = None,
     device: Device = "cpu",
     precision: Annotated[
         Literal["fp32", "bf16", "fp16", "auto"] | None,
-        typer.Option(help="auto takes the fastest, measured briefly. By default fp32 on a CPU and auto elsewhere."),
+        typer.Option(help="auto measures briefly and takes the fastest. By default fp32 on a CPU and auto elsewhere."),
     ] = None,
     threads: Threads = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Segment volumes: one label map for each image, in the grid and format of the image."""
+    """Segment volumes. Each image gets one label map, in its own grid and format."""
     from flapsam.adapters.prediction import predict as run
     from flapsam.learning.inference import PredictionOptions
 
@@ -105,12 +110,14 @@ def predict(
 @app.command()
 def evaluate(
     predictions: Annotated[Path, typer.Argument(help="Folder of label maps: CASE.nii.gz or SITE/CASE.nii.gz.")],
-    labels: Annotated[Path, typer.Argument(help="Folder of the truth: the same, or SITE/labels/CASE.nii.gz.")],
+    labels: Annotated[
+        Path, typer.Argument(help="Folder of ground-truth label maps: the same names, or SITE/labels/CASE.nii.gz.")
+    ],
     trained: TrainedOption = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Score label maps against the truth: 3-D Dice and 95 % Hausdorff distance per case, site and class."""
+    """Score label maps against the ground truth: 3-D Dice and 95 % Hausdorff distance per case, site and class."""
     from flapsam.adapters.evaluation import evaluate as score
     from flapsam.learning.metrics import as_json_of
     from flapsam.report import tables

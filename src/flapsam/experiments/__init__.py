@@ -1,1 +1,1 @@
-"""Whole experiments on one machine."""
+"""Experiments on one machine: simulations, benches, the demo, synthetic data and pretraining."""

@@ -1,8 +1,8 @@
-"""Many runs, one table: strategies × modes × aggregators × seeds, each combination a cell.
+"""Many runs, one table: strategies × modes × aggregators × seeds, with one cell for each combination.
 
-A cell is a simulation of its own in ``cells/NAME``; once it is over, ``cells/NAME.json`` holds what it gave and the run's
-state is removed. So a bench goes on where it was stopped, cell by cell and inside a cell, and cells may be computed on
-several machines and put together.
+A cell is a simulation of its own in ``cells/NAME``. Once it is done, its result is written to ``cells/NAME.json`` and the
+run's state is removed. An interrupted bench therefore resumes where it stopped, even inside a cell, and cells can be
+computed on several machines and collected in one folder.
 """
 
 import json
@@ -33,7 +33,7 @@ from flapsam.sites import CaseList, Site, list_cases, read_sites
 
 @dataclass(frozen=True)
 class Row:
-    """What cells of different seeds and unseen sites have in common."""
+    """A combination of strategy, mode, aggregator and variant, shared by cells with different seeds and unseen sites."""
 
     strategy: str
     mode: str
@@ -42,7 +42,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """For people and for files."""
+        """The row's name, in tables and in file names."""
         return ", ".join(part for part in (self.strategy, self.variant, self.mode, self.aggregator) if part)
 
 
@@ -53,56 +53,58 @@ class Cell:
     row: Row
     seed: int
     unseen: str = ""
-    """The site that never trains and alone is tested on."""
+    """The site that does not train, and the only one whose test scores are kept; empty if all sites train."""
 
     @property
     def name(self) -> str:
-        """Says which one it is."""
+        """The cell's name, unique in its bench."""
         return f"{self.row.name}, seed {self.seed}" + (f", without {self.unseen}" if self.unseen else "")
 
 
 @dataclass(frozen=True)
 class CellResult:
-    """What a cell gave."""
+    """The result of a cell."""
 
     cell: Cell
     scores: list[CaseScores]
     subjects: dict[str, str]
-    """Case, with its site before a slash → subject."""
+    """``SITE/CASE`` → subject."""
     parameters: int
-    """That train, and travel where anything does."""
+    """Number of parameters that train, and that travel in a federation."""
     bytes_up: float
-    """By a site, over all rounds; 0 where nothing travels."""
+    """Bytes that a site sends over all rounds, on average; 0 without a federation."""
     bytes_down: float
+    """Bytes that a site receives over all rounds, on average; 0 without a federation."""
     seconds: float
-    """Of fitting and aggregating, all sites one after another."""
+    """Seconds of all rounds, with all sites one after another."""
     peak_bytes: int | None
-    """The process's largest memory during the cell, where the system says it."""
+    """Peak memory of the process during the cell; None where the system does not report it."""
 
 
 @dataclass(frozen=True)
 class RowSummary:
-    """A line of the table: a row's cells together."""
+    """A row of the table, which summarises the row's cells."""
 
     row: Row
     planned: int
-    """Seeds."""
+    """Number of seeds that are planned."""
     done: int
-    """Seeds that are there; without any, all else is empty."""
+    """Number of seeds that are computed. If 0, the other fields are empty."""
     dice: dict[str, float | None]
-    """Class → mean over the cases, and over the seeds."""
+    """Class → Dice, the mean over the cases and then over the seeds."""
     mean_dice: float | None
     hd95: dict[str, float | None]
+    """Class → 95 % Hausdorff distance in mm, averaged as ``dice``."""
     sites: dict[str, float | None]
     """Site → mean Dice of its cases."""
     unseen: dict[str, float | None]
-    """Site → mean Dice of its cases where it never trained."""
+    """Site → mean Dice of its cases in the runs that leave the site out of training."""
     unseen_dice: float | None
-    """Over the cases of all sites, each from the run without its site; None until every site was left out."""
+    """Mean Dice over the cases of all sites, each from the run without its site; None until each has been left out."""
     gain: Difference | None
-    """Of the federation over each site alone with the same strategy: the paper's collaborative gain."""
+    """Difference of federated to local-only training with the same strategy: the paper's collaborative gain."""
     difference: Difference | None
-    """To the first row."""
+    """Difference to the first row."""
     parameters: int | None
     bytes_up: float | None
     bytes_down: float | None
@@ -112,7 +114,7 @@ class RowSummary:
 
 @dataclass(frozen=True)
 class Bench:
-    """Planned cells and those that are there."""
+    """The planned cells of a bench, and the results of those that are computed."""
 
     folder: Path
     classes: list[str]
@@ -121,7 +123,7 @@ class Bench:
 
     @cached_property
     def rows(self) -> list[RowSummary]:
-        """The table, in the order of the grids."""
+        """The rows of the table, in the order of the grids."""
         rows = list(dict.fromkeys(cell.row for cell in self.cells))
         return [self._summary(row, rows[0]) for row in rows]
 
@@ -129,7 +131,7 @@ class Bench:
         planned = [cell for cell in self.cells if cell.row == row]
         seen = [self.results[cell] for cell in planned if not cell.unseen and cell in self.results]
         unseen = [self.results[cell] for cell in planned if cell.unseen and cell in self.results]
-        whole = len(unseen) == sum(bool(cell.unseen) for cell in planned)
+        all_left_out = len(unseen) == sum(bool(cell.unseen) for cell in planned)
         summaries = [summarise(result.scores) for result in seen]
         classes = list(summaries[0].dice) if summaries else []
         alone = Row(row.strategy, "local", "", row.variant)
@@ -142,7 +144,9 @@ class Bench:
             hd95={name: mean(summary.hd95[name] for summary in summaries) for name in classes},
             sites=_by_site(seen),
             unseen=_by_site(unseen),
-            unseen_dice=summarise([score for result in unseen for score in result.scores]).mean_dice if whole else None,
+            unseen_dice=summarise([score for result in unseen for score in result.scores]).mean_dice
+            if all_left_out
+            else None,
             gain=self._difference(row, alone) if row.mode == "federated" else None,
             difference=self._difference(row, first) if row != first else None,
             parameters=seen[0].parameters if seen else None,
@@ -153,7 +157,7 @@ class Bench:
         )
 
     def _difference(self, first: Row, second: Row) -> Difference | None:
-        """Paired by seed and case."""
+        """Difference of mean Dice between two rows, paired by seed and case."""
         scores: dict[Row, dict[str, float]] = {first: {}, second: {}}
         subjects = {}
         for cell, result in self.results.items():
@@ -169,35 +173,38 @@ class Bench:
 
 
 def front(rows: Sequence[RowSummary]) -> list[RowSummary]:
-    """The Pareto front: rows that travel, to which no other has both fewer parameters and a higher Dice; cheapest first."""
-    best, found = -1.0, []
+    """Federated rows on the Pareto front of few parameters and high Dice, with the fewest parameters first."""
+    best, efficient = -1.0, []
     for row in sorted(measured(rows), key=lambda row: (row.parameters, -(row.mean_dice or 0))):
         if row.mean_dice is not None and row.mean_dice > best:
             best = row.mean_dice
-            found.append(row)
-    return found
+            efficient.append(row)
+    return efficient
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """What a bench recommends."""
+    """The row that a bench suggests, and the row with the best Dice."""
 
     cheapest: RowSummary
     """The row with the fewest parameters whose Dice is close to the best."""
     best: RowSummary
+    """The row with the highest Dice."""
     missing: list[str]
-    """Names of federated rows that are not complete and may change this."""
+    """Names of federated rows that are not complete, so that the suggestion may change."""
 
 
 def suggest(rows: Sequence[RowSummary], tolerance: float) -> Suggestion:
-    """The cheapest row whose Dice is within ``tolerance`` of the best.
+    """Suggest the federated row with the fewest parameters whose Dice is within ``tolerance`` of the best.
 
     Raises:
         FlapsamError: no federated row has been computed.
     """
     candidates = front(rows)
     if not candidates:
-        raise FlapsamError("no federated row has been computed, so there is nothing to suggest; run flapsam bench first")
+        raise FlapsamError(
+            "there is nothing to suggest, because no federated row has been computed; run flapsam bench first"
+        )
     best = candidates[-1]
     cheapest = next(row for row in candidates if (row.mean_dice or 0) >= (best.mean_dice or 0) - tolerance)
     missing = [row.row.name for row in rows if row.row.mode == "federated" and row.done < row.planned]
@@ -205,37 +212,37 @@ def suggest(rows: Sequence[RowSummary], tolerance: float) -> Suggestion:
 
 
 def measured(rows: Sequence[RowSummary]) -> list[RowSummary]:
-    """The federated rows that are there."""
+    """The federated rows that have results."""
     return [row for row in rows if row.row.mode == "federated" and row.done]
 
 
 class Folds:
-    """The sites of a bench's runs. The data's folder is searched once, however many seeds and variants read it."""
+    """The sites of a bench's runs. A data folder is searched once, however many seeds and variants read it."""
 
     def __init__(self) -> None:
-        self._found: dict[str, CaseList] = {}
+        self._listed: dict[str, CaseList] = {}
 
     def sites(self, data: Data, seed: int) -> list[Site]:
-        """As ``read_sites``.
+        """Read the sites of a run, as ``read_sites``.
 
         Raises:
-            FlapsamError: as ``read_sites``.
+            FlapsamError: as for ``read_sites``.
         """
         key = f"{data.layout} {data.path}"
-        if key not in self._found:
-            self._found[key] = list_cases(data.path, data.layout)
-        return read_sites(data, seed, self._found[key])
+        if key not in self._listed:
+            self._listed[key] = list_cases(data.path, data.layout)
+        return read_sites(data, seed, self._listed[key])
 
 
 def cells_of(config: RunConfig, folds: Folds | None = None) -> dict[Cell, RunConfig]:
-    """The cells of a run's grids in their order, each with its own configuration.
+    """The cells of a run's grids, in order, each with its own configuration.
 
     Args:
         config: the run and its grids.
         folds: the sites of each seed, if they have been read before.
 
     Raises:
-        FlapsamError: a name in a grid is unknown, or a variant's field is.
+        FlapsamError: a grid holds an unknown name, or a variant an unknown field.
     """
     folds = folds or Folds()
     cells: dict[Cell, RunConfig] = {}
@@ -253,13 +260,16 @@ def bench(
     minutes: float | None = None,
     observer: Observer | None = None,
 ) -> Bench:
-    """Compute the cells that are missing.
+    """Compute the cells that have no result yet.
 
     Args:
         config: the run and its grids.
-        only: a shell-style pattern of the names of the cells to compute.
-        minutes: no cell is begun after these.
+        only: a shell-style pattern for the names of the cells to compute.
+        minutes: time after which no further cell is started; no limit if None.
         observer: follows the runs.
+
+    Returns:
+        The bench with all its results.
 
     Raises:
         FlapsamError: the configuration or the data are wrong, or an existing cell was computed with another configuration.
@@ -267,30 +277,31 @@ def bench(
     observer = observer or Observer()
     folds = Folds()
     cells = cells_of(config, folds)
-    wanted = [cell for cell in cells if fnmatchcase(cell.name, only)]
-    if not wanted:
-        raise FlapsamError(f"--only {only}: no cell has such a name; the first is '{next(iter(cells)).name}'")
+    selected = [cell for cell in cells if fnmatchcase(cell.name, only)]
+    if not selected:
+        raise FlapsamError(f"--only {only}: matches no cell; the first cell is '{next(iter(cells)).name}'")
     end = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
-    for number, cell in enumerate(wanted, start=1):
+    for number, cell in enumerate(selected, start=1):
         if cell_file(config, cell).exists():
             continue
         if time.monotonic() >= end:
-            observer.say(f"{minutes:g} minutes are over; the same command goes on with cell {number} of {len(wanted)}")
+            rest = f"run the same command to resume with cell {number} of {len(selected)}"
+            observer.say(f"stopped after {minutes:g} minutes; {rest}")
             break
-        observer.say(f"cell {number} of {len(wanted)}: {cell.name}")
+        observer.say(f"cell {number} of {len(selected)}: {cell.name}")
         _compute(cell, cells[cell], cell_file(config, cell), folds, observer)
     return read_bench(config, cells)
 
 
 def read_bench(config: RunConfig, cells: Mapping[Cell, RunConfig] | None = None) -> Bench:
-    """What is there of a bench.
+    """Read a bench with the results that exist.
 
     Args:
         config: the run and its grids.
-        cells: the same as ``cells_of`` it, where they are known.
+        cells: the cells from ``cells_of``, if they are known.
 
     Raises:
-        FlapsamError: as ``cells_of`` and ``read_cell``.
+        FlapsamError: as for ``cells_of`` and ``read_cell``.
     """
     cells = cells_of(config) if cells is None else cells
     results = {cell: read_cell(path, own) for cell, own in cells.items() if (path := cell_file(config, cell)).exists()}
@@ -298,7 +309,11 @@ def read_bench(config: RunConfig, cells: Mapping[Cell, RunConfig] | None = None)
 
 
 def read_cell(path: Path, config: RunConfig) -> CellResult:
-    """The result of a cell with this configuration.
+    """Read a cell's result.
+
+    Args:
+        path: the result's file.
+        config: the cell's configuration, which the file must match.
 
     Raises:
         FlapsamError: the file is damaged, or was made with another configuration.
@@ -309,15 +324,15 @@ def read_cell(path: Path, config: RunConfig) -> CellResult:
         cell = Cell(Row(**tree["cell"].pop("row")), **tree.pop("cell"))
         result = CellResult(cell, [CaseScores(**score) for score in tree.pop("scores")], **tree)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FlapsamError(f"{path}: not a cell's result; remove it and it is computed again") from error
+        raise FlapsamError(f"{path}: is not a cell's result; remove it to compute the cell again") from error
     if made_with != fingerprint(config):
-        raise FlapsamError(f"{path}: it was made with another configuration; choose another output, or remove it")
+        raise FlapsamError(f"{path}: was computed with another configuration; choose another output, or remove it")
     return result
 
 
 def _combinations(grid: Grid, config: RunConfig, folds: Folds) -> Sequence[tuple[Cell, dict[str, Any]]]:
-    """The cells of one grid with the fields that they change."""
-    found = []
+    """The cells of one grid, each with the fields that it changes."""
+    combinations = []
     strategies, aggregators = grid.strategies or [config.strategy], grid.aggregators or [config.aggregator]
     seeds = [config.seed] if grid.seeds is None else grid.seeds
     for (variant, fields), strategy, mode, aggregator, seed in product(
@@ -337,12 +352,12 @@ def _combinations(grid: Grid, config: RunConfig, folds: Folds) -> Sequence[tuple
                 "output": str(_folder(config, cell)),
                 "bench": [],
             }
-            found.append((cell, changes))
-    return found
+            combinations.append((cell, changes))
+    return combinations
 
 
 def _compute(cell: Cell, config: RunConfig, path: Path, folds: Folds, observer: Observer) -> None:
-    """Run a cell, or resume it, and keep its result in ``path``."""
+    """Run or resume a cell and write its result to ``path``."""
     forget_peak()
     folder = RunFolder(config.output)
     sites = folds.sites(config.data, config.seed)
@@ -360,21 +375,21 @@ def _compute(cell: Cell, config: RunConfig, path: Path, folds: Folds, observer: 
         peak_bytes=peak_bytes(),
     )
     write_text(path, json.dumps({"configuration": fingerprint(config), **asdict(result)}, indent=1) + "\n")
-    for needless in (folder.state, folder.predictions):
-        shutil.rmtree(needless, ignore_errors=True)
+    for no_longer_needed in (folder.state, folder.predictions):
+        shutil.rmtree(no_longer_needed, ignore_errors=True)
 
 
 def _by_site(results: Sequence[CellResult]) -> dict[str, float | None]:
-    """Mean Dice of each site's cases, and over the seeds."""
-    found: dict[str, list[float | None]] = {}
+    """Site → mean Dice of its cases, averaged over the seeds."""
+    dices: dict[str, list[float | None]] = {}
     for result in results:
         for site, scores in by_site(result.scores).items():
-            found.setdefault(site, []).append(summarise(scores).mean_dice)
-    return {site: mean(values) for site, values in sorted(found.items())}
+            dices.setdefault(site, []).append(summarise(scores).mean_dice)
+    return {site: mean(values) for site, values in sorted(dices.items())}
 
 
 def _traffic(results: Results) -> tuple[float, float]:
-    """Bytes up and down of a site in the whole run, the mean over the sites."""
+    """Bytes that a site sends and receives in the whole run, the mean over the sites."""
     if results.traffic is None:
         return 0.0, 0.0
     sites = {event.site for event in results.events if isinstance(event, Fitted)}
@@ -387,10 +402,10 @@ def _folder(config: RunConfig, cell: Cell) -> Path:
 
 
 def cell_file(config: RunConfig, cell: Cell) -> Path:
-    """Where a cell's result is kept."""
+    """The file of a cell's result."""
     return config.output / "cells" / f"{_plain(cell.name)}.json"
 
 
 def _plain(name: str) -> str:
-    """A name that may be a file's."""
+    """The name with only characters that are safe in file names."""
     return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name.replace(", ", "--"))

@@ -1,4 +1,4 @@
-"""From a folder of data to a run's configuration: what can be seen in the files is not asked."""
+"""Writes a run's configuration for a folder of data, with every choice that the files themselves can answer."""
 
 import os
 import time
@@ -29,16 +29,16 @@ from flapsam.sites.pairs import read_files
 from flapsam.volumes import CANONICAL_AXES, Volume
 
 AIR = -500
-"""Hounsfield units that only CT goes below."""
+"""Intensity, in Hounsfield units, below which only CT has values."""
 STEPS = 25
-"""Of a round at a site: fewer, and a round teaches little."""
+"""Fewest steps that a round at a site should have. In fewer steps, a model learns little."""
 SMALL, LARGE = 128, 224
 """Sides of the network's input."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """What the files of a data set say."""
+    """What the files of a data set show."""
 
     sites: list[Site]
     layout: str
@@ -49,16 +49,16 @@ class Look:
     """Median over the cases, in voxels, along the canonical axes."""
     ct: bool
     foreground: tuple[float, float] | None
-    """The 0.5th and 99.5th percentile of the intensities inside the classes."""
+    """The 0.5th and 99.5th percentiles of the intensities inside the classes."""
     occupied: float
-    """Share of the slices along the axis of the largest spacing that hold a class."""
+    """Fraction of the slices along the axis of the largest spacing that hold a class."""
 
     @property
     def axis(self) -> str:
-        """Slices lie across the largest spacing; where no axis stands out, across the body's."""
+        """Direction of the slices: across the axis with the largest spacing, or axial if the spacing is nearly isotropic."""
         names = list(CANONICAL_AXES)
-        stands_out = max(self.spacing) >= 1.2 * min(self.spacing)
-        return names[int(np.argmax(self.spacing))] if stands_out else "axial"
+        anisotropic = max(self.spacing) >= 1.2 * min(self.spacing)
+        return names[int(np.argmax(self.spacing))] if anisotropic else "axial"
 
     @property
     def plane(self) -> tuple[float, float]:
@@ -73,20 +73,20 @@ class Look:
 
     @property
     def cases(self) -> int:
-        """Of all sites."""
+        """Number of cases at all sites together."""
         return sum(len(site.cases) for site in self.sites)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will take on this machine."""
+    """Estimated cost of a run on this machine."""
 
     seconds: float
-    """Of all fits, one after another."""
+    """Seconds of all fits, one after another."""
     bytes_a_site: float
-    """Up and down over all rounds, before compression."""
+    """Bytes that a site sends and receives over all rounds, compressed by the run's codec."""
     windows: int
-    """Of a batch that fit into memory at once."""
+    """Number of a batch's windows that fit into memory at once."""
 
 
 def initialise(path: Path, target: Path, observer: Observer) -> tuple[Look, Estimate]:
@@ -95,20 +95,23 @@ def initialise(path: Path, target: Path, observer: Observer) -> tuple[Look, Esti
     Args:
         path: the data's folder.
         target: the configuration's file.
-        observer: is told of the cases.
+        observer: follows the cases.
+
+    Returns:
+        What the files show, and the estimated cost of the run.
 
     Raises:
-        FlapsamError: the data are wrong, or the file is there already.
+        FlapsamError: the data are wrong, or the file already exists.
     """
     if target.exists():
-        raise FlapsamError(f"{target}: it is there already; remove it, or name another file with --output")
+        raise FlapsamError(f"{target}: already exists; remove it, or name another file with --output")
     seen = look(path, observer)
     tree = settings_for(seen)
     place = (
         os.path.relpath(path, target.parent) if path.resolve().is_relative_to(target.parent.resolve()) else path.resolve()
     )
     tree["data"] = {"path": str(place), **tree["data"]}
-    # Read back as the user's run will be, so that nothing is written that does not work.
+    # The file is read as `flapsam simulate` reads it, so that no configuration is left behind that does not work.
     write_text(target, yaml.safe_dump(tree, sort_keys=False))
     try:
         config = read_config(target)
@@ -122,7 +125,11 @@ def initialise(path: Path, target: Path, observer: Observer) -> tuple[Look, Esti
 
 
 def look(path: Path, observer: Observer) -> Look:
-    """Read every case once.
+    """Read every case once and collect what its files show.
+
+    Args:
+        path: the data's folder.
+        observer: follows the cases.
 
     Raises:
         FlapsamError: a case cannot be read; ``flapsam data check`` lists every such case.
@@ -163,7 +170,7 @@ def look(path: Path, observer: Observer) -> Look:
 
 
 def settings_for(seen: Look) -> dict[str, Any]:
-    """A run's fields, but the data's path.
+    """The fields of a run on these data, except the data's path.
 
     Raises:
         FlapsamError: no label map holds any class.
@@ -200,7 +207,7 @@ def settings_for(seen: Look) -> dict[str, Any]:
 
 
 def estimate_of(config: RunConfig, seen: Look) -> Estimate:
-    """Time by measuring a step of this run's network, traffic by weighing packets like its own."""
+    """Estimate a run's time from one measured step of its network, and its traffic from the size of its packets."""
     set_up_torch(config.threads or default_threads(), deterministic=config.deterministic)
     network = assemble_run(config).network
     windows = windows_that_fit(network, config.training)
@@ -212,28 +219,28 @@ def estimate_of(config: RunConfig, seen: Look) -> Estimate:
 
 
 def commented(tree: Mapping[str, Any], seen: Look, estimate: Estimate) -> str:
-    """The configuration with a reason beside each choice."""
+    """The configuration as YAML, with the reason for each choice as a comment beside it."""
     sites = tree["data"].get("simulated_sites", len(seen.sites))
     spacing = " × ".join(f"{value:.3g}" for value in seen.spacing)
     why = {
-        "preset": "learns soonest; `paper` has the paper's values",
-        "simulated_sites": "the data come from one place: its subjects are dealt out; data.table says who really holds what",
-        "labels": "class: value or values in the label maps" + ("; name them" if "label_1" in seen.labels else ""),
+        "preset": "trains fastest; `paper` has the values of the paper",
+        "simulated_sites": "the data come from one site, so subjects are split at random; data.table can name real sites",
+        "labels": "class: its value or values in the label maps" + ("; give them names" if "label_1" in seen.labels else ""),
         "size": f"side of the network's input; a slice has about {seen.plane[0]:g} × {seen.plane[1]:g} voxels",
-        "axis": f"across the slices; the median spacing is {spacing} mm (right, front, up)",
-        "clip": "intensities inside the classes, 0.5th to 99.5th percentile; this is CT"
+        "axis": f"the slices lie in this plane; the median spacing is {spacing} mm (right, front, up)",
+        "clip": "CT, so from the 0.5th to the 99.5th percentile of the intensities inside the classes"
         if seen.layout not in SETTINGS
         else "as in the paper",
-        "resize": "slices are much longer than wide",
-        "name": "ships with flapsam; `sam-vit-b` with size 224 is Meta's: flapsam backbone get sam-vit-b",
-        "batch_size": f"slices a step; a round at a site has at least {STEPS} steps or batches of 4",
-        "micro_batch": "of them at once, as memory allows",
-        "count": "of one local epoch each",
-        "modes": "also local (each site alone) and centralised (pooled data), for comparison",
+        "resize": "keeps proportions, because slices are much longer than wide",
+        "name": "ships with flapsam; for Meta's: sam-vit-b, with size 224 (first run `flapsam backbone get sam-vit-b`)",
+        "batch_size": f"slices per step, 4 to 12; aims at {STEPS} or more steps in a round at a site",
+        "micro_batch": "slices of a batch that fit into memory at once",
+        "count": "rounds of one local epoch each",
+        "modes": "add local (each site alone) and centralised (pooled data) to compare with",
     }
     lines = [
-        f"# {seen.cases} cases at {sites} sites. On this machine about {minutes(estimate.seconds)}; a site sends and gets",
-        f"# about {estimate.bytes_a_site / 2**20:.1f} MiB in all. `flapsam data check` finds what is wrong with the data.",
+        f"# {seen.cases} cases at {sites} sites. Estimated on this machine: about {minutes(estimate.seconds)}, and about",
+        f"# {estimate.bytes_a_site / 2**20:.1f} MiB of traffic per site in all. `flapsam data check` checks the data.",
     ]
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -245,7 +252,7 @@ def commented(tree: Mapping[str, Any], seen: Look, estimate: Estimate) -> str:
 
 
 def minutes(seconds: float) -> str:
-    """A time for people."""
+    """A duration in words, in minutes or hours."""
     if seconds > 5400:
         return f"{seconds / 3600:.1f} hours"
     count = max(round(seconds / 60), 1)
@@ -258,13 +265,13 @@ def _line(key: str, value: Any, why: Mapping[str, str], indent: str) -> str:
 
 
 def _shown(seen: Look, sites: int) -> float:
-    """Slices that an epoch shows at a site."""
+    """Estimated number of slices that a site trains on per epoch."""
     training = seen.cases * 0.8 * 0.85 / sites
     return training * seen.slices * (seen.occupied + 0.25 * (1 - seen.occupied))
 
 
 def _seconds_a_step(network: Sam, config: RunConfig, slices: int) -> float:
-    """Of a whole batch; measured on as many slices as go through the network at once, the second time."""
+    """Seconds per step of a whole batch, measured on ``slices`` slices. The first of two steps only warms up."""
     learner = Learner(network, config.training)
     images = torch.rand(slices, 3, network.image_size, network.image_size)
     labels = torch.zeros(slices, network.image_size, network.image_size, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Two ways of training, compared case by case."""
+"""Paired comparison of two ways of training, case by case."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -13,26 +13,26 @@ RESAMPLES = 9999
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean paired difference over cases, with a 95 % interval over subjects."""
+    """Mean paired difference over cases, with a 95 % bootstrap interval over subjects."""
 
     mean: float
     low: float | None
-    """None where there are fewer than two subjects."""
+    """Lower end of the interval; None with fewer than two subjects, as ``high`` is."""
     high: float | None
     cases: int
     subjects: int
 
 
 def compare(first: Mapping[str, float], second: Mapping[str, float], subjects: Mapping[str, str]) -> Difference | None:
-    """How much better ``first`` is than ``second`` on the cases that both have; None if there are none.
+    """Mean difference ``first`` − ``second`` over the cases that both have; None if they have none in common.
 
-    The interval is a percentile bootstrap that draws whole subjects, since cases of one subject, and runs of one case under
-    several seeds, are not independent (Efron & Tibshirani 1993, chapter 13).
+    The interval is a percentile bootstrap that resamples whole subjects, because cases of one subject, and results of one
+    case under several seeds, are not independent (Efron & Tibshirani 1993, chapter 13).
 
     Args:
-        first: run and case → score.
-        second: the same keys, or some of them.
-        subjects: each key's subject.
+        first: score by case, or by seed and case.
+        second: the scores to subtract, under the same keys.
+        subjects: the subject of each key.
     """
     by_subject: dict[str, list[float]] = defaultdict(list)
     for key in first.keys() & second.keys():
@@ -43,10 +43,10 @@ def compare(first: Mapping[str, float], second: Mapping[str, float], subjects: M
     sums, counts = np.array([sum(group) for group in groups]), np.array([len(group) for group in groups])
     interval: tuple[float, float] | tuple[None, None] = (None, None)
     if len(groups) > 1:
-        found = bootstrap(
+        resampled = bootstrap(
             (sums, counts), _mean, n_resamples=RESAMPLES, paired=True, vectorized=True, method="percentile", rng=0
         ).confidence_interval
-        interval = (float(found.low), float(found.high))
+        interval = (float(resampled.low), float(resampled.high))
     return Difference(float(sums.sum() / counts.sum()), *interval, int(counts.sum()), len(groups))
 
 

@@ -1,8 +1,9 @@
-"""Made-up sites: CT-like abdomens with kidneys and tumours, so that everything can be tried without a download.
+"""Synthetic sites with CT-like abdomens, kidneys and tumours, so that flapsam can be tried without a download.
 
-The kidneys share their intensity with spleen, liver and vessels, the tumours theirs with muscle, bowel and lesions of the
-liver: no threshold finds them, place and shape do. Sites differ in contrast phase, noise, blur, spacing, organ size and in
-how their files are oriented. All lengths are in mm; axes are x to the right, y to the front, z to the head.
+Kidneys have the same intensity as spleen, liver and vessels, and tumours the same as muscle, bowel and lesions of the
+liver. A threshold therefore does not separate them; their place and shape do. Sites differ in contrast phase, noise, blur,
+spacing, organ size and in the orientation of their files. All lengths are in mm. Axes are x to the right, y to the front
+and z to the head.
 """
 
 import csv
@@ -23,7 +24,7 @@ from flapsam.volumes import Volume, write_volume
 
 KIDNEY, TUMOUR = 1, 2
 EXTENT = (320.0, 240.0, 150.0)
-"""What a volume covers."""
+"""Extent of a volume along x, y and z."""
 ORIENTATIONS = ("RAS", "IPL", "LPS", "ASR")
 
 Field = NDArray[np.float32]
@@ -32,7 +33,7 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Scanner:
-    """What is particular to one site. Intensities in Hounsfield units."""
+    """Imaging characteristics of one site. Intensities are in Hounsfield units."""
 
     orientation: str
     spacing: tuple[float, float, float]
@@ -40,22 +41,22 @@ class Scanner:
     vessels: float
     noise: float
     blur: float
-    """Deviation of the point spread in mm."""
+    """Standard deviation of the Gaussian point spread, in mm."""
     size: float
-    """Factor on the organs' lengths."""
+    """Scale factor of the organs' lengths."""
     offset: float
 
 
 def make_phantom(
     folder: Path, *, sites: int = 4, cases: int = 10, seed: int = 0, on_case: Callable[[], None] = lambda: None
 ) -> None:
-    """Write ``sites`` folders of ``cases`` cases each, and ``sites.csv``; three cases in ten are for the test.
+    """Write ``sites`` folders of ``cases`` cases each, and ``sites.csv``, with three in ten cases for testing.
 
     Args:
-        folder: where to; its files are written over.
+        folder: the output folder. Existing files are overwritten.
         sites: number of sites.
-        cases: number of cases at each.
-        seed: of everything.
+        cases: number of cases at each site.
+        seed: seed of all random draws.
         on_case: called after every case.
 
     Raises:
@@ -79,7 +80,7 @@ def make_phantom(
 
 
 def draw_scanner(number: int, rng: np.random.Generator) -> Scanner:
-    """The traits of site ``number``."""
+    """Draw the imaging characteristics of site ``number``."""
     in_plane = rng.uniform(2.6, 3.6)
     return Scanner(
         orientation=ORIENTATIONS[(number - 1) % len(ORIENTATIONS)],
@@ -94,7 +95,7 @@ def draw_scanner(number: int, rng: np.random.Generator) -> Scanner:
 
 
 def draw_case(scanner: Scanner, rng: np.random.Generator) -> tuple[Volume, Volume]:
-    """One patient at a site: image (int16) and label map (uint8: 1 kidney, 2 tumour)."""
+    """Draw one patient at a site: image (int16) and label map (uint8: 1 kidney, 2 tumour)."""
     body = _Body(scanner, rng)
     image, label = body.paint()
     image = gaussian_filter(image, [scanner.blur / spacing for spacing in scanner.spacing])
@@ -108,7 +109,7 @@ def draw_case(scanner: Scanner, rng: np.random.Generator) -> tuple[Volume, Volum
 
 
 class _Body:
-    """Draws one patient, organ over organ."""
+    """One patient, drawn organ by organ."""
 
     def __init__(self, scanner: Scanner, rng: np.random.Generator) -> None:
         self.scanner = scanner
@@ -196,7 +197,7 @@ class _Body:
         return self.rng.uniform(0.38, 0.62) * self.scanner.kidney
 
     def _fill(self, mask: Mask, level: float, texture: float) -> None:
-        """Paint an intensity with a smooth texture of the given deviation."""
+        """Paint a mask with an intensity and a smooth texture of the given standard deviation."""
         shift = tuple(int(self.rng.integers(n)) for n in self.shape)
         self.image[mask] = level + texture * np.roll(self.texture, shift, axis=(0, 1, 2))[mask]
 
@@ -206,7 +207,7 @@ class _Body:
     def _ellipsoid(
         self, centre: tuple[float, ...], radii: tuple[float, ...], *, tilt: float = 0.0, jitter: float = 0.0
     ) -> Mask:
-        """An ellipsoid turned by ``tilt`` radians in the x-z plane, its centre moved at random by ``jitter``."""
+        """Mask of an ellipsoid, rotated by ``tilt`` radians in the x-z plane and shifted at random by ``jitter``."""
         x, y, z = (
             axis - c - (self.rng.normal(0, jitter) if jitter else 0)
             for axis, c in zip((self.x, self.y, self.z), centre, strict=True)
@@ -216,7 +217,7 @@ class _Body:
 
 
 def _oriented(volume: Volume, codes: str) -> Volume:
-    """A canonical volume stored with other axes."""
+    """A canonical volume, stored with its axes in another orientation."""
     change = orientations.ornt_transform(orientations.axcodes2ornt("RAS"), orientations.axcodes2ornt(tuple(codes)))
     array = orientations.apply_orientation(volume.array, change)
     return Volume(np.ascontiguousarray(array), volume.affine @ orientations.inv_ornt_aff(change, volume.array.shape))

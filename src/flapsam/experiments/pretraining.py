@@ -1,7 +1,7 @@
-"""sam-tiny, pretrained on synthetic scenes: the recipe of the weights that ship with flapsam.
+"""Pretraining of sam-tiny on synthetic scenes, which produced the weights that ship with flapsam.
 
-Scenes are made as they are used, and step ``n`` of a seed always sees the
-same ones, so a run that was stopped goes on as if it had not been.
+Scenes are generated on the fly. Step ``n`` of a seed always sees the same scenes, so an interrupted run
+continues as if it had never stopped.
 """
 
 import json
@@ -25,12 +25,12 @@ from flapsam.run.observer import Observer
 from flapsam.sam import Sam, architecture, build
 
 HELD_OUT = 128
-"""Scenes that are only scored."""
+"""Number of scenes that are only scored."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that the result depends on, but the number of threads."""
+    """Everything that the result depends on, except the number of threads."""
 
     steps: int = 10_000
     batch: int = 16
@@ -38,31 +38,32 @@ class Recipe:
     weight_decay: float = 0.05
     warmup: int = 300
     decay: float = 0.8
-    """Share of the steps, at the end, over which the rate falls to zero."""
+    """Fraction of the steps, at the end, over which the learning rate falls to zero."""
     seed: int = 0
     backbone: str = "sam-tiny"
     size: int = 128
     precision: str = "bf16"
-    """Of the network's arithmetic, under autocast; weights and moments are fp32."""
+    """Precision of the network's arithmetic under autocast. Weights and moments are fp32."""
 
 
 def rate(step: int, recipe: Recipe) -> float:
-    """Learning rate of a step: linear warm-up, constant, linear decay at the end."""
+    """Learning rate at a step: linear warm-up, then constant, then linear decay to zero."""
     rise = min((step + 1) / recipe.warmup, 1.0)
     left = (recipe.steps - step) / max(recipe.decay * recipe.steps, 1)
     return recipe.learning_rate * min(rise, left, 1.0)
 
 
 def pretext_loss(outputs: Tensor, scenes: Scenes) -> Tensor:
-    """Loss of the masks and of the regions' levels.
+    """Loss of the masks and of the regions' intensity levels.
 
-    Masks: mean over the tasks of balanced binary cross-entropy + 1 − Dice, sums over the batch. Foreground and background
-    weigh the same in the cross-entropy: unweighted, a network from scratch stayed at background. Levels, standardised by
-    scene: mean squared error. They are learned within a hundred steps and carry the masks along.
+    The masks' loss is the mean over the tasks of balanced binary cross-entropy + 1 − Dice, with Dice's sums taken over the
+    batch. Foreground and background weigh the same in the cross-entropy, because without weights a network trained from
+    scratch predicted background everywhere. The levels' loss is the mean squared error after standardising each scene. The
+    network learns the levels within a hundred steps, which helps it to learn the masks.
 
     Args:
-        outputs: (batch, tasks + 1, size, size): the masks' logits, then the levels.
-        scenes: the truth.
+        outputs: the masks' logits, then the levels: (batch, tasks + 1, size, size).
+        scenes: the true masks and levels.
     """
     logits, levels, masks = outputs[:, :-1], outputs[:, -1], scenes.masks
     share = masks.mean(dim=(0, 2, 3), keepdim=True)
@@ -71,30 +72,30 @@ def pretext_loss(outputs: Tensor, scenes: Scenes) -> Tensor:
     predicted = logits.sigmoid()
     overlap = (predicted * masks).sum(dim=(0, 2, 3))
     total = (predicted**2 + masks**2).sum(dim=(0, 2, 3))
-    wanted = scenes.levels - scenes.levels.mean(dim=(1, 2), keepdim=True)
-    wanted = wanted / (wanted.std(dim=(1, 2), keepdim=True) + 0.05)
-    return entropy + 1 - ((2 * overlap + 1) / (total + 1)).mean() + F.mse_loss(levels, wanted)
+    true_levels = scenes.levels - scenes.levels.mean(dim=(1, 2), keepdim=True)
+    true_levels = true_levels / (true_levels.std(dim=(1, 2), keepdim=True) + 0.05)
+    return entropy + 1 - ((2 * overlap + 1) / (total + 1)).mean() + F.mse_loss(levels, true_levels)
 
 
 @torch.inference_mode()
 def held_out_iou(network: Sam, recipe: Recipe) -> dict[str, float]:
-    """IoU of each task's mask over held-out scenes, all pixels together, and their ``mean``."""
+    """IoU of each task's mask over all pixels of the held-out scenes, and the ``mean`` over the tasks."""
     network.eval()
-    both = torch.zeros(len(TASKS))
-    either = torch.zeros(len(TASKS))
+    intersections = torch.zeros(len(TASKS))
+    unions = torch.zeros(len(TASKS))
     for part in range(HELD_OUT // 16):
         scenes = held_out(recipe, part)
         predicted = network(scenes.images)[:, :-1] > 0
         truth = scenes.masks > 0.5
-        both += (predicted & truth).sum(dim=(0, 2, 3))
-        either += (predicted | truth).sum(dim=(0, 2, 3))
+        intersections += (predicted & truth).sum(dim=(0, 2, 3))
+        unions += (predicted | truth).sum(dim=(0, 2, 3))
     network.train()
-    scores = (both / either.clamp(min=1)).tolist()
+    scores = (intersections / unions.clamp(min=1)).tolist()
     return {**dict(zip(TASKS, scores, strict=True)), "mean": sum(scores) / len(scores)}
 
 
 def held_out(recipe: Recipe, part: int) -> Scenes:
-    """Sixteen scenes that no step sees."""
+    """Sixteen scenes that no training step sees."""
     draw = torch.Generator().manual_seed(seed_for(recipe.seed, "held out", part))
     return draw_scenes(16, recipe.size, draw)
 
@@ -109,16 +110,16 @@ def pretrain(
     every: int = 500,
     observer: Observer | None = None,
 ) -> dict[str, float]:
-    """Train on synthetic scenes; write ``weights.safetensors`` (fp16) and ``log.jsonl`` into ``folder``.
+    """Train on synthetic scenes and write ``weights.safetensors`` (fp16) and ``log.jsonl`` into ``folder``.
 
     Args:
-        folder: of this pretraining; ``state.safetensors`` in it is what ``resume`` reads.
-        recipe: what to do.
-        command: how a reader repeats it, kept in the weights' file.
+        folder: the output folder. It also holds ``state.safetensors``, which ``resume`` reads.
+        recipe: the hyperparameters.
+        command: the command that repeats this pretraining, stored in the weights' metadata.
         threads: number of threads; all cores if None.
-        resume: go on where the folder's state stands.
-        every: steps between states and scores.
-        observer: is told of steps.
+        resume: whether to continue from the folder's saved state.
+        every: number of steps between scores, at which the state is saved, too.
+        observer: follows the steps.
 
     Returns:
         IoU of each task on held-out scenes, and their mean.
@@ -173,18 +174,18 @@ def _save(path: Path, network: Sam, optimizer: torch.optim.Optimizer, step: int,
     tensors = {f"weight/{name}": tensor for name, tensor in network.state_dict().items()}
     for name, parameter in network.named_parameters():
         tensors |= {f"{key}/{name}": value for key, value in optimizer.state.get(parameter, {}).items()}
-    about = {"step": str(step), "seconds": str(seconds), "recipe": json.dumps(asdict(recipe))}
+    metadata = {"step": str(step), "seconds": str(seconds), "recipe": json.dumps(asdict(recipe))}
     with written_whole(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=about)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
 
 
 def _load(path: Path, network: Sam, optimizer: torch.optim.Optimizer, recipe: Recipe) -> tuple[int, float]:
     parameters = dict(network.named_parameters())
     try:
         with safe_open(path, framework="pt") as file:
-            about = file.metadata()
-            if json.loads(about["recipe"]) != asdict(recipe):
-                raise FlapsamError(f"{path}: was begun with another recipe; give the same options to resume it")
+            metadata = file.metadata()
+            if json.loads(metadata["recipe"]) != asdict(recipe):
+                raise FlapsamError(f"{path}: was started with another recipe; use the same options to resume it")
             entries = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise FlapsamError(f"{path}: no pretraining to resume here; leave out --resume") from error
@@ -193,14 +194,14 @@ def _load(path: Path, network: Sam, optimizer: torch.optim.Optimizer, recipe: Re
         key, name = entry.split("/", 1)
         if key != "weight":
             optimizer.state.setdefault(parameters[name], {})[key] = tensor
-    return int(about["step"]), float(about["seconds"])
+    return int(metadata["step"]), float(metadata["seconds"])
 
 
 def _export(
     path: Path, network: Sam, recipe: Recipe, command: str, step: int, seconds: float, scores: dict[str, float]
 ) -> None:
-    """The weights in half precision, with how they were made."""
-    about = {
+    """Write the weights in half precision, with metadata that say how they were trained."""
+    metadata = {
         "command": command,
         "recipe": json.dumps(asdict(recipe)),
         "steps": str(step),
@@ -211,4 +212,4 @@ def _export(
     }
     tensors = {name: tensor.half().contiguous() for name, tensor in network.state_dict().items()}
     with written_whole(path) as temporary:
-        save_file(tensors, temporary, metadata=about)
+        save_file(tensors, temporary, metadata=metadata)

@@ -1,7 +1,7 @@
-"""All sites on one machine: volumes → rounds → adapters, label maps and scores.
+"""Simulation of all sites on one machine: volumes → rounds → adapters, label maps and scores.
 
-Every mode is a set of cohorts: ``federated`` is one of all sites, ``local`` one of each site alone, ``centralised``
-one whose only client holds the pooled data.
+Every mode is a set of cohorts. ``federated`` has one cohort of all sites, ``local`` has one cohort per site, and
+``centralised`` has one cohort whose only client holds the pooled data.
 """
 
 import json
@@ -67,26 +67,26 @@ from flapsam.volumes import legend_of, write_label_like
 
 @dataclass(frozen=True)
 class Traffic:
-    """Measured bytes of all federated packets, a round and a site."""
+    """Measured traffic of the federated cohort, in bytes per round and site."""
 
     up: float
     down: float
     full: int
-    """What the parameters of full fine-tuning would take one way."""
+    """Bytes of full fine-tuning's parameters, one way."""
 
     @property
     def ratio(self) -> float:
-        """How many times less travels than with full fine-tuning."""
+        """Factor by which full fine-tuning's traffic is larger."""
         return 2 * self.full / (self.up + self.down)
 
 
 @dataclass(frozen=True)
 class Results:
-    """What a simulation ends with."""
+    """Results of a simulation."""
 
     folder: Path
     scores: dict[str, list[CaseScores]]
-    """Test scores of each mode, a case an entry."""
+    """Mode → test scores, one entry per case."""
     parameters: int
     """Number of parameters that train and travel."""
     traffic: Traffic | None
@@ -126,10 +126,10 @@ class CohortTraining:
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that a run needs before its first round."""
+    """Everything that a run needs before its first round."""
 
     config: RunConfig
-    """Resolved: nothing in it is left open."""
+    """The resolved configuration, in which every field has a value."""
     run: str
     """The run's id."""
     folder: RunFolder
@@ -140,7 +140,7 @@ class Prepared:
     shares: Mapping[str, float]
     """Site → its share in the mean."""
     trainings: Sequence[CohortTraining]
-    """A training for each cohort, in the order of ``modes``."""
+    """One training per cohort, in the order of ``modes``."""
 
 
 def simulate(
@@ -151,15 +151,18 @@ def simulate(
     sites: Sequence[Site] | None = None,
     observer: Observer | None = None,
 ) -> Results:
-    """Run a configuration to its end.
+    """Run a simulation to its end.
 
     Args:
-        config: the run.
-        resume: continue the run in ``config.output`` from where it stopped.
-        workers: sites that are fitted side by side, each on ``config.threads`` threads, or on an equal part of all cores if
-            no number is given. The result depends on the threads, not on the workers.
+        config: the run's configuration.
+        resume: whether to resume the run in ``config.output`` from where it stopped.
+        workers: number of sites that train in parallel, each on ``config.threads`` threads, or on an equal share of all
+            cores if that is None. The result depends on the number of threads, not on the number of workers.
         sites: the sites of ``config.data``, if they have been read before.
         observer: follows the run.
+
+    Returns:
+        The run's results, which are also in its folder.
 
     Raises:
         FlapsamError: the configuration, the data or the output folder is wrong.
@@ -193,14 +196,14 @@ def prepare(config: RunConfig, run: str, sites: Sequence[Site], shares: Mapping[
     """Unpack the volumes and assemble the network.
 
     Args:
-        config: resolved.
+        config: the resolved configuration.
         run: the run's id.
         sites: all sites, each with its test cases.
         shares: site that trains → its share in the mean.
         observer: follows the work.
 
     Raises:
-        FlapsamError: a case or the backbone is wrong.
+        FlapsamError: a case or the backbone cannot be used.
     """
     folder = RunFolder(config.output)
     fraction = config.data.validation_fraction
@@ -218,7 +221,7 @@ def prepare(config: RunConfig, run: str, sites: Sequence[Site], shares: Mapping[
     if config.training.micro_batch == "auto":
         config = _measured(config, assembled.network, ledger)
         windows, batch = config.training.micro_batch, config.training.batch_size
-        observer.say(f"micro_batch: {windows} of a batch's {batch} windows fit into memory at once")
+        observer.say(f"micro_batch: {windows} of the {batch} windows of a batch fit into memory at once")
     start = start_of(assembled.network, aggregator(config.aggregator, config.lora.rank))
     trainings = [part for mode in config.modes for part in _trainings(mode, training, clients, sites)]
     return Prepared(config, run, folder, ledger, assembled, start, shares, trainings)
@@ -230,7 +233,7 @@ def train(prepared: Prepared, training: CohortTraining, workers: int, observer: 
     Args:
         prepared: the run.
         training: the cohort and its data.
-        workers: sites that are fitted side by side.
+        workers: number of sites that train in parallel.
         observer: follows the rounds.
 
     Returns:
@@ -298,10 +301,10 @@ def test(prepared: Prepared, training: CohortTraining, observer: Observer) -> No
 
 
 def _open_folder(folder: RunFolder, config: RunConfig, resume: bool) -> str:
-    """Begin the run's folder, or check that it holds this run; returns the run's id."""
+    """Create the run's folder, or check that it holds this run, and return the run's id."""
     if folder.is_begun:
         if not resume:
-            raise FlapsamError(f"{folder.path}: there is a run here already; add --resume, or choose another output")
+            raise FlapsamError(f"{folder.path}: already holds a run; add --resume, or choose another output")
         return folder.resume(config)
     if resume:
         raise FlapsamError(f"{folder.path}: there is no run here to resume; leave out --resume")
@@ -309,7 +312,7 @@ def _open_folder(folder: RunFolder, config: RunConfig, resume: bool) -> str:
 
 
 def _measured(config: RunConfig, network: Sam, ledger: Ledger) -> RunConfig:
-    """A number in the place of ``micro_batch: auto``. A resumed run keeps its first."""
+    """The configuration with a number in place of ``micro_batch: auto``. A resumed run keeps its first number."""
     known = [event.windows for event in ledger.events() if isinstance(event, MicroBatchChosen)]
     config = with_windows(config, network, *known[:1])
     if isinstance(config.training.micro_batch, int):
@@ -320,7 +323,7 @@ def _measured(config: RunConfig, network: Sam, ledger: Ledger) -> RunConfig:
 def _trainings(
     mode: Mode, training: Sequence[Site], clients: Sequence[ClientData], sites: Sequence[Site]
 ) -> Iterator[CohortTraining]:
-    """The cohorts of a mode."""
+    """One training for each cohort of a mode."""
     if mode == "federated":
         yield CohortTraining(TOGETHER, clients, sites)
     elif mode == "centralised":
@@ -333,7 +336,7 @@ def _trainings(
 
 
 def _card(prepared: Prepared, cohort: Cohort, rounds: int) -> tuple[Path, AdapterCard]:
-    """The folder of a cohort's adapter, and the adapter's description."""
+    """The folder of a cohort's adapter, and the adapter's card."""
     card = card_of(prepared.run, cohort.mode, rounds, prepared.config, prepared.assembled.origin)
     return prepared.folder.adapter(cohort), card
 
@@ -349,7 +352,7 @@ def _results(prepared: Prepared) -> Results:
 
 
 def _traffic(config: RunConfig, events: Sequence[Event]) -> Traffic | None:
-    """Mean bytes of a fit, with all that the federated cohort sent and received."""
+    """Mean traffic per round and site, over everything that the federated cohort sent and received."""
     fits = sum(isinstance(event, Fitted) and event.cohort == TOGETHER for event in events)
     if not fits:
         return None
@@ -360,27 +363,27 @@ def _traffic(config: RunConfig, events: Sequence[Event]) -> Traffic | None:
 def _clients(
     network: Sam, config: RunConfig, agreement: Agreement, data: Sequence[ClientData], folder: Path
 ) -> dict[str, Client]:
-    """Site → client; all share the network."""
-    return {one.site: Client(network, one, config, agreement, ClientState(folder / one.site)) for one in data}
+    """Site → client. All clients share the network."""
+    return {part.site: Client(network, part, config, agreement, ClientState(folder / part.site)) for part in data}
 
 
 def _own_clients(config: RunConfig, agreement: Agreement, data: Sequence[ClientData], folder: Path) -> dict[str, Client]:
-    """The same in a worker, on a network of its own."""
+    """Site → client in a worker process, which has a network of its own."""
     return _clients(assembled_for(config).network, config, agreement, data, folder)
 
 
 def _check_ranks(training: Sequence[Site], config: RunConfig) -> None:
     names = [site.name for site in training]
-    odd = [site for site in config.site_ranks if site not in names]
-    if odd:
-        raise FlapsamError(f"site_ranks.{odd[0]}: there is no such site; there are {', '.join(names)}")
+    unknown = [site for site in config.site_ranks if site not in names]
+    if unknown:
+        raise FlapsamError(f"site_ranks.{unknown[0]}: unknown site; choose from {', '.join(names)}")
 
 
 def _check_cases(sites: Sequence[Site], training: Sequence[Site]) -> None:
-    """From headers alone, before long work begins: every site can do its part, every pair fits together."""
+    """Check that every site can train and that images and label maps match. Reads headers only, before long work begins."""
     if not training:
-        raise FlapsamError("data.unseen: it names every site, so none is left to train")
+        raise FlapsamError("data.unseen: names every site, so none is left to train; remove one")
     for site in training:
         if not site.of("train"):
-            raise FlapsamError(f"site {site.name}: it has no training case; give it one, or leave it out with data.sites")
+            raise FlapsamError(f"site {site.name}: it has no training case; add one, or leave the site out with data.sites")
     check_pairs(sites)

@@ -1,9 +1,9 @@
-"""Images made from nothing: random label maps with random intensities, for pretraining without any data.
+"""Synthesis of random label maps with random intensities, for pretraining without any data.
 
-Label maps come from smooth noise, with deformed shapes pasted on them; every region gets its own random intensity and
-texture; then come bias, blur, lower resolution and noise. Such synthesis alone gives features that carry over to real CT
+Label maps come from smooth noise, with deformed shapes pasted on them. Every region gets its own random intensity and
+texture. Then bias, blur, lower resolution and noise are added. Features learned from such images alone carry over to real CT
 and MRI (SynthSeg: Billot et al., Medical Image Analysis 2023, arXiv 2107.09559; Dey et al., ICLR 2025, arXiv 2411.02372).
-A scene is three adjacent slices of a volume, so that the network can learn from its neighbours too.
+A scene is three adjacent slices of a volume, so that the network can also learn from a slice's neighbours.
 """
 
 import math
@@ -25,12 +25,13 @@ TASKS = (
     "brighter",
     "borders",
 )
-"""Masks that are asked for, without any prompt: all shapes pasted on the ground; shapes inside shapes or on their rim;
-shapes more than 1.7 times as long as wide; what of the shapes lies in the right half; the shape that covers most; the shape
-with the highest mean; the region at the middle; regions brighter than the median pixel; borders between regions."""
+"""Masks that the network learns to predict without prompts. In order: all shapes pasted on the background; shapes inside
+other shapes or on their rim; shapes more than 1.7 times as long as wide; the part of all shapes in the right half; the shape
+with the largest area; the shape with the highest mean; the region at the image's centre; regions brighter than the median
+pixel; borders between regions."""
 
 REGIONS = 24
-"""Most regions of a scene: grounds, shapes, shapes inside shapes, air."""
+"""Largest number of regions in a scene: background, shapes, shapes inside shapes, and air."""
 AIR = REGIONS - 1
 
 
@@ -39,30 +40,30 @@ class Scenes:
     """A batch of scenes."""
 
     images: Tensor
-    """(batch, 3, size, size) in [0, 1]: the slice below, the slice itself, the slice above."""
+    """The slice below, the slice itself and the slice above, in [0, 1]: (batch, 3, size, size)."""
     masks: Tensor
-    """(batch, tasks, size, size), 0 or 1, of the slice itself."""
+    """The slice's mask for each task, 0 or 1: (batch, tasks, size, size)."""
     levels: Tensor
-    """(batch, size, size): mean intensity of each pixel's region before bias, blur and noise, of the slice itself."""
+    """Mean intensity of each pixel's region in the slice, before bias, blur and noise: (batch, size, size)."""
 
 
 @dataclass(frozen=True)
 class _LabelMaps:
     regions: Tensor
-    """(batch, 3, size, size): the number of each pixel's region."""
+    """Number of each pixel's region: (batch, 3, size, size)."""
     shapes: Tensor
-    """(REGIONS,): 0 ground or air, 1 shape, 2 shape inside a shape."""
+    """Kind of each region: 0 background or air, 1 shape, 2 shape inside a shape: (REGIONS,)."""
     elongated: Tensor
-    """(batch, REGIONS)."""
+    """Whether each region is an elongated shape: (batch, REGIONS)."""
 
 
 def draw_scenes(batch: int, size: int, draw: torch.Generator) -> Scenes:
-    """Make scenes that depend on ``draw`` alone.
+    """Draw a batch of scenes.
 
     Args:
         batch: number of scenes.
-        size: side in pixels.
-        draw: the only source of chance.
+        size: side of the images, in pixels.
+        draw: the generator of all random draws.
     """
     maps = _label_maps(batch, size, draw)
     clean = _paint(maps.regions, draw)
@@ -74,20 +75,20 @@ def _uniform(draw: torch.Generator, low: float, high: float, *shape: int) -> Ten
 
 
 def _integer(draw: torch.Generator, low: int, high: int) -> int:
-    """Of low, …, high."""
+    """A random integer from ``low`` to ``high``, both included."""
     return int(torch.randint(low, high + 1, (1,), generator=draw))
 
 
 @lru_cache(maxsize=512)
-def _resizing(given: int, wanted: int, mode: str) -> Tensor:
-    """What resizes one axis, as a matrix (wanted, given): products are faster here than interpolation."""
-    return F.interpolate(torch.eye(given)[None, None], (wanted, given), mode=mode)[0, 0]
+def _resizing(old: int, new: int, mode: str) -> Tensor:
+    """The matrix (new, old) that resizes one axis. Matrix products are faster here than interpolation."""
+    return F.interpolate(torch.eye(old)[None, None], (new, old), mode=mode)[0, 0]
 
 
 def _slices_of_noise(draw: torch.Generator, channels: int, batch: int, cells: int, size: int) -> Tensor:
-    """Smooth normal noise that changes a little from slice to slice: (channels, batch, 3, size, size)."""
+    """Smooth Gaussian noise that changes a little from slice to slice: (channels, batch, 3, size, size)."""
     middle, drift = torch.randn(2, channels, batch, 1, cells, cells, generator=draw)
-    # Slices of thick and of thin volumes: how far a neighbour has gone differs by scene.
+    # Neighbouring slices differ more in some scenes than in others, as in volumes with thick and with thin slices.
     step = _uniform(draw, 0.0, 0.6, batch, 1, 1, 1) * torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1)
     rows = _resizing(cells, size, "bicubic")
     return rows @ (middle + step * drift) @ rows.T
@@ -97,7 +98,7 @@ def _label_maps(batch: int, size: int, draw: torch.Generator) -> _LabelMaps:
     ground = _integer(draw, 3, 8)
     noise = _slices_of_noise(draw, ground, batch, _integer(draw, 3, 7), size)
     highest, regions = noise[0], torch.zeros(batch, 3, size, size, dtype=torch.int64)
-    for number in range(1, ground):  # a maximum over the leading axis, in less time
+    for number in range(1, ground):  # faster than a maximum over the leading axis
         regions.masked_fill_(noise[number] > highest, number)
         highest = torch.maximum(highest, noise[number])
     shapes = torch.zeros(REGIONS, dtype=torch.int64)
@@ -108,13 +109,13 @@ def _label_maps(batch: int, size: int, draw: torch.Generator) -> _LabelMaps:
     number = ground
     for _ in range(_integer(draw, 2, 6)):
         centre, radii, inside = _shape(batch, x, y, draw)
-        there = inside & (_uniform(draw, 0, 1, batch, 1, 1, 1) < 0.7)
-        regions.masked_fill_(there, number)
+        drawn = inside & (_uniform(draw, 0, 1, batch, 1, 1, 1) < 0.7)
+        regions.masked_fill_(drawn, number)
         shapes[number] = 1
         elongated[:, number] = (radii.amax(dim=0) > 1.7 * radii.amin(dim=0)).flatten()
         small = _within(batch, x, y, centre, radii, draw) & (_uniform(draw, 0, 1, batch, 1, 1, 1) < 0.5)
-        # Half of the small ones end where the shape ends, the others stick out of it.
-        small &= there | ((_uniform(draw, 0, 1, batch, 1, 1, 1) < 0.5) & there.any(dim=(2, 3), keepdim=True))
+        # Half of the small shapes are cut off at the rim of the large shape, the others stick out.
+        small &= drawn | ((_uniform(draw, 0, 1, batch, 1, 1, 1) < 0.5) & drawn.any(dim=(2, 3), keepdim=True))
         regions.masked_fill_(small, number + 1)
         shapes[number + 1] = 2
         number += 2
@@ -124,10 +125,20 @@ def _label_maps(batch: int, size: int, draw: torch.Generator) -> _LabelMaps:
 
 
 def _shape(batch: int, x: Tensor, y: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """An ellipse or a rounded box: centres (2, batch, 3, 1, 1), radii (2, batch, 1, 1, 1), inside (batch, 3, size, size)."""
+    """Draw an ellipse or a rounded box.
+
+    Args:
+        batch: number of scenes.
+        x: horizontal coordinate of every pixel.
+        y: vertical coordinate of every pixel.
+        draw: the generator of all random draws.
+
+    Returns:
+        Centres (2, batch, 3, 1, 1), radii (2, batch, 1, 1, 1), and which pixels are inside (batch, 3, size, size).
+    """
     centre = _uniform(draw, -0.8, 0.8, 2, batch, 1, 1, 1) + _uniform(draw, -0.05, 0.05, 2, batch, 3, 1, 1)
     radii = 0.05 + 0.45 * _uniform(draw, 0, 1, 2, batch, 1, 1, 1) ** 1.5
-    # A shape ends somewhere: its cross-section shrinks towards one side.
+    # The cross-section of a shape shrinks towards one of the neighbouring slices, because a shape ends somewhere.
     shrink = 1 + _uniform(draw, -0.35, 0.35, batch, 1, 1, 1) * torch.tensor([-1.0, 0, 1]).view(1, 3, 1, 1)
     angle = _uniform(draw, 0, math.pi, batch, 1, 1, 1)
     dx, dy = x - centre[0], y - centre[1]
@@ -139,7 +150,7 @@ def _shape(batch: int, x: Tensor, y: Tensor, draw: torch.Generator) -> tuple[Ten
 
 
 def _within(batch: int, x: Tensor, y: Tensor, centre: Tensor, radii: Tensor, draw: torch.Generator) -> Tensor:
-    """The inside of a smaller disc in or on the rim of a shape: (batch, 3, size, size)."""
+    """Draw a smaller disc inside a shape or on its rim, and return which pixels it covers: (batch, 3, size, size)."""
     angle, far = _uniform(draw, 0, 2 * math.pi, batch, 1, 1, 1), _uniform(draw, 0, 0.9, batch, 1, 1, 1)
     radius = radii.amin(dim=0) * _uniform(draw, 0.35, 0.8, batch, 1, 1, 1)
     cx = centre[0] + radii.amin(dim=0) * far * angle.cos()
@@ -148,7 +159,7 @@ def _within(batch: int, x: Tensor, y: Tensor, centre: Tensor, radii: Tensor, dra
 
 
 def _paint(regions: Tensor, draw: torch.Generator) -> Tensor:
-    """An intensity and a texture for every region: (batch, 3, size, size)."""
+    """Images with a random intensity and texture for every region: (batch, 3, size, size)."""
     batch, size = len(regions), regions.shape[-1]
     level = _uniform(draw, 0, 1, batch, REGIONS)
     rough = 0.12 * _uniform(draw, 0, 1, batch, REGIONS) ** 2
@@ -162,7 +173,7 @@ def _paint(regions: Tensor, draw: torch.Generator) -> Tensor:
 
 
 def _degrade(images: Tensor, draw: torch.Generator) -> Tensor:
-    """What a scanner does: bias, blur, resolution, noise, contrast; scaled to [0, 1]."""
+    """Add a scanner's bias, blur, resolution, noise and contrast, and scale to [0, 1]."""
     batch, size = len(images), images.shape[-1]
     rows = _resizing(3, size, "bicubic")
     bias = rows @ torch.randn(batch, 1, 3, 3, generator=draw) @ rows.T * _uniform(draw, 0, 0.3, batch, 1, 1, 1)
@@ -176,7 +187,7 @@ def _degrade(images: Tensor, draw: torch.Generator) -> Tensor:
 
 
 def _point_spread(size: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Blur, then perhaps coarser pixels resized to the grid, of rows and of columns: (size, size) each."""
+    """Matrices (size, size) that blur rows and columns and, in some scenes, also reduce their resolution."""
     deviation = float(_uniform(draw, 0.1, 1.6, 1))
     distance = torch.arange(size)[:, None] - torch.arange(size)
     blur = torch.exp(-(distance**2) / (2 * deviation**2))
@@ -193,7 +204,7 @@ def _point_spread(size: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def _targets(maps: _LabelMaps, clean: Tensor) -> tuple[Tensor, Tensor]:
-    """The tasks' masks (batch, tasks, size, size) and the regions' levels (batch, size, size) of the middle slice."""
+    """Masks of the tasks (batch, tasks, size, size) and levels of the regions (batch, size, size) in the middle slice."""
     middle = maps.regions[:, 1]
     size = middle.shape[-1]
     flat = middle.flatten(1)

@@ -1,1 +1,1 @@
-"""The federated algorithm: rounds, packets, aggregation, state on disk; and the engines that carry the packets."""
+"""The federated algorithm (rounds, packets, aggregation and state on disk) and the engines that carry its packets."""

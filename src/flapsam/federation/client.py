@@ -1,4 +1,4 @@
-"""The client's side of the federated algorithm: a site turns the server's packets into a packet of its own."""
+"""The client's side of the federated algorithm: a site turns the server's packets into a reply of its own."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from flapsam.sam import Sam, load_tensors, only_these_train, tensors_of
 
 @dataclass(frozen=True)
 class ClientData:
-    """What one site trains and validates on."""
+    """The cases that one site trains and validates on."""
 
     site: str
     train: Sequence[PreparedCase]
@@ -37,19 +37,19 @@ class Client:
         agreement: Agreement,
         state: ClientState,
         *,
-        tells_metrics: bool = True,
+        reports_metrics: bool = True,
     ) -> None:
-        """Take part in a run, from its start or from where the state stands.
+        """Start a run, or resume it from the saved state.
 
         Args:
-            network: on which the site fits.
-            data: of the site.
-            config: of the run.
+            network: the network that the site trains.
+            data: the site's cases.
+            config: the run's configuration.
             agreement: what was agreed with the server.
-            state: this site's folder.
-            tells_metrics: whether losses and validation Dice are in what leaves the site.
+            state: the site's folder.
+            reports_metrics: whether the site sends losses and validation Dice.
         """
-        self.tells_metrics = tells_metrics
+        self.reports_metrics = reports_metrics
         self.network = network
         self.data = data
         self.config = config
@@ -59,21 +59,24 @@ class Client:
 
     @property
     def held(self) -> int:
-        """Rounds that went into the tensors that this site has, which says what packets it needs."""
+        """The round whose result this site holds, 0 for none. The server chooses the packets by it."""
         held = self.state.held()
         return held[0] if held else 0
 
     def fit(self, packets: Iterable[bytes], on_step: Callable[[], None] = lambda: None) -> bytes:
-        """One round: validate what came, train it on this site's data, answer with the result.
+        """Take part in a round: validate the global tensors, train them on this site's data, and return the reply.
 
-        A round that was answered already is answered with the same bytes.
+        A round that was already answered gets the same bytes again.
 
         Args:
-            packets: the server's for this site, oldest first.
+            packets: the server's packets for this site, oldest first.
             on_step: called after every training step.
 
+        Returns:
+            The packet for the server.
+
         Raises:
-            PacketRefused: a packet is not right.
+            PacketRefused: a packet is damaged or is not what was agreed.
         """
         done, start = self._receive(packets)
         number = done + 1
@@ -81,7 +84,7 @@ class Client:
         if kept is not None:
             return kept
         metrics: dict[str, float | None] = {}
-        if self.tells_metrics and done > 0 and done % self.config.rounds.validate_every == 0:
+        if self.reports_metrics and done > 0 and done % self.config.rounds.validate_every == 0:
             metrics |= self._scores()
         learner = Learner(self.network, self.config.training, self.config.rounds.count)
         moments = self.state.moments_before(number)
@@ -101,10 +104,10 @@ class Client:
                 on_step=on_step,
             )
         result = cut(tensors_of(self.network, contract.shapes), self.rank)
-        whole = all(tensor.isfinite().all() for tensor in result.values())
-        if whole:
+        finite = all(tensor.isfinite().all() for tensor in result.values())
+        if finite:
             learner.save(self.state.moments(number))
-        if self.tells_metrics:
+        if self.reports_metrics:
             metrics |= {name: float(getattr(report, name)) for name in FIT_METRICS}
         header = Header(
             run=self.agreement.run,
@@ -114,33 +117,39 @@ class Client:
             samples=report.slices,
             metrics=metrics,
         )
-        answer = self._answer(header, contract, start, result, keep_unsent=whole)
+        answer = self._answer(header, contract, start, result, keep_unsent=finite)
         self.state.commit(number, answer)
         return answer
 
     def validate(self, packets: Iterable[bytes]) -> dict[str, float | None]:
-        """Validation Dice of the global tensors on this site: per class and mean, under ``validation.``.
+        """Score the global tensors on this site's validation cases.
+
+        Args:
+            packets: the server's packets for this site, oldest first.
+
+        Returns:
+            Dice of each class and their mean, with the prefix ``validation.``. Empty if the site sends no metrics.
 
         Raises:
-            PacketRefused: a packet is not right.
+            PacketRefused: a packet is damaged or is not what was agreed.
         """
         self._receive(packets)
-        return self._scores() if self.tells_metrics else {}
+        return self._scores() if self.reports_metrics else {}
 
     def _receive(self, packets: Iterable[bytes]) -> tuple[int, dict[str, Tensor]]:
-        """Rounds done and the global tensors at this site's rank, which the network holds then."""
+        """Apply the packets and load the network; returns the rounds done and the global tensors at this site's rank."""
         number, tensors = self.state.held() or (0, cut(self.agreement.start, self.rank))
         for packet in packets:
             header, part = decode(
                 packet, lambda header: self.agreement.from_server(header, self.rank), self.agreement.contract.tensor_bytes
             )
             if header.run != self.agreement.run:
-                raise PacketRefused("of another run")
+                raise PacketRefused("it belongs to another run")
             if header.sender != SERVER:
-                raise PacketRefused(f"sent by {header.sender!r}, not by the server")
+                raise PacketRefused(f"its sender is {header.sender!r}, not the server")
             if header.base is None or header.round > number:
                 if header.base not in (None, number):
-                    raise PacketRefused(f"it changes what round {header.base} gave, this site has that of round {number}")
+                    raise PacketRefused(f"it changes the result of round {header.base}, but this site is at round {number}")
                 tensors = changed(tensors, part, header.base is None or self.agreement.lossless)
                 number = header.round
         if self.agreement.remembers:
@@ -156,7 +165,7 @@ class Client:
         result: Mapping[str, Tensor],
         keep_unsent: bool,
     ) -> bytes:
-        """The packet for the server; what the codec loses is kept, to be sent with the next (Seide et al. 2014)."""
+        """Write the packet for the server. What the codec loses is kept and sent with the next one (Seide et al. 2014)."""
         seed = seed_for(self.config.seed, header.round, self.data.site, "codec")
         if self.agreement.lossless:
             return encode(header, contract, result, seed)
@@ -174,7 +183,7 @@ class Client:
 
 
 def score_cases(network: Sam, cases: Sequence[PreparedCase], config: RunConfig) -> list[CaseScores]:
-    """Predict unpacked cases and score them on the slices' own grid, without distances."""
+    """Predict prepared cases and score them on the slices' own grid, without surface distances."""
     scores = []
     for case in cases:
         stack = case.stack(config.samples)

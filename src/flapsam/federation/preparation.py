@@ -1,4 +1,4 @@
-"""What every participant makes of a run's configuration before the first round: data, network and agreement."""
+"""What every participant derives from a run's configuration before the first round: data, network and agreement."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,10 +37,10 @@ from flapsam.volumes import count_modalities, read_geometry
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """The configuration with everything left open filled in.
+    """Fill in everything that the configuration leaves open.
 
     Raises:
-        FlapsamError: a name in it is unknown.
+        FlapsamError: a name in it is unknown, its values do not fit together, or this machine lacks what it names.
     """
     sizes = architecture(source(config.backbone.name).architecture)
     find_checkpoint(config.backbone)
@@ -51,12 +51,12 @@ def resolve(config: RunConfig) -> RunConfig:
     codec(config.compression)
     if choose("server.optimizer", config.server.optimizer, SERVER_OPTIMIZERS) and not method.keeps_basis:
         raise FlapsamError(
-            f"server.optimizer: {config.server.optimizer} needs adapters whose rows mean the same from round to round, and "
-            f"aggregator {config.aggregator} turns them; choose flexlora-aligned or fedavg"
+            f"server.optimizer: {config.server.optimizer} needs adapters that keep their basis from round to round, but "
+            f"aggregator {config.aggregator} changes it; choose flexlora-aligned or fedavg"
         )
     larger = [site for site, rank in config.site_ranks.items() if rank > config.lora.rank]
     if larger:
-        raise FlapsamError(f"site_ranks.{larger[0]}: larger than lora.rank, {config.lora.rank}; raise that one")
+        raise FlapsamError(f"site_ranks.{larger[0]}: larger than lora.rank, {config.lora.rank}; lower it or raise lora.rank")
     return config.model_copy(
         update={
             "samples": config.samples.model_copy(update={"size": size}),
@@ -67,10 +67,10 @@ def resolve(config: RunConfig) -> RunConfig:
 
 
 def assembled_for(config: RunConfig) -> Assembled:
-    """The network where and as the run wants it; torch is set up for it.
+    """Set up torch for the run and assemble its network on its device.
 
     Raises:
-        FlapsamError: as ``sam.assemble``.
+        FlapsamError: the network cannot be assembled, see ``sam.assemble``.
     """
     set_up_torch(config.threads or 1, deterministic=config.deterministic)
     assembled = assemble_run(config)
@@ -81,19 +81,19 @@ def assembled_for(config: RunConfig) -> Assembled:
 
 
 def start_of(network: Sam, method: Aggregator) -> dict[str, Tensor]:
-    """The global tensors that this aggregator begins with, from a network on which nothing was trained yet."""
+    """The global tensors that this aggregator starts from, taken from a network that has not been trained yet."""
     trained = travelling_state(network)
-    more = adapted_weights(trained) if method.base_weights else set()
-    return trained | tensors_of(network, more - trained.keys())
+    base_weights = adapted_weights(trained) if method.base_weights else set()
+    return trained | tensors_of(network, base_weights - trained.keys())
 
 
 def agree(run: str, config: RunConfig, network: Sam) -> Agreement:
-    """What server and sites of a federation agree on.
+    """Derive what server and sites of a federation agree on.
 
     Args:
         run: the run's id.
-        config: resolved.
-        network: as it was assembled, nothing trained yet.
+        config: the resolved configuration.
+        network: the network as assembled, before any training.
     """
     method = aggregator(config.aggregator, config.lora.rank)
     start, trained = start_of(network, method), list(travelling_state(network))
@@ -101,16 +101,16 @@ def agree(run: str, config: RunConfig, network: Sam) -> Agreement:
 
 
 def agree_alone(run: str, config: RunConfig, network: Sam) -> Agreement:
-    """The same for one client without a federation: the mean of its tensors is those tensors, and nothing travels."""
+    """The agreement of one client without a federation. Its own tensors are the mean, and nothing travels."""
     alone = config.model_copy(update={"aggregator": "fedavg", "compression": Compression(codec="fp32"), "site_ranks": {}})
     return agree(run, alone, network)
 
 
 def check_pairs(sites: Sequence[Site]) -> None:
-    """Check from headers alone, before long work begins, that every image and label map fit together.
+    """Check from the headers alone, before long work begins, that every label map fits its image.
 
     Raises:
-        FlapsamError: two do not.
+        FlapsamError: a label map does not fit its image.
     """
     for site in sites:
         for case in site.cases:
@@ -118,21 +118,23 @@ def check_pairs(sites: Sequence[Site]) -> None:
 
 
 def with_modalities(config: RunConfig, cases: Sequence[Case]) -> RunConfig:
-    """The configuration with what the cases' headers say, which must be the same in all.
+    """Enter the number of modalities, as read from the cases' headers, in the configuration.
 
     Raises:
-        FlapsamError: it is not.
+        FlapsamError: the cases differ in their number of modalities.
     """
     counts = {case: count_modalities(case.images) for case in cases}
     first, number = next(iter(counts.items()))
     for case, count in counts.items():
         if count != number:
-            raise FlapsamError(f"{case.image}: the case has {count} modalities, {first.image} has {number}")
+            raise FlapsamError(
+                f"{case.image}: the case has {count} modalities, but {first.image} has {number}; all cases need equally many"
+            )
     return config.model_copy(update={"samples": config.samples.model_copy(update={"modalities": number})})
 
 
 def with_windows(config: RunConfig, network: Sam, known: int | None = None) -> RunConfig:
-    """The configuration with a number in the place of ``micro_batch: auto``: what is known of the run, or measured now."""
+    """Replace ``micro_batch: auto`` by a number: the one known from earlier in the run, or one measured now."""
     if config.training.micro_batch != "auto":
         return config
     windows = known or windows_that_fit(network, config.training, config.precision)
@@ -140,25 +142,31 @@ def with_windows(config: RunConfig, network: Sam, known: int | None = None) -> R
 
 
 def prepare_site(site: Site, config: RunConfig, cache: Path, on_case: Callable[[], None] = lambda: None) -> ClientData:
-    """Unpack a site's training and validation cases.
+    """Prepare a site's training and validation cases.
+
+    Args:
+        site: the site.
+        config: the resolved configuration.
+        cache: folder for prepared volumes.
+        on_case: called after every case.
 
     Raises:
-        FlapsamError: a case is not right.
+        FlapsamError: a case cannot be used.
     """
     labels = label_map(config.data, site.name)
 
-    def unpacked(cases: Sequence[Case]) -> list[PreparedCase]:
+    def prepared(cases: Sequence[Case]) -> list[PreparedCase]:
         result = []
         for case in cases:
             result.append(prepare(case, labels, config.samples, cache))
             on_case()
         return result
 
-    return ClientData(site.name, unpacked(site.of("train")), unpacked(site.of("val")))
+    return ClientData(site.name, prepared(site.of("train")), prepared(site.of("val")))
 
 
 def card_of(run: str, mode: str, rounds: int, config: RunConfig, origin: Origin) -> AdapterCard:
-    """What is written beside a run's adapter."""
+    """The card that is written beside a run's adapter."""
     return AdapterCard(
         run=run,
         mode=mode,

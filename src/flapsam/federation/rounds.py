@@ -1,4 +1,4 @@
-"""Round after round, whatever the engine: packets out, answers in, aggregation, and an event in the ledger for each."""
+"""The rounds of a run, whatever the engine: packets out, answers in, aggregation, and an event in the ledger for each."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,34 +19,34 @@ Scores = Mapping[str, float | None]
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back from a site."""
+    """What came back from a site, or why nothing did."""
 
     site: str
     bytes_down: int
-    """Size of the packets that the site received."""
+    """Size in bytes of the packets that the site received."""
     fitted: bytes | memoryview = b""
-    """The site's packet, if it was asked for a fit."""
+    """The site's packet, if it was asked to fit."""
     scores: Scores | None = None
     """Its validation scores, if it was asked to validate."""
     missing: str = ""
-    """Why there is neither."""
+    """Reason why there is neither a packet nor scores."""
     seconds: float | None = None
     """Seconds that the site took, if its engine measures them."""
 
 
 Carry = Callable[[Work], Iterable[Answer]]
-"""An engine: it takes every site its packets and yields the answers as they come, each once."""
+"""An engine: it brings every site its packets and yields each answer once, as it arrives."""
 Record = Callable[[Event], object]
 """Writes an event to the ledger."""
 
 
 def rounds(server: Server, cohort: Cohort, options: Rounds, carry: Carry, record: Record) -> Iterator[int]:
-    """Run the rounds that are left until all are done or validation has settled.
+    """Run the remaining rounds until all are done or validation has settled.
 
     Args:
-        server: at its start or in the middle of a run.
+        server: the server, at the start or in the middle of a run.
         cohort: who trains together, for the ledger.
-        options: how many rounds there are, and when they end early.
+        options: the number of rounds, and when to stop early.
         carry: the engine.
         record: writes an event to the ledger.
 
@@ -54,7 +54,7 @@ def rounds(server: Server, cohort: Cohort, options: Rounds, carry: Carry, record
         The number of rounds done, after each round.
 
     Raises:
-        FlapsamError: fewer sites than ``options.min_sites`` answered. The round counts as not begun.
+        FlapsamError: fewer sites than ``options.min_sites`` answered. The round is not closed and has to be run again.
     """
     while server.rounds_done < options.count and not settled(server.validation, options.patience, options.settled):
         number = server.rounds_done + 1
@@ -67,7 +67,7 @@ def rounds(server: Server, cohort: Cohort, options: Rounds, carry: Carry, record
         aggregating = time.perf_counter()
         answered = len(server.state.replied())
         if answered < options.min_sites:
-            reason = f"{answered} sites answered, rounds.min_sites is {options.min_sites}; the ledger has the reasons"
+            reason = f"{answered} sites answered, rounds.min_sites is {options.min_sites}; see the ledger for the reasons"
             raise FlapsamError(f"round {number}: {reason}")
         server.close_round()
         closed = time.perf_counter()
@@ -76,10 +76,10 @@ def rounds(server: Server, cohort: Cohort, options: Rounds, carry: Carry, record
 
 
 def deliver(server: Server, cohort: Cohort, carry: Carry, record: Record) -> None:
-    """Send the result of the last round to the sites and record how it scores there.
+    """Send the result of the last round to the sites and record its validation scores.
 
     Args:
-        server: after its last round.
+        server: the server, after its last round.
         cohort: who trained together.
         carry: the engine.
         record: writes an event to the ledger.
@@ -96,12 +96,12 @@ def deliver(server: Server, cohort: Cohort, carry: Carry, record: Record) -> Non
 def settled(validation: Sequence[float | None], patience: int | None, gain: float) -> bool:
     """Whether validation Dice has stopped rising.
 
-    It has if the best of the last ``patience`` values is not above the best before them by more than ``gain``.
+    It has if the best of the last ``patience`` values exceeds the best value before them by at most ``gain``.
 
     Args:
-        validation: mean Dice of each validation, oldest first; None where there was none.
-        patience: number of validations to look back on; None: validation never settles.
-        gain: a rise in Dice that counts as progress.
+        validation: mean Dice of each validation, oldest first. None where there was none.
+        patience: number of validations to look back on. None: validation never settles.
+        gain: largest rise in Dice that does not yet count as progress.
     """
     known = [value for value in validation if value is not None]
     return patience is not None and len(known) > patience and max(known[-patience:]) <= max(known[:-patience]) + gain
@@ -111,8 +111,8 @@ def _receive(server: Server, cohort: Cohort, number: int, answer: Answer, record
     site, size = answer.site, len(answer.fitted)
     try:
         header = server.receive(answer.fitted, site)
-    except PacketRefused as reason:
-        record(AnswerRefused(cohort=cohort, round=number, site=site, reason=str(reason), bytes_up=size))
+    except PacketRefused as refusal:
+        record(AnswerRefused(cohort=cohort, round=number, site=site, reason=str(refusal), bytes_up=size))
         return
     _record_validation(cohort, number - 1, site, header.metrics, record)
     reported: dict[str, Any] = {name: header.metrics.get(name) for name in FIT_METRICS}

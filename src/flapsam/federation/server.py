@@ -20,9 +20,9 @@ from flapsam.run.config import ServerOptions
 class Server:
     """The server's side of the algorithm.
 
-    It keeps the global tensors θ and, where packets hold differences, what the sites have of them, r: each round sends what
-    the codec makes of θ − r, so that what was lost before is in it, and the clients' changes are added to θ (DoubleSqueeze,
-    Tang et al. 2019, arXiv 1905.05957).
+    The server keeps the global tensors θ. Where packets hold differences, it also keeps the sites' copy r. Each round adds
+    the clients' changes to θ and sends θ − r through the codec, so that what earlier packets lost is sent again
+    (DoubleSqueeze, Tang et al. 2019, arXiv 1905.05957).
     """
 
     def __init__(
@@ -34,17 +34,17 @@ class Server:
         options: ServerOptions | None = None,
         seed: int = 0,
     ) -> None:
-        """Take part in a run, from its start or from where the state stands.
+        """Start a run, or resume it from the saved state.
 
         Args:
             agreement: what was agreed with the sites.
-            shares: each site's share in the mean, fixed before the first round, so that no site can raise its own later.
-            state: this server's folder.
-            options: what is done with the clients' mean.
-            seed: of the run, for the rounding of what is sent.
+            shares: each site's share in the mean. Shares are fixed before the first round, so no site can raise its own.
+            state: the server's folder.
+            options: what the server does with the clients' mean.
+            seed: the run's seed, from which the codec's rounding is seeded.
 
         Raises:
-            FlapsamError: the state is of another run, or damaged.
+            FlapsamError: the state is damaged or belongs to another run.
         """
         self.agreement = agreement
         self.shares = shares
@@ -53,23 +53,23 @@ class Server:
         self.seed = seed
         ranks = {agreement.aggregator.rank, *agreement.ranks.values()}
         self.streams = {str(rank): rank for rank in sorted(ranks)}
-        """Sites of one rank get the same packets."""
+        """Name of a stream → rank. Sites of the same rank get the same packets, one stream."""
         newest = state.newest()
         if newest is None:
             held = {stream: cut(agreement.start, rank) for stream, rank in self.streams.items()}
             self._commit(0, dict(agreement.start), held, {}, [])
         else:
-            self.rounds_done, groups, about = newest
-            if about["run"] != agreement.run:
-                raise FlapsamError(f"{state.folder}: this folder holds the state of another run")
+            self.rounds_done, groups, metadata = newest
+            if metadata["run"] != agreement.run:
+                raise FlapsamError(f"{state.folder}: this is the state of another run; choose another output folder")
             self.globals = groups["global"]
             self.held = {stream: groups.get(f"held-{stream}", {}) for stream in self.streams}
             self.moments = {kind: groups[kind] for kind in ("m", "v") if kind in groups}
-            self.validation: list[float | None] = about["validation"]
+            self.validation: list[float | None] = metadata["validation"]
             state.forget_replies()
 
     def packets(self, site: str, held: int) -> list[bytes]:
-        """What a site needs that has the tensors of round ``held``: every packet since, or, if that is less, all tensors."""
+        """The packets for a site at round ``held``: every packet since, or one with all tensors if that is smaller."""
         rank, agreement = self.agreement.rank(site), self.agreement
         header = Header(run=agreement.run, round=self.rounds_done, base=self.rounds_done, sender=SERVER)
         if held == self.rounds_done and (agreement.remembers or held == 0):
@@ -83,66 +83,73 @@ class Server:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The global tensors as sites of the run's own rank have them."""
+        """The global tensors as sites of the run's own rank hold them."""
         return self._held(str(self.agreement.aggregator.rank))
 
     def receive(self, packet: bytes | memoryview, site: str) -> Header:
-        """Check the reply that came from a site in the round under way and keep it.
+        """Check a site's reply to the current round and keep it.
+
+        Args:
+            packet: the reply.
+            site: the site that the engine received it from.
 
         Raises:
-            PacketRefused: the reply is not right; the round goes on without it.
+            PacketRefused: the reply cannot be used. The round continues without it.
         """
         agreement, number = self.agreement, self.rounds_done + 1
 
         def agreed(header: Header) -> Contract:
             if header.run != agreement.run:
-                raise PacketRefused("of another run")
+                raise PacketRefused("it belongs to another run")
             if header.sender not in self.shares:
-                raise PacketRefused(f"sent by {header.sender!r}, who is not among the sites")
+                raise PacketRefused(f"its sender is {header.sender!r}, which is not a site of this run")
             if header.sender != site:
-                raise PacketRefused(f"sent by {header.sender!r} in the place of {site!r}")
+                raise PacketRefused(f"its sender is {header.sender!r}, but it came from {site!r}")
             if header.round != number or header.base != self.rounds_done:
-                raise PacketRefused(f"of round {header.round}, the round is {number}")
+                raise PacketRefused(f"it answers round {header.round}, but the current round is {number}")
             if site in self.state.replied():
-                raise PacketRefused(f"{site} has answered this round already")
+                raise PacketRefused(f"{site} has already answered this round")
             return agreement.up(site, number)
 
         header, part = decode(packet, agreed, agreement.contract.tensor_bytes)
         for name, value in header.metrics.items():
             if name.startswith(VALIDATION) and value is not None and not 0 <= value <= 1:
-                raise PacketRefused(f"a validation Dice of {value}")
+                raise PacketRefused(f"its validation Dice of {value} is not between 0 and 1")
         tensors = changed(cut(self.globals, agreement.rank(site)), part, agreement.lossless)
-        about = {"validation": header.metrics.get(f"{VALIDATION}mean")}
-        self.state.keep_reply(site, {name: tensors[name] for name in part}, about)
+        metadata = {"validation": header.metrics.get(f"{VALIDATION}mean")}
+        self.state.keep_reply(site, {name: tensors[name] for name in part}, metadata)
         return header
 
     def close_round(self) -> int:
-        """Aggregate the round's replies in the order of the sites' names; returns the number of rounds done.
+        """Aggregate the round's replies, in the order of the sites' names.
+
+        Returns:
+            The number of rounds done.
 
         Raises:
-            FlapsamError: no site answered.
+            FlapsamError: no site with a share above 0 answered.
         """
         number = self.rounds_done + 1
         kept = [self.state.reply(site, self.shares[site]) for site in self.state.replied()]
         replies = [reply for reply, _ in kept]
         if not any(reply.weight > 0 for reply in replies):
-            raise FlapsamError(f"round {number}: no site with a weight above 0 answered; see the ledger for the reasons")
+            raise FlapsamError(f"round {number}: no site with a share above 0 answered; see the ledger for the reasons")
         result = self.agreement.aggregator.aggregate(replies, self.globals, number)
         result, moments = server_step(self.globals, result, self.moments, self.options)
         held = dict(self.held)
         packets = {}
         for stream, rank in self.streams.items():
             packets[stream], held[stream] = self._packet(stream, rank, number, result)
-        # Sites tell with a round's reply how the round before it did.
-        validation = [*self.validation, mean(about["validation"] for _, about in kept)]
+        # A reply brings the validation scores of the round before.
+        validation = [*self.validation, mean(metadata["validation"] for _, metadata in kept)]
         self._commit(number, result, held, moments, validation, packets)
         for stream in self.streams:
-            # Beyond that, all tensors are fewer bytes than the chain of packets.
+            # Beyond this size, sending all tensors takes fewer bytes than the chain of packets.
             self.state.forget_packets(stream, self.agreement.contract.tensor_bytes if self.agreement.remembers else 0)
         return number
 
     def _packet(self, stream: str, rank: int, number: int, tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, Tensor]]:
-        """What tells the sites of a rank the new global tensors, and what they have then."""
+        """The packet that brings the new global tensors to the sites of a rank, and what these sites hold then."""
         agreement = self.agreement
         base = None if not agreement.remembers else number - 1
         header = Header(run=agreement.run, round=number, base=base, sender=SERVER)
@@ -156,7 +163,7 @@ class Server:
         return packet, changed(self.held[stream], sent, replace=False)
 
     def _held(self, stream: str) -> dict[str, Tensor]:
-        """What the sites of a stream have."""
+        """The tensors that the sites of a stream hold."""
         return cut(self.globals, self.streams[stream]) if self.agreement.lossless else dict(self.held[stream])
 
     def _commit(

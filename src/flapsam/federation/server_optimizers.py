@@ -1,7 +1,8 @@
-"""What the server does with the clients' mean: take it, or treat the way to it as a gradient.
+"""What the server does with the clients' mean: take it as it is, or treat the step towards it as a gradient.
 
-Reddi et al. 2021 (Adaptive Federated Optimization, arXiv 2003.00295), algorithm 2; FedAvgM is Hsu et al. 2019 (arXiv
-1909.06335). With θ the global tensor and Δ the clients' mean less θ: m ← β₁·m + (1 − β₁)·Δ, θ ← θ + η·m / (√v + τ).
+The adaptive optimizers are algorithm 2 of Reddi et al. 2021 (Adaptive Federated Optimization, arXiv 2003.00295). FedAvgM is
+Hsu et al. 2019 (arXiv 1909.06335). With θ the global tensor and Δ the clients' mean minus θ: m ← β₁·m + (1 − β₁)·Δ,
+θ ← θ + η·m / (√v + τ).
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from flapsam.base.errors import choose
 from flapsam.run.config import ServerOptions
 
 Moments = dict[str, dict[str, Tensor]]
-"""``m`` and ``v``, each by the tensors' names; empty before the first round."""
+"""``m`` and ``v``, each by tensor name. Empty before the first round."""
 
 
 def _fedavgm(old: Tensor, change: Tensor, state: dict[str, Tensor], options: ServerOptions) -> Tensor:
@@ -43,22 +44,25 @@ SERVER_OPTIMIZERS: dict[str, Callable[[Tensor, Tensor, dict[str, Tensor], Server
     "fedadam": _fedadam,
     "fedyogi": _fedyogi,
 }
-"""Name → a step of one tensor; its moments are changed in place."""
+"""Name → function that takes a step with one tensor and changes its moments in place. ``none`` has no function."""
 
 
 def server_step(
     old: Mapping[str, Tensor], mean: Mapping[str, Tensor], moments: Moments, options: ServerOptions
 ) -> tuple[dict[str, Tensor], Moments]:
-    """The global tensors after a round, and the server's moments.
+    """Take the server's step of a round.
 
     Args:
-        old: the global tensors.
-        mean: what the clients gave together.
-        moments: of the round before.
-        options: which optimizer, and its numbers.
+        old: the global tensors before the round.
+        mean: the aggregated tensors of the clients.
+        moments: the moments after the round before.
+        options: the optimizer and its settings.
+
+    Returns:
+        The global tensors and the moments after the round.
 
     Raises:
-        FlapsamError: there is none of that name.
+        FlapsamError: the optimizer's name is unknown.
     """
     step = choose("server.optimizer", options.optimizer, SERVER_OPTIMIZERS)
     if step is None:

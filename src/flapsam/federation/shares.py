@@ -1,4 +1,4 @@
-"""How much each client counts: its share in the mean."""
+"""The share of each client in the mean."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,30 +11,34 @@ from flapsam.volumes import read_geometry, slice_count
 
 @dataclass(frozen=True)
 class TrainingSize:
-    """What a site brings, counted before validation cases are held out."""
+    """Amount of a site's training data, counted before validation cases are held out."""
 
     cases: int
     slices: int
 
 
 def training_size(site: Site, config: RunConfig) -> TrainingSize:
-    """What a site brings, from its files' headers."""
+    """Count a site's training cases and slices from the files' headers."""
     cases = site.of("train")
     return TrainingSize(len(cases), sum(_slices(case, config) for case in cases))
 
 
 def client_shares(sizes: Mapping[str, TrainingSize], options: Rounds) -> dict[str, float]:
-    """Each site's share in the mean. Shares add up to 1.
+    """Each site's share in the mean. The shares add up to 1.
 
-    Counting slices this way gives the weights that the paper's code holds as numbers for Fed-KiTS19.
+    Counted by slices, the shares for Fed-KiTS19 equal the numbers that are hard-coded in the paper's code.
+
+    Args:
+        sizes: each site's training data, by name.
+        options: the rounds' options, whose ``weights`` say what the shares depend on.
 
     Raises:
-        FlapsamError: given weights do not name exactly the sites, or are all 0.
+        FlapsamError: the given weights do not name exactly the sites, or the shares would all be 0.
     """
     kind = options.weights
     if isinstance(kind, dict):
         if kind.keys() != sizes.keys():
-            raise FlapsamError(f"rounds.weights: give one for each of {', '.join(sizes)}")
+            raise FlapsamError(f"rounds.weights: the names do not match the sites; give one for each of {', '.join(sizes)}")
         raw = dict(kind)
     elif kind == "uniform":
         raw = dict.fromkeys(sizes, 1.0)
@@ -42,7 +46,7 @@ def client_shares(sizes: Mapping[str, TrainingSize], options: Rounds) -> dict[st
         raw = {name: float(getattr(size, kind)) for name, size in sizes.items()}
     total = sum(raw.values())
     if total <= 0:
-        raise FlapsamError("rounds.weights: no site has a weight above 0; does any have training cases?")
+        raise FlapsamError("rounds.weights: every site's share is 0; check these weights and the sites' training cases")
     return {name: weight / total for name, weight in raw.items()}
 
 

@@ -1,4 +1,4 @@
-"""What a run must not forget: written whole, file by file, so that a crash loses at most the work under way."""
+"""The saved state of a run. Every file is written whole or not at all, so a crash loses at most the work in progress."""
 
 import json
 import math
@@ -18,17 +18,17 @@ from flapsam.base.files import make_folder, write_bytes, written_whole
 from flapsam.federation.aggregation import Reply
 
 Groups = Mapping[str, Mapping[str, Tensor]]
-"""Tensors by what they are for, then by name."""
+"""Tensors by purpose, then by name."""
 
 
 class ServerState:
-    """The server's folder: the global tensors, packets that sites may still need, and the replies of the round under way."""
+    """The server's folder: the global tensors, packets that sites may still need, and the replies of the current round."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def newest(self) -> tuple[int, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-        """Rounds done, tensors and what else was kept with them; None before the start.
+        """The number of rounds done, the tensors, and the metadata kept with them. None before the start.
 
         Raises:
             FlapsamError: the file is damaged.
@@ -36,17 +36,17 @@ class ServerState:
         files = sorted(self.folder.glob("round-*.safetensors"))
         if not files:
             return None
-        groups, about = _read(files[-1])
-        return int(files[-1].stem.removeprefix("round-")), groups, about
+        groups, metadata = _read(files[-1])
+        return int(files[-1].stem.removeprefix("round-")), groups, metadata
 
     def commit(self, number: int, groups: Groups, about: Mapping[str, Any], packets: Mapping[str, bytes]) -> None:
-        """Make these the newest. Older tensors, and what was kept for the round, are needless then.
+        """Save the result of a round, and drop older tensors and the round's replies.
 
         Args:
-            number: of rounds done.
+            number: the number of rounds done.
             groups: the tensors.
-            about: what else must be kept with them.
-            packets: this round's, by the stream of sites that get them.
+            about: metadata to keep with the tensors.
+            packets: this round's packets, by the stream of sites that get them.
         """
         for stream, packet in packets.items():
             write_bytes(self._packet(stream, number), packet)
@@ -58,11 +58,11 @@ class ServerState:
         self.forget_replies()
 
     def packet(self, stream: str, number: int) -> bytes | None:
-        """A round's packet, if it is still kept."""
+        """The packet of a round, or None if it is no longer kept."""
         return _bytes(self._packet(stream, number))
 
     def forget_packets(self, stream: str, limit: int) -> None:
-        """Drop a stream's oldest packets, of which those kept together are larger than ``limit`` bytes; one stays."""
+        """Drop every packet of a stream whose newer packets already exceed ``limit`` bytes. The newest always stays."""
         size = 0
         for path in sorted(self.folder.glob(f"packet-{stream}-*"), reverse=True):
             if size > limit:
@@ -71,35 +71,35 @@ class ServerState:
                 size += path.stat().st_size
 
     def keep_reply(self, site: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """Keep what one site answered until the round is committed."""
+        """Keep a site's reply until the round is committed."""
         _write(self._reply(site), {"": tensors}, about)
 
     def replied(self) -> dict[str, Path]:
-        """Sites that answered, in the order of their names, and where that is kept."""
-        found = {path.name.removesuffix(".safetensors"): path for path in self._replies.glob("[!.]*.safetensors")}
-        return dict(sorted(found.items()))
+        """The sites that have answered, in the order of their names, each with the file of its reply."""
+        replies = {path.name.removesuffix(".safetensors"): path for path in self._replies.glob("[!.]*.safetensors")}
+        return dict(sorted(replies.items()))
 
     def reply(self, site: str, weight: float) -> tuple[Reply, dict[str, Any]]:
-        """What a site answered, its tensors left on the disk, and what was kept with them."""
+        """A site's reply, whose tensors stay on disk until they are read, and the metadata kept with it."""
         path = self._reply(site)
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             index = json.loads(file.read(length))
-        about = json.loads(index.pop("__metadata__")["about"])
+        metadata = json.loads(index.pop("__metadata__")["about"])
         places = _places(json.dumps(index))
 
         def read(name: str, rows: slice) -> Tensor:
-            # Read at its place: safetensors would read the whole index again, for each client and tensor.
+            # Read at its offset, because safetensors would parse the whole index again for each client and tensor.
             start, shape = places[name]
             first, last, _ = rows.indices(shape[0])
             row = math.prod(shape[1:])
             numbers = np.fromfile(path, np.float32, (last - first) * row, offset=8 + length + start + 4 * first * row)
             return torch.from_numpy(numbers).reshape(-1, *shape[1:])
 
-        return Reply(weight, places.keys(), read), about
+        return Reply(weight, places.keys(), read), metadata
 
     def forget_replies(self) -> None:
-        """Drop the replies of the round under way; each site keeps its own and gives it again."""
+        """Drop the replies of the current round. Each site keeps its own and sends it again."""
         for path in self.replied().values():
             path.unlink()
 
@@ -115,47 +115,47 @@ class ServerState:
 
 
 class ClientState:
-    """A site's folder: what it received, and of its last round Adam's moments, what is still to be sent, and the reply."""
+    """A site's folder: the tensors it received and, from its last round, Adam's moments, unsent changes and the reply."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def moments(self, round_number: int) -> Path:
-        """Where the moments after a round are kept."""
+        """Make the folder and return the file for the moments after a round."""
         make_folder(self.folder)
         return self.folder / f"moments-{round_number:06d}.safetensors"
 
     def moments_before(self, round_number: int) -> Path | None:
-        """The newest moments from before a round: a site may have missed some."""
+        """The newest moments from before a round. They can be several rounds old, because a site may have missed some."""
         return self._before("moments", round_number)
 
     def unsent_before(self, round_number: int) -> dict[str, Tensor]:
-        """What earlier rounds left to be sent."""
+        """The changes that earlier rounds left unsent."""
         path = self._before("unsent", round_number)
         return _read(path)[0].get("", {}) if path else {}
 
     def keep_unsent(self, round_number: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keep what a round leaves to be sent."""
+        """Keep the changes that a round leaves unsent."""
         _write(self.folder / f"unsent-{round_number:06d}.safetensors", {"": tensors}, {})
 
     def held(self) -> tuple[int, dict[str, Tensor]] | None:
-        """What this site received: rounds that went into it, and the tensors."""
+        """The round whose result this site holds, and its tensors. None if the site has kept none."""
         path = self.folder / "held.safetensors"
         if not path.exists():
             return None
-        groups, about = _read(path)
-        return about["round"], groups.get("", {})
+        groups, metadata = _read(path)
+        return metadata["round"], groups.get("", {})
 
     def hold(self, round_number: int, tensors: Mapping[str, Tensor]) -> None:
-        """Keep what this site received."""
+        """Keep the result of a round as this site received it."""
         _write(self.folder / "held.safetensors", {"": tensors}, {"round": round_number})
 
     def reply(self, round_number: int) -> bytes | None:
-        """The reply that this site gave in a round, if that was its last."""
+        """The site's reply to a round, or None if that was not its last."""
         return _bytes(self._reply(round_number))
 
     def commit(self, round_number: int, reply: bytes) -> None:
-        """Keep the reply of a round; what is older is needless then."""
+        """Keep the reply to a round, and drop files that are no longer needed."""
         write_bytes(self._reply(round_number), reply)
         keep = {self._reply(round_number), *self._all("moments")[-1:], *self._all("unsent")[-1:]}
         for path in (*self._all("moments"), *self._all("unsent"), *self._all("reply")):
@@ -175,32 +175,32 @@ class ClientState:
 
 @lru_cache(maxsize=4)
 def _places(index: str) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """Where each float32 tensor begins in a safetensors file, and its shape. Sites of one rank share the answer."""
-    found = json.loads(index)
-    return {name.removeprefix("/"): (found[name]["data_offsets"][0], tuple(found[name]["shape"])) for name in found}
+    """Offset and shape of each float32 tensor in a safetensors file. Sites of the same rank share the cached result."""
+    entries = json.loads(index)
+    return {name.removeprefix("/"): (entry["data_offsets"][0], tuple(entry["shape"])) for name, entry in entries.items()}
 
 
-def _write(path: Path, groups: Groups, about: Mapping[str, Any]) -> None:
-    # As arrays, because safetensors refuses torch's tensors that share memory, and copies of all would take as much again.
+def _write(path: Path, groups: Groups, metadata: Mapping[str, Any]) -> None:
+    # As NumPy arrays, because safetensors refuses torch tensors that share memory, and copying them all doubles the memory.
     tensors = {
         f"{group}/{name}": np.ascontiguousarray(tensor.detach().numpy())
         for group, part in groups.items()
         for name, tensor in part.items()
     }
     with written_whole(path) as temporary:
-        save_file(tensors, temporary, metadata={"about": json.dumps(about)})
+        save_file(tensors, temporary, metadata={"about": json.dumps(metadata)})
 
 
 def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     groups: dict[str, dict[str, Tensor]] = {}
     try:
         with safe_open(path, framework="pt") as file:
-            for entry in file.keys():  # noqa: SIM118 (it is no dictionary)
+            for entry in file.keys():  # noqa: SIM118 (a file is not a dictionary)
                 group, name = entry.split("/", 1)
                 groups.setdefault(group, {})[name] = file.get_tensor(entry)
             return groups, json.loads(file.metadata()["about"])
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-        raise FlapsamError(f"{path}: a saved state that cannot be read; start the run anew") from error
+        raise FlapsamError(f"{path}: cannot read the saved state; start a new run") from error
 
 
 def _bytes(path: Path) -> bytes | None:

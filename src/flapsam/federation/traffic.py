@@ -1,4 +1,4 @@
-"""What travels: counted from the network itself, and predicted from what server and sites agree on, before anything runs."""
+"""The traffic of a run, known before anything runs: parameters counted from the network, and packets predicted."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -28,20 +28,20 @@ from flapsam.sam import (
 from flapsam.sam.sources import source
 
 BYTES = 4
-"""A parameter travels as float32."""
+"""Size of a parameter in bytes. It travels as float32."""
 
 
 @dataclass(frozen=True)
 class StrategyTraffic:
-    """One row of the paper's Figure 1."""
+    """A row of the paper's Figure 1."""
 
     strategy: str
     paper_name: str
     parameters: int
     gib: float
-    """Both directions, all rounds, one client, uncompressed."""
+    """Traffic of one client in both directions and all rounds, uncompressed."""
     less: float
-    """How many times less than ``full``."""
+    """Traffic of ``full`` divided by this one."""
 
 
 @dataclass(frozen=True)
@@ -49,26 +49,26 @@ class RunTraffic:
     """Predicted bytes of one site in a whole run."""
 
     rank: int
-    """Of the site's adapters."""
+    """Rank of the site's adapters."""
     rounds: int
-    """At most: a run may settle sooner."""
+    """Number of rounds, at most. A run may settle sooner."""
     parameters: int
-    """That train."""
+    """Number of parameters that train and travel."""
     up: float
     down: float
     full: float
-    """What full fine-tuning would send as float32, both ways."""
+    """Bytes that full fine-tuning would send as float32, in both directions."""
 
     @property
     def ratio(self) -> float:
-        """How many times less travels than with full fine-tuning."""
+        """Traffic of full fine-tuning divided by that of the run."""
         return self.full / (self.up + self.down)
 
 
 def strategy_table(
     backbone: str, *, image_size: int | None = None, classes: int = 2, rank: int = 32, rounds: int = 100
 ) -> list[StrategyTraffic]:
-    """All strategies of the registry, in its order.
+    """The traffic of all registered strategies, in the registry's order.
 
     Raises:
         FlapsamError: the backbone is unknown or the image size does not fit it.
@@ -83,14 +83,14 @@ def strategy_table(
 
 
 def full_packet_bytes(config: RunConfig) -> int:
-    """Bytes that the parameters of full fine-tuning would take one way."""
+    """Bytes of the parameters of full fine-tuning, in one direction."""
     return BYTES * _parameters(_outline_of(config, "full"))
 
 
 def predict_traffic(config: RunConfig) -> list[RunTraffic]:
-    """Bytes of a site in a run, for each rank that sites have, largest first; without data and without a checkpoint.
+    """Predict the bytes of a site in a run, for each rank that sites have, largest first.
 
-    Packets are made as in the run, of numbers from a normal distribution, and weighed.
+    Neither data nor weights are read. Packets are written as in the run, from synthetic tensors, and measured.
 
     Raises:
         FlapsamError: a name in the configuration is unknown or the image size does not fit.
@@ -101,7 +101,7 @@ def predict_traffic(config: RunConfig) -> list[RunTraffic]:
     full = 2.0 * full_packet_bytes(config) * config.rounds.count
     parameters = _parameters(outline)
     ranks = sorted({config.lora.rank, *config.site_ranks.values()}, reverse=True)
-    return [RunTraffic(rank, config.rounds.count, parameters, *_weighed(agreement, rank, config), full) for rank in ranks]
+    return [RunTraffic(rank, config.rounds.count, parameters, *_site_bytes(agreement, rank, config), full) for rank in ranks]
 
 
 @cache
@@ -112,7 +112,7 @@ def _count(sizes: Architecture, name: str, image_size: int, classes: int, rank: 
 def _outline(
     sizes: Architecture, name: str, *, image_size: int, classes: int, lora: Lora, frozen: Collection[OutputPart] = ()
 ) -> Sam:
-    """The network without its weights."""
+    """The network without its weights, on the meta device."""
     with torch.device("meta"):
         network = build(sizes, image_size=image_size, classes=classes)
         return apply_strategy(network, strategy(name), lora, frozen=frozen)
@@ -126,28 +126,30 @@ def _outline_of(config: RunConfig, strategy_name: str) -> Sam:
 
 
 def _parameters(network: Sam) -> int:
-    """That train and travel."""
+    """Number of parameters that train and travel."""
     return sum(parameter.numel() for parameter in travelling(network).values())
 
 
 def _agreement(config: RunConfig, outline: Sam) -> Agreement:
-    """As in the run, over tensors that are made up."""
+    """The agreement of the run, but with synthetic tensors."""
     method = aggregator(config.aggregator, config.lora.rank)
     trained = travelling(outline).keys()
     names = {*trained, *(adapted_weights(trained) if method.base_weights else ())}
     draw = torch.Generator().manual_seed(config.seed)
-    start = {name: _made_up(parameter.shape, draw) for name, parameter in sorted(named_parameters(outline)) if name in names}
+    start = {
+        name: _synthetic(parameter.shape, draw) for name, parameter in sorted(named_parameters(outline)) if name in names
+    }
     run = "0" * 32
     return Agreement(run, start, trained, method, config.compression, config.site_ranks)
 
 
-def _made_up(shape: torch.Size, draw: torch.Generator) -> Tensor:
-    """Numbers from a normal distribution, of another size in every tensor, as differences are."""
+def _synthetic(shape: torch.Size, draw: torch.Generator) -> Tensor:
+    """Draw normally distributed numbers at a random scale for each tensor, as in real differences."""
     return torch.randn(shape, generator=draw) * torch.randn(1, generator=draw).exp()
 
 
-def _weighed(agreement: Agreement, rank: int, config: RunConfig) -> tuple[float, float]:
-    """Bytes up and down of a site of this rank in all rounds."""
+def _site_bytes(agreement: Agreement, rank: int, config: RunConfig) -> tuple[float, float]:
+    """Bytes that a site of this rank sends and receives in all rounds."""
     site = next((site for site, own in config.site_ranks.items() if own == rank), SERVER)
     reported = [*FIT_METRICS, *(VALIDATION + name for name in ("mean", *config.data.classes))]
     header = Header(run=agreement.run, round=1, base=0, sender=site, samples=1000, metrics=dict.fromkeys(reported, 1 / 3))
@@ -155,7 +157,7 @@ def _weighed(agreement: Agreement, rank: int, config: RunConfig) -> tuple[float,
     tensors = cut(agreement.start, rank)
     up, down = 0, len(encode(from_server, agreement.nothing(rank), {}))
     for first in (1, 2):
-        # What travels may differ between odd and even rounds, and no further.
+        # What travels may differ between odd and even rounds, but not otherwise.
         times = len(range(first, config.rounds.count + 1, 2))
         if times:
             up += times * _size(header, agreement.up(site, first), tensors)

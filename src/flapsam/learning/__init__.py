@@ -1,1 +1,1 @@
-"""How the network learns and predicts: slices, training, inference, scores."""
+"""Training and inference: slices, augmentation, the local fit, prediction and metrics."""

@@ -1,6 +1,6 @@
-"""Random changes of a training window, all its slices alike.
+"""Random augmentation of a training window. All slices of a window change alike.
 
-Images have shape (depth, channels, height, width) in [0, 1], labels (depth, height, width).
+Images have shape (depth, channels, height, width) and values in [0, 1]. Labels have shape (depth, height, width).
 """
 
 import math
@@ -16,10 +16,10 @@ Change = Callable[[Tensor, Tensor, np.random.Generator], Window]
 
 
 def paper(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Window:
-    """The paper's (arXiv 2407.21739, published code), for long training on few cases.
+    """Apply the paper's augmentation (arXiv 2407.21739, published code), which suits long training on few cases.
 
-    Four changes with probability ½ each, in this order, then always two of the ten in ``EITHER``. Spatial changes take the
-    nearest pixel; what comes from outside is black background.
+    Four changes are applied in this order, with probability ½ each. Two of the ten changes in ``EITHER`` always follow.
+    Spatial changes use nearest-neighbour interpolation. Pixels from outside the slice become black background.
     """
     for change in (turn_and_flip, rotate, exponent, erase):
         if rng.random() < 0.5:
@@ -30,11 +30,13 @@ def paper(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Window:
 
 
 def gentle(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Window:
-    """Small changes for short training: what another patient on another scanner might look like; nothing is mirrored.
+    """Apply small changes for short training, such as another patient or scanner would cause. Nothing is mirrored.
 
-    With probability 0.7 an affine map about the centre, as if the slice were square: ±12°, each axis by 0.85–1.18, shear
-    ±0.1, shift by 8 % of the side; images by linear interpolation, what comes from outside repeats the rim. With probability
-    ½ γ in e^±0.4, contrast 0.8–1.2 and brightness ±0.1. With probability ½ normal noise of a deviation up to 0.06.
+    With probability 0.7, an affine map is applied about the centre, as if the slice were square. It rotates by up to ±12°,
+    scales each axis by 0.85–1.18, shears by up to ±0.1 and shifts by up to 8 % of the side. Images are interpolated
+    linearly, labels take the nearest pixel, and pixels from outside the slice repeat its border. With probability ½,
+    intensities change by γ in e^±0.4, contrast of 0.8–1.2 and brightness of ±0.1. With probability ½, Gaussian noise with a
+    standard deviation of up to 0.06 is added.
     """
     if rng.random() < 0.7:
         images, labels = _affine(images, labels, rng)
@@ -49,7 +51,7 @@ def gentle(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Window:
 
 
 def turn_and_flip(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Window:
-    """Rotate by k·90° and flip along a random axis."""
+    """Rotate by a random multiple of 90° and flip along a random axis."""
     turns, axis = int(rng.integers(4)), int(rng.integers(2))
     images = torch.rot90(images, turns, (-2, -1)).flip(axis - 2)
     labels = torch.rot90(labels, turns, (-2, -1)).flip(axis - 2)
@@ -57,7 +59,7 @@ def turn_and_flip(images: Tensor, labels: Tensor, rng: np.random.Generator) -> W
 
 
 def rotate(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Window:
-    """Rotate within ±15° about the centre."""
+    """Rotate by up to ±15° about the centre."""
     angle = math.radians(rng.uniform(-15, 15))
     height, width = labels.shape[-2:]
     x, y = (width - 1) / 2, (height - 1) / 2
@@ -67,12 +69,15 @@ def rotate(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Window:
 
 
 def exponent(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Window:
-    """Raise intensities to 1/γ, γ in 0.5–3.5."""
+    """Raise intensities to the power 1/γ, with γ in 0.5–3.5."""
     return images ** (1 / rng.uniform(0.5, 3.5)), labels
 
 
 def erase(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Window:
-    """Fill a rectangle of 2–5 % of the area, aspect 0.3–3.3, with noise in [0, 1], label 0."""
+    """Fill a rectangle with uniform noise in [0, 1] and set its labels to 0.
+
+    It covers 2–5 % of the slice, with an aspect ratio of 0.3–3.3.
+    """
     height, width = labels.shape[-2:]
     area, aspect = rng.uniform(0.02, 0.05) * height * width, rng.uniform(0.3, 3.3)
     tall = min(max(round(math.sqrt(area * aspect)), 1), height)
@@ -86,39 +91,39 @@ def erase(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Window:
 
 
 def shear_x(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Window:
-    """Shear along x by a factor within ±0.3."""
+    """Shear along x by a factor of up to ±0.3."""
     return warp(images, labels, [[1, rng.uniform(-0.3, 0.3), 0], [0, 1, 0]])
 
 
 def shear_y(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Window:
-    """Shear along y by a factor within ±0.3."""
+    """Shear along y by a factor of up to ±0.3."""
     return warp(images, labels, [[1, 0, 0], [rng.uniform(-0.3, 0.3), 1, 0]])
 
 
 def scale(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Window:
-    """Scale by 0.8–1.2 from the corner."""
+    """Scale from the top left corner. Input coordinates are 0.8–1.2 times the output's."""
     factor = rng.uniform(0.8, 1.2)
     return warp(images, labels, [[factor, 0, 0], [0, factor, 0]])
 
 
 def translate_x(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Window:
-    """Shift along x by at most a fifth of the width."""
+    """Shift along x by up to a fifth of the width."""
     return warp(images, labels, [[1, 0, rng.uniform(-0.2, 0.2) * labels.shape[-1]], [0, 1, 0]])
 
 
 def translate_y(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Window:
-    """Shift along y by at most a fifth of the height."""
+    """Shift along y by up to a fifth of the height."""
     return warp(images, labels, [[1, 0, 0], [0, 1, rng.uniform(-0.2, 0.2) * labels.shape[-2]]])
 
 
 def posterize(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Window:
-    """Keep the highest 4–8 of eight bits."""
+    """Keep the 4–8 most significant of eight bits."""
     step = 2 ** (8 - int(rng.integers(4, 9)))
     return (images * 255).floor().div(step).floor() * step / 255, labels
 
 
 def contrast(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Window:
-    """Blend with the mean grey by a factor of 0.7–1.3."""
+    """Blend with the mean intensity by a factor of 0.7–1.3."""
     return _blend(images.mean(), images, rng.uniform(0.7, 1.3)), labels
 
 
@@ -136,7 +141,7 @@ def sharpness(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Windo
 
 
 def nothing(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Window:
-    """Leave the window as it is."""
+    """Return the window unchanged."""
     return images, labels
 
 
@@ -152,10 +157,10 @@ EITHER: tuple[Change, ...] = (
     sharpness,
     nothing,
 )
-
+"""Changes of which ``paper`` applies two."""
 
 AUGMENTATIONS: dict[str, Change] = {"paper": paper, "gentle": gentle, "none": nothing}
-"""Name → what is done to a training window."""
+"""Augmentations of a training window by name."""
 
 
 def _affine(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Window:
@@ -173,7 +178,7 @@ def _affine(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Window:
 
 
 def warp(images: Tensor, labels: Tensor, matrix: list[list[float]]) -> Window:
-    """Take each output pixel (x, y) from the nearest input pixel at ``matrix`` · (x, y, 1); outside is 0."""
+    """Take each output pixel (x, y) from the input pixel nearest to ``matrix`` · (x, y, 1), or 0 outside the slice."""
     height, width = labels.shape[-2:]
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     (a, b, c), (d, e, f) = matrix

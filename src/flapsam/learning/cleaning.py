@@ -1,4 +1,4 @@
-"""What can be said of a label map without looking at the image: an organ is one piece, and has no holes."""
+"""Clean up a label map without looking at the image: an organ is one piece and has no holes."""
 
 from collections.abc import Iterator
 
@@ -7,11 +7,15 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 TOUCHING = np.ones((3, 3, 3), bool)
-"""Voxels that share a face, an edge or a corner belong together."""
+"""Connectivity of components: voxels that share a face, an edge or a corner are connected."""
 
 
 def keep_largest(labels: NDArray[np.uint8]) -> None:
-    """Of every class (i, j, k), keep the largest connected component, in place; the rest becomes background."""
+    """Keep the largest connected component of every class, in place. The rest becomes background.
+
+    Args:
+        labels: class indices (i, j, k).
+    """
     for value, box in _boxes(labels):
         parts, count = ndimage.label(labels[box] == value, TOUCHING)  # pyright: ignore[reportGeneralTypeIssues]
         if count > 1:
@@ -21,14 +25,18 @@ def keep_largest(labels: NDArray[np.uint8]) -> None:
 
 
 def fill_holes(labels: NDArray[np.uint8]) -> None:
-    """Give background that a class (i, j, k) encloses to that class, in place; other classes in there stay."""
+    """Assign background that a class encloses to that class, in place. Enclosed voxels of other classes stay.
+
+    Args:
+        labels: class indices (i, j, k).
+    """
     for value, box in _boxes(labels):
         inside = ndimage.binary_fill_holes(labels[box] == value)
         labels[box][inside & (labels[box] == 0)] = value
 
 
 def _boxes(labels: NDArray[np.uint8]) -> Iterator[tuple[int, tuple[slice, ...]]]:
-    """Every class that there is, and the smallest box around it."""
+    """Yield every class that occurs, with the smallest box around it."""
     for value, box in enumerate(ndimage.find_objects(labels), start=1):
         if box is not None:
             yield value, box

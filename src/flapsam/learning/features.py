@@ -1,4 +1,4 @@
-"""What a frozen image encoder says of a slice, computed once and kept beside the unpacked case."""
+"""Image embeddings of a frozen encoder, computed once per slice and kept beside the unpacked case."""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,27 +16,28 @@ from flapsam.sam import Sam
 from flapsam.sam.lora import frozen_checksum
 
 BATCH = 16
-"""Slices that go through the encoder at once."""
+"""Number of slices that pass through the encoder at once."""
 
 
 def can_be_kept(network: Sam, options: Training, samples: Samples) -> bool:
-    """Whether a slice looks the same to the encoder in every epoch and the encoder does not change.
+    """Whether a slice has the same embedding in every epoch.
 
-    Augmentation changes slices, and in windows of several slices each is scaled by more than one of them.
+    It does not where the encoder trains or augmentation changes the slices. It also differs where a slice is part of several
+    windows and every window has its own scaling.
     """
-    same = options.augment == "none" and (options.window == 1 or samples.scaling == "volume")
-    return same and not any(parameter.requires_grad for parameter in network.vision_encoder.parameters())
+    same_input = options.augment == "none" and (options.window == 1 or samples.scaling == "volume")
+    return same_input and not any(parameter.requires_grad for parameter in network.vision_encoder.parameters())
 
 
 class Features:
-    """The embeddings of all slices of a site's cases, on disk."""
+    """Embeddings of all slices of a site's cases, kept on disk."""
 
     def __init__(self, network: Sam, cases: Sequence[PreparedCase], samples: Samples, precision: str) -> None:
-        """Compute what is not there yet.
+        """Compute the embeddings that are missing.
 
         Args:
-            network: its encoder is frozen.
-            cases: what it is asked about.
+            network: the network, whose encoder is frozen.
+            cases: the cases to embed.
             samples: how volumes become samples.
             precision: ``bf16`` runs the encoder under autocast.
         """
@@ -49,7 +50,7 @@ class Features:
                     np.save(file, _embeddings(network, case.stack(samples), precision))
 
     def of(self, case: PreparedCase) -> NDArray[np.float32]:
-        """Embeddings (slices, decoder width, tokens, tokens) of a case, mapped from disk."""
+        """Embeddings of a case (slices, decoder width, tokens, tokens), mapped from disk."""
         return np.load(self._path(case), mmap_mode="r")
 
     def _path(self, case: PreparedCase) -> Path:
@@ -59,10 +60,10 @@ class Features:
 @torch.inference_mode()
 def _embeddings(network: Sam, stack: SliceStack, precision: str) -> NDArray[np.float32]:
     device = network.pixel_mean.device
-    found = []
+    embeddings = []
     for start in range(0, len(stack), BATCH):
         images = torch.cat([stack.window(index) for index in range(start, min(start + BATCH, len(stack)))])
         images = to_square(images, network.image_size, stack.samples.resize).to(device).expand(-1, 3, -1, -1)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            found.append(network.embed(images).float().cpu().numpy())
-    return np.concatenate(found)
+            embeddings.append(network.embed(images).float().cpu().numpy())
+    return np.concatenate(embeddings)

@@ -1,7 +1,7 @@
-"""Volume → label map: every slice once, in batches, without prompts.
+"""Segment a volume slice by slice, in batches, without prompts.
 
-Slices stream through the network while the next ones are cut and scaled; only the label map is kept, unless probabilities
-are wanted or have to be added up.
+The next slices are cut and scaled while the network works on the current ones. Only the label map is kept in memory, unless
+probabilities are requested or averaged over planes.
 """
 
 import time
@@ -27,49 +27,49 @@ from flapsam.volumes import CANONICAL_AXES, Volume, canonical_slice_axis, room
 Precision = Literal["fp32", "bf16", "fp16"]
 HALF: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MIRRORED = {"x": 0, "y": 1, "z": 2}
-"""Canonical axes: from left to right, from back to front, from foot to head."""
+"""Canonical axis of each letter: x runs from left to right, y from back to front, z from foot to head."""
 Turns = Sequence[tuple[int, ...]]
-"""Dimensions of (…, height, width) that are turned round, an entry a pass through the network."""
+"""Dimensions of (…, height, width) to flip, one tuple for each pass through the network."""
 CERTAIN = 65535
-"""What probability 1 is kept as."""
+"""Stored value of probability 1."""
 BUDGET = 2**30
-"""Bytes that the slices at once in the network may take, roughly."""
+"""Bytes that the slices in one pass through the network may take, roughly."""
 WORTH = 1.2
-"""How many times faster a shorter precision must be, to be chosen."""
+"""How many times faster than fp32 a lower precision must be to be chosen."""
 
 
 @dataclass(frozen=True)
 class PredictionOptions:
-    """What is done beyond predicting every slice once; all of it takes time, none is done unless asked for."""
+    """Optional steps beyond predicting every slice once. Each takes time and is off by default."""
 
     flips: str = ""
-    """Average over the slice and its mirror images along these axes, such as ``x`` (left and right change places) or ``xy``;
-    those that lie in the slice count."""
+    """Average over the slice and its mirror images along these axes, such as ``x`` (left and right swap) or ``xy``. Only
+    axes that lie in the slice have an effect."""
     planes: bool = False
     """Average over sagittal, coronal and axial slices."""
     largest: bool = False
     """Keep only the largest connected component of every class."""
     fill: bool = False
-    """Fill holes in every class with it."""
+    """Fill the holes of every class."""
     probabilities: bool = False
-    """Keep the probabilities, too."""
+    """Return the probabilities, too."""
 
     def __post_init__(self) -> None:
-        """Raise FlapsamError for an axis that there is not."""
+        """Raise FlapsamError for an unknown axis."""
         if not set(self.flips) <= MIRRORED.keys():
             raise FlapsamError(
-                f"flips '{self.flips}': name axes by x (left to right), y (back to front) and z (foot to head)"
+                f"flips '{self.flips}' names an unknown axis; use x (left to right), y (back to front) and z (foot to head)"
             )
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A volume's label map, and its probabilities if they were asked for."""
+    """A volume's label map, and its probabilities if requested."""
 
     labels: NDArray[np.uint8]
-    """(i, j, k): 0 is background."""
+    """Class indices (i, j, k), with 0 for background."""
     probabilities: NDArray[np.uint16] | None = None
-    """(i, j, k, class), of which 65535 is 1."""
+    """Probabilities (i, j, k, class), where 65535 stands for 1."""
 
 
 def predict_volume(
@@ -86,14 +86,14 @@ def predict_volume(
     """Segment a volume in its own axes and shape, whatever its orientation.
 
     Args:
-        network: with the trained parameters.
+        network: the network with its trained parameters.
         volume: the image.
         samples: how it is cut and scaled.
-        batch: slices at once; as many as fit if not given.
-        precision: of the image encoder.
-        site: whose the volume is, where sites are clipped differently.
-        options: what is done beyond that.
-        on_slices: called with the number of slices just done, and of all.
+        batch: number of slices per pass through the network; as many as fit if None.
+        precision: precision of the image encoder.
+        site: the volume's site, which matters where sites clip intensities differently.
+        options: optional steps beyond predicting every slice once.
+        on_slices: called with the number of slices just done and the total.
 
     Raises:
         FlapsamError: there is no room for the label map or the probabilities.
@@ -132,7 +132,7 @@ def predict_volume(
 def predict_stack(
     network: Sam, stack: SliceStack, *, batch: int | None = None, precision: Precision = "fp32"
 ) -> NDArray[np.uint8]:
-    """Class indices (slices, height, width) of a stack."""
+    """Segment a stack into class indices (slices, height, width)."""
     labels = np.empty(stack.shape, np.uint8)
     for indices, probabilities in class_probabilities(network, stack, batch=batch, precision=precision):
         labels[indices] = _largest(probabilities)
@@ -142,26 +142,26 @@ def predict_stack(
 def class_probabilities(
     network: Sam, stack: SliceStack, *, batch: int | None = None, precision: Precision = "fp32", turns: Turns = ((),)
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Probabilities of the classes, a few slices after the other.
+    """Compute the class probabilities, a few slices at a time.
 
-    They are resized to the slice's own grid. Slices that the network sees as nothing but zeros, such as air, all look the
-    same to it: the first of them is predicted.
+    They are resized to the slice's own grid. Slices that reach the network as zeros only, such as air, all look the same to
+    it. Only the first of these is predicted, and the others take its probabilities.
 
     Args:
-        network: with the trained parameters.
+        network: the network with its trained parameters.
         stack: the slices.
-        batch: slices at once; as many as fit if not given.
-        precision: of the image encoder; the decoder always has fp32.
-        turns: mirror images that are averaged.
+        batch: number of slices per pass through the network; as many as fit if None.
+        precision: precision of the image encoder. The decoder always runs in fp32.
+        turns: mirror images to average over.
 
     Yields:
-        Numbers of slices, and (slices, classes + 1, height, width) on the network's device.
+        Indices of slices, and their probabilities (slices, classes + 1, height, width) on the network's device.
     """
     network.eval()
     device = network.pixel_mean.device
     resize, shape = stack.samples.resize, stack.shape[1:]
     batch = batch or slices_at_once(network, shape)
-    of_blank = None
+    blank_probabilities = None
     with closing(ahead(_batches(network, stack, batch))) as batches:
         for indices, images, blanks in batches:
             if indices:
@@ -172,36 +172,39 @@ def class_probabilities(
                     ).mean(0)
                     probabilities = from_square(probabilities, shape, resize)
                 yield indices, probabilities
-                if blanks and of_blank is None:
-                    of_blank = probabilities[indices.index(blanks[0])]
-            again = blanks[1:] if blanks and blanks[0] in indices else blanks
-            while again and of_blank is not None:
-                some, again = again[:batch], again[batch:]
-                yield some, of_blank.expand(len(some), -1, -1, -1)
+                if blanks and blank_probabilities is None:
+                    blank_probabilities = probabilities[indices.index(blanks[0])]
+            repeats = blanks[1:] if blanks and blanks[0] in indices else blanks
+            while repeats and blank_probabilities is not None:
+                current, repeats = repeats[:batch], repeats[batch:]
+                yield current, blank_probabilities.expand(len(current), -1, -1, -1)
 
 
 def _batches(network: Sam, stack: SliceStack, batch: int) -> Iterator[tuple[list[int], Tensor, list[int]]]:
-    """Slices that go through the network, their images, and which slices are blank; of all blanks only the first goes."""
-    indices, images, blanks, known = [], [], [], False
+    """Yield the slices to predict, their images, and the slices that are blank.
+
+    Only the first blank slice of the stack is among those to predict.
+    """
+    indices, images, blanks, blank_seen = [], [], [], False
     for index in range(len(stack)):
         image = stack.window(index)
         blank = not bool(image.any())
         if blank:
             blanks.append(index)
-        if not (blank and known):
+        if not (blank and blank_seen):
             indices.append(index)
             images.append(to_square(image, network.image_size, stack.samples.resize))
-        known |= blank
+        blank_seen |= blank
         if len(indices) == batch or index == len(stack) - 1:
             yield indices, torch.cat(images) if images else torch.empty(0), blanks
             indices, images, blanks = [], [], []
 
 
 def slices_at_once(network: Sam, shape: tuple[int, ...]) -> int:
-    """How many slices of (height, width) go through the network at once: 8, or 64 on a GPU, or as many as fit.
+    """Number of slices (height, width) per pass through the network: 8 on a CPU, 64 elsewhere, or fewer if only fewer fit.
 
-    What counts is the attention's bias, the inside of the MLPs, and the probabilities at the slices' own size, all a few
-    times over.
+    The estimate counts the attention bias, the hidden layers of the MLPs and the probabilities at the slices' own size, each
+    of them three times in fp32.
     """
     sizes, tokens = network.sizes, (network.image_size // network.sizes.patch) ** 2
     a_slice = 3 * 4 * (sizes.heads * tokens**2 + 4 * sizes.width * tokens + network.masks * shape[0] * shape[1])
@@ -209,7 +212,11 @@ def slices_at_once(network: Sam, shape: tuple[int, ...]) -> int:
 
 
 def fastest_precision(network: Sam) -> Precision:
-    """The precision that is fastest where the network is, by a short measurement; fp32 unless another is worth it."""
+    """Measure briefly which precision is fastest on the network's device.
+
+    Returns:
+        The fastest precision if it is more than ``WORTH`` times as fast as fp32, otherwise fp32.
+    """
     device = network.pixel_mean.device
     images = torch.rand(slices_at_once(network, (1, 1)), 1, network.image_size, network.image_size, device=device)
     candidates: list[Precision] = ["fp32", "bf16"] if device.type == "cpu" else ["fp32", "bf16", "fp16"]
@@ -220,7 +227,7 @@ def fastest_precision(network: Sam) -> Precision:
 
 @torch.inference_mode()
 def _seconds(network: Sam, images: Tensor, precision: Precision) -> float:
-    """The shorter of two passes after a first one; infinite where the device lacks the precision."""
+    """Seconds of the faster of two passes after a warm-up. Infinite where the device lacks the precision."""
     times = []
     try:
         for _ in range(3):
@@ -240,15 +247,16 @@ def _logits(network: Sam, images: Tensor, precision: Precision) -> Tensor:
 
 
 def _turns(flips: str, axis: int) -> Turns:
-    """Every combination of the axes that lie in slices perpendicular to a canonical axis, beginning with none."""
-    inside = [other for other in MIRRORED.values() if other != axis]
-    chosen = [place - 2 for place, other in enumerate(inside) if other in {MIRRORED[name] for name in flips}]
+    """All combinations of the flips that lie in slices perpendicular to a canonical axis, starting with no flip."""
+    in_plane = [direction for direction in MIRRORED.values() if direction != axis]
+    flipped = {MIRRORED[name] for name in flips}
+    chosen = [position - 2 for position, direction in enumerate(in_plane) if direction in flipped]
     return [turn for count in range(len(chosen) + 1) for turn in combinations(chosen, count)]
 
 
 def _largest(probabilities: Tensor) -> NDArray[np.uint8]:
-    """The class of the largest probability (slices, height, width), of equal ones the first."""
-    # A class after the other: argmax along an axis that is not the last takes ten times as long on a CPU.
+    """Class with the largest probability (slices, height, width). On a tie, the first class wins."""
+    # Classes are compared one by one, because argmax along any axis but the last takes ten times as long on a CPU.
     best, labels = probabilities[:, 0], torch.zeros_like(probabilities[:, 0], dtype=torch.uint8)
     for value, of_class in enumerate(probabilities.unbind(1)):
         labels.masked_fill_(of_class > best, value)
@@ -257,5 +265,5 @@ def _largest(probabilities: Tensor) -> NDArray[np.uint8]:
 
 
 def _in_slices(array: NDArray, affine: NDArray[np.float64], axis: int) -> NDArray:
-    """A view (slices, height, width, …) of an array in the volume's axes, to be written to."""
+    """A writable view (slices, height, width, …) of an array that is in the volume's axes."""
     return np.moveaxis(Volume(array, affine).to_canonical().array, axis, 0)

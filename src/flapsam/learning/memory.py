@@ -1,4 +1,4 @@
-"""How much memory a training step takes, measured, and how many windows fit."""
+"""Measure the memory of a training step, and find how many windows fit."""
 
 from dataclasses import dataclass
 
@@ -13,31 +13,31 @@ from flapsam.sam import Sam, assemble
 from flapsam.sam.encoder import checkpoint_layers
 
 SHARE = 0.8
-"""Of the free memory, what a step may take."""
+"""Part of the free memory that a step may take."""
 
 
 def step_bytes(network: Sam, slices: int, options: Training, precision: str = "fp32") -> int:
     """Bytes that a forward and backward pass takes beyond the parameters and their gradients.
 
-    On a GPU what its allocator measured at the peak; elsewhere what is kept between forward and backward, which leaves out
-    the scratch space of single operations.
+    On a GPU, this is the peak that its allocator reports. Elsewhere, it is what autograd keeps between forward and backward,
+    without the scratch space of single operations.
 
     Args:
-        network: its gradients are gone afterwards.
-        slices: that go through it at once.
-        options: the loss.
+        network: the network. Its gradients are cleared afterwards.
+        slices: number of slices in the step.
+        options: training options, of which the loss is used.
         precision: ``bf16`` runs the network under autocast.
     """
     device = network.pixel_mean.device
     size = network.image_size
     images = torch.zeros(slices, 1, size, size, device=device)
     labels = torch.zeros(slices, size, size, dtype=torch.int64, device=device)
-    known = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    parameter_addresses = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         address = tensor.untyped_storage().data_ptr()
-        if address not in known:
+        if address not in parameter_addresses:
             kept[address] = tensor
         return tensor
 
@@ -56,20 +56,20 @@ def step_bytes(network: Sam, slices: int, options: Training, precision: str = "f
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of a GPU, or of the machine."""
+    """Free memory of a GPU in bytes or, for other devices, of the machine."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def windows_that_fit(network: Sam, options: Training, precision: str = "fp32", free: int | None = None) -> int:
-    """Windows of a batch that go through the network at once within ``SHARE`` of the free memory; at least one.
+    """Number of a batch's windows that fit through the network at once within ``SHARE`` of the free memory, at least one.
 
-    Two small steps are measured; memory grows by the same amount with every slice.
+    Two small steps are measured. Every further slice adds the same amount of memory.
 
     Args:
-        network: ready to train.
-        options: window, batch and loss.
+        network: the network, ready to train.
+        options: training options, of which window, batch size and loss are used.
         precision: ``bf16`` runs the network under autocast.
-        free: bytes; those of the network's device if not given.
+        free: free memory in bytes; that of the network's device if None.
     """
     constant, a_slice = _line(network, options, precision)
     available = SHARE * (free_bytes(network.pixel_mean.device) if free is None else free) - learned_bytes(network) - constant
@@ -77,40 +77,43 @@ def windows_that_fit(network: Sam, options: Training, precision: str = "fp32", f
 
 
 def training_bytes(network: Sam, options: Training, precision: str = "fp32") -> int:
-    """Bytes that fitting takes beyond the parameters: gradients, moments, and the slices that are at once in a step."""
+    """Bytes that a fit takes beyond the parameters: gradients, moments and the slices of one pass through the network."""
     constant, a_slice = _line(network, options, precision)
     windows = options.micro_batch if isinstance(options.micro_batch, int) else options.batch_size
     return learned_bytes(network) + constant + a_slice * windows * options.window
 
 
 def learned_bytes(network: Sam) -> int:
-    """Bytes of the gradients and of Adam's two moments."""
+    """Bytes that the gradients and Adam's two moments take."""
     return 3 * sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad)
 
 
 def _line(network: Sam, options: Training, precision: str) -> tuple[int, int]:
-    """Bytes of a step that every batch takes, and those that every slice adds."""
-    one, two = (step_bytes(network, slices, options, precision) for slices in (1, 2))
-    a_slice = max(two - one, 1)
-    return one - a_slice, a_slice
+    """Bytes that a step takes whatever its number of slices, and bytes that every slice adds."""
+    with_one, with_two = (step_bytes(network, slices, options, precision) for slices in (1, 2))
+    a_slice = max(with_two - with_one, 1)
+    return with_one - a_slice, a_slice
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of a training step: parameters, gradients, moments, and what so many slices at once take."""
+    """Memory of a training step in bytes: parameters, gradients, moments and the slices in the step."""
 
     slices: int
+    """Number of slices in the step."""
     straight: int
+    """Bytes without gradient checkpointing."""
     checkpointing: int
+    """Bytes with gradient checkpointing in the image encoder."""
 
 
 def memory_table(
     backbone: str, *, image_size: int | None, strategy: str, rank: int, device: str, precision: str
 ) -> list[StepMemory]:
-    """What 1, 2, 4, … 16 slices at once take, with two classes.
+    """Memory of training steps with 1, 2, 4, 8 and 16 slices, for two classes.
 
     Raises:
-        FlapsamError: a name is unknown or the image size does not fit.
+        FlapsamError: a name is unknown, or the image size does not fit the backbone.
     """
     network = assemble(
         Backbone(name=backbone, weights=RANDOM),

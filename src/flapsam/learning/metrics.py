@@ -1,4 +1,4 @@
-"""How well a label map agrees with the truth, per case and class, in 3-D."""
+"""Agreement of a label map with the truth, per case and class, in 3-D."""
 
 import math
 import warnings
@@ -14,33 +14,33 @@ from flapsam.run.ledger import CaseTested
 
 @dataclass(frozen=True)
 class CaseScores:
-    """Scores of one case, a value per class; None for a class that the site does not annotate."""
+    """Scores of one case, one value per class. None stands for a class that the site does not annotate."""
 
     case: str
     site: str
     dice: dict[str, float | None]
     hd95: dict[str, float | None]
-    """95 % Hausdorff distance in mm; None also where one of the two label maps lacks the class."""
+    """95 % Hausdorff distance in mm. None also where a label map lacks the class or distances were not computed."""
 
 
 def dice(predicted: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
-    """2·|P ∩ T| / (|P| + |T|); 1 if both are empty, 0 if one is."""
+    """Dice coefficient 2·|P ∩ T| / (|P| + |T|). It is 1 if both masks are empty, and 0 if only one is."""
     both = int(np.count_nonzero(predicted)) + int(np.count_nonzero(truth))
     return 1.0 if both == 0 else 2 * int(np.count_nonzero(predicted & truth)) / both
 
 
 def hd95(predicted: NDArray[np.bool_], truth: NDArray[np.bool_], spacing: Sequence[float]) -> float | None:
-    """95 % Hausdorff distance in mm, the larger of the two directions (MONAI); None if either is empty."""
+    """95 % Hausdorff distance in mm, the larger of the two directions (MONAI). None if either mask is empty."""
     if not predicted.any() or not truth.any():
         return None
-    # torch and MONAI take seconds to load, which most commands and a federation's processes need not wait for.
+    # torch and MONAI take seconds to import, and most commands and a federation's processes do not need them.
     import torch
     from monai.metrics.hausdorff_distance import compute_hausdorff_distance
 
     box = _box(predicted | truth)
     pair = [torch.from_numpy(np.ascontiguousarray(mask[box]))[None, None].float() for mask in (predicted, truth)]
     with warnings.catch_warnings():
-        # MONAI warns of an argument that it gives itself.
+        # MONAI warns about an argument that it passes itself.
         warnings.simplefilter("ignore", FutureWarning)
         distance = compute_hausdorff_distance(
             *pair, include_background=True, percentile=95, spacing=[float(s) for s in spacing]
@@ -57,16 +57,16 @@ def score_case(
     classes: Sequence[str],
     annotated: Collection[int] | None = None,
 ) -> CaseScores:
-    """Scores of class indices against class indices, both of one shape.
+    """Score predicted class indices against the truth, which has the same shape.
 
     Args:
         case: name of the case.
         site: name of its site.
-        predicted: class indices.
-        truth: class indices; any other value is no class.
-        spacing: of the voxels, in mm; without it no distance is computed.
+        predicted: predicted class indices.
+        truth: true class indices; any other value counts as no class.
+        spacing: voxel spacing in mm; without it, distances are not computed.
         classes: names of the classes 1, 2, …
-        annotated: indices of the classes that are annotated here; all if None.
+        annotated: indices of the classes that the site annotates; all if None.
     """
     dices: dict[str, float | None] = {}
     distances: dict[str, float | None] = {}
@@ -81,19 +81,19 @@ def score_case(
 
 
 def scores_of(event: CaseTested) -> CaseScores:
-    """The scores of a case from a run's ledger."""
+    """The scores of a tested case in a run's ledger."""
     return CaseScores(event.case, event.site, event.dice, event.hd95)
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """Mean of the values that are there; None if there are none."""
+    """Mean of the values, without None and NaN. None if no value remains."""
     present = [value for value in values if value is not None and not math.isnan(value)]
     return sum(present) / len(present) if present else None
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Means over cases: per class, and over the classes."""
+    """Mean scores over cases, per class and over the classes."""
 
     cases: int
     dice: dict[str, float | None]
@@ -102,7 +102,7 @@ class Summary:
 
 
 def summarise(scores: Sequence[CaseScores]) -> Summary:
-    """Mean Dice and distance per class over the cases, and the mean of the classes' Dice."""
+    """Average Dice and distance over the cases for each class, and Dice over the classes."""
     classes = list(scores[0].dice) if scores else []
     per_class = {name: mean(score.dice[name] for score in scores) for name in classes}
     distances = {name: mean(score.hd95[name] for score in scores) for name in classes}
@@ -110,7 +110,7 @@ def summarise(scores: Sequence[CaseScores]) -> Summary:
 
 
 def by_site(scores: Iterable[CaseScores]) -> dict[str, list[CaseScores]]:
-    """The scores grouped by site, in the order of the sites' names."""
+    """Group scores by site, in the order of the sites' names."""
     sites: dict[str, list[CaseScores]] = {}
     for score in scores:
         sites.setdefault(score.site, []).append(score)
@@ -118,13 +118,13 @@ def by_site(scores: Iterable[CaseScores]) -> dict[str, list[CaseScores]]:
 
 
 def as_json_of(scores: Sequence[CaseScores]) -> dict[str, Any]:
-    """Scores for other programs: means over all cases and by site, and every case."""
+    """Scores as JSON for other programs: means over all cases, means by site, and every case."""
     sites = {site: asdict(summarise(part)) for site, part in by_site(scores).items()}
     return {"pooled": asdict(summarise(scores)), "sites": sites, "cases": [asdict(case) for case in scores]}
 
 
 def _box(mask: NDArray[np.bool_]) -> tuple[slice, ...]:
-    """Slices of the smallest box that holds all true voxels, with one voxel to spare."""
+    """Slices of the smallest box that holds all true voxels, with a margin of one voxel."""
     box = []
     for axis in range(mask.ndim):
         line = np.flatnonzero(mask.any(axis=tuple(i for i in range(mask.ndim) if i != axis)))

@@ -1,4 +1,4 @@
-"""Training cases unpacked to disk, so that any window is read without loading the volume."""
+"""Training cases unpacked to disk, so that a window is read without loading the volume."""
 
 import hashlib
 import json
@@ -18,32 +18,35 @@ from flapsam.sites import Case, LabelMap
 from flapsam.sites.pairs import read_pair
 
 RECORD = 3
-"""Version of what is noted beside an unpacked case."""
+"""Version of the record beside an unpacked case."""
 
 
 @dataclass(frozen=True)
 class PreparedCase:
-    """A training case unpacked to disk, so that any window is read without loading the volume."""
+    """A training case unpacked to disk."""
 
     name: str
     site: str
     annotated: frozenset[int]
     """Indices of the classes that the case's site annotates."""
     slices: int
+    """Number of slices."""
     occupied: frozenset[int]
-    """Slices that hold a class."""
+    """Indices of the slices that contain a class."""
     bounds: Bounds
+    """Intensity range of the volume as stored."""
     ceiling: tuple[float, ...] | None
-    """The percentile that intensities are cut to, a modality each."""
+    """Intensity of each modality at the percentile that intensities are clipped to, if there is one."""
     folder: Path
+    """Folder that holds the unpacked files."""
 
     def stack(self, samples: Samples) -> SliceStack:
-        """The images, mapped from disk."""
+        """The images as a stack of slices, mapped from disk."""
         images = _mapped(_image_path(self.folder, self.name))
         return SliceStack(images, samples, self.bounds, clip_bounds(samples, self.site, self.ceiling))
 
     def labels(self) -> NDArray[np.int8]:
-        """Class indices (slices, height, width), mapped from disk; −100 is ignored."""
+        """Class indices (slices, height, width), mapped from disk. Voxels with −100 are ignored."""
         return _mapped(_label_path(self.folder, self.name))
 
     def window(self, centre: int, depth: int, samples: Samples) -> tuple[Tensor, Tensor]:
@@ -55,21 +58,27 @@ class PreparedCase:
         return torch.from_numpy(np.asarray(self.labels()[self.indices(centre, depth)], dtype=np.int64))
 
     def indices(self, centre: int, depth: int) -> NDArray[np.int64]:
-        """The ``depth`` slices around ``centre``; beyond the volume its outermost slice is repeated."""
+        """Indices of the ``depth`` slices around ``centre``. Beyond the volume, its outermost slice is repeated."""
         half = depth // 2
         return np.clip(np.arange(centre - half, centre + half + 1), 0, self.slices - 1)
 
 
 def prepare(case: Case, label_map: LabelMap, samples: Samples, folder: Path) -> PreparedCase:
-    """Unpack a case into ``folder`` unless it is there already, unchanged.
+    """Unpack a case into ``folder``, unless it was unpacked there before and has not changed.
+
+    Args:
+        case: the case.
+        label_map: says which label values stand for which class.
+        samples: how volumes become samples.
+        folder: the folder for unpacked cases.
 
     Raises:
-        FlapsamError: as ``read_pair``.
+        FlapsamError: a file is broken, or the image and its label map do not match, as in ``read_pair``.
     """
     key = _fingerprint(case, label_map, samples)
     record = folder / f"{case.name}.json"
-    known = json.loads(record.read_text()) if record.exists() else {}
-    if known.get("key") != key:
+    metadata = json.loads(record.read_text()) if record.exists() else {}
+    if metadata.get("key") != key:
         image, label = read_pair(case, label_map)
         stack, labels = stack_of(image, samples), stack_of(label, samples)
         for path, array in (
@@ -80,37 +89,37 @@ def prepare(case: Case, label_map: LabelMap, samples: Samples, folder: Path) -> 
                 np.save(file, np.ascontiguousarray(array))
         _mapped.cache_clear()
         occupied = np.flatnonzero((labels.images > 0).any(axis=(1, 2))).tolist()
-        known = {
+        metadata = {
             "key": key,
             "slices": len(stack),
             "occupied": occupied,
             "bounds": stack.bounds,
             "ceiling": ceiling(stack.images, samples),
         }
-        write_text(record, json.dumps(known))
+        write_text(record, json.dumps(metadata))
     return PreparedCase(
         name=case.name,
         site=case.site,
         annotated=label_map.annotated,
-        slices=known["slices"],
-        occupied=frozenset(known["occupied"]),
-        bounds=tuple((low, high) for low, high in known["bounds"]),
-        ceiling=tuple(known["ceiling"]) if known["ceiling"] else None,
+        slices=metadata["slices"],
+        occupied=frozenset(metadata["occupied"]),
+        bounds=tuple((low, high) for low, high in metadata["bounds"]),
+        ceiling=tuple(metadata["ceiling"]) if metadata["ceiling"] else None,
         folder=folder,
     )
 
 
 def _fingerprint(case: Case, label_map: LabelMap, samples: Samples) -> str:
     files = [(str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size) for path in (*case.images, case.label)]
-    reading = {
+    mapping = {
         **asdict(label_map),
         "annotated": sorted(label_map.annotated),
         "index_of": sorted(label_map.index_of.items()),
     }
-    return hashlib.sha256(json.dumps([RECORD, files, reading, samples.axis, samples.clip_percentile]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([RECORD, files, mapping, samples.axis, samples.clip_percentile]).encode()).hexdigest()
 
 
-# To map a file anew for every window took a third to a half of the time that windows take; every map is an open file.
+# Mapping a file for every window took a third to a half of the time of reading windows. Every map is an open file.
 @lru_cache(maxsize=256)
 def _mapped(path: Path) -> NDArray:
     return np.load(path, mmap_mode="r")

@@ -1,7 +1,7 @@
-"""Volume → 2-D samples in [0, 1].
+"""Cut a volume into 2-D samples with values in [0, 1].
 
-A sample is a window of adjacent slices. The slices of a window never meet in the network; they share the scaling and the
-augmentation. Training and inference cut and scale slices with the same code, so what is learned is what is applied.
+A sample is a window of adjacent slices. The network segments every slice of a window by itself. The slices share only their
+scaling and augmentation. Training and inference cut and scale slices with the same code.
 """
 
 import math
@@ -18,54 +18,58 @@ from flapsam.sites import IGNORED
 from flapsam.volumes import Volume, canonical_slice_axis
 
 REACH = 2
-"""Neighbours either side that take part in scaling: the paper's windows have five slices."""
+"""Number of neighbours on either side that take part in scaling. The paper's windows have five slices."""
 
 
 Bounds = tuple[tuple[float, float], ...]
-"""Lowest and highest intensity, a pair a modality."""
+"""Lowest and highest intensity, one pair for each modality."""
 
 
 @dataclass(frozen=True)
 class SliceStack:
-    """A volume's slices in canonical axes: ``images`` has shape (slices, height, width), or (…, modality) at the end."""
+    """A volume's slices in canonical axes.
+
+    ``images`` has shape (slices, height, width), or (slices, height, width, modalities) if there are several modalities.
+    """
 
     images: NDArray
     samples: Samples
     bounds: Bounds
-    """Of the volume as stored."""
+    """Intensity range of the volume as stored."""
     clip: Bounds | None = None
-    """What intensities are cut to."""
+    """Range that intensities are clipped to, if any."""
 
     def __len__(self) -> int:
         return len(self.images)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Slices, height, width."""
+        """Number of slices, height and width."""
         return self.images.shape[:3]  # pyright: ignore[reportReturnType]
 
     def window(self, centre: int, depth: int = 1) -> Tensor:
-        """``depth`` adjacent slices around ``centre``; beyond the volume its outermost slice is repeated.
+        """``depth`` adjacent slices around ``centre``. Beyond the volume, its outermost slice is repeated.
 
-        Scaled by (x − min) / (max − min + 1e-8) over the centre and its two neighbours either side, or over the volume;
-        each modality apart.
+        Intensities are scaled by (x − min) / (max − min + 1e-8), for each modality separately. Minimum and maximum are taken
+        over the centre and its two neighbours on either side, or over the volume.
 
         Returns:
-            Shape (depth, channels, height, width), in [0, 1]; one channel for ``replicate``, else three.
+            Images (depth, channels, height, width) in [0, 1]. There is one channel for a single modality with
+            ``replicate``, otherwise there are three.
         """
         half = depth // 2
-        several = self.images.ndim == 4
-        adjacent = self.samples.channels == "adjacent" and not several
-        taken = self._take(centre, max(half + adjacent, REACH))
-        middle = len(taken) // 2
+        multimodal = self.images.ndim == 4
+        adjacent = self.samples.channels == "adjacent" and not multimodal
+        slices = self._take(centre, max(half + adjacent, REACH))
+        middle = len(slices) // 2
         if self.samples.scaling == "volume":
             bounds = self.bounds if self.clip is None else _cut(self.bounds, self.clip)
         else:
-            bounds = _bounds(taken[middle - REACH : middle + REACH + 1])
-        low, high = (torch.tensor(side) for side in zip(*bounds, strict=True)) if several else bounds[0]
-        scaled = (torch.from_numpy(taken) - low) / (high - low + 1e-8)
+            bounds = _bounds(slices[middle - REACH : middle + REACH + 1])
+        low, high = (torch.tensor(side) for side in zip(*bounds, strict=True)) if multimodal else bounds[0]
+        scaled = (torch.from_numpy(slices) - low) / (high - low + 1e-8)
         first, last = middle - half, middle + half + 1
-        if several:
+        if multimodal:
             images = scaled[first:last].movedim(-1, 1)
             # Neighbours in the window may lie outside the slices that set the scale.
             return (images if images.shape[1] == 3 else images[:, [0, 1, 1]]).clamp(0, 1)
@@ -77,20 +81,20 @@ class SliceStack:
 
     def _take(self, centre: int, reach: int) -> NDArray[np.float32]:
         indices = np.clip(np.arange(centre - reach, centre + reach + 1), 0, len(self) - 1)
-        taken = np.asarray(self.images[indices], dtype=np.float32)
+        slices = np.asarray(self.images[indices], dtype=np.float32)
         if self.clip is None:
-            return taken
+            return slices
         low, high = np.array(self.clip, np.float32).T if self.images.ndim == 4 else self.clip[0]
-        return taken.clip(low, high)
+        return slices.clip(low, high)
 
 
 def stack_of(volume: Volume, samples: Samples, site: str = "") -> SliceStack:
-    """A volume in any orientation as a stack of slices.
+    """Turn a volume in any orientation into a stack of slices.
 
     Args:
-        volume: the image.
+        volume: the image or label map.
         samples: how it is cut and scaled.
-        site: whose it is, where sites are clipped differently.
+        site: the volume's site, which matters where sites clip intensities differently.
     """
     axis = canonical_slice_axis(volume.affine, samples.axis)
     images = np.moveaxis(volume.to_canonical().array, axis, 0)
@@ -98,7 +102,10 @@ def stack_of(volume: Volume, samples: Samples, site: str = "") -> SliceStack:
 
 
 def to_square(images: Tensor, size: int, resize: str) -> Tensor:
-    """Resize images (n, channels, height, width) to (n, channels, size, size): cubic, clipped to [0, 1]."""
+    """Resize images (n, channels, height, width) to (n, channels, size, size).
+
+    Interpolation is bicubic, and the result is clipped to [0, 1]. Padding is 0.
+    """
     height, width = _inner_size(images.shape[-2:], size, resize)
     if (height, width) != images.shape[-2:]:
         images = F.interpolate(images, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
@@ -106,7 +113,7 @@ def to_square(images: Tensor, size: int, resize: str) -> Tensor:
 
 
 def labels_to_square(labels: Tensor, size: int, resize: str) -> Tensor:
-    """Resize class indices (n, height, width) to (n, size, size) by the nearest; padding is ignored."""
+    """Resize class indices (n, height, width) to (n, size, size) by nearest neighbour. Padding is marked as ignored."""
     height, width = _inner_size(labels.shape[-2:], size, resize)
     if (height, width) != labels.shape[-2:]:
         labels = F.interpolate(labels[:, None].float(), (height, width), mode="nearest-exact")[:, 0].long()
@@ -131,18 +138,24 @@ def _by_modality(images: NDArray) -> list[NDArray]:
 
 
 def ceiling(images: NDArray, samples: Samples) -> tuple[float, ...] | None:
-    """Where the volume itself says at what intensity it is cut."""
+    """Intensity of each modality at the percentile that intensities are clipped to. None without a percentile."""
     if samples.clip_percentile is None:
         return None
     return tuple(float(np.percentile(part, samples.clip_percentile)) for part in _by_modality(images))
 
 
 def clip_bounds(samples: Samples, site: str, ceiling: tuple[float, ...] | None) -> Bounds | None:
-    """What a case's intensities are cut to: the site's range, the run's, the volume's percentile."""
-    given = samples.site_clip.get(site, samples.clip)
+    """Range that a case's intensities are clipped to: the site's or else the run's, below the volume's percentile.
+
+    Args:
+        samples: how volumes become samples.
+        site: the case's site.
+        ceiling: intensity of each modality at the percentile, if there is one.
+    """
+    configured = samples.site_clip.get(site, samples.clip)
     if ceiling is None:
-        return None if given is None else (given,) * samples.modalities
-    low, high = given or (-math.inf, math.inf)
+        return None if configured is None else (configured,) * samples.modalities
+    low, high = configured or (-math.inf, math.inf)
     return tuple((low, min(high, value)) for value in ceiling)
 
 

@@ -1,4 +1,4 @@
-"""One client's local fit: loss, learning rate, epochs."""
+"""A client's local fit: loss, learning rate and epochs."""
 
 import math
 import time
@@ -39,20 +39,20 @@ class Loss:
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor, options: Training) -> Loss:
-    """Weighted sum of cross-entropy and Dice; voxels labelled −100 take part in neither.
+    """Weighted sum of cross-entropy and Dice loss. Both ignore voxels labelled −100.
 
-    Dice is the mean over all classes, background among them, of 1 − (2Σpg + ε)/(Σp² + Σg² + ε) with ε = 1e-5, p the softmax,
-    g the truth, sums over the batch.
+    The Dice loss is the mean over all classes, including background, of 1 − (2Σpg + ε)/(Σp² + Σg² + ε). Here, ε is 1e-5, p
+    is the softmax and g the truth, and sums run over the batch.
 
     Args:
-        logits: (batch, classes, height, width).
-        labels: (batch, height, width), class indices or −100.
-        options: the weights of the terms and of foreground in the cross-entropy.
+        logits: logits (batch, classes, height, width).
+        labels: class indices or −100 (batch, height, width).
+        options: training options, with the weights of both terms and of the foreground in the cross-entropy.
     """
     valid = labels != IGNORED
     if not valid.any():
-        nothing = logits.sum() * 0
-        return Loss(nothing, nothing, nothing)
+        zero = logits.sum() * 0
+        return Loss(zero, zero, zero)
     classes = logits.shape[1]
     weight = torch.full((classes,), options.foreground_weight, device=logits.device)
     weight[0] = 1.0
@@ -68,7 +68,7 @@ def segmentation_loss(logits: Tensor, labels: Tensor, options: Training) -> Loss
 def loss_of(
     forward: Callable[[Tensor], Tensor], batch: Batch, device: torch.device, options: Training, precision: str
 ) -> Loss:
-    """The loss of a batch, which is moved to the device; ``forward`` gives the logits, with ``bf16`` under autocast."""
+    """Move a batch to the device and compute its loss. ``forward`` returns the logits, under autocast for ``bf16``."""
     images, labels = (tensor.to(device) for tensor in batch)
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         logits = forward(images)
@@ -76,10 +76,10 @@ def loss_of(
 
 
 def learning_rate(step: int, batches_per_epoch: int, options: Training, rounds: int = 1) -> float:
-    """The rate that step ``step``, counted from 0 across a client's rounds, uses.
+    """Learning rate of step ``step``, which counts from 0 across a client's rounds.
 
-    Linear warm-up to ``learning_rate``, then polynomial decay that would reach zero after ``schedule_epochs`` epochs, or
-    at the end of ``rounds`` rounds.
+    The rate warms up linearly to ``learning_rate``, then decays polynomially. It would reach zero after ``schedule_epochs``
+    epochs or, if that is not set, at the end of ``rounds`` rounds.
     """
     warmup = options.warmup_steps
     if step <= warmup:
@@ -88,40 +88,43 @@ def learning_rate(step: int, batches_per_epoch: int, options: Training, rounds: 
         length = max(rounds * options.epochs * batches_per_epoch - warmup, 1)
     else:
         length = options.schedule_epochs * batches_per_epoch
-    left = 1 - (step - warmup - 1) / length
-    return options.learning_rate * max(left, 0.0) ** options.schedule_power
+    remaining = 1 - (step - warmup - 1) / length
+    return options.learning_rate * max(remaining, 0.0) ** options.schedule_power
 
 
 @dataclass(frozen=True)
 class FitReport:
-    """What one fit did."""
+    """Steps, losses and times of one fit."""
 
     steps: int
     slices: int
-    """Slices that went through the network."""
+    """Number of slices that passed through the network."""
     loss: float
-    """Mean over the steps."""
+    """Mean loss over the steps."""
     cross_entropy: float
+    """Mean cross-entropy over the steps, before the two terms are weighted."""
     dice_loss: float
+    """Mean Dice loss over the steps, before the two terms are weighted."""
     seconds: float
+    """Seconds that the fit took."""
     waiting: float
-    """Seconds of these that the network waited for samples."""
+    """Seconds of the fit during which the network waited for samples."""
 
 
 FIT_METRICS = ("loss", "cross_entropy", "dice_loss", "steps", "seconds", "waiting")
-"""Fields of ``FitReport`` that a site reports to the server, unless its metrics stay at home."""
+"""Fields of ``FitReport`` that a site reports to the server, unless it keeps its metrics to itself."""
 
 
 class Learner:
-    """The part of a fit that outlives a round: Adam's moments and the number of steps so far."""
+    """Training state of a client that outlives a round: Adam's moments and the number of steps so far."""
 
     def __init__(self, network: Sam, options: Training, rounds: int = 1) -> None:
-        """Begin to learn.
+        """Create the optimizer.
 
         Args:
-            network: its travelling parameters are what is learned.
-            options: of every fit.
-            rounds: of the run, for a learning rate that falls until its end.
+            network: the network, whose travelling parameters are trained.
+            options: training options of every fit.
+            rounds: number of rounds of the run, for a learning rate that decays until its end.
         """
         self.rounds = rounds
         self.parameters = travelling(network)
@@ -136,11 +139,11 @@ class Learner:
         self.steps = 0
 
     def reset_moments(self) -> None:
-        """Forget Adam's moments; the learning rate goes on from the same step."""
+        """Clear Adam's moments. The learning rate continues from the same step."""
         self.optimizer.state.clear()
 
     def save(self, path: Path) -> None:
-        """Write moments and steps, whole or not at all."""
+        """Write the moments and the number of steps to ``path``, whole or not at all."""
         tensors = {
             f"{key}/{name}": value.detach().cpu().contiguous()
             for name, parameter in self.parameters.items()
@@ -150,7 +153,7 @@ class Learner:
             save_file(tensors, temporary, metadata={"steps": str(self.steps)})
 
     def load(self, path: Path) -> None:
-        """Read what ``save`` wrote.
+        """Restore the state that ``save`` wrote.
 
         Raises:
             FlapsamError: the file is damaged or belongs to another network.
@@ -159,17 +162,20 @@ class Learner:
             with safe_open(path, framework="pt") as file:
                 self.steps = int(file.metadata()["steps"])
                 self.reset_moments()
-                for entry in file.keys():  # noqa: SIM118 (it is no dictionary)
+                for entry in file.keys():  # noqa: SIM118 (the file is not a dictionary)
                     key, name = entry.split("/", 1)
                     parameter = self.parameters[name]
                     state = self.optimizer.state.setdefault(parameter, {})
                     state[key] = file.get_tensor(entry).to(parameter.device)
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-            raise FlapsamError(f"{path}: a client's saved state that cannot be read; start the run anew") from error
+            raise FlapsamError(f"{path}: cannot read the client's saved state; start a new run") from error
 
 
 def batches_per_epoch(cases: Sequence[PreparedCase], options: Training) -> int:
-    """Batches in one epoch: every slice that takes part is the middle of one window; the last, smaller batch is kept."""
+    """Number of batches in an epoch.
+
+    Every slice that the epoch shows is the centre of one window. The last, smaller batch counts, too.
+    """
     occupied = sum(len(case.occupied) for case in cases)
     empty = sum(case.slices for case in cases) - occupied
     return math.ceil((occupied + _empty_shown(occupied, empty, options)) / options.batch_size)
@@ -183,11 +189,19 @@ def batches(
     seed: int,
     features: Features | None = None,
 ) -> Iterator[Batch]:
-    """One epoch of windows in random order.
+    """Cut one epoch of windows, in random order.
+
+    Args:
+        cases: the training cases.
+        options: training options.
+        samples: how volumes become samples.
+        size: side of the network's square input in pixels.
+        seed: seed of order and augmentation.
+        features: embeddings of the cases, which take the place of images.
 
     Yields:
-        Images (slices, channels, size, size) in [0, 1], or embeddings (slices, width, tokens, tokens) where ``features`` has
-        them, and labels (slices, size, size), the windows' slices side by side.
+        Images (slices, channels, size, size) in [0, 1] or embeddings (slices, width, tokens, tokens), and labels (slices,
+        size, size). The slices of a batch's windows follow one another.
     """
     rng = np.random.default_rng(seed)
     augment = AUGMENTATIONS[options.augment]
@@ -209,7 +223,7 @@ def batches(
 
 
 def _middles(cases: Sequence[PreparedCase], options: Training, rng: np.random.Generator) -> list[tuple[PreparedCase, int]]:
-    """The slices that an epoch shows: those with a class, and of the others a share."""
+    """The slices that an epoch shows: all slices with a class, and a random part of the others."""
     every = [(case, centre) for case in cases for centre in range(case.slices)]
     if options.empty_slices == 1:
         return every
@@ -220,7 +234,7 @@ def _middles(cases: Sequence[PreparedCase], options: Training, rng: np.random.Ge
 
 
 def _empty_shown(occupied: int, empty: int, options: Training) -> int:
-    """How many of so many empty slices an epoch shows; where all are empty at least one."""
+    """Number of empty slices that an epoch shows, at least one if no slice is occupied."""
     return max(round(options.empty_slices * empty), 0 if occupied else 1)
 
 
@@ -237,11 +251,11 @@ def fit(
     """Train the network's travelling parameters for a round's local epochs.
 
     Args:
-        network: holds the parameters that the server sent; changed in place.
-        learner: this site's optimizer, changed in place.
+        network: the network with the parameters that the server sent. It is changed in place.
+        learner: the site's training state. It is changed in place.
         cases: the training cases.
         samples: how volumes become samples.
-        seed: of window order and augmentation in this round at this site.
+        seed: seed of window order and augmentation in this round at this site.
         precision: ``bf16`` runs the network under autocast.
         on_step: called after every step.
     """
@@ -258,13 +272,13 @@ def fit(
     losses: list[Tensor] = []
     slices, waiting = 0, 0.0
     for epoch in range(options.epochs):
-        coming = batches(cases, options, samples, network.image_size, seed_for(seed, epoch), features)
-        # Where the network has all cores, a thread beside its own costs it more than it waits: a third of the demo's rounds.
+        upcoming = batches(cases, options, samples, network.image_size, seed_for(seed, epoch), features)
+        # If the network uses all cores, a prefetching thread costs more time than waiting: a third of the demo's rounds.
         if device.type != "cpu" or torch.get_num_threads() < default_threads():
-            coming = ahead(coming)
+            upcoming = ahead(upcoming)
         while True:
             asked = time.perf_counter()
-            batch = next(coming, None)
+            batch = next(upcoming, None)
             waiting += time.perf_counter() - asked
             if batch is None:
                 break
@@ -289,7 +303,7 @@ def fit(
 
 
 def _pull_back(parameters: Sequence[Tensor], start: Sequence[Tensor], strength: float) -> None:
-    """Add to the gradients that of FedProx's term μ/2 · ‖θ − θ_start‖²."""
+    """Add the gradient of FedProx's term μ/2 · ‖θ − θ_start‖² to the parameters' gradients."""
     for parameter, origin in zip(parameters, start, strict=True):
         if parameter.grad is not None:
             parameter.grad.add_(parameter.detach() - origin, alpha=strength)

@@ -1,1 +1,1 @@
-"""Results for people."""
+"""Results for people: reports, tables, charts, the viewer, progress and trackers."""

@@ -1,4 +1,4 @@
-"""A bench as a picture: Dice against what trains and travels."""
+"""Chart of a bench: Dice against the number of parameters that train and travel."""
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -7,11 +7,11 @@ from flapsam.base.files import written_whole
 from flapsam.experiments.bench import Bench, front, measured
 
 BLUE, GREY = "#0072B2", "#767676"
-"""Of Okabe and Ito's colours, which the colour-blind tell apart; and a grey that stands out from white by 4.5 to 1."""
+"""A blue from Okabe and Ito's palette for colour-blind readers, and a grey with a contrast of 4.5 to 1 on white."""
 
 
 def draw(bench: Bench) -> None:
-    """Write ``bench.svg``: a point a federated row, the Pareto front marked; nothing where no such row is there."""
+    """Write ``bench.svg``, with one point per federated row and the Pareto front, if any federated row has results."""
     rows = bench.rows
     best = front(rows)
     if not best:
@@ -26,7 +26,7 @@ def draw(bench: Bench) -> None:
         name = ", ".join(part for part in row.row.name.split(", ") if part not in common) or row.row.name
         place = (row.parameters or 0, row.mean_dice or 0)
         axes.plot(*place, "o", color=colour, label=f"{number}  {name}")
-        # Above and below in turn, because the ones next to each other in Dice are often next to each other in all.
+        # Numbers alternate above and below, because points with similar Dice often lie close together.
         offset = (-3, 6) if number % 2 else (-3, -13)
         axes.annotate(str(number), place, offset, textcoords="offset points", color=colour, fontsize=8)
     axes.step(
@@ -34,7 +34,7 @@ def draw(bench: Bench) -> None:
         [row.mean_dice or 0 for row in best],
         where="post",
         color=BLUE,
-        label="Pareto front: no other has\nmore Dice for fewer parameters",
+        label="Pareto front: no other row has\nhigher Dice with fewer parameters",
     )
     axes.set_xscale("log")
     axes.set_xlabel("parameters that train and travel")
@@ -50,6 +50,6 @@ def draw(bench: Bench) -> None:
 
 
 def _common(names: list[str]) -> set[str]:
-    """Parts of the names that all have, and so tell nothing."""
+    """Parts that all names share, and that therefore do not distinguish them."""
     parts = [set(name.split(", ")) for name in names]
     return set.intersection(*parts) if len(parts) > 1 else set()

@@ -1,4 +1,4 @@
-"""A bench as a table: for a terminal, as Markdown, as CSV and as JSON."""
+"""Tables of a bench: for the terminal, and as Markdown, CSV and JSON."""
 
 import csv
 import io
@@ -27,7 +27,7 @@ def write_tables(bench: Bench) -> None:
 
 
 def bench_table(bench: Bench) -> Table:
-    """The table in short, for a terminal."""
+    """A short table for the terminal."""
     shown = ("", "seeds", "Dice", "gain over local", "difference to the first", "seconds")
     table = Table()
     rows = _main(bench.rows, bench.classes)
@@ -39,33 +39,33 @@ def bench_table(bench: Bench) -> Table:
 
 
 def _main(rows: Sequence[RowSummary], classes: Sequence[str]) -> list[dict[str, str]]:
-    """Column → text, a row a line."""
+    """One line per row of the bench, as column → text."""
     return [_line(row, classes) for row in rows]
 
 
 def _line(row: RowSummary, classes: Sequence[str]) -> dict[str, str]:
-    def here(text: str) -> str:
+    def if_done(text: str) -> str:
         return text if row.done else MISSING
 
     return {
         "": row.row.name,
-        "seeds": here(f"{row.done}" if row.done == row.planned else f"{row.done} of {row.planned}"),
-        **{name: here(number(row.dice.get(name))) for name in classes},
-        "Dice": here(number(row.mean_dice)),
-        **{f"HD95 {name} (mm)": here(number(row.hd95.get(name), 1)) for name in classes},
-        "gain over local": here(interval(row.gain)),
-        "difference to the first": here(interval(row.difference)),
+        "seeds": if_done(f"{row.done}" if row.done == row.planned else f"{row.done} of {row.planned}"),
+        **{name: if_done(number(row.dice.get(name))) for name in classes},
+        "Dice": if_done(number(row.mean_dice)),
+        **{f"HD95 {name} (mm)": if_done(number(row.hd95.get(name), 1)) for name in classes},
+        "gain over local": if_done(interval(row.gain)),
+        "difference to the first": if_done(interval(row.difference)),
         "unseen site": number(row.unseen_dice),
         "parameters": NONE if row.parameters is None else f"{row.parameters:,}",
-        "MiB up": here(_mib(row.bytes_up)),
-        "MiB down": here(_mib(row.bytes_down)),
-        "seconds": here(number(row.seconds, 0)),
-        "peak GiB": here(number(row.peak_bytes / 2**30 if row.peak_bytes else None, 2)),
+        "MiB up": if_done(_mib(row.bytes_up)),
+        "MiB down": if_done(_mib(row.bytes_down)),
+        "seconds": if_done(number(row.seconds, 0)),
+        "peak GiB": if_done(number(row.peak_bytes / 2**30 if row.peak_bytes else None, 2)),
     }
 
 
 def _sites(rows: Sequence[RowSummary]) -> list[dict[str, str]]:
-    """Mean Dice by site, a row a line; and where each site never trained."""
+    """Lines with mean Dice by site: one per row of the bench, then one per row with sites left out of training."""
     sites = sorted({site for row in rows for site in (*row.sites, *row.unseen)})
     lines = [
         {"Dice by site": row.row.name, **{site: number(row.sites.get(site)) if row.done else MISSING for site in sites}}

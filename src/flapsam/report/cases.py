@@ -1,4 +1,4 @@
-"""The cases of a run, as far as their files are on this machine, and their volumes."""
+"""The cases of a run whose files are on this machine, and their volumes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ CaseKey = tuple[str, str]
 
 @dataclass(frozen=True)
 class CaseVolumes:
-    """An image, the truth, and what a model predicts."""
+    """An image with its true and its predicted label map."""
 
     image: Volume
     truth: Volume
-    """Class indices."""
+    """The true label map, as class indices."""
     predicted: Volume
-    """Class indices."""
+    """The predicted label map, as class indices."""
 
 
 def cases_of(run: Run) -> dict[CaseKey, Case]:
-    """The cases of a run that was tested and whose data are on this machine; none otherwise."""
+    """The cases of a run. Empty if no case is tested yet, or if the data are not on this machine."""
     if not run.scores:
         return {}
     try:
@@ -41,7 +41,13 @@ def subjects_of(cases: Mapping[CaseKey, Case]) -> dict[str, str]:
 
 
 def read_volumes(run: Run, mode: str, cases: Mapping[CaseKey, Case], key: CaseKey) -> CaseVolumes:
-    """The volumes of a test case.
+    """Read the volumes of a test case.
+
+    Args:
+        run: the run.
+        mode: the mode whose prediction is read.
+        cases: the run's cases, from ``cases_of``.
+        key: the site and name of the case.
 
     Raises:
         FlapsamError: a file is missing, broken, or does not match the others.
@@ -53,5 +59,5 @@ def read_volumes(run: Run, mode: str, cases: Mapping[CaseKey, Case], key: CaseKe
     path = run.folder.label_map(mode, case.site, case.name)
     predicted = read_label(path)
     if predicted.array.shape != truth.array.shape:
-        raise FlapsamError(f"{path}: the label map has another shape than the image")
+        raise FlapsamError(f"{path}: has another shape than the image")
     return CaseVolumes(image, truth, predicted)

@@ -1,4 +1,4 @@
-"""Several runs on one page: overlaid curves, and a table of paired differences."""
+"""The comparison of several runs on one page: overlaid curves, and a table of paired differences."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from flapsam.report.units import NONE, number
 from flapsam.run.observer import Observer
 
 COMPARISON = Path("comparison.html")
-"""Where several runs are compared, unless another file is given."""
+"""Default file of a comparison of several runs."""
 
 
 def write_reports(folders: Sequence[Path], output: Path | None, *, images: bool, observer: Observer) -> Path:
@@ -32,15 +32,15 @@ def write_reports(folders: Sequence[Path], output: Path | None, *, images: bool,
 
     Args:
         folders: the runs' folders.
-        output: the page; if None, the run's own place for it, or ``comparison.html``.
+        output: the page's path. If None, ``report/index.html`` in the run's folder, or ``comparison.html`` for several.
         images: whether a run's report shows slices of patients.
         observer: follows the work.
 
     Returns:
-        The page.
+        The page's path.
 
     Raises:
-        FlapsamError: as ``write_report`` and ``write_comparison``.
+        FlapsamError: as for ``write_report`` and ``write_comparison``.
     """
     if len(folders) == 1:
         return write_report(folders[0], output, images=images, observer=observer)
@@ -48,25 +48,25 @@ def write_reports(folders: Sequence[Path], output: Path | None, *, images: bool,
 
 
 def write_comparison(folders: Sequence[Path], output: Path) -> Path:
-    """Write the page of several runs; the first is the one that the others are compared with.
+    """Write the comparison of several runs, with the first as the reference.
 
     Args:
-        folders: of the runs.
-        output: the page.
+        folders: the runs' folders.
+        output: the page's path.
 
     Returns:
-        The page.
+        The page's path.
 
     Raises:
-        FlapsamError: a folder is no run, one is given twice, or no mode is in all of them.
+        FlapsamError: a folder holds no run, a run is listed twice, or the runs have no mode in common.
     """
     twice = [folder for folder, count in Counter(path.resolve() for path in folders).items() if count > 1]
     if twice:
-        raise FlapsamError(f"{twice[0]}: this run is given twice; give runs that differ")
+        raise FlapsamError(f"{twice[0]}: is listed twice; list each run once")
     runs = _named([read_run(folder) for folder in folders])
     mode = next((mode for mode in TITLES if all(mode in run.modes for run in runs.values())), None)
     if mode is None:
-        raise FlapsamError(f"{', '.join(runs)}: they have no mode in common, so there is nothing to compare")
+        raise FlapsamError(f"{', '.join(runs)}: have no mode in common; compare runs that share a mode")
     subjects = {key: subject for run in runs.values() for key, subject in subjects_of(cases_of(run)).items()}
     with chart_style():
         sections = [
@@ -79,9 +79,9 @@ def write_comparison(folders: Sequence[Path], output: Path) -> Path:
         ]
     page = render(
         title=f"{len(runs)} runs compared",
-        kind="Runs of flapsam",
+        kind="flapsam comparison",
         notes="",
-        warning="; ".join(f"{label} is not over" for label, run in runs.items() if not run.finished),
+        warning="; ".join(f"{label} is not finished" for label, run in runs.items() if not run.finished),
         about=", ".join(runs),
         tiles=[],
         sections=[section for section in sections if section],
@@ -96,7 +96,7 @@ def _site_traffic(run: Run) -> SiteTraffic | None:
 
 
 def _named(runs: Sequence[Run]) -> dict[str, Run]:
-    """Each run under its folder's name, or under the whole path where two have the same."""
+    """Label → run. The label is the folder's name, or the whole path if two folders have the same name."""
     names = Counter(run.name for run in runs)
     return {run.name if names[run.name] == 1 else str(run.folder.path): run for run in runs}
 
@@ -110,4 +110,6 @@ def _folders(runs: Mapping[str, Run], mode: str) -> Section:
         rows.append(cells)
     head = ["run", "folder", "notes", "sites", "rounds", "test Dice"]
     table = Table("runs-table", "The runs", head, rows, text_columns=3, opened=True)
-    return Section("runs", "The runs", "Each has a report of its own in its folder.", tables=[table])
+    return Section(
+        "runs", "The runs", "Each finished run has its own report, report/index.html in its folder.", tables=[table]
+    )

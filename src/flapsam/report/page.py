@@ -1,4 +1,4 @@
-"""The report: a run's folder → one HTML page that opens from disk, in light and dark, and asks for nothing outside."""
+"""The report: a run's folder → one HTML page that opens from disk, in light and dark, and loads nothing from elsewhere."""
 
 import shlex
 from collections.abc import Callable, Mapping
@@ -34,12 +34,12 @@ from flapsam.sites import Case
 from flapsam.volumes import legend_of
 
 Link = Callable[[str, str], str | None]
-"""Site and case → where the case opens, if it does."""
+"""Site and case → the address at which the case opens; None if it cannot be opened."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A figure at the top of the page."""
+    """A number at the top of the page."""
 
     name: str
     value: str
@@ -50,13 +50,13 @@ def write_report(folder: Path, output: Path | None = None, *, images: bool = Tru
     """Write the page of a run.
 
     Args:
-        folder: of the run, over or not.
-        output: the page; ``report/index.html`` in the folder if not given.
-        images: whether patients' slices are in it.
-        observer: is told what happens.
+        folder: the run's folder. The run may still be unfinished.
+        output: the page's path; ``report/index.html`` in the folder if not given.
+        images: whether the page shows slices of patients.
+        observer: follows the work.
 
     Returns:
-        The page.
+        The page's path.
 
     Raises:
         FlapsamError: there is no run, a file is damaged, or the page cannot be written.
@@ -72,10 +72,10 @@ def report_page(run: Run, *, images: bool = True, link: Link | None = None, obse
     """The page of a run as HTML.
 
     Args:
-        run: what its folder holds.
-        images: whether patients' slices are in it.
-        link: where cases open; names stay plain text if not given.
-        observer: is told what happens.
+        run: the content of the run's folder.
+        images: whether the page shows slices of patients.
+        link: the addresses at which cases open; without it, case names are plain text.
+        observer: follows the work.
     """
     cases = cases_of(run)
     federated = run.rounds("federated")
@@ -93,11 +93,11 @@ def report_page(run: Run, *, images: bool = True, link: Link | None = None, obse
         ]
     rounds = max((run.rounds(mode) for mode in run.modes), default=0)
     warning = (
-        "" if run.finished else f"This run is not over: {rounds} of {run.config.rounds.count} rounds are in its ledger."
+        "" if run.finished else f"This run is not finished: {rounds} of {run.config.rounds.count} rounds are done so far."
     )
     return render(
         title=f"{run.folder.path.resolve().parent.name}/{run.name}",
-        kind="A run of flapsam",
+        kind="flapsam report",
         notes=run.config.notes,
         warning=warning,
         about=_about(run),
@@ -109,7 +109,7 @@ def report_page(run: Run, *, images: bool = True, link: Link | None = None, obse
 
 
 def render(**content: Any) -> str:
-    """The page's template, filled; everything in it but charts is escaped."""
+    """Fill the page's template. Everything but charts and strips is escaped."""
     style = Markup((Path(__file__).parent / "templates" / "page.css").read_text(encoding="utf-8"))
     return (
         pages()
@@ -119,14 +119,14 @@ def render(**content: Any) -> str:
 
 
 def pages() -> Environment:
-    """The templates, in which everything is escaped."""
-    found = Environment(loader=PackageLoader("flapsam.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    found.tests["casename"] = lambda value: isinstance(value, CaseName)
-    return found
+    """The environment of the HTML templates, which escapes all values."""
+    environment = Environment(loader=PackageLoader("flapsam.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.tests["casename"] = lambda value: isinstance(value, CaseName)
+    return environment
 
 
 def _answered(run: Run) -> Series:
-    """Bytes of the packets that were accepted in the federated rounds."""
+    """Bytes of the packets that the server accepted in the federated rounds."""
     return run.fits("federated", lambda fit: fit.bytes_up)
 
 
@@ -140,7 +140,7 @@ def _strips(run: Run, cases: Mapping[CaseKey, Case], observer: Observer) -> Sect
 
 
 def _strategies(config: RunConfig, rounds: int) -> list[StrategyTraffic]:
-    """What the paper's strategies would send for this network."""
+    """Traffic that the paper's strategies would cause with this network."""
     try:
         return strategy_table(
             config.backbone.name,
@@ -150,7 +150,7 @@ def _strategies(config: RunConfig, rounds: int) -> list[StrategyTraffic]:
             rounds=max(rounds, 1),
         )
     except FlapsamError:
-        # A backbone that this version does not know: what was measured is still worth showing.
+        # This version does not know the backbone, but the measured traffic is still worth showing.
         return []
 
 
@@ -158,8 +158,9 @@ def _about(run: Run) -> str:
     config = run.config
     low_rank = f", rank {config.lora.rank}" if strategy(config.strategy).lora else ""
     return (
-        f"{', '.join(run.classes)} at {len(run.sites)} sites: {config.backbone.name}, strategy {config.strategy}{low_rank}, "
-        f"aggregator {config.aggregator}, codec {config.compression.codec}, preset {config.preset}, seed {config.seed}."
+        f"Segmentation of {', '.join(run.classes)} at {len(run.sites)} sites. Backbone {config.backbone.name}, "
+        f"strategy {config.strategy}{low_rank}, aggregator {config.aggregator}, codec {config.compression.codec}, "
+        f"preset {config.preset}, seed {config.seed}."
     )
 
 
@@ -173,7 +174,7 @@ def _tiles(run: Run, rounds: int) -> list[Tile]:
         validated = run.validation("federated")
         last = [points[max(points)] for points in validated.values()]
         if last:
-            tiles.append(Tile("validation Dice", number(sum(last) / len(last)), "mean of the sites, at the end"))
+            tiles.append(Tile("validation Dice", number(sum(last) / len(last)), "mean over the sites, newest"))
     federated, local = pooled.get("federated"), pooled.get("local")
     if federated and local and federated.mean_dice is not None and local.mean_dice is not None:
         tiles.append(Tile("collaborative gain", f"{federated.mean_dice - local.mean_dice:+.3f}", "federated − local-only"))
@@ -181,36 +182,40 @@ def _tiles(run: Run, rounds: int) -> list[Tile]:
     fits = sum(len(points) for points in _answered(run).values())
     if fits:
         ratio = 2 * full_packet_bytes(run.config) * fits / run.travelled
-        tiles.append(Tile("a site and round", size(run.travelled / fits), f"{ratio:,.1f} × less than full fine-tuning"))
+        tiles.append(
+            Tile("traffic per site and round", size(run.travelled / fits), f"{ratio:,.1f} × less than full fine-tuning")
+        )
     return tiles
 
 
 def _description(run: Run) -> Section:
     splits = sorted({split for joined in run.joined for split in joined.cases}, key=SPLITS.index)
     rows = [[joined.site, *(str(joined.cases.get(split, NONE)) for split in splits)] for joined in run.joined]
-    found = dict(run.environment)
-    command = found.pop("command", [])
-    packages = found.pop("packages", {})
-    table = [[name, str(value)] for name, value in found.items()] + [[name, value] for name, value in packages.items()]
-    # Between hospitals each site says for itself where its data are.
+    environment = dict(run.environment)
+    arguments = environment.pop("command", [])
+    packages = environment.pop("packages", {})
+    facts = [[name, str(value)] for name, value in environment.items()]
+    versions = [[name, version] for name, version in packages.items()]
+    # Between hospitals, every site configures the place of its own data.
     stayed = run.config.data.path == Path("/")
     place = "The data stayed at the sites." if stayed else f"The data were in {run.config.data.path}."
     again = f"flapsam {'federation run' if stayed else 'simulate'} run.yaml --set output=runs/again"
-    if run.config.threads is None and "cores" in found and not stayed:
-        again += f" --set threads={found['cores']}"
-    called = shlex.join([Path(command[0]).name, *command[1:]]) if command else ""
-    described = write_config(run.config.model_copy(update={"notes": ""}))
+    if run.config.threads is None and "cores" in environment and not stayed:
+        again += f" --set threads={environment['cores']}"
+    command = shlex.join([Path(arguments[0]).name, *arguments[1:]]) if arguments else ""
+    configuration = write_config(run.config.model_copy(update={"notes": ""}))
     return Section(
         "repeat",
-        "Data, environment, and how to repeat it",
-        f"{place} The same configuration, data, versions and threads give the same bits.",
+        "Data, environment, and how to repeat the run",
+        f"{place} With the same configuration, data, package versions and number of threads, the results are identical bit "
+        "for bit.",
         tables=[
             Table("sites-table", "Cases of each site", ["site", *splits], rows),
-            Table("environment-table", "Environment", ["what", "value"], table, text_columns=2),
+            Table("environment-table", "Environment", ["item", "value"], facts + versions, text_columns=2),
         ],
         blocks=[
-            Block("The command", f"{called}\n", opened=True),
-            Block("To repeat it elsewhere, from the configuration below", f"{again}\n"),
-            Block("run.yaml, every field spelled out", described),
+            Block("Command of this run", f"{command}\n", opened=True),
+            Block("Command to repeat the run elsewhere, with the configuration below", f"{again}\n"),
+            Block("run.yaml with all fields", configuration),
         ],
     )

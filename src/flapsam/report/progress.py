@@ -1,4 +1,4 @@
-"""Long work on a terminal: a bar, and of a run its sites, Dice, bytes and time left; elsewhere, a line a round."""
+"""Progress of long work: on a terminal a bar with the run's sites, Dice, traffic and time left; elsewhere lines of text."""
 
 from collections.abc import Sequence
 from threading import RLock
@@ -17,11 +17,11 @@ from flapsam.run.ledger import AnswerMissing, AnswerRefused, Delivered, Event, F
 from flapsam.run.observer import Observer
 
 REFRESHES = 4
-"""A second."""
+"""Number of redraws per second."""
 
 
 class ConsoleObserver(Observer):
-    """Shows a run on a console, as a context manager."""
+    """Shows the progress of a run on a console while its context is open."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -35,8 +35,8 @@ class ConsoleObserver(Observer):
         )
         self.task: Task | None = None
         self.standing: Standing | None = None
-        self.at_work: dict[str, str] = {}
-        # The view is drawn in a thread of its own.
+        self.working: dict[str, str] = {}
+        # The view is drawn in another thread.
         self.lock = RLock()
         self.live = Live(
             get_renderable=self._view,
@@ -85,21 +85,21 @@ class ConsoleObserver(Observer):
 
     def works(self, site: str, work: str) -> None:
         with self.lock:
-            self.at_work[site] = work
+            self.working[site] = work
 
     def event(self, event: Event) -> None:
         with self.lock:
             if isinstance(event, Fitted | Delivered | AnswerRefused | AnswerMissing):
-                self.at_work.pop(event.site, None)
+                self.working.pop(event.site, None)
             if self.standing is not None:
                 self.standing.add(event)
             text = event_line(event, self.standing.under_way if self.standing else None)
-        # On a terminal the view says how the rounds do.
+        # On a terminal, the view already shows the rounds.
         if text and (not isinstance(event, RoundClosed) or not self.draws):
             self.say(text)
 
     def _trained(self) -> CohortStanding | None:
-        """The cohort that the bar shows, if it shows one."""
+        """The cohort that the bar shows, or None while it shows other work."""
         cohorts = self.standing.cohorts.values() if self.standing and self.task else ()
         return next((standing for standing in cohorts if str(standing.cohort) == self.title), None)
 
@@ -107,7 +107,7 @@ class ConsoleObserver(Observer):
         if self.task is not None:
             self.bar.remove_task(self.task.id)
         self.task = None
-        self.at_work.clear()
+        self.working.clear()
 
     def _view(self) -> RenderableType:
         with self.lock:
@@ -119,19 +119,19 @@ class ConsoleObserver(Observer):
             self.bar.update(self.task.id, pace=rate(speed, unit) + left if speed else "")
             parts: list[RenderableType | None] = [self.bar.get_renderable()]
             if trained is not None and self.standing is not None:
-                parts += [Text(_facts(trained, self.standing), style="dim"), sites_view(trained, self.at_work)]
+                parts += [Text(_facts(trained, self.standing), style="dim"), sites_view(trained, self.working)]
             return Group(*(part for part in parts if part is not None))
 
 
 def _facts(trained: CohortStanding, standing: Standing) -> str:
-    """The round and times, Dice and bytes, in a line each."""
+    """Three lines: the round and the time left, the Dice, and the traffic."""
     at = now()
     in_rounds = trained.rounds < trained.planned and not trained.over
     first = f"round {trained.rounds + 1} of {trained.planned}" if in_rounds else "sending the result"
-    left = standing.round_seconds_left(at)
-    if left is not None and not trained.over:
-        first += f", {duration(left)} left"
-    whole = standing.seconds_left(at)
-    if whole is not None and len(standing.cohorts) > 1:
-        first += f"; the whole run, about {duration(whole)}"
+    round_left = standing.round_seconds_left(at)
+    if round_left is not None and not trained.over:
+        first += f", {duration(round_left)} left"
+    run_left = standing.seconds_left(at)
+    if run_left is not None and len(standing.cohorts) > 1:
+        first += f"; whole run, about {duration(run_left)} left"
     return "\n".join(filter(None, [first, dice_line(trained), bytes_line(trained)]))

@@ -1,4 +1,4 @@
-"""A run as its report reads it: the files of its folder, and series from its ledger."""
+"""A run as the report needs it: the files of its folder, and series from its ledger."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,19 +27,19 @@ from flapsam.run.ledger import (
 from flapsam.run.reading import read_config
 
 TITLES: dict[str, str] = {"federated": "federated", "local": "local-only", "centralised": "centralised"}
-"""Mode → its name for people, in the order in which modes are shown."""
+"""Mode → its displayed name, in the order in which modes are shown."""
 
 Series = dict[str, dict[int, float]]
 """Site → round → value."""
 Scores = Mapping[str, Sequence[CaseScores]]
-"""Mode → test scores, a case an entry."""
+"""Mode → test scores, one entry per case."""
 Kind = TypeVar("Kind", bound=EventBase)
 InRound = TypeVar("InRound", Fitted, Validated)
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder holds."""
+    """The content of a run's folder."""
 
     folder: RunFolder
     config: RunConfig
@@ -48,24 +48,24 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The folder's own name."""
+        """Name of the run's folder, without its path."""
         return self.folder.path.resolve().name
 
     def of(self, kind: type[Kind], mode: str | None = None) -> Iterator[Kind]:
-        """The events of a kind, of all modes or one."""
+        """The events of one kind, in one mode or in all."""
         for event in self.events:
             if isinstance(event, kind) and (mode is None or (isinstance(event, CohortEvent) and event.cohort.mode == mode)):
                 yield event
 
     @cached_property
     def modes(self) -> list[str]:
-        """The modes that the ledger has events of."""
+        """The modes with events in the ledger."""
         seen = {event.cohort.mode for event in self.of(CohortEvent)}
         return [mode for mode in TITLES if mode in seen]
 
     @cached_property
     def sites(self) -> list[str]:
-        """All sites that the ledger names, in the order of their names."""
+        """Names of all sites in the ledger, sorted."""
         named = {site for event in self.events if (site := getattr(event, "site", None)) is not None}
         return sorted(named - {"centralised"})
 
@@ -86,28 +86,30 @@ class Run:
 
     @property
     def troubles(self) -> list[Trouble]:
-        """What kept sites from answering, or from taking part."""
+        """Refused packets, missing answers and excluded sites."""
         return [event for event in self.events if isinstance(event, Trouble)]
 
     def rounds(self, mode: str) -> int:
-        """Rounds done; of sites that train alone, those of the site with the most."""
+        """Number of rounds done; in mode ``local``, that of the site with the most."""
         return max((event.round for event in self.of(RoundClosed, mode)), default=0)
 
     def fits(self, mode: str, value: Callable[[Fitted], float | None]) -> Series:
-        """A figure that each fit reports, such as its loss."""
+        """A value that each fit reports, such as its loss, by site and round."""
         return _series(self.of(Fitted, mode), value)
 
     def validation(self, mode: str) -> Series:
-        """Validation Dice, the mean over the classes."""
+        """Validation Dice by site and round, the mean over the classes."""
         return _series(self.of(Validated, mode), lambda event: event.dice.get("mean"))
 
     @cached_property
     def scores(self) -> dict[str, list[CaseScores]]:
-        """Mode → test scores, a case an entry."""
-        found: dict[str, list[CaseScores]] = {mode: [] for mode in self.modes}
+        """Mode → test scores, one entry per case."""
+        tested: dict[str, list[CaseScores]] = {mode: [] for mode in self.modes}
         for event in self.of(CaseTested):
-            found[event.cohort.mode].append(scores_of(event))
-        return {mode: sorted(scores, key=lambda score: (score.site, score.case)) for mode, scores in found.items() if scores}
+            tested[event.cohort.mode].append(scores_of(event))
+        return {
+            mode: sorted(scores, key=lambda score: (score.site, score.case)) for mode, scores in tested.items() if scores
+        }
 
     @cached_property
     def summaries(self) -> dict[str, dict[str, Summary]]:
@@ -115,7 +117,7 @@ class Run:
         return {mode: {site: summarise(part) for site, part in by_site(s).items()} for mode, s in self.scores.items()}
 
     def pooled(self, mode: str) -> Summary | None:
-        """Means over all test cases."""
+        """Means over all test cases of a mode; None if none is tested."""
         return summarise(self.scores[mode]) if mode in self.scores else None
 
     @cached_property
@@ -127,26 +129,29 @@ class Run:
     def bytes_down(self) -> Series:
         """Bytes that sites received in the federated rounds."""
         received = [(event, event.bytes_down) for event in self.of(Fitted, "federated")]
-        # A site whose packet was refused is in the series, too.
+        # Sites whose packets were refused are part of the series with zero bytes, as in ``bytes_up``.
         return _sums([*received, *((event, 0) for event in self.of(AnswerRefused, "federated"))])
 
     @property
     def delivered(self) -> dict[str, int]:
-        """Site → bytes of the last round's result."""
+        """Site → bytes of the result after the last round."""
         return {event.site: event.bytes_down for event in self.of(Delivered, "federated")}
 
     @property
     def travelled(self) -> float:
-        """Bytes of all packets of the federation, both ways."""
+        """Bytes of all packets of the federation, in both directions."""
         rounds = sum(sum(points.values()) for series in (self.bytes_up, self.bytes_down) for points in series.values())
         return rounds + sum(self.delivered.values())
 
 
 def read_run(path: Path) -> Run:
-    """Read a run's folder, whether the run is complete or not.
+    """Read the folder of a run, which need not be complete.
+
+    Args:
+        path: the run's folder.
 
     Raises:
-        FlapsamError: there is no run, one of its files is damaged, or a later version has written it.
+        FlapsamError: there is no run, one of its files is damaged, or it was written by a later version.
     """
     folder = RunFolder(path)
     environment = folder.read_environment()
@@ -157,15 +162,15 @@ def read_run(path: Path) -> Run:
 def _series(events: Iterable[InRound], value: Callable[[InRound], float | None]) -> Series:
     series: Series = {}
     for event in events:
-        figure = value(event)
-        if figure is not None:
-            series.setdefault(event.site, {})[event.round] = figure
+        reported = value(event)
+        if reported is not None:
+            series.setdefault(event.site, {})[event.round] = reported
     return dict(sorted(series.items()))
 
 
-def _sums(figures: Iterable[tuple[Fitted | AnswerRefused, int]]) -> Series:
+def _sums(values: Iterable[tuple[Fitted | AnswerRefused, int]]) -> Series:
     series: Series = {}
-    for event, figure in figures:
+    for event, value in values:
         of_site = series.setdefault(event.site, {})
-        of_site[event.round] = of_site.get(event.round, 0) + figure
+        of_site[event.round] = of_site.get(event.round, 0) + value
     return dict(sorted(series.items()))

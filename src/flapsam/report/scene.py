@@ -1,4 +1,4 @@
-"""What the viewer shows: an image and label maps over it."""
+"""Scenes for the viewer: an image with label maps over it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ from flapsam.sites.pairs import read_pair
 from flapsam.volumes import Legend, Volume, legend_of, read_image, read_label, source_at
 
 SHOWN = 0.5
-"""Opacity of the first label map; the others are there to be faded in."""
+"""Opacity of the first label map. The others start invisible and can be faded in."""
 
 DRAWN = (np.uint8, np.int16, np.uint16)
-"""Integers that NiiVue draws as they are."""
+"""Integer types that NiiVue draws without conversion."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A volume, read when it is asked for."""
+    """A volume that is read when the browser requests it."""
 
     name: str
     read: Callable[[], Volume]
@@ -31,19 +31,19 @@ class Layer:
 
 @dataclass(frozen=True)
 class Scene:
-    """An image and label maps of it, whose values have names and colours."""
+    """An image with its label maps, and the names and colours of their values."""
 
     title: str
     layers: Sequence[Layer]
-    """The image first."""
+    """The image, then the label maps."""
     legend: Legend
 
 
 def scenes_of(run: Run) -> dict[CaseKey, Scene]:
-    """(site, case) → scene, of every case of which there is a label map.
+    """(site, case) → scene, for every case with a predicted label map.
 
     Raises:
-        FlapsamError: the run has made no label maps, or its data are not here.
+        FlapsamError: the run has written no label maps, or its data are not on this machine.
     """
     cases = cases_of(run)
     scenes: dict[CaseKey, Scene] = {}
@@ -58,18 +58,18 @@ def scenes_of(run: Run) -> dict[CaseKey, Scene]:
             image, truth = _image_and_truth(run, case)
             scenes[key] = Scene(f"{case.site}, {case.name}", [image, *layers, truth], legend_of(run.classes))
     if not scenes:
-        why = "it has made no label maps yet" if cases else f"its data are not in {run.config.data.path}"
-        raise FlapsamError(f"{run.folder.path}: there is no case to look at, because {why}")
+        reason = "the run has written no label maps yet" if cases else f"its data are not in {run.config.data.path}"
+        raise FlapsamError(f"{run.folder.path}: has no case to show, because {reason}")
     return scenes
 
 
 def scene_of(image: Path, label_maps: Sequence[tuple[str, Path]], classes: Sequence[str]) -> Scene:
-    """An image's file and label maps of it.
+    """Read an image and its label maps from files.
 
     Args:
-        image: in any of the formats, or a folder with a DICOM series.
-        label_maps: name and file of each.
-        classes: names of the values 1, 2, …; where there are none, the values found are their own names.
+        image: the image's file in any supported format, or a folder with a DICOM series.
+        label_maps: name and file of each label map.
+        classes: names of the values 1, 2, …. Further values get the name ``value N``.
 
     Raises:
         FlapsamError: a file is missing or broken, or a label map has another shape than the image.
@@ -79,7 +79,7 @@ def scene_of(image: Path, label_maps: Sequence[tuple[str, Path]], classes: Seque
     maps = [(name, path, read_label(path)) for name, path in label_maps]
     for _, path, labels in maps:
         if labels.array.shape != volume.array.shape[:3]:
-            raise FlapsamError(f"{path}: its shape is {labels.array.shape}, that of {image} {volume.array.shape[:3]}")
+            raise FlapsamError(f"{path}: has shape {labels.array.shape}, but {image} has shape {volume.array.shape[:3]}")
     highest = max((int(labels.array.max()) for _, _, labels in maps), default=0)
     names = [*classes, *(f"value {value}" for value in range(len(classes) + 1, highest + 1))]
     layers = [Layer("image", lambda: volume), *(Layer(name, lambda labels=labels: labels) for name, _, labels in maps)]
@@ -87,10 +87,10 @@ def scene_of(image: Path, label_maps: Sequence[tuple[str, Path]], classes: Seque
 
 
 def nifti_of(volume: Volume) -> bytes:
-    """A volume as the bytes of a NIfTI file, uncompressed; of several modalities the first."""
+    """A volume as the bytes of an uncompressed NIfTI file, with only the first modality if there are several."""
     array = volume.array[..., 0] if volume.array.ndim == 4 else volume.array
     low, high = array.min(), array.max()
-    # The narrowest that holds its values, of those that browsers draw.
+    # The narrowest type that holds the values, of those that the viewer draws.
     whole = array.dtype.kind in "iub"
     fitting = [t for t in DRAWN if whole and np.iinfo(t).min <= low and high <= np.iinfo(t).max]
     array = array.astype(fitting[0] if fitting else np.float32, copy=False)
@@ -101,8 +101,8 @@ def _image_and_truth(run: Run, case: Case) -> tuple[Layer, Layer]:
     labels = label_map(run.config.data, case.site)
 
     def truth() -> Volume:
-        read = read_pair(case, labels)[1]
-        # What no score looks at is shown as background.
-        return Volume(np.maximum(read.array, 0), read.affine)
+        volume = read_pair(case, labels)[1]
+        # Voxels that are not scored are negative, and shown as background.
+        return Volume(np.maximum(volume.array, 0), volume.affine)
 
     return Layer("image", lambda: read_image(*case.images)), Layer("truth", truth)

@@ -1,4 +1,4 @@
-"""What a page is made of: sections with charts, and a table behind each."""
+"""Parts of a page: sections with charts, and a table for each chart."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 @dataclass(frozen=True)
 class CaseName:
-    """A cell that names a case; where volumes can be opened, a link to it."""
+    """A cell with the name of a case, which links to the case where volumes can be opened."""
 
     site: str
     case: str
@@ -22,49 +22,50 @@ Cell = str | CaseName
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under a head."""
+    """A table with a head and rows."""
 
     name: str
-    """Its id in the page."""
+    """The table's id in the page."""
     caption: str
     head: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     text_columns: int = 1
-    """So many columns from the left hold text, the others numbers."""
+    """Number of columns from the left that hold text. The others hold numbers."""
     opened: bool = False
-    """Whether it is seen without a click."""
+    """Whether the table is visible without a click."""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture."""
+    """A chart as SVG."""
 
     svg: Markup
-    """With a title and a description of its own for those who do not see it."""
+    """The drawing, with a title and a description for screen readers."""
     width: int
-    """At which its text is easily read, in pixels."""
+    """Width in pixels at which the text is easy to read."""
 
 
 @dataclass(frozen=True)
 class Strip:
-    """A case in slices."""
+    """A case as a row of slices."""
 
     site: str
     case: str
     rank: str
     """``best``, ``median`` or ``worst``."""
     about: str
+    """Scores of the case, by class."""
     svg: Markup
 
 
 @dataclass(frozen=True)
 class Block:
-    """Text as it stands in a file or on a command line."""
+    """Preformatted text, such as a file or a command."""
 
     title: str
     text: str
     opened: bool = False
-    """Whether it is seen without a click."""
+    """Whether the text is visible without a click."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Section:
     """A part of the page under a heading."""
 
     name: str
-    """Its id in the page."""
+    """The section's id in the page."""
     title: str
     text: str
     charts: Sequence[Chart] = ()

@@ -1,4 +1,4 @@
-"""The viewer's server: on this machine alone, under an address that cannot be guessed."""
+"""The viewer's server, which listens on this machine only, at an address that cannot be guessed."""
 
 import secrets
 from collections.abc import Callable, Iterator, Mapping
@@ -26,55 +26,55 @@ HEADERS = {
 }
 
 Key = tuple[str, ...]
-"""Names that say which scene it is, such as site and case."""
+"""Names that identify a scene, such as site and case."""
 Content = tuple[str, bytes]
-"""Type and bytes."""
+"""Media type and bytes of an answer."""
 
 
 class ViewServer:
-    """Serves scenes, and a page that leads to them, until it is closed."""
+    """Serves scenes, and a page that links to them, until it is closed."""
 
     def __init__(self, scenes: Mapping[Key, Scene], *, port: int = 0) -> None:
-        """Listen on loopback.
+        """Listen on the loopback interface.
 
         Args:
-            scenes: to be looked at.
-            port: a free one if 0.
+            scenes: the scenes to serve.
+            port: the port to listen on; a free one if 0.
 
         Raises:
-            FlapsamError: the port is taken, or NiiVue is not in this installation.
+            FlapsamError: the port is taken, or NiiVue is missing from this installation.
         """
         missing = [name for name in FILES if not (VIEWER / name).exists()]
         if missing:
-            raise FlapsamError(f"{VIEWER / missing[0]}: the viewer is not in this installation; install flapsam again")
+            raise FlapsamError(f"{VIEWER / missing[0]}: the viewer's file is missing; install flapsam again")
         self.scenes = scenes
         self.start_page: Callable[[], str] | None = None
-        """The page at the root, if there is one."""
+        """Returns the page at the root; None without such a page."""
         self.token = secrets.token_urlsafe(24)
         try:
             self.http = ThreadingHTTPServer((HOST, port), _handler(self))
         except OSError as error:
             raise FlapsamError(
-                f"port {port}: it cannot be used ({error.strerror}); leave out --port for a free one"
+                f"port {port}: cannot be used ({error.strerror}); leave out --port to use a free one"
             ) from error
         self.root = f"/{self.token}/"
         self.address = f"http://{HOST}:{self.http.server_port}{self.root}"
 
     def run(self) -> None:
-        """Answer until ``close`` or an interruption."""
+        """Answer requests until ``close`` or an interruption."""
         self.http.serve_forever()
 
     def close(self) -> None:
-        """Answer no more."""
+        """Stop answering and release the port."""
         self.http.shutdown()
         self.http.server_close()
 
     def link(self, *key: str) -> str:
-        """Where a scene opens, on this server."""
+        """The path at which a scene opens on this server."""
         return f"{self.root}case/{'/'.join(quote(part, safe='') for part in key)}/"
 
     def content(self, path: str) -> Content | None:
-        """What is at a path of a request; None if there is nothing."""
+        """The content at a request's path; None if there is nothing."""
         first, *parts = [unquote(part) for part in urlsplit(path).path.split("/")[1:]]
         if not secrets.compare_digest(first.encode(), self.token.encode()):
             return None
@@ -119,15 +119,15 @@ def _handler(server: ViewServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             try:
-                found = self._allowed() and server.content(self.path)
+                content = self._allowed() and server.content(self.path)
             except FlapsamError as error:
                 return self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, "text/plain; charset=utf-8", str(error).encode())
-            if not found:
-                return self._answer(HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", b"There is nothing here.\n")
-            self._answer(HTTPStatus.OK, *found)
+            if not content:
+                return self._answer(HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", b"Nothing is at this address.\n")
+            self._answer(HTTPStatus.OK, *content)
 
         def _allowed(self) -> bool:
-            # A page of another site may lead its own name here, and then read what it gets (DNS rebinding).
+            # Another web site could let its own name point to this machine, and then read the answers (DNS rebinding).
             return self.headers.get("Host") in [f"{name}:{server.http.server_port}" for name in (HOST, "localhost")]
 
         def _answer(self, status: HTTPStatus, kind: str, content: bytes) -> None:
@@ -140,6 +140,6 @@ def _handler(server: ViewServer) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(content)
 
         def log_message(self, *_: Any) -> None:
-            """The addresses hold the token, so nothing is logged."""
+            """Log nothing, because addresses contain the token."""
 
     return Handler

@@ -1,4 +1,4 @@
-"""Where a run stands: figures from its configuration and its ledger, for whoever shows them."""
+"""Where a run stands: figures from its configuration and its ledger, without any presentation."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -28,30 +28,30 @@ from flapsam.run.ledger import (
 )
 
 RECENT = 5
-"""Rounds, or fits of a site, whose middle says how long the next will take."""
+"""Number of the newest rounds, or of a site's newest fits, whose median predicts how long the next one takes."""
 TROUBLES = ("refused", "missing", "excluded")
 """Kinds of ``Trouble``."""
 InRound = Fitted | Validated | AnswerRefused | AnswerMissing
-"""Events while a round is under way."""
+"""Events of the current round."""
 
 
 @dataclass
 class SiteStanding:
-    """A site in one federation."""
+    """Where a site stands in one cohort."""
 
     name: str
     round: int = 0
-    """That it answered last; 0 before."""
+    """Last round that the site answered; 0 before its first answer."""
     loss: float | None = None
-    """Of that round."""
+    """Training loss in that round."""
     seconds: float | None = None
-    """That its fit took, or the site altogether where its metrics stay at home."""
+    """Seconds of the fit in that round, or from request to answer if the site does not report its metrics."""
     dice: float | None = None
-    """Its newest validation Dice, the mean over the classes."""
+    """Newest validation Dice, the mean over the classes."""
     delivered: bool = False
-    """Whether it has the result."""
+    """Whether the site has received the result."""
     trouble: Trouble | None = None
-    """What kept it from its last round, if it did not answer that."""
+    """Why the site dropped out of its last round; None if it answered."""
 
 
 @dataclass
@@ -60,63 +60,65 @@ class CohortStanding:
 
     cohort: Cohort
     planned: int
-    """Rounds, at most."""
+    """Number of rounds, at most."""
     members: list[str]
+    """Names of the sites in the cohort."""
     rounds: int = 0
-    """That are done."""
+    """Number of rounds that are done."""
     over: bool = False
-    """Whether no round will follow; it may have settled before all that were planned."""
+    """Whether no round will follow. A cohort whose validation has settled ends before its planned rounds."""
     validated: bool = False
     """Whether no validation will follow either."""
     seconds: list[float] = field(default_factory=list)
-    """Of every round."""
+    """Seconds that every round took."""
     validation: dict[int, dict[str, float | None]] = field(default_factory=dict)
-    """Round → site → mean Dice of what the round gave."""
+    """Round → site → validation Dice of the round's model, the mean over the classes."""
     dice: dict[int, float] = field(default_factory=dict)
-    """Round → validation Dice, the mean over the sites that tell theirs, once all of them did."""
+    """Round → validation Dice, the mean over the sites that report theirs, once all of them have."""
     bytes_up: int = 0
     bytes_down: int = 0
     tested: int = 0
-    """Test cases that are scored."""
+    """Number of test cases that are scored."""
     sites: dict[str, SiteStanding] = field(default_factory=dict)
+    """Site → where it stands."""
 
     def site(self, name: str) -> SiteStanding:
-        """A site's standing; there is one for every name that the ledger has."""
+        """Where a site stands. Creates the standing of a site that is new."""
         return self.sites.setdefault(name, SiteStanding(name))
 
     @property
     def answered(self) -> list[str]:
-        """Sites that have answered the round under way."""
+        """Names of the sites that have answered the current round."""
         return [site.name for site in self.sites.values() if site.round > self.rounds]
 
     def settle(self) -> None:
-        """Take in the Dice of rounds of which all has been told."""
+        """Compute the mean Dice of every round that all sites have validated."""
         for number in sorted(self.validation.keys() - self.dice.keys()):
             scores = self.validation[number]
             known = [value for value in scores.values() if value is not None]
-            # What a round gave is told with the next round's answers, by one site after another.
-            if known and (number < self.rounds or self.validated or len(scores) >= self._telling(number)):
+            # Sites validate a round's model in the next round, and their scores arrive one after another.
+            if known and (number < self.rounds or self.validated or len(scores) >= self._expected(number)):
                 self.dice[number] = fmean(known)
 
-    def _telling(self, number: int) -> int:
-        """How many sites are expected to tell what a round gave: as many as before, or at first all that answered it."""
+    def _expected(self, number: int) -> int:
+        """Number of sites expected to validate a round: as many as the round before, or at first all that answered it."""
         if self.dice:
             return len(self.validation[max(self.dice)])
         return sum(site.round >= number for site in self.sites.values())
 
     @property
     def newest(self) -> tuple[int, float] | None:
-        """The last round with a Dice, and it."""
+        """The last round with a Dice, and that Dice."""
         return max(self.dice.items(), default=None)
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """The first round with the best Dice, and it."""
+        """The first round with the best Dice, and that Dice."""
         return max(self.dice.items(), key=lambda item: (item[1], -item[0]), default=None)
 
     @property
     def round_seconds(self) -> float | None:
-        """What a round takes now."""
+        """Median seconds of the newest rounds."""
         return median(self.seconds[-RECENT:]) if self.seconds else None
 
 
@@ -124,35 +126,35 @@ class Standing:
     """Where a run stands after some events of its ledger."""
 
     def __init__(self, config: RunConfig, events: Iterable[Event] = ()) -> None:
-        """At the beginning of a run, or after these events.
+        """Start at the beginning of a run, or after some events.
 
         Args:
-            config: of the run.
-            events: of its ledger, oldest first.
+            config: the run's configuration.
+            events: the events of its ledger so far, oldest first.
         """
         self.config = config
         self.cases: dict[str, Cases] = {}
         """Site → split → cases, of the sites that train."""
         self.cohorts: dict[Cohort, CohortStanding] = {}
-        """Cohorts in the order of the run, as far as their sites are known."""
+        """The cohorts whose sites are known, in the order of the run."""
         self.under_way: CohortStanding | None = None
-        """The cohort of the newest event that has one."""
+        """The cohort of the newest event that belongs to a cohort."""
         self.troubles: dict[str, list[Trouble]] = {kind: [] for kind in TROUBLES}
         self.stopped = ""
-        """Why the last job between hospitals ended early, until the next begins."""
+        """Reason why the last job between hospitals ended early; empty once the next job starts."""
         self.first: Event | None = None
         self.last: Event | None = None
         self.ended = False
         self._since: datetime | None = None
-        """When the round under way began, or what came before it ended."""
+        """Start of the current round, which is the time of the last event outside a round."""
         self._fits: dict[str, list[float]] = {}
-        """Site → seconds that its newest fits took, in whatever federation."""
+        """Site → seconds of its newest fits, in any cohort."""
         self._plan()
         for event in events:
             self.add(event)
 
     def add(self, event: Event) -> None:
-        """Take in the next event."""
+        """Update the figures with the next event."""
         self.first, self.last = self.first or event, event
         match event:
             case SiteJoined():
@@ -176,23 +178,26 @@ class Standing:
 
     @property
     def bytes_up(self) -> int:
-        """Bytes that travelled up. What a site alone, or the pooled data's only client, sends to itself is no traffic."""
+        """Bytes that sites sent. Only federated cohorts count, because the others have one client on the same machine."""
         return sum(standing.bytes_up for standing in self.of_mode("federated"))
 
     @property
     def bytes_down(self) -> int:
-        """Bytes that travelled down, as ``bytes_up``."""
+        """Bytes that sites received, in federated cohorts only."""
         return sum(standing.bytes_down for standing in self.of_mode("federated"))
 
     def of_mode(self, mode: Mode) -> list[CohortStanding]:
-        """The cohorts of a mode: one, or one a site."""
+        """The cohorts of a mode: one for each site in mode ``local``, and one otherwise."""
         return [standing for standing in self.cohorts.values() if standing.cohort.mode == mode]
 
     def seconds_left(self, now: datetime) -> float | None:
-        """An estimate for all rounds that are left, without the test at the end; None before it can be made.
+        """Estimated seconds of all remaining rounds, without the test at the end; None before an estimate is possible.
 
-        A cohort under way is taken to continue as in its last rounds. One that has not begun is taken to need as long as its
-        sites' fits took elsewhere, one after another.
+        The estimate assumes that a cohort takes as long per round as in its newest rounds, or, before its first round, as
+        long as its sites' newest fits in other cohorts, one after another.
+
+        Args:
+            now: the current time.
         """
         if self.ended:
             return 0.0
@@ -205,14 +210,22 @@ class Standing:
         return total
 
     def round_seconds_left(self, now: datetime) -> float | None:
-        """An estimate for the round under way, from the rounds before."""
+        """Estimated seconds that are left of the current round, from the rounds before; None without any.
+
+        Args:
+            now: the current time.
+        """
         typical = self.under_way.round_seconds if self.under_way else None
         if typical is None or self._since is None:
             return None
         return max(0.0, typical - (now - self._since).total_seconds())
 
     def as_json(self, now: datetime) -> dict[str, Any]:
-        """The figures for other programs."""
+        """The figures as JSON, for other programs.
+
+        Args:
+            now: the current time.
+        """
         last = self.last.as_json() if self.last else None
         return {
             "begun": self.first.as_json()["time"] if self.first else None,
@@ -250,7 +263,7 @@ class Standing:
         }
 
     def _add_to_cohort(self, event: CohortEvent) -> None:
-        standing = self.cohorts.get(event.cohort) or self._plan_one(event.cohort)
+        standing = self.cohorts.get(event.cohort) or self._plan_cohort(event.cohort)
         if standing is not self.under_way:
             if self.under_way is not None:
                 self.under_way.over = self.under_way.validated = True
@@ -294,23 +307,23 @@ class Standing:
         return rounds * typical - min(max(spent, 0.0), typical)
 
     def _seconds_elsewhere(self, members: Sequence[str]) -> float | None:
-        """What the newest fits of these sites took in any cohort, one after another; None while some are not known."""
+        """Seconds of these sites' newest fits in any cohort, one after another; None if a site has no fit yet."""
         known = [median(self._fits[name]) for name in members if name in self._fits]
         return sum(known) if members and len(known) == len(members) else None
 
     def _plan(self) -> None:
-        """Plan all cohorts of the run, as far as sites are known. What is known of them stays."""
+        """Plan the run's cohorts with the sites that are known so far, and keep the standings that exist."""
         known, self.cohorts = self.cohorts, {}
         sites = sorted(self.cases)
         for mode in self.config.modes:
             for cohort in [Cohort(mode, site) for site in sites] if mode == "local" else [Cohort(mode)]:
-                standing = known.get(cohort) or self._plan_one(cohort)
+                standing = known.get(cohort) or self._plan_cohort(cohort)
                 self.cohorts[cohort] = standing
                 standing.members = sites if cohort.site is None else [cohort.site]
                 if mode != "centralised":
                     for site in standing.members:
                         standing.site(site)
 
-    def _plan_one(self, cohort: Cohort) -> CohortStanding:
+    def _plan_cohort(self, cohort: Cohort) -> CohortStanding:
         members = [] if cohort.site is None else [cohort.site]
         return self.cohorts.setdefault(cohort, CohortStanding(cohort, self.config.rounds.count, members))

@@ -1,4 +1,4 @@
-"""Where a run stands, for a terminal and in sentences."""
+"""Where a run stands, as sentences and as tables for the terminal."""
 
 from collections.abc import Collection, Mapping
 from datetime import datetime
@@ -13,16 +13,16 @@ from flapsam.report.units import NONE, duration, number, size
 from flapsam.run.ledger import AnswerMissing, AnswerRefused, Event, JobEnded, RoundClosed, RoundEvent, SiteExcluded
 
 FEW = 12
-"""Sites that are shown one by one; more are counted."""
+"""Largest number of sites that are shown one by one. If there are more, they are only counted."""
 NAMED = 3
-"""Sites that are named where all are counted."""
-WORKS = {"fit": "fits", "validate": "validates"}
+"""Number of working sites that are named if sites are only counted."""
+WORKS = {"fit": "training", "validate": "validating"}
 STALE = 3
-"""Without an event for so many times what a round takes, a run may have stopped."""
+"""Number of rounds' time without any event after which a run has probably stopped."""
 
 
 def dice_line(standing: CohortStanding) -> str:
-    """The newest validation Dice and the best; empty before there is one."""
+    """The newest and the best validation Dice; empty before the first validation."""
     if standing.newest is None or standing.best is None:
         return ""
     (newest, dice), (best, highest) = standing.newest, standing.best
@@ -31,24 +31,24 @@ def dice_line(standing: CohortStanding) -> str:
 
 
 def bytes_line(standing: CohortStanding) -> str:
-    """What travelled both ways; empty for a cohort of one."""
+    """The traffic in both directions; empty for a cohort of one client."""
     if standing.cohort.mode != "federated":
         return ""
     return f"{size(standing.bytes_up)} up, {size(standing.bytes_down)} down"
 
 
 def event_line(event: Event, standing: CohortStanding | None) -> str:
-    """A sentence on an event that deserves one; empty for others.
+    """A sentence about an event; empty for events that need none.
 
     Args:
-        event: that has just been added.
-        standing: the cohort of the event.
+        event: the newest event.
+        standing: the event's cohort, if it has one.
     """
     match event:
         case AnswerRefused():
-            return f"round {event.round}: the packet of {event.site} is refused: {event.reason}"
+            return f"round {event.round}: the packet of {event.site} was refused: {event.reason}"
         case AnswerMissing():
-            return f"round {event.round}: nothing from {event.site}: {event.reason}"
+            return f"round {event.round}: no answer from {event.site}: {event.reason}"
         case SiteExcluded():
             return f"{event.site} does not take part: {event.reason}"
         case JobEnded():
@@ -60,41 +60,44 @@ def event_line(event: Event, standing: CohortStanding | None) -> str:
 
 
 def end_line(standing: CohortStanding) -> str:
-    """A sentence on a cohort whose rounds are done."""
+    """A sentence about a cohort whose rounds are done."""
     rounds = f"{standing.cohort}: {standing.rounds} of {standing.planned} rounds done"
     return ", ".join(filter(None, [rounds, dice_line(standing), bytes_line(standing)]))
 
 
-def sites_view(standing: CohortStanding, at_work: Mapping[str, str]) -> RenderableType | None:
-    """What each site of a federation does in the round under way; only their number where there are many.
+def sites_view(standing: CohortStanding, working: Mapping[str, str]) -> RenderableType | None:
+    """What each site of a cohort does in the current round, or a count if there are many sites.
 
     Args:
         standing: the cohort.
-        at_work: site → what it does, as far as that is known.
+        working: site → its work, ``fit`` or ``validate``, for the sites that are known to be working.
+
+    Returns:
+        A table or a sentence; None for a cohort of one site.
     """
     if len(standing.sites) < 2:
         return None
     if len(standing.sites) > FEW:
-        return Text(_counted(standing, at_work), style="dim")
+        return Text(_counted(standing, working), style="dim")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False, header_style="dim")
     table.add_column("site", no_wrap=True, overflow="ellipsis", max_width=24)
     table.add_column("", no_wrap=True, overflow="ellipsis", max_width=36)
     table.add_column("loss", justify="right")
     table.add_column("Dice", justify="right")
     for site in sorted(standing.sites.values(), key=lambda site: site.name):
-        text, style = _doing(site, standing, at_work)
+        text, style = _activity(site, standing, working)
         table.add_row(Text(site.name), Text(text, style=style), number(site.loss), number(site.dice))
     return table
 
 
 def standing_view(standing: Standing, title: str, at: datetime, locked: bool) -> RenderableType:
-    """All of where a run stands.
+    """The whole view of ``flapsam status``.
 
     Args:
-        standing: of the run.
-        title: its folder and id.
-        at: the time.
-        locked: whether a process is known to be at work on it.
+        standing: where the run stands.
+        title: the run's folder and id.
+        at: the current time.
+        locked: whether a process is known to be running it.
     """
     parts: list[RenderableType] = [Text(title, style="bold"), Text(activity_line(standing, at, locked))]
     if standing.cohorts:
@@ -107,17 +110,23 @@ def standing_view(standing: Standing, title: str, at: datetime, locked: bool) ->
         parts.append(Text(f"stopped: {standing.stopped}"))
     left = standing.seconds_left(at)
     if left is not None and not standing.ended:
-        parts.append(Text(f"rounds left: about {duration(left)}, if it goes on as before"))
+        parts.append(Text(f"time left for the rounds: about {duration(left)} at the current pace"))
     return Group(*parts)
 
 
 def activity_line(standing: Standing, at: datetime, locked: bool) -> str:
-    """Whether the run goes on, as far as can be told from here."""
+    """A sentence that says since when a run exists, and whether it is still running as far as this machine can see.
+
+    Args:
+        standing: where the run stands.
+        at: the current time.
+        locked: whether a process is known to be running it.
+    """
     if standing.first is None or standing.last is None:
-        return f"begun, no event yet{'; a process is at work on it' if locked else ''}"
-    begun = f"begun {standing.first.time:%Y-%m-%d %H:%M:%S} UTC"
+        return f"started, no event yet{'; a process is running it' if locked else ''}"
+    started = f"started {standing.first.time:%Y-%m-%d %H:%M:%S} UTC"
     if standing.ended:
-        return f"{begun}, ended {standing.last.time:%Y-%m-%d %H:%M:%S} UTC"
+        return f"{started}, ended {standing.last.time:%Y-%m-%d %H:%M:%S} UTC"
     age = max(0.0, (at - standing.last.time).total_seconds())
     event = standing.last
     name = getattr(event, "site", None)
@@ -125,27 +134,27 @@ def activity_line(standing: Standing, at: datetime, locked: bool) -> str:
     round_ = f" in round {event.round}" if isinstance(event, RoundEvent) and not isinstance(event, RoundClosed) else ""
     last = f"last event {duration(age)} ago ({event.event}{site}{round_})"
     if locked:
-        return f"{begun}, {last}; a process is at work on it"
+        return f"{started}, {last}; a process is running it"
     typical = standing.under_way.round_seconds if standing.under_way else None
     if typical is not None and age > STALE * max(typical, 1.0):
-        return f"{begun}, {last}; no process is seen at work on it from this machine, so it has probably stopped"
-    return f"{begun}, {last}"
+        return f"{started}, {last}; this machine sees no process that runs it, so it has probably stopped"
+    return f"{started}, {last}"
 
 
 def trouble_lines(standing: Standing) -> list[str]:
-    """A line on packets that were refused, one on answers that never came, one on sites that took no part."""
-    names = {"refused": "packets refused", "missing": "answers missing", "excluded": "times a site took no part"}
+    """One line each about refused packets, missing answers and excluded sites, if there are any."""
+    names = {"refused": "packets refused", "missing": "answers missing", "excluded": "site exclusions"}
     lines = []
     for kind, events in standing.troubles.items():
         if events:
             last = events[-1]
             place = last.site if isinstance(last, SiteExcluded) else f"{last.site} in round {last.round}"
-            lines.append(f"{names[kind]}: {len(events)}, the last {place}: {last.reason}")
+            lines.append(f"{names[kind]}: {len(events)}, most recently {place}: {last.reason}")
     return lines
 
 
 def _modes(standing: Standing) -> Table:
-    """A row a mode; sites that train alone are taken together."""
+    """A table with one row per mode. Local-only training is one row for all sites."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("", no_wrap=True)
     for column in ("rounds", "Dice", "best", "in round", "up", "down"):
@@ -168,28 +177,28 @@ def _modes(standing: Standing) -> Table:
     return table
 
 
-def _doing(site: SiteStanding, standing: CohortStanding, at_work: Mapping[str, str]) -> tuple[str, str]:
-    """What a site does, and in which style it is written."""
-    if site.name in at_work:
-        return WORKS[at_work[site.name]], "cyan"
+def _activity(site: SiteStanding, standing: CohortStanding, working: Mapping[str, str]) -> tuple[str, str]:
+    """What a site does, and the style of this text."""
+    if site.name in working:
+        return WORKS[working[site.name]], "cyan"
     if site.trouble is not None:
         return f"{site.trouble.event}: {site.trouble.reason}", "red"
     if site.delivered:
         return "has the result", "green"
     if site.round > standing.rounds or (site.round == standing.rounds == standing.planned):
         return f"answered in {duration(site.seconds)}" if site.seconds is not None else "answered", "green"
-    # Where nobody says who is at work, all may be.
-    return "waits" if at_work else "has not answered yet", "dim"
+    # Without any report of working sites, as in `flapsam status`, every site may be working.
+    return "waiting" if working else "has not answered yet", "dim"
 
 
-def _counted(standing: CohortStanding, at_work: Collection[str]) -> str:
+def _counted(standing: CohortStanding, working: Collection[str]) -> str:
     count = len(standing.sites)
     done = sum(site.delivered for site in standing.sites.values()) if standing.over else len(standing.answered)
     parts = [f"{done} of {count} sites have {'the result' if standing.over else 'answered'}"]
-    if at_work:
-        named = sorted(at_work)[:NAMED]
-        more = f" and {len(at_work) - NAMED} more" if len(at_work) > NAMED else ""
-        parts.append(f"{', '.join(named)}{more} at work")
-    if trouble := sum(site.trouble is not None for site in standing.sites.values()):
-        parts.append(f"{trouble} did not answer their last round")
+    if working:
+        named = sorted(working)[:NAMED]
+        more = f" and {len(working) - NAMED} more" if len(working) > NAMED else ""
+        parts.append(f"{', '.join(named)}{more} working")
+    if absent := sum(site.trouble is not None for site in standing.sites.values()):
+        parts.append(f"{absent} dropped out of their last round")
     return "; ".join(parts)

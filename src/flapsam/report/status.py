@@ -1,4 +1,4 @@
-"""``flapsam status``: where a run stands that another process, perhaps on another machine, is at work on."""
+"""``flapsam status``: where a run stands while another process runs it, perhaps on another machine."""
 
 import time
 from dataclasses import dataclass
@@ -16,27 +16,28 @@ from flapsam.run.folder import RunFolder
 from flapsam.run.ledger import now
 
 LOOK_SECONDS = 1.0
-"""Between two looks at the ledger."""
+"""Seconds between two reads of the ledger."""
 
 
 @dataclass
 class Status:
-    """A run, seen from outside."""
+    """State of a run, read from its folder."""
 
     folder: Path
     run: str
+    """The run's id."""
     standing: Standing
     seen: int
-    """Events of its ledger that are in that."""
+    """Number of the ledger's events that ``standing`` includes."""
     locked: bool
-    """Whether a process is known to be at work on it."""
+    """Whether a process is known to be running it."""
 
 
 def read_status(folder: Path) -> Status:
     """Read where a run stands.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
 
     Raises:
         FlapsamError: there is no run, or its files are damaged.
@@ -47,9 +48,9 @@ def read_status(folder: Path) -> Status:
 
 
 def as_json_of(status: Status) -> dict[str, Any]:
-    """For other programs."""
-    about = {"folder": str(status.folder), "run": status.run, "at_work": status.locked}
-    return about | status.standing.as_json(now())
+    """The status as JSON, for other programs."""
+    identity = {"folder": str(status.folder), "run": status.run, "at_work": status.locked}
+    return identity | status.standing.as_json(now())
 
 
 def show(folder: Path, console: Console) -> None:
@@ -58,7 +59,7 @@ def show(folder: Path, console: Console) -> None:
 
 
 def watch(folder: Path, console: Console) -> None:
-    """Show where a run stands until it ends; where the console is no terminal, a line a round."""
+    """Show where a run stands until it ends, or print one line per round if the console is not a terminal."""
     status = read_status(folder)
     if console.is_terminal:
         with Live(_view(status), console=console, auto_refresh=False) as live:

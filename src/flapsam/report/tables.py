@@ -1,4 +1,4 @@
-"""Results as tables for a terminal."""
+"""Tables of results for the terminal."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,14 +13,14 @@ from flapsam.report.units import NONE, number, size
 
 
 def results_tables(results: Results) -> list[Table]:
-    """All tables of a simulation: Dice by site, scores by class, and traffic where there is any."""
+    """All tables of a simulation: Dice by site, scores by class, and traffic if anything travelled."""
     pooled = {mode: sites["pooled"] for mode, sites in results.summaries().items()}
     traffic = [traffic_table(results)] if results.traffic else []
     return [dice_table(results), class_table(pooled), *traffic]
 
 
 def dice_table(results: Results) -> Table:
-    """Mean test Dice by site, a column a mode, and what the federation gains over training alone."""
+    """Mean test Dice by site with one column per mode, and the gain of federated over local-only training."""
     summaries = results.summaries()
     table = Table(title="Mean test Dice over classes")
     table.add_column("site")
@@ -40,7 +40,7 @@ def dice_table(results: Results) -> Table:
 
 
 def class_table(modes: dict[str, Summary]) -> Table:
-    """Pooled Dice and 95 % Hausdorff distance, a row a mode and class."""
+    """Pooled Dice and 95 % Hausdorff distance, with one row per mode and class."""
     table = Table(title="Pooled test scores by class")
     for column in ("mode", "class", "Dice", "HD95 (mm)"):
         table.add_column(column, justify="right" if column in ("Dice", "HD95 (mm)") else "left")
@@ -51,19 +51,19 @@ def class_table(modes: dict[str, Summary]) -> Table:
 
 
 def traffic_table(results: Results) -> Table:
-    """Measured bytes a round and a site, beside full fine-tuning."""
+    """Measured bytes per round and site, next to those of full fine-tuning."""
     traffic = results.traffic
     if traffic is None:
         raise ValueError("nothing travelled in this run")
-    table = Table(title="Bytes a round and site, measured")
-    for column in ("up", "down", "full fine-tuning, each way", "times less"):
+    table = Table(title="Measured traffic per round and site")
+    for column in ("up", "down", "full fine-tuning, each way", "reduction"):
         table.add_column(column, justify="right")
     table.add_row(size(traffic.up), size(traffic.down), size(traffic.full), f"{traffic.ratio:.1f}×")
     return table
 
 
 def scores_table(scores: Sequence[CaseScores]) -> Table:
-    """Dice and 95 % Hausdorff distance by site and pooled, a pair of columns a class."""
+    """Dice and 95 % Hausdorff distance by site and pooled, with one column per class."""
     pooled = summarise(scores)
     table = Table(title="Dice (95 % Hausdorff distance in mm)")
     table.add_column("site")
@@ -80,7 +80,7 @@ def scores_table(scores: Sequence[CaseScores]) -> Table:
 
 
 def strategy_table(rows: Sequence[StrategyTraffic]) -> Table:
-    """What each strategy trains and sends."""
+    """Number of trained parameters and traffic of each strategy."""
     table = Table()
     for column in ("strategy", "in the paper", "parameters", "GiB", "× less than full"):
         table.add_column(column, justify="left" if column in ("strategy", "in the paper") else "right")
@@ -90,10 +90,12 @@ def strategy_table(rows: Sequence[StrategyTraffic]) -> Table:
 
 
 def prediction_table(rows: Sequence[RunTraffic]) -> Table:
-    """What a site will send and get, a row a rank."""
+    """Predicted bytes that a site sends and receives, with one row per rank."""
     first = rows[0]
-    table = Table(title=f"A site in {first.rounds} rounds, predicted; {first.parameters:,} parameters train")
-    for column in ("rank", "up a round", "down a round", "in all", "full fine-tuning in fp32", "times less"):
+    table = Table(
+        title=f"Predicted traffic of a site in {first.rounds} rounds, with {first.parameters:,} trained parameters"
+    )
+    for column in ("rank", "up per round", "down per round", "total", "full fine-tuning in fp32", "reduction"):
         table.add_column(column, justify="right")
     for row in rows:
         rounds = (size(row.up / row.rounds), size(row.down / row.rounds), size(row.up + row.down), size(row.full))
@@ -102,7 +104,7 @@ def prediction_table(rows: Sequence[RunTraffic]) -> Table:
 
 
 def memory_table(rows: Sequence[StepMemory]) -> Table:
-    """What so many slices at once take, in GiB."""
+    """Memory of a training step in GiB, by the number of slices that go through the network at once."""
     table = Table()
     for column in ("slices at once", "GiB", "GiB with checkpointing"):
         table.add_column(column, justify="right")
@@ -112,7 +114,7 @@ def memory_table(rows: Sequence[StepMemory]) -> Table:
 
 
 def plain_table(rows: Sequence[Mapping[str, str]]) -> Table:
-    """Rows of the same keys, the keys as head."""
+    """A table of rows that share their keys, which are the head."""
     table = Table()
     for column in rows[0]:
         table.add_column(column, overflow="fold")

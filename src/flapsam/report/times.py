@@ -1,4 +1,4 @@
-"""Where the time of a run went, from its ledger."""
+"""Time of a run by phase and site, from its ledger."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -9,40 +9,44 @@ from flapsam.run.ledger import Cohort, CohortEvent, Fitted, RoundClosed
 
 @dataclass(frozen=True)
 class PhaseTimes:
-    """Seconds of a mode by phase."""
+    """Seconds that a mode spent in each phase."""
 
     fits: float
+    """Seconds of training at the sites."""
     aggregation: float
+    """Seconds of aggregation by the server."""
     rest: float
-    """What the rounds took beyond fits and aggregation."""
+    """Seconds of the rounds without training and aggregation."""
     after: float
-    """Validation at the end, and test."""
+    """Seconds of the final validation and the test."""
 
     @property
     def total(self) -> float:
-        """All phases together."""
+        """Seconds of all phases together."""
         return self.fits + self.aggregation + self.rest + self.after
 
 
 @dataclass(frozen=True)
 class SiteTimes:
-    """What a site's fits took in one mode."""
+    """Training time of a site in one mode."""
 
     mode: str
     site: str
     seconds: float
+    """Seconds of all fits."""
     waiting: float
-    """Seconds of these in which the network waited for slices."""
+    """Seconds of the fits in which the network waited for slices."""
     steps: float
+    """Number of training steps."""
 
 
 def phase_times(run: Run) -> dict[str, PhaseTimes]:
-    """Mode → its times, for every mode that has closed a round."""
+    """Mode → its times by phase, for every mode with at least one closed round."""
     return {mode: _phases(run, mode) for mode in run.modes if run.rounds(mode)}
 
 
 def site_times(run: Run) -> list[SiteTimes]:
-    """The times of every mode and site, for sites that report the seconds of their fits."""
+    """Training times by mode and site, for the sites that report the seconds of their fits."""
     rows = []
     for mode in run.modes:
         waiting, steps = run.fits(mode, lambda fit: fit.waiting), run.fits(mode, lambda fit: fit.steps)
@@ -59,12 +63,12 @@ def _phases(run: Run, mode: str) -> PhaseTimes:
     for event in run.of(Fitted, mode):
         seconds = event.seconds or event.site_seconds or 0.0
         fitting.setdefault((event.cohort, event.round), []).append(seconds)
-        # Only an engine between hospitals measures what a site took.
+        # Only the engine between hospitals measures a site's seconds, and there sites train in parallel.
         side_by_side = side_by_side or event.site_seconds is not None
     for event in run.of(RoundClosed, mode):
         left = event.seconds - event.aggregation_seconds
         of_sites = fitting.get((event.cohort, event.round), [])
-        # One after another they take their sum; side by side that may be more than the round took.
+        # Fits in sequence take their sum. A sum that exceeds the round's time shows that the fits ran in parallel.
         slowest_counts = side_by_side or sum(of_sites) > left
         fit = min(max(of_sites, default=0.0), left) if slowest_counts else sum(of_sites)
         fits += fit
@@ -74,7 +78,7 @@ def _phases(run: Run, mode: str) -> PhaseTimes:
 
 
 def _after_rounds(run: Run, mode: str) -> float:
-    """From the end of each cohort's last round to its last event. The ledger has whole seconds."""
+    """Seconds from each cohort's last round to its last event, in whole seconds as in the ledger."""
     closed: dict[Cohort, datetime] = {}
     last: dict[Cohort, datetime] = {}
     for event in run.of(CohortEvent, mode):

@@ -1,4 +1,4 @@
-"""Numbers, bytes and times as people read them."""
+"""Numbers, bytes and durations in readable form."""
 
 from typing import TYPE_CHECKING
 
@@ -9,12 +9,12 @@ NONE = "–"
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number, or a dash where there is none."""
+    """A number with fixed digits, or a dash for None."""
     return NONE if value is None else f"{value:.{digits}f}"
 
 
 def size(count: float) -> str:
-    """Bytes for people: powers of 1024."""
+    """A number of bytes in B, KiB, MiB or GiB."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
@@ -32,7 +32,7 @@ def interval(difference: "Difference | None") -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time for people, in at most two units."""
+    """A duration in at most two units."""
     whole = round(seconds)
     for unit, length, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60)):
         if whole >= length:
@@ -42,5 +42,5 @@ def duration(seconds: float) -> str:
 
 
 def rate(speed: float, unit: str = "") -> str:
-    """How fast work is done: so much a second, or so many seconds each."""
+    """A speed as work per second or, if that is below 1, as seconds per piece of work."""
     return f"{speed:.1f}{unit}/s" if speed >= 1 else f"{1 / speed:.1f} s each"

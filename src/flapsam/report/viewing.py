@@ -1,4 +1,4 @@
-"""What ``flapsam view`` opens: a run with its report, or an image's file."""
+"""The two things that ``flapsam view`` opens: a run with its report, or a single image."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,50 +23,54 @@ def view_server(
     port: int,
     observer: Observer,
 ) -> tuple[ViewServer, str]:
-    """A server for a run or an image, and the address to open.
+    """Start a server for a run or an image.
 
     Args:
-        path: folder of a run, or an image.
-        case: case of the run.
-        prediction: label map of the image.
-        truth: second label map of the image.
-        trained: run or adapter that names the values of the image's label maps.
-        port: a free one if 0.
+        path: a run's folder, or an image.
+        case: the case of the run to open.
+        prediction: the predicted label map of the image.
+        truth: the true label map of the image.
+        trained: a run or an adapter whose classes name the values of the image's label maps.
+        port: the port to listen on; a free one if 0.
         observer: follows the work.
 
+    Returns:
+        The server, and the address to open.
+
     Raises:
-        FlapsamError: as ``run_server`` and ``image_server``, or an argument belongs to the other of the two.
+        FlapsamError: as for ``run_server`` and ``image_server``, or an option does not apply to a run or to an image.
     """
     if RunFolder(path).is_begun:
         if prediction or truth or trained:
-            raise FlapsamError(f"{path}: a run has its own label maps; leave out --prediction, --truth and --adapter")
+            raise FlapsamError(f"{path}: is a run with its own label maps; leave out --prediction, --truth and --adapter")
         return run_server(path, case, port, observer)
     if case:
-        raise FlapsamError(f"{path}: there is no run here, so no case {case}; give a run's folder, or an image alone")
+        raise FlapsamError(f"{path}: there is no run here, so no case {case}; give a run's folder, or an image without CASE")
     label_maps = [(name, file) for name, file in (("prediction", prediction), ("truth", truth)) if file]
     return image_server(path, label_maps, trained, port)
 
 
 def run_server(folder: Path, case: str | None, port: int, observer: Observer) -> tuple[ViewServer, str]:
-    """A server for the cases of a run, and the address to open: of a case, or of the report, which leads to all.
+    """Start a server for the cases of a run.
 
     Args:
-        folder: of the run.
-        case: ``CASE``, or ``SITE/CASE`` where several sites have one of that name.
-        port: a free one if 0.
-        observer: is told what happens.
+        folder: the run's folder.
+        case: ``CASE``, or ``SITE/CASE`` if several sites have a case with this name.
+        port: the port to listen on; a free one if 0.
+        observer: follows the work.
+
+    Returns:
+        The server, and the address to open: that of the case, or that of the report, which links to all cases.
 
     Raises:
-        FlapsamError: there is no run, no such case, or the server cannot listen.
+        FlapsamError: there is no run, the case is unknown, or the server cannot listen.
     """
     run = read_run(folder)
     scenes = scenes_of(run)
     keys = [key for key in scenes if case in ("/".join(key), key[-1])]
     if case is not None and len(keys) != 1:
         known = ", ".join("/".join(key) for key in (keys or list(scenes))[:8])
-        raise FlapsamError(
-            f"{case}: {'several cases have this name' if keys else 'there is no such case'}; choose from {known}"
-        )
+        raise FlapsamError(f"{case}: {'several cases have this name' if keys else 'unknown case'}; choose from {known}")
     server = ViewServer(scenes, port=port)
     page = report_page(run, link=lambda *key: server.link(*key) if key in scenes else None, observer=observer)
     server.start_page = lambda: page
@@ -76,19 +80,22 @@ def run_server(folder: Path, case: str | None, port: int, observer: Observer) ->
 def image_server(
     image: Path, label_maps: Sequence[tuple[str, Path]], trained: Path | None, port: int
 ) -> tuple[ViewServer, str]:
-    """A server for one image, and its address.
+    """Start a server for one image.
 
     Args:
-        image: its file, or a folder with a DICOM series.
-        label_maps: name and file of each.
-        trained: a run or an adapter whose classes the label maps have.
-        port: a free one if 0.
+        image: the image's file, or a folder with a DICOM series.
+        label_maps: name and file of each label map.
+        trained: a run or an adapter whose classes name the values of the label maps.
+        port: the port to listen on; a free one if 0.
+
+    Returns:
+        The server, and the address to open.
 
     Raises:
         FlapsamError: a file is missing or broken, or the server cannot listen.
     """
     if not image.exists():
-        raise FlapsamError(f"{image}: there is no such image, and no run")
+        raise FlapsamError(f"{image}: does not exist; give an image or a run's folder")
     classes = read_card(find_trained(trained).folder).classes if trained else []
     server = ViewServer({(image.name,): scene_of(image, label_maps, classes)}, port=port)
     return server, server.address.removesuffix(server.root) + server.link(image.name)

@@ -1,1 +1,1 @@
-"""What a run is: its configuration, its folder, its ledger, and those who watch it."""
+"""What a run is: its configuration, its folder, its ledger and its observers."""

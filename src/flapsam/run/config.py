@@ -1,6 +1,6 @@
-"""The one description of a run: pydantic models read from YAML.
+"""The description of a run: pydantic models that are read from YAML.
 
-The fields' own defaults are the paper's values (arXiv 2407.21739); a run's ``preset`` puts others in their place.
+The fields' own defaults are the paper's values (arXiv 2407.21739). A run's ``preset`` replaces some of them.
 """
 
 from pathlib import Path
@@ -22,51 +22,53 @@ Layers = Literal["encoder", "encoder-first", "encoder-last", "decoder"]
 OutputPart = Literal["mask-tokens", "upscaling", "hypernetworks"]
 
 RANDOM: Literal["random"] = "random"
-"""In the place of a checkpoint: random weights."""
+"""Value of ``backbone.weights`` that asks for random weights instead of a checkpoint."""
 Checkpoint = Path | Literal["random"]
-"""Where a backbone's weights come from."""
+"""Source of a backbone's weights."""
 
 RESERVED_LABELS = ("background", "ignore")
-"""Names in ``labels`` that are no class: values joined to the background, and values left out of loss and scores."""
+"""Names in ``labels`` that are not classes: values that count as background, and values that loss and scores leave out."""
 
 
 CONFIG_FORMAT = 1
-"""Of a run's description. A field that is added with a default leaves it; a field that changes its meaning raises it."""
+"""Format of a run's description. A new field with a default keeps it. A change in a field's meaning raises it."""
 
 
 class StrictModel(BaseModel):
-    """A part of the configuration; an unknown key is an error."""
+    """A part of the configuration. An unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Data(StrictModel):
-    """Which volumes, at which sites, with which labels."""
+    """The volumes, the sites that hold them, and the meaning of their labels."""
 
     path: Path
-    """The data's folder."""
+    """Folder that holds the data."""
     layout: str = "auto"
-    """A data set or layout as ``flapsam data list`` names it; ``auto`` takes the one that the folder looks like."""
+    """Data set or folder layout, as ``flapsam data list`` names it. ``auto`` recognises it from the folder."""
     table: Path | None = None
-    """A CSV with columns ``case,site`` and, if wanted, ``split`` and ``subject``: who holds which cases."""
+    """CSV file that assigns cases to sites. It has the columns ``case`` and ``site``, and optionally ``split`` and
+    ``subject``. Only the cases that it lists are used."""
     simulated_sites: Positive | None = None
-    """Where the data come from one place: deal its subjects out to so many made-up sites."""
+    """Number of simulated sites to deal the subjects out to, for data that come from one place."""
     labels: dict[str, ClassValues]
-    """Class name → value or values in the label files. Order gives the class index, from 1."""
+    """Class name → value or values in the label maps. The order sets the class index, from 1."""
     site_labels: dict[str, dict[str, ClassValues | None]] = {}
-    """Where one site's values differ. A class set to null is not annotated there."""
+    """Site → class name → values that differ from ``labels`` at that site. A class set to null is not annotated there."""
     sites: list[str] | None = None
-    """Only these sites; all by default."""
+    """Sites that take part; all of them if not given."""
     unseen: list[str] = []
-    """Sites that never train: the others' model is tested on their test cases."""
+    """Sites that never train. The model that the other sites train is tested on their test cases."""
     test_fraction: Fraction = 0.2
-    """Share of each site's subjects held back for the test where the data has no split of its own."""
+    """Share of each site's subjects that are held out for the test, if the data have no split of their own."""
     validation_fraction: Fraction = 0.15
-    """Share of each site's training subjects held out for validation, at least one, where the split has no ``val``."""
+    """Share of each site's training subjects that are held out for validation, if the split has no ``val``. At least one
+    subject is held out, and none if the share is 0."""
 
     @property
     def classes(self) -> list[str]:
-        """Class names, without background, in the order of their index from 1."""
+        """Class names without the reserved ones, in the order of their index from 1."""
         return [name for name in self.labels if name not in RESERVED_LABELS]
 
     @model_validator(mode="after")
@@ -83,27 +85,30 @@ class Data(StrictModel):
 
 
 class Samples(StrictModel):
-    """How a volume becomes 2-D samples in [0, 1]. The same in training and inference, and stored with the adapter."""
+    """How a volume becomes 2-D samples in [0, 1]. Training and inference use the same values, which the adapter stores."""
 
     size: Positive | None = None
-    """Side of the network's square input in pixels; the backbone's own default if not given."""
+    """Side of the network's square input in pixels; the backbone's default if not given."""
     axis: Literal["auto", "sagittal", "coronal", "axial"] = "auto"
-    """Slices are perpendicular to this axis; ``auto`` takes the largest spacing, and of equal ones the last."""
+    """Orientation of the slices: ``sagittal``, ``coronal``, ``axial``, or ``auto``, which cuts perpendicular to the axis
+    with the largest spacing, and to the last of several equal ones."""
     clip: tuple[float, float] | None = None
-    """Intensities are first cut to this range, such as [-80, 300] Hounsfield units for CT."""
+    """Range that intensities are clipped to before scaling, such as [-80, 300] Hounsfield units for CT."""
     site_clip: dict[str, tuple[float, float]] = {}
-    """Where one site's range differs."""
+    """Site → range that replaces ``clip`` at that site."""
     clip_percentile: Annotated[float, Field(gt=0, le=100)] | None = None
-    """Intensities above this percentile of the volume are cut to it, such as 99 for MRI with bright spots."""
+    """Percentile of a volume's intensities above which they are clipped, such as 99 for MRI with bright spots."""
     scaling: Literal["window", "volume"] = "window"
-    """Minimum and maximum are taken over a slice and its two neighbours either side, or over the volume."""
+    """Voxels whose minimum and maximum become 0 and 1: a slice and its two neighbours on either side (``window``), or the
+    whole volume (``volume``)."""
     channels: Literal["replicate", "adjacent"] = "replicate"
-    """The slice three times, or the slices below and above it in channels 0 and 2; two or three modalities take a channel
-    each instead, and of two the second takes two."""
+    """Content of the three input channels: the slice three times (``replicate``), or the slice with the ones below and
+    above it in channels 0 and 2 (``adjacent``). With two or three modalities, each fills one channel instead, and the
+    second of two fills two."""
     modalities: Annotated[int, Field(ge=1, le=3)] = 1
-    """Of every case; read from the data where a run begins."""
+    """Number of modalities of every case. It is read from the data when a run begins."""
     resize: Literal["stretch", "pad"] = "stretch"
-    """How a slice becomes a square: stretched, or padded after scaling its longer side."""
+    """How a slice becomes a square: ``stretch`` stretches it, ``pad`` scales its longer side and pads the shorter one."""
 
     @field_validator("clip", "site_clip")
     @classmethod
@@ -115,70 +120,77 @@ class Samples(StrictModel):
 
 
 class Backbone(StrictModel):
-    """The Segment Anything Model underneath."""
+    """The Segment Anything Model that is fine-tuned."""
 
     name: str = "sam-tiny"
-    """As ``flapsam backbone list`` names it; ``sam-tiny`` ships with flapsam."""
+    """Name of the backbone, as ``flapsam backbone list`` shows it. ``sam-tiny`` ships with flapsam."""
     weights: Checkpoint | None = None
-    """A checkpoint of that architecture (Meta's, a folder or file of transformers), or ``random``; the backbone's own, which
-    ship with flapsam or were downloaded, if not given."""
+    """Checkpoint of that architecture (Meta's, or a folder or file of transformers), or ``random``. If not given, the
+    backbone's own weights are used, which ship with flapsam or were downloaded."""
     pixels: Literal["paper", "sam", "own"] = "paper"
-    """Input normalisation: the paper's (mean 0, standard deviation 1), SAM's, or that of the backbone's makers."""
+    """Input normalisation: the paper's (``paper``, mean 0 and standard deviation 1), SAM's (``sam``), or that of the
+    backbone's makers (``own``)."""
     masks: Literal["new", "warm"] = "new"
-    """How mask tokens and hypernetworks start: at random, or, if either trains, all from the checkpoint's first mask."""
+    """How mask tokens and hypernetworks start: at random (``new``), or, if either of them trains, all from the
+    checkpoint's first mask (``warm``)."""
 
 
 class Lora(StrictModel):
     """Low-rank adapters. The scale is 1 (alpha = rank)."""
 
     rank: Positive = 32
-    """Of every adapter."""
+    """Rank of every adapter."""
     projections: Annotated[list[Projection], Field(min_length=1)] = ["q", "v"]
-    """Of every attention: query, key, value and output."""
+    """Projections that have an adapter in every attention layer: query (``q``), key (``k``), value (``v``) or output
+    (``out``)."""
     layers: Annotated[list[Layers], Field(min_length=1)] = ["encoder", "decoder"]
-    """The whole image encoder, or the first or the last half of its blocks; the mask decoder."""
+    """Parts of the network that have adapters: the whole image encoder (``encoder``), the first or the last half of its
+    blocks (``encoder-first``, ``encoder-last``), or the mask decoder (``decoder``)."""
 
 
 class Training(StrictModel):
-    """One client's local fit."""
+    """One client's local training."""
 
     epochs: Positive = 1
-    """Local epochs a round."""
+    """Number of local epochs per round."""
     window: Annotated[int, Field(ge=1, le=31)] = 5
-    """Adjacent slices in one training sample; odd."""
+    """Number of adjacent slices in one training sample. It must be odd."""
     batch_size: Positive = 3
-    """Windows a batch."""
+    """Number of windows per batch."""
     micro_batch: Positive | Literal["auto"] | None = None
-    """Windows that go through the network at once; the gradients of a batch's parts are added up, each by its share. All if
-    not given; ``auto`` measures how many fit into memory."""
+    """Number of windows that pass through the network at once; the whole batch if not given. The gradients of a batch's
+    parts are summed, weighted by the parts' sizes. ``auto`` measures how many windows fit into memory."""
     checkpointing: bool = False
-    """Keep less between forward and backward in the encoder, and compute it twice."""
+    """Whether the encoder uses gradient checkpointing, which saves memory and computes its forward pass twice."""
     empty_slices: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Share of the slices without any class that an epoch shows, drawn anew in each; those with a class it shows all."""
+    """Share of the slices without any class that an epoch shows, drawn again for every epoch. Slices with a class are
+    always shown."""
     augment: Literal["paper", "gentle", "none"] = "paper"
-    """The paper's strong augmentation, or small changes that suit short runs. True and false stand for paper and none."""
+    """Augmentation: the paper's strong one (``paper``), small changes that suit short runs (``gentle``), or ``none``.
+    True and false stand for ``paper`` and ``none``."""
     learning_rate: Annotated[float, Field(gt=0)] = 8e-4
-    """After warm-up; AdamW."""
+    """Learning rate of AdamW after warm-up."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """AdamW's."""
+    """Weight decay of AdamW."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's."""
+    """Decay rates β₁ and β₂ of AdamW's moments."""
     warmup_steps: Positive = 250
-    """Steps of a client in which the learning rate rises from 0."""
+    """Number of a client's first steps, over which the learning rate rises from 0."""
     schedule_epochs: Positive | None = 200
-    """The learning rate would reach zero after warm-up and this many epochs; null: at the end of the run."""
+    """Number of epochs after warm-up at which the learning rate would reach 0. null stands for the end of the run."""
     schedule_power: Annotated[float, Field(ge=0)] = 7
-    """Of the polynomial by which the learning rate falls; 1 is a straight line."""
+    """Power of the polynomial by which the learning rate decays; 1 is a straight line."""
     cross_entropy: Annotated[float, Field(ge=0)] = 0.2
-    """Weight of the cross-entropy term."""
+    """Weight of the cross-entropy term in the loss."""
     dice: Annotated[float, Field(ge=0)] = 0.8
-    """Weight of the Dice term."""
+    """Weight of the Dice term in the loss."""
     foreground_weight: Annotated[float, Field(gt=0)] = 1.0
-    """Weight of every foreground class in the cross-entropy, where background has 1."""
+    """Weight of every foreground class in the cross-entropy. The background has weight 1."""
     moments: Literal["keep", "reset"] = "keep"
-    """Whether Adam's moments stay at the client between rounds."""
+    """Whether a client keeps Adam's moments between rounds or resets them."""
     proximal: Annotated[float, Field(ge=0)] = 0.0
-    """FedProx's μ (Li et al. 2020, arXiv 1812.06127): the loss grows by μ/2 · ‖θ − θ₀‖², θ₀ being what the server sent."""
+    """FedProx's μ (Li et al. 2020, arXiv 1812.06127). The loss gains the term μ/2 · ‖θ − θ₀‖², where θ₀ is what the
+    server sent."""
 
     @field_validator("augment", mode="before")
     @classmethod
@@ -194,78 +206,83 @@ class Training(StrictModel):
 
 
 class Rounds(StrictModel):
-    """The federation's rounds."""
+    """The rounds of the federation."""
 
     count: Positive = 100
-    """Rounds of a run, at most."""
+    """Number of rounds of a run, at most."""
     weights: Literal["slices", "cases", "uniform"] | dict[str, Annotated[float, Field(ge=0)]] = "slices"
-    """A client's weight in the mean: its share of training slices or cases, equal, or given by site."""
+    """Weight of a client in the mean: its share of the training slices or cases, the same for every client (``uniform``),
+    or a number for each site."""
     validate_every: Positive = 1
-    """Rounds from one validation to the next; the last round has one, too."""
+    """Number of rounds from one validation to the next. The last round is always validated."""
     patience: Positive | None = None
-    """Stop when the best Dice of so many validations is not above the best before them by more than ``settled``."""
+    """Number of validations to wait for progress; without limit if not given. The run stops once the best Dice of that
+    many validations is not above the best before them by more than ``settled``."""
     settled: Annotated[float, Field(ge=0)] = 0.002
-    """Dice that ``patience`` counts as no progress."""
+    """Largest rise in Dice that ``patience`` still counts as no progress."""
     min_sites: Positive = 2
-    """Between hospitals: a round that fewer answer is not closed. The mean of one site's tensors would show them to all."""
+    """Between hospitals, the number of sites that must answer before a round is closed. The mean of a single site's
+    tensors would reveal them to all."""
     deadline: Annotated[float, Field(gt=0)] = 3600
-    """Between hospitals: seconds that a round waits for its answers."""
+    """Between hospitals, the number of seconds that a round waits for the sites' answers."""
 
 
 class Compression(StrictModel):
-    """How packets are written."""
+    """How tensors are encoded in packets."""
 
     codec: str = "fp32"
-    """``fp32`` sends the tensors, every other codec the difference to what the receiver has."""
+    """How tensors are encoded. ``fp32`` sends the tensors themselves. Every other codec, such as ``int8`` or ``steps``,
+    sends their difference from what the receiver has."""
     density: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Share of each tensor's numbers that a codec with ``topk`` sends."""
+    """Share of each tensor's numbers that a codec with ``topk`` in its name sends."""
     bits: Annotated[float, Field(gt=0, le=3)] = 1.5
-    """Of every number that codec ``steps`` sends, on average."""
+    """Bits per number that the codec ``steps`` sends, on average."""
     feedback: bool = True
-    """Whether what a site's packet lost is added to its next one."""
+    """Whether a site adds what a packet lost to its next one (error feedback)."""
 
 
 class ServerOptions(StrictModel):
     """What the server does with the clients' mean."""
 
     optimizer: str = "none"
-    """``none`` takes the mean; ``fedavgm``, ``fedadam`` and ``fedyogi`` treat the way to it as a gradient."""
+    """Server optimizer. ``none`` takes the mean as it is. ``fedavgm``, ``fedadam`` and ``fedyogi`` treat the step from
+    the old tensors to the mean as a gradient."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """1 for ``fedavgm`` and 0.01 for the others if not given."""
+    """Learning rate of the server; 1 for ``fedavgm`` and 0.01 for the others if not given."""
     momentum: Fraction = 0.9
-    """Share of the way before that is kept."""
+    """Share of the momentum that is kept from round to round (β₁)."""
     second_moment: Fraction = 0.99
-    """Share of the squared way before that is kept; not ``fedavgm``'s."""
+    """Share of the second moment that is kept from round to round (β₂). ``fedavgm`` does not use it."""
     floor: Annotated[float, Field(gt=0)] = 1e-3
-    """Added to the root of the second moment."""
+    """Constant that is added to the root of the second moment (τ). ``fedavgm`` does not use it."""
 
 
 class Grid(StrictModel):
-    """Cells of ``flapsam bench``: every combination of these. What is not given comes from the run itself."""
+    """Cells of ``flapsam bench``: every combination of these values. What is not given comes from the run itself."""
 
     strategies: list[str] | None = None
-    """What trains and travels."""
+    """Strategies to compare; the run's own if not given."""
     modes: list[Mode] = ["federated"]
-    """As a run's ``modes``."""
+    """Modes to compare, as in a run's ``modes``."""
     aggregators: list[str] | None = None
-    """How the sites' tensors are joined; only federated."""
+    """Aggregators to compare, in mode ``federated`` only; the run's own if not given."""
     seeds: list[int] | None = None
-    """Repetitions; differences are paired by seed, too."""
+    """Seeds, one repetition each; the run's own if not given. Differences are paired by seed, too."""
     leave_one_out: bool = False
-    """Each site in turn never trains and is tested on; only federated."""
+    """Whether each site in turn is left out of training and tested on, in mode ``federated`` only."""
     variants: dict[str, dict[str, Any]] = {"": {}}
-    """Name → fields with other values, such as ``rank 4: {lora.rank: 4}``."""
+    """Name of a variant → fields with other values, such as ``rank 4: {lora.rank: 4}``."""
 
 
 class RunConfig(StrictModel):
-    """A whole run, as in ``RUN.yaml``."""
+    """A whole run, as ``run.yaml`` describes it."""
 
     format: Literal[1] = CONFIG_FORMAT
-    """Of this description."""
+    """Number of the format of this description."""
     preset: str = "fast"
-    """Where the fields that are not given come from: ``paper`` or ``fast``."""
+    """Set of values for the fields that are not given: ``paper`` or ``fast``."""
     seed: int = 0
-    """Every random choice follows from it."""
+    """Seed from which every random choice follows."""
     data: Data
     samples: Samples = Samples()
     backbone: Backbone = Backbone()
@@ -274,35 +291,38 @@ class RunConfig(StrictModel):
     ``flap``."""
     lora: Lora = Lora()
     frozen: list[OutputPart] = []
-    """Parts of the mask decoder's output that stay as they start and never travel, whatever the strategy trains."""
+    """Parts of the mask decoder's output that keep their initial weights and never travel, whatever the strategy trains:
+    ``mask-tokens``, ``upscaling`` or ``hypernetworks``."""
     training: Training = Training()
     rounds: Rounds = Rounds()
     aggregator: str = "flexlora"
-    """How the sites' tensors are joined."""
+    """How the server aggregates the sites' tensors, such as ``fedavg`` or ``flexlora``."""
     server: ServerOptions = ServerOptions()
     compression: Compression = Compression()
     site_ranks: dict[str, Positive] = {}
-    """Sites whose adapters have a smaller rank than ``lora.rank``."""
+    """Site → rank of its adapters, for sites where it is smaller than ``lora.rank``."""
     modes: Annotated[list[Mode], Field(min_length=1)] = ["federated"]
-    """What to train: one model by all sites together, one by each site alone, one on the pooled data."""
+    """Models to train: one by all sites together (``federated``), one by each site alone (``local``), or one on the
+    pooled data (``centralised``)."""
     inference_batch: Positive | None = None
-    """Slices a batch at validation and test; as many as fit if not given."""
+    """Number of slices per batch in validation and test; as many as fit into memory if not given."""
     device: str = "cpu"
-    """``cpu``, ``cuda``, ``mps`` or ``auto``."""
+    """Device that computes: ``cpu``, ``cuda``, ``mps``, or ``auto``, which takes a GPU if there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 runs the network under autocast; parameters and packets stay fp32."""
+    """Precision of the network. ``bf16`` runs it under autocast, while parameters and packets stay fp32."""
     threads: Positive | None = None
-    """Threads a fit; results are bit-identical only for equal numbers. All cores if not given."""
+    """Number of CPU threads per fit; all cores if not given. Results are bit-identical only for the same number of
+    threads."""
     deterministic: bool = True
-    """Only operations that give the same bits each time."""
+    """Whether to use only operations that return the same bits every time."""
     output: Path = Path("runs/run")
-    """The run's folder."""
+    """Folder of the run."""
     bench: list[Grid] = [Grid()]
-    """What ``flapsam bench`` compares; a cell that stands in several grids is computed once."""
+    """Grids that ``flapsam bench`` compares. A cell that belongs to several grids is computed once."""
     notes: str = ""
-    """What the run is about, in your own words; the report shows it."""
+    """Description of the run in your own words, which the report shows."""
     licence: str | None = None
-    """Of the adapter, as an SPDX identifier; the backbone's if not given."""
+    """Licence of the adapter, as an SPDX identifier; the backbone's if not given."""
 
     @model_validator(mode="before")
     @classmethod
@@ -328,7 +348,7 @@ def _check_distinct(where: str, labels: dict[str, Any]) -> None:
 
 
 def as_values(values: ClassValues | None) -> list[int]:
-    """Label values as a list; none for a class that is not annotated."""
+    """Label values as a list, which is empty for a class that is not annotated."""
     if values is None:
         return []
     return [values] if isinstance(values, int) else list(values)

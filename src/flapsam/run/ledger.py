@@ -1,6 +1,6 @@
-"""``events.jsonl``: what happened in a run, one JSON object a line, appended as it happens.
+"""``events.jsonl``: what happened in a run, one JSON object per line, appended as it happens.
 
-Every kind of event is a frozen model of its own, so whoever reads the ledger works with fields and not with keys.
+Every kind of event has its own frozen model, so that readers of the ledger work with fields instead of keys.
 """
 
 import json
@@ -40,19 +40,19 @@ class Cohort:
 
     @classmethod
     def parse(cls, name: str) -> "Cohort":
-        """The cohort of this name.
+        """The cohort with this name in the ledger.
 
         Raises:
-            ValueError: no cohort has such a name.
+            ValueError: the name is not that of a cohort.
         """
         mode, slash, site = name.partition("/")
         if (mode == "local") != bool(slash and site) or mode not in ("federated", "local", "centralised"):
-            raise ValueError(f"'{name}' is no cohort; expected federated, centralised or local/SITE")
+            raise ValueError(f"'{name}' is not a cohort; expected federated, centralised or local/SITE")
         return cls(mode, site or None)
 
 
 TOGETHER = Cohort("federated")
-"""All sites of a run."""
+"""The cohort of all sites of a run."""
 
 
 def _cohort(value: Any) -> Any:
@@ -66,12 +66,12 @@ Cases = dict[str, int]
 
 
 def now() -> datetime:
-    """The time as the ledger has it: UTC."""
+    """The current time in UTC, as the ledger records it."""
     return datetime.now(UTC)
 
 
 class EventBase(BaseModel):
-    """One line of a ledger. Fields of later versions are ignored."""
+    """One line of a ledger. Fields that a later version added are ignored."""
 
     model_config = ConfigDict(frozen=True, populate_by_name=True, arbitrary_types_allowed=True)
 
@@ -79,15 +79,15 @@ class EventBase(BaseModel):
     time: Moment = Field(default_factory=lambda: now().replace(microsecond=0))
 
     repeats: ClassVar[bool] = False
-    """Whether the same event may occur again. Of other kinds a resumed run writes none twice."""
+    """Whether the same event may occur again. A resumed run writes events of other kinds only once."""
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """What tells this event from others: its kind, cohort, round, site and case, as far as it has them."""
+        """Values that distinguish this event from others: its kind, cohort, round, site and case, as far as it has them."""
         return (self.event, *(getattr(self, field, None) for field in ("cohort", "round", "site", "case")))
 
     def as_json(self) -> dict[str, Any]:
-        """The event as it is written: its kind and time, and every field that was given."""
+        """The event as the ledger stores it: its kind, its time and every field that was set."""
         fields = self.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"event", "time"})
         return {"event": self.event, "time": self.model_dump(mode="json", include={"time"})["time"], **fields}
 
@@ -99,13 +99,13 @@ class CohortEvent(EventBase):
 
 
 class RoundEvent(CohortEvent):
-    """An event in a round."""
+    """An event of one round."""
 
     round: int
 
 
 class SiteJoined(EventBase):
-    """A site takes part with so many cases of each split."""
+    """A site takes part, with a number of cases in each split."""
 
     event: Literal["site"] = "site"
     site: str
@@ -113,14 +113,14 @@ class SiteJoined(EventBase):
 
 
 class MicroBatchChosen(EventBase):
-    """``micro_batch: auto`` has become this number of windows."""
+    """``micro_batch: auto`` has been replaced by a measured number of windows."""
 
     event: Literal["micro_batch"] = "micro_batch"
     windows: int
 
 
 class JobStarted(CohortEvent):
-    """Between hospitals: an engine's job begins, with the sites that are connected."""
+    """Between hospitals: an engine's job has begun, with the sites that are connected."""
 
     event: Literal["job"] = "job"
     job: str
@@ -130,7 +130,7 @@ class JobStarted(CohortEvent):
 
 
 class JobEnded(CohortEvent):
-    """Between hospitals: an engine's job is over."""
+    """Between hospitals: an engine's job has ended."""
 
     event: Literal["job_end"] = "job_end"
     job: str
@@ -151,7 +151,7 @@ class SiteExcluded(CohortEvent):
 
 
 class Fitted(RoundEvent):
-    """A site has answered a round with its packet. What it does not report is None."""
+    """A site has answered a round with its packet. Metrics that it does not report are None."""
 
     event: Literal["fit"] = "fit"
     site: str
@@ -163,11 +163,11 @@ class Fitted(RoundEvent):
     dice_loss: float | None = None
     steps: float | None = None
     seconds: float | None = None
-    """Of the fit itself."""
+    """Seconds that the fit itself took."""
     waiting: float | None = None
-    """Seconds of these in which the network waited for slices."""
+    """Seconds of the fit in which the network waited for slices."""
     site_seconds: float | None = None
-    """From the request to the answer, where the engine measures it."""
+    """Seconds from the request to the answer, where the engine measures them."""
 
 
 class Validated(RoundEvent):
@@ -188,7 +188,7 @@ class RoundClosed(RoundEvent):
 
 
 class AnswerRefused(RoundEvent):
-    """A site's packet is refused; the round continues without it."""
+    """The server has refused a site's packet. The round continues without it."""
 
     event: Literal["refused"] = "refused"
     site: str
@@ -199,7 +199,7 @@ class AnswerRefused(RoundEvent):
 
 
 class AnswerMissing(RoundEvent):
-    """A site has not answered."""
+    """A site has not answered a request."""
 
     event: Literal["missing"] = "missing"
     site: str
@@ -218,14 +218,14 @@ class Delivered(RoundEvent):
 
 
 class CaseTested(CohortEvent):
-    """A test case is scored."""
+    """A test case has been scored."""
 
     event: Literal["test"] = "test"
     site: str
     case: str
     dice: dict[str, float | None]
     hd95: dict[str, float | None]
-    """In mm."""
+    """Class → 95 % Hausdorff distance in mm."""
 
 
 class RunEnded(EventBase):
@@ -235,18 +235,18 @@ class RunEnded(EventBase):
 
 
 class LabelMapWritten(EventBase):
-    """``predict`` has written the label map of an image. These events have a ledger of their own."""
+    """``predict`` has written the label map of an image. These events are in a separate ledger."""
 
     event: Literal["label_map"] = "label_map"
     case: str
-    """Place of the label map in the output folder, without suffix."""
+    """Path of the label map in the output folder, without suffix."""
     image: str
     files: list[list[Any]] = Field(validation_alias="of", serialization_alias="of")
-    """Name, size and time of each of the image's files."""
+    """Name, size and modification time of each of the image's files."""
     method: str = Field(validation_alias="way", serialization_alias="way")
-    """SHA-256 of all that label maps depend on but the images."""
+    """SHA-256 of everything that label maps depend on apart from the images."""
     written: list[str]
-    """First the label map."""
+    """Paths of the written files in the output folder, the label map first."""
     ml: dict[str, float]
     """Class → volume in millilitres."""
 
@@ -254,7 +254,7 @@ class LabelMapWritten(EventBase):
 
 
 Trouble = AnswerRefused | AnswerMissing | SiteExcluded
-"""A site does not count in a round, or takes no part in the run. Each has a reason."""
+"""Events that say, with a reason, why a site does not count in a round or does not take part in the run."""
 Event = Annotated[
     SiteJoined
     | MicroBatchChosen
@@ -276,13 +276,13 @@ _EVENT: TypeAdapter[Event] = TypeAdapter(Event)
 
 
 class Ledger:
-    """Appends events to a file and knows those that it holds."""
+    """Appends events to a file, and knows the events that the file holds."""
 
     def __init__(self, path: Path, on_event: Callable[[Event], object] = lambda _: None) -> None:
-        """Open a ledger. A last line that a crash cut short is removed.
+        """Open a ledger, and remove a last line that a crash cut short.
 
         Args:
-            path: the file.
+            path: the ledger's file.
             on_event: called with every event that is written.
 
         Raises:
@@ -302,15 +302,15 @@ class Ledger:
         self._known = {event.identity for event in self._events}
 
     def events(self) -> list[Event]:
-        """All events so far, oldest first."""
+        """All events so far, the oldest first."""
         return list(self._events)
 
     def holds(self, event: Event) -> bool:
-        """Whether an event with this identity was written before."""
+        """Whether an event with the same identity was written before."""
         return event.identity in self._known
 
     def write(self, event: Event) -> None:
-        """Append an event, unless it is of a kind that never repeats and was written before."""
+        """Append an event, unless it was written before and its kind never repeats."""
         if self.holds(event) and not event.repeats:
             return
         before = self.path.stat().st_size
@@ -318,7 +318,7 @@ class Ledger:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(event.as_json()) + "\n")
         except OSError:
-            # A full disk may take a part of the line; the next one must not be appended to that.
+            # A full disk may have taken a part of the line, and the next line must not be appended to that part.
             os.truncate(self.path, before)
             raise
         self._events.append(event)
@@ -327,7 +327,7 @@ class Ledger:
 
 
 def bytes_sent(events: Iterable[Event], cohort: Cohort) -> tuple[int, int]:
-    """Bytes up and down of all packets of a cohort, refused ones and the delivery of the result included."""
+    """Bytes up and bytes down of all packets of a cohort, including refused packets and the delivery of the result."""
     own = [event for event in events if isinstance(event, CohortEvent) and event.cohort == cohort]
     up = sum(event.bytes_up for event in own if isinstance(event, Fitted | AnswerRefused))
     down = sum(event.bytes_down for event in own if isinstance(event, Fitted | Delivered))
@@ -335,11 +335,11 @@ def bytes_sent(events: Iterable[Event], cohort: Cohort) -> tuple[int, int]:
 
 
 def read_ledger(path: Path, *, whole_lines: bool = False) -> list[Event]:
-    """All events of a ledger.
+    """Read all events of a ledger.
 
     Args:
-        path: the file.
-        whole_lines: leave out a last line that is not whole, because another process is writing it.
+        path: the ledger's file.
+        whole_lines: whether to leave out an incomplete last line, because another process is still writing it.
 
     Raises:
         FlapsamError: the file is missing or damaged.
@@ -354,9 +354,9 @@ def read_ledger(path: Path, *, whole_lines: bool = False) -> list[Event]:
 
 
 def parse_events(lines: Iterable[str]) -> list[Event]:
-    """The events of a ledger's lines.
+    """Parse the lines of a ledger as events.
 
     Raises:
-        ValueError: a line is no event.
+        ValueError: a line is not an event.
     """
     return [_EVENT.validate_json(line) for line in lines]

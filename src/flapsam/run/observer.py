@@ -1,4 +1,4 @@
-"""What long work tells whoever is watching."""
+"""Observers, which follow a run or other long work."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,67 +7,67 @@ from flapsam.run.ledger import Event
 
 
 class Observer:
-    """Watches a run; this one says nothing."""
+    """Follows a run. This one shows nothing."""
 
     def say(self, text: str) -> None:
-        """A sentence worth reading."""
+        """Show a sentence."""
 
     def begin(self, title: str, steps: int, done: int = 0) -> None:
-        """Work of so many steps begins, or goes on after some are done."""
+        """Show that work with a number of steps begins, or resumes when some of them are done."""
 
     def step(self, count: float = 1) -> None:
-        """Steps are done, or a part of one."""
+        """Show that steps, or a part of one, are done."""
 
     def end(self) -> None:
-        """The work that began last is over."""
+        """Show that the work begun last has ended."""
 
     def opened(self, config: RunConfig, events: Sequence[Event]) -> None:
-        """A run begins, or goes on after these events of its ledger; its folder is ``config.output``."""
+        """Show that a run begins, or resumes after these events of its ledger. Its folder is ``config.output``."""
 
     def works(self, site: str, work: str) -> None:
-        """A site begins its part of a round: ``fit`` or ``validate``."""
+        """Show that a site begins its part of a round: ``fit`` or ``validate``."""
 
     def event(self, event: Event) -> None:
-        """An event that is new in the ledger."""
+        """Show a new event of the ledger."""
 
 
 class Observers(Observer):
-    """Several that watch the same run."""
+    """Several observers of the same run."""
 
     def __init__(self, *observers: Observer) -> None:
         self.observers = observers
 
     def say(self, text: str) -> None:
-        for one in self.observers:
-            one.say(text)
+        for observer in self.observers:
+            observer.say(text)
 
     def begin(self, title: str, steps: int, done: int = 0) -> None:
-        for one in self.observers:
-            one.begin(title, steps, done)
+        for observer in self.observers:
+            observer.begin(title, steps, done)
 
     def step(self, count: float = 1) -> None:
-        for one in self.observers:
-            one.step(count)
+        for observer in self.observers:
+            observer.step(count)
 
     def end(self) -> None:
-        for one in self.observers:
-            one.end()
+        for observer in self.observers:
+            observer.end()
 
     def opened(self, config: RunConfig, events: Sequence[Event]) -> None:
-        for one in self.observers:
-            one.opened(config, events)
+        for observer in self.observers:
+            observer.opened(config, events)
 
     def works(self, site: str, work: str) -> None:
-        for one in self.observers:
-            one.works(site, work)
+        for observer in self.observers:
+            observer.works(site, work)
 
     def event(self, event: Event) -> None:
-        for one in self.observers:
-            one.event(event)
+        for observer in self.observers:
+            observer.event(event)
 
 
 def watched(observer: Observer, title: str) -> Callable[[int, int], None]:
-    """A function that tells the observer of a download: bytes there are, and bytes there will be."""
+    """A callback that reports a download to the observer. It takes the number of bytes received and the total."""
     seen = -1
 
     def progress(done: int, total: int) -> None:

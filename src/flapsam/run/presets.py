@@ -1,7 +1,7 @@
-"""Sets of values for a run's fields, by name: ``preset: fast`` in a configuration takes them where it says nothing itself.
+"""Named sets of values for a run's fields. ``preset: fast`` in a configuration fills the fields that it does not give.
 
-``paper`` is arXiv 2407.21739 and its published code: the defaults of the fields themselves. ``fast`` is what was measured to
-reach the same Dice in the least time; ``benchmarks/results/training.md`` says what each value gave.
+``paper`` is arXiv 2407.21739 and its published code, which are the defaults of the fields themselves. ``fast`` reached the
+same Dice in the least measured time. ``benchmarks/results/training.md`` has the measurement of each value.
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 
 def with_preset(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A configuration's tree with a preset's values where the tree has none."""
+    """The tree of a configuration, with the preset's values where the tree has none."""
     filled = dict(tree)
     for field, value in PRESETS[name].items():
         given = tree.get(field, {} if isinstance(value, Mapping) else value)

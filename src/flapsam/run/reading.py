@@ -1,4 +1,4 @@
-"""Reading and writing the descriptions that users give as YAML."""
+"""Reading and writing configurations, which users write as YAML."""
 
 import hashlib
 import json
@@ -14,32 +14,34 @@ from flapsam.base.errors import FlapsamError
 from flapsam.run.config import RunConfig, StrictModel
 
 PATHS = ("data.path", "data.table", "backbone.weights", "output")
-"""Fields of a run that are paths."""
+"""Fields of ``RunConfig`` that are paths."""
 
 Described = TypeVar("Described", bound=StrictModel)
 
 
 def read_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read a configuration. Relative paths in it are relative to its own folder, those in overrides to the current one.
+    """Read a configuration.
+
+    Relative paths in the file are relative to the file's folder, those in overrides to the current folder.
 
     Args:
-        path: a YAML file.
+        path: the YAML file.
         overrides: assignments such as ``training.batch_size=4``, whose right side is YAML.
 
     Raises:
-        FlapsamError: the file is missing or no YAML, or a field is unknown or wrong; the message names the field.
+        FlapsamError: the file is missing or not valid YAML, or a field is unknown or wrong. The message names the field.
     """
     return read_options(path, RunConfig, PATHS, overrides)
 
 
 def read_options(path: Path, model: type[Described], paths: Iterable[str] = (), overrides: Iterable[str] = ()) -> Described:
-    """Read a file that describes something else than a run, in the same way.
+    """Read a configuration of any kind, as ``read_config`` does that of a run.
 
     Args:
-        path: a YAML file.
-        model: what it describes.
-        paths: its fields that are paths.
-        overrides: as for ``read_config``.
+        path: the YAML file.
+        model: the model of its fields.
+        paths: fields of the model that are paths.
+        overrides: assignments, as for ``read_config``.
 
     Raises:
         FlapsamError: as ``read_config``.
@@ -60,10 +62,10 @@ def read_options(path: Path, model: type[Described], paths: Iterable[str] = (), 
 
 
 def validated(tree: Any, model: type[Described], where: str) -> Described:
-    """A description from its fields.
+    """Build a model from a tree of fields.
 
     Raises:
-        FlapsamError: a field is unknown or wrong; the message begins with ``where``.
+        FlapsamError: a field is unknown or wrong. The message begins with ``where``.
     """
     try:
         return model.model_validate(tree)
@@ -72,7 +74,7 @@ def validated(tree: Any, model: type[Described], where: str) -> Described:
 
 
 def write_config(config: RunConfig) -> str:
-    """The configuration as YAML, every field spelled out and paths made absolute."""
+    """The configuration as YAML, with every field written out and every path absolute."""
     tree = config.model_dump(mode="json")
     for field in PATHS:
         _make_relative(tree, field, Path.cwd())
@@ -80,10 +82,10 @@ def write_config(config: RunConfig) -> str:
 
 
 def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
-    """The same run with some fields, such as ``lora.rank``, at other values.
+    """The same configuration with other values for some fields, such as ``lora.rank``.
 
     Raises:
-        FlapsamError: a field is unknown or its value wrong.
+        FlapsamError: a field is unknown or its value is wrong.
     """
     tree = config.model_dump()
     for field, value in changes.items():
@@ -92,28 +94,28 @@ def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
 
 
 def flat(config: RunConfig, *without: str) -> dict[str, str]:
-    """Every field under its dotted name, such as ``training.batch_size``, and its value as text.
+    """Every field's dotted name, such as ``training.batch_size``, with its value as text.
 
     Args:
-        config: the run.
-        without: groups or fields of the first level that are left out.
+        config: the configuration.
+        without: groups or fields of the first level to leave out.
     """
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
 
     def walk(tree: Any, prefix: str) -> None:
         if isinstance(tree, dict) and tree:
             for key, value in tree.items():
                 walk(value, f"{prefix}.{key}" if prefix else str(key))
         else:
-            found[prefix] = str(tree)
+            values[prefix] = str(tree)
 
     walk(config.model_dump(mode="json", exclude=set(without)), "")
-    return found
+    return values
 
 
 def fingerprint(config: RunConfig) -> str:
-    """SHA-256 of all that a run's result may depend on but the machine."""
-    # Without what is at its default, a field that a later version adds changes nothing.
+    """SHA-256 of everything that a run's result may depend on, apart from the machine."""
+    # Defaults are left out, so that a field that a later version adds does not change the fingerprint.
     tree = config.model_dump(mode="json", exclude_defaults=True)
     for field in ("format", "output", "bench", "threads", "device", "licence", "notes", "inference_batch"):
         tree.pop(field, None)
@@ -122,12 +124,12 @@ def fingerprint(config: RunConfig) -> str:
 
 
 def _make_relative(tree: dict[str, Any], field: str, folder: Path) -> None:
-    """Let a path in the tree, if it is there, be relative to ``folder``."""
+    """Resolve a relative path in the tree against ``folder``, if the tree has this field."""
     *parents, last = field.split(".")
     for parent in parents:
         tree = tree.get(parent) if isinstance(tree.get(parent), dict) else {}  # type: ignore[assignment]
     value = tree.get(last)
-    # The name of a backbone may stand in the place of its file.
+    # The value may also be the name of a backbone instead of a file.
     if isinstance(value, str) and (last != "weights" or Path(value).suffix or (folder / value).exists()):
         tree[last] = os.path.normpath(folder / value)
 

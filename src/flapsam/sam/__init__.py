@@ -1,4 +1,4 @@
-"""The network: encoder, decoder, strategies with their adapters, checkpoints."""
+"""The Segment Anything network: encoder, decoder, fine-tuning strategies with their adapters, and checkpoints."""
 
 from flapsam.sam.architecture import ARCHITECTURES, Architecture, architecture
 from flapsam.sam.assembly import Assembled, Origin, assemble, assemble_run

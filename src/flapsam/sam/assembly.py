@@ -1,4 +1,4 @@
-"""From a configuration to a network that is ready to train or to predict."""
+"""Building the network of a configuration, ready for training or prediction."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ class Origin:
 
     checkpoint: Checkpoint
     about: str
-    """The same in words."""
+    """Backbone and loaded tensors in one line, for the user."""
     checksum: str
-    """SHA-256 of the weights that stay."""
+    """SHA-256 of the weights that neither train nor travel."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,19 @@ def assemble(
     frozen: Collection[OutputPart] = (),
     seed: int,
 ) -> Assembled:
-    """Build the backbone, load its weights, add the strategy.
+    """Build the backbone, load its weights and apply the strategy.
 
     Args:
-        backbone: name, weights and input normalisation.
-        image_size: side of the input in pixels; the architecture's default if None.
-        classes: without background.
-        strategy_name: what trains.
-        lora: the adapters, if the strategy has any.
+        backbone: name, weights and input normalisation of the backbone.
+        image_size: side of the input in pixels; None for the architecture's default.
+        classes: number of classes, without the background.
+        strategy_name: name of the strategy, which decides what trains.
+        lora: the configuration of the adapters, if the strategy has any.
         frozen: parts of the decoder's output that do not train.
-        seed: of everything that starts at random.
+        seed: seed of all random initial weights.
 
     Raises:
-        FlapsamError: a name is unknown, the size does not fit, or the checkpoint is not to be had or not right.
+        FlapsamError: a name is unknown, the image size does not fit, or the checkpoint is missing or wrong.
     """
     known = source(backbone.name)
     sizes = architecture(known.architecture)
@@ -68,27 +68,27 @@ def assemble(
         seed=seed_for(seed, "network"),
     )
     checkpoint = find_checkpoint(backbone)
-    state, about = None, "random weights, nothing is pretrained"
+    state, weights = None, "random weights (not pretrained)"
     if checkpoint != RANDOM:
         state = read_checkpoint(checkpoint)
         actual = infer_architecture(state)
         if actual not in (None, known.architecture):
-            raise FlapsamError(f"{checkpoint}: this is a {actual}; set backbone.name to it, it is {backbone.name} now")
-        about = f"{checkpoint.name}: {load_checkpoint(network, state, str(checkpoint))}"
+            raise FlapsamError(f"{checkpoint}: this is a {actual}, not a {backbone.name}; set backbone.name to {actual}")
+        weights = f"{checkpoint.name}: {load_checkpoint(network, state, str(checkpoint))}"
     apply_strategy(network, chosen, lora, frozen=frozen, seed=seed_for(seed, "adapters"))
-    # Warm masks are all alike, and stay alike where nothing trains that a class has for itself.
+    # Warm masks start out identical, and would stay so if no part specific to a class trained.
     output = network.mask_decoder.output
-    apart = [*output.mask_tokens.parameters(), *output.hypernetworks.parameters()]
-    if state is not None and backbone.masks == "warm" and any(parameter.requires_grad for parameter in apart):
+    per_class = [*output.mask_tokens.parameters(), *output.hypernetworks.parameters()]
+    if state is not None and backbone.masks == "warm" and any(parameter.requires_grad for parameter in per_class):
         warm_masks(network, state)
-    return Assembled(network, Origin(checkpoint, f"{backbone.name} with {about}", frozen_checksum(network)))
+    return Assembled(network, Origin(checkpoint, f"{backbone.name} with {weights}", frozen_checksum(network)))
 
 
 def assemble_run(config: RunConfig) -> Assembled:
-    """The network of a run, as ``assemble`` makes it.
+    """Build the network of a run with ``assemble``.
 
     Raises:
-        FlapsamError: as ``assemble``.
+        FlapsamError: as in ``assemble``.
     """
     return assemble(
         config.backbone,

@@ -1,4 +1,4 @@
-"""Backbones for the user: what there is, how to get it, what a file is."""
+"""Listing, downloading and describing backbones, for the command line."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from flapsam.sam.sources import SOURCES, source
 
 
 def list_backbones() -> list[dict[str, str]]:
-    """Every backbone known by name, and where its weights are."""
+    """List every backbone known by name, and where its weights are."""
     rows = []
     for name, known in SOURCES.items():
         path = local_checkpoint(name)
@@ -29,7 +29,7 @@ def list_backbones() -> list[dict[str, str]]:
 
 
 def fetch(name: str, observer: Observer) -> Path:
-    """Download a backbone's weights, unless they are there.
+    """Download a backbone's weights unless they are on this machine, and return their path.
 
     Raises:
         FlapsamError: the name is unknown or the download fails.
@@ -45,10 +45,10 @@ def fetch(name: str, observer: Observer) -> Path:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """What a checkpoint is: names, architecture, size of its images, parameters, checksum, and what its file says.
+    """Describe a checkpoint: architecture, tensor names, image size, parameters, checksum and the file's own metadata.
 
     Raises:
-        FlapsamError: it is no SAM checkpoint.
+        FlapsamError: the file is not a SAM checkpoint.
     """
     state = read_checkpoint(path)
     named = to_own_names(state)
@@ -56,14 +56,14 @@ def describe(path: Path) -> dict[str, Any]:
     grid = named["vision_encoder.pos_embed"].shape[1]
     patch = architecture(name).patch if name else named["vision_encoder.patch_embed.projection.weight"].shape[-1]
     return {
-        "architecture": name or "of no published size",
+        "architecture": name or "unknown size",
         "names": {"meta": "Meta's", "transformers": "those of transformers", "flapsam": "flapsam's own"}[
             naming_of(state) or "meta"
         ],
         "image size": grid * patch,
         "parameters": sum(tensor.numel() for tensor in state.values()),
         "masks": len(named["mask_decoder.output.mask_tokens.weight"]),
-        "SHA-256": checksum(path) if path.is_file() else "a folder has none",
+        "SHA-256": checksum(path) if path.is_file() else "none, since this is a folder",
         **_metadata(path),
     }
 

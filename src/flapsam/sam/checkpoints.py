@@ -1,4 +1,4 @@
-"""Checkpoints in: files of others and our own → the network's names and sizes."""
+"""Loading checkpoints with any known tensor names and any image size into the network."""
 
 import json
 import pickle
@@ -23,77 +23,80 @@ from flapsam.sam.network import Sam
 from flapsam.sam.sources import SOURCES
 
 SHIPPED = Path(__file__).parent / "weights"
-"""Where the weights lie that come with flapsam."""
+"""Folder of the weights that ship with flapsam."""
 
 MASKS = re.compile(r"^mask_decoder\.(iou_prediction_head|output\.mask_tokens|output\.hypernetworks)\.")
-"""What belongs to a model's own masks and means nothing for other classes: it starts afresh."""
+"""Parts specific to a model's own masks. They mean nothing for other classes, so they start with random weights."""
 
 UPSCALING = re.compile(r"^mask_decoder\.output\.upscaling\.")
-"""SAM has two of the four doublings; the others start afresh."""
+"""SAM has two of the four upsampling steps. The other two start with random weights."""
 
 
 @dataclass
 class LoadReport:
-    """What became of a checkpoint's tensors."""
+    """Which tensors were loaded from a checkpoint, and how."""
 
     loaded: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
-    """In the network but not taken from the checkpoint."""
+    """Tensors of the network that the checkpoint did not provide."""
 
     def __str__(self) -> str:
-        return f"{len(self.loaded)} tensors loaded, {len(self.resized)} of them resized, {len(self.new)} new"
+        return f"{len(self.loaded)} tensors loaded ({len(self.resized)} resized), {len(self.new)} new"
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Read a state dictionary: a safetensors file, a ``.pth`` that holds nothing but tensors, or a folder of transformers.
+    """Read the state dictionary of a checkpoint.
+
+    Args:
+        path: a safetensors file, a ``.pth`` that holds nothing but tensors, or a folder that transformers saved.
 
     Raises:
-        FlapsamError: it is missing or truncated, would run code on loading, or is no SAM.
+        FlapsamError: the checkpoint is missing, truncated or not a SAM's, or could run code when loaded.
     """
     if path.is_dir():
         state = {name: tensor for part in _parts(path) for name, tensor in _read_file(part).items()}
     else:
         state = _read_file(path)
     if naming_of(state) is None:
-        raise FlapsamError(f"{path}: not a SAM checkpoint, its tensors are another model's")
+        raise FlapsamError(f"{path}: the tensors are another model's; give a checkpoint of Segment Anything")
     return state
 
 
 def load_checkpoint(network: Sam, state: Mapping[str, Tensor], source: str, *, keep_masks: bool = False) -> LoadReport:
-    """Load a checkpoint, in anyone's names, into a network without adapters.
+    """Load a checkpoint, in any known tensor names, into a network without adapters.
 
-    Everything that fits is taken but the mask tokens, the hypernetworks and the IoU head; of SAM's upscaling that is keys 0,
-    1 and 3.
+    All tensors are loaded except the mask tokens, the hypernetworks and the IoU head. SAM's upscaling provides only the keys
+    0, 1 and 3.
 
     Args:
-        network: changed in place.
-        state: as ``read_checkpoint`` gives it.
-        source: names the checkpoint in messages.
-        keep_masks: take the masks' own parts too, where the checkpoint is for exactly the network's classes.
+        network: the network, changed in place.
+        state: the tensors that ``read_checkpoint`` returns.
+        source: the checkpoint's name in error messages.
+        keep_masks: load the masks' own parts, too, for a checkpoint with exactly the network's classes.
 
     Raises:
-        FlapsamError: the tensors are another model's, or of another size.
+        FlapsamError: a tensor is missing or has another shape.
     """
     named = to_own_names(state)
     if not keep_masks:
         named = {name: tensor for name, tensor in named.items() if not MASKS.match(name)}
     fitted = resize_positions(named, network.sizes, network.image_size)
     report = LoadReport()
-    for name, wanted in network.state_dict().items():
-        given = fitted.get(name)
-        if given is None:
+    for name, current in network.state_dict().items():
+        tensor = fitted.get(name)
+        if tensor is None:
             if not UPSCALING.match(name) and (keep_masks or not MASKS.match(name)):
-                raise FlapsamError(f"{source}: {name} is missing; this is not a SAM checkpoint")
+                raise FlapsamError(f"{source}: the tensor {name} is missing; give a complete SAM checkpoint")
             report.new.append(name)
-        elif given.shape != wanted.shape:
+        elif tensor.shape != current.shape:
             raise FlapsamError(
-                f"{source}: {name} has shape {tuple(given.shape)}, this backbone wants {tuple(wanted.shape)}; "
+                f"{source}: {name} has shape {tuple(tensor.shape)}, this backbone needs {tuple(current.shape)}; "
                 "choose the backbone.name that the checkpoint was made for"
             )
         else:
             report.loaded.append(name)
-            if given is not named[name]:
+            if tensor is not named[name]:
                 report.resized.append(name)
     network.load_state_dict({name: fitted[name] for name in report.loaded}, strict=False)
     return report
@@ -101,14 +104,14 @@ def load_checkpoint(network: Sam, state: Mapping[str, Tensor], source: str, *, k
 
 @torch.no_grad()
 def warm_masks(network: Sam, state: Mapping[str, Tensor]) -> None:
-    """Let every mask start from the checkpoint's first: its token, and what fits of its hypernetwork.
+    """Start every mask from the checkpoint's first mask: its token, and the layers of its hypernetwork that fit.
 
-    The last layer of SAM's hypernetworks is four times as wide and does not fit. Where the checkpoint has no masks, nothing
+    The last layer of SAM's hypernetworks is four times as wide and does not fit. If the checkpoint has no masks, nothing
     changes.
 
     Args:
-        network: changed in place.
-        state: as ``read_checkpoint`` gives it.
+        network: the network, changed in place.
+        state: the tensors that ``read_checkpoint`` returns.
     """
     named = to_own_names(state)
     output = network.mask_decoder.output
@@ -117,16 +120,16 @@ def warm_masks(network: Sam, state: Mapping[str, Tensor]) -> None:
         output.mask_tokens.weight.copy_(token[:1].expand_as(output.mask_tokens.weight))
     for hypernetwork in output.hypernetworks:
         for name, parameter in hypernetwork.named_parameters():
-            given = named.get(f"mask_decoder.output.hypernetworks.0.{name}")
-            if given is not None and given.shape == parameter.shape:
-                parameter.copy_(given)
+            tensor = named.get(f"mask_decoder.output.hypernetworks.0.{name}")
+            if tensor is not None and tensor.shape == parameter.shape:
+                parameter.copy_(tensor)
 
 
 def resize_positions(state: Mapping[str, Tensor], sizes: Architecture, image_size: int) -> dict[str, Tensor]:
-    """Resize position embeddings, bilinearly, to another image size.
+    """Resize position embeddings bilinearly to another image size.
 
-    ``pos_embed`` goes to the new grid; ``rel_pos_h`` and ``rel_pos_w`` of the global blocks to 2·tokens − 1 rows, while
-    windowed blocks keep theirs.
+    ``pos_embed`` is resized to the new token grid. ``rel_pos_h`` and ``rel_pos_w`` of the global blocks are resized to
+    2·tokens − 1 rows, while windowed blocks keep theirs.
     """
     tokens = sizes.tokens(image_size)
     rows = 2 * tokens - 1
@@ -137,40 +140,40 @@ def resize_positions(state: Mapping[str, Tensor], sizes: Architecture, image_siz
             result[name] = grid.permute(0, 2, 3, 1)
         block = re.match(r"vision_encoder\.layers\.(\d+)\.attn\.rel_pos_[hw]$", name)
         if block and int(block[1]) in sizes.global_blocks and len(tensor) != rows:
-            # As an image of one channel, whose width, the head's channels, stays.
+            # Interpolate it as a one-channel image whose width, the channels of a head, stays the same.
             result[name] = F.interpolate(tensor.float()[None, None], (rows, tensor.shape[1]), mode="bilinear")[0, 0]
     return result
 
 
 def infer_architecture(state: Mapping[str, Tensor]) -> str | None:
-    """The name in ``ARCHITECTURES`` that a checkpoint's tensors are of; None for any other size."""
+    """The name in ``ARCHITECTURES`` that fits the shapes of a checkpoint's tensors; None for any other size."""
     named = to_own_names(state)
     try:
         width, _, patch, _ = named["vision_encoder.patch_embed.projection.weight"].shape
         decoder_width = len(named["vision_encoder.neck.conv1.weight"])
         rel_pos = [tensor for name, tensor in named.items() if name.endswith(".attn.rel_pos_h")]
-        found = (width, len(rel_pos), width // rel_pos[0].shape[1], patch, decoder_width)
+        actual = (width, len(rel_pos), width // rel_pos[0].shape[1], patch, decoder_width)
     except (KeyError, IndexError, ValueError):
         return None
     for name, sizes in ARCHITECTURES.items():
-        wanted = (sizes.width, sizes.depth, sizes.heads, sizes.patch, sizes.decoder_width)
-        if found == wanted:
+        expected = (sizes.width, sizes.depth, sizes.heads, sizes.patch, sizes.decoder_width)
+        if actual == expected:
             return name
     return None
 
 
 def _parts(folder: Path) -> list[Path]:
-    """The weight files of a folder that transformers saved."""
+    """The weight files in a folder that transformers saved."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
             return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
         except (ValueError, KeyError, AttributeError) as error:
-            raise FlapsamError(f"{index}: not a readable index of weights") from error
+            raise FlapsamError(f"{index}: not a readable index of weight files; save or download the model again") from error
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).exists():
             return [folder / name]
-    raise FlapsamError(f"{folder}: there is no model.safetensors or pytorch_model.bin in this folder")
+    raise FlapsamError(f"{folder}: no model.safetensors or pytorch_model.bin found; give a folder that transformers saved")
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
@@ -179,38 +182,40 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise FlapsamError(f"{path}: no such checkpoint") from error
+        raise FlapsamError(f"{path}: no such checkpoint; check the path") from error
     except pickle.UnpicklingError as error:
-        raise FlapsamError(f"{path}: holds more than tensors and is not opened; give a plain state dictionary") from error
+        raise FlapsamError(
+            f"{path}: not opened, since it holds more than tensors and could run code; give a plain state dictionary"
+        ) from error
     except (SafetensorError, BadZipFile, EOFError, OSError, RuntimeError, ValueError) as error:
         raise FlapsamError(f"{path}: not a readable checkpoint; is it truncated?") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise FlapsamError(f"{path}: not a state dictionary; give one that maps names to tensors")
+        raise FlapsamError(f"{path}: not a state dictionary; give a file that maps names to tensors")
     return state
 
 
 def find_checkpoint(backbone: Backbone) -> Checkpoint:
-    """The checkpoint of a backbone: the one that it names, else the one that is shipped or was downloaded.
+    """The checkpoint of a backbone: the one in ``backbone.weights``, else the one that ships with flapsam or was downloaded.
 
     Raises:
-        FlapsamError: there is none.
+        FlapsamError: the weights are not on this machine.
     """
     if backbone.weights == RANDOM:
         return RANDOM
     if backbone.weights is not None:
-        # The name of a source may stand in the place of a file.
+        # The name of a known backbone is allowed in place of a file.
         return local_checkpoint(str(backbone.weights)) or Path(backbone.weights)
     path = local_checkpoint(backbone.name)
     if path is None:
         raise FlapsamError(
-            f"backbone {backbone.name}: its weights are not here; run `flapsam backbone get {backbone.name}`, give a "
-            "checkpoint with backbone.weights, or say backbone.weights: random"
+            f"backbone {backbone.name}: its weights are not on this machine; run `flapsam backbone get {backbone.name}`, or "
+            "set backbone.weights to a checkpoint or to random"
         )
     return path
 
 
 def local_checkpoint(name: str) -> Path | None:
-    """The file of a source's weights, if it is on this machine."""
+    """The file of a known backbone's weights, if it is on this machine."""
     known = SOURCES.get(name)
     if known is None:
         return None

@@ -1,4 +1,4 @@
-"""SAM's mask decoder with one mask per class, and an upscaling back to the input's resolution."""
+"""SAM's mask decoder with one mask per class, and upscaling to the input's resolution."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from flapsam.sam.architecture import Architecture
 
 
 class Mlp(nn.Module):
-    """Three linear layers with ReLU between."""
+    """Three linear layers with ReLU in between."""
 
     def __init__(self, width_in: int, width: int, width_out: int) -> None:
         super().__init__()
@@ -23,9 +23,9 @@ class Mlp(nn.Module):
 
 
 class Output(nn.Module):
-    """The decoder's output part, which FLAP-SAM trains whole: mask tokens, upscaling and hypernetworks.
+    """The decoder's output part, all of which FLAP-SAM trains: mask tokens, upscaling and hypernetworks.
 
-    One module, so that PEFT can keep it as ``modules_to_save=["output"]``.
+    It is a single module, so that PEFT can save it with ``modules_to_save=["output"]``.
     """
 
     def __init__(self, sizes: Architecture, masks: int) -> None:
@@ -42,11 +42,11 @@ class Output(nn.Module):
         self.hypernetworks = nn.ModuleList(Mlp(width, width, sizes.upscaling[-1]) for _ in range(masks))
 
     def forward(self, mask_tokens: Tensor, grid: Tensor) -> Tensor:
-        """Logits from what the transformer made of the mask tokens and of the image.
+        """Compute logits from the transformer's outputs.
 
         Args:
-            mask_tokens: (batch, masks, width).
-            grid: (batch, width, tokens, tokens).
+            mask_tokens: the transformed mask tokens (batch, masks, width).
+            grid: the transformed image embedding (batch, width, tokens, tokens).
 
         Returns:
             Logits (batch, masks, 16·tokens, 16·tokens).
@@ -57,7 +57,7 @@ class Output(nn.Module):
 
 
 class MaskDecoder(nn.Module):
-    """Two-way transformer between tokens (IoU, then one a mask) and the image; returns all masks."""
+    """Two-way transformer between tokens (one for the IoU, then one per mask) and the image. It returns all masks."""
 
     def __init__(self, sizes: Architecture, masks: int) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class MaskDecoder(nn.Module):
             hidden_size=width,
             mlp_dim=sizes.decoder_mlp,
             num_attention_heads=sizes.decoder_heads,
-            layer_norm_eps=1e-5,  # SAM's value here; the library's default is another
+            layer_norm_eps=1e-5,  # SAM's value, unlike the default of transformers
         )
         config._attn_implementation = "sdpa"
         self.iou_token = nn.Embedding(1, width)
@@ -78,9 +78,9 @@ class MaskDecoder(nn.Module):
         """Decode an image embedding.
 
         Args:
-            embedding: (batch, width, tokens, tokens) from the image encoder.
-            positions: (1, width, tokens, tokens), the dense position code.
-            prompt: (1, width, 1, 1), the dense prompt embedding.
+            embedding: the image encoder's output (batch, width, tokens, tokens).
+            positions: the dense position encoding (1, width, tokens, tokens).
+            prompt: the dense prompt embedding (1, width, 1, 1).
 
         Returns:
             Logits (batch, masks, 16·tokens, 16·tokens) and predicted IoU (batch, masks).

@@ -1,4 +1,4 @@
-"""SAM's image encoder, from transformers, with the fused query-key-value projection split in three."""
+"""SAM's image encoder from transformers, with the fused query-key-value projection split into three layers."""
 
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from flapsam.sam.architecture import Architecture
 class EncoderAttention(nn.Module):
     """Multi-head self-attention with decomposed relative positions, over a square grid of tokens.
 
-    In SAM the three projections are one layer; apart, low-rank adapters can sit on query and value alone.
+    SAM has one layer for the three projections. Separate layers allow low-rank adapters on query and value alone.
     """
 
     def __init__(self, width: int, heads: int, grid: int) -> None:
@@ -28,12 +28,12 @@ class EncoderAttention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * grid - 1, width // heads))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * grid - 1, width // heads))
-        place = torch.arange(grid)
+        index = torch.arange(grid)
         self.offset: Tensor
-        self.register_buffer("offset", place[:, None] - place[None, :] + grid - 1, persistent=False)
+        self.register_buffer("offset", index[:, None] - index[None, :] + grid - 1, persistent=False)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, None]:
-        """Attend over (batch, height, width, channels); returns the same shape, and no attention weights."""
+        """Attend over tokens (batch, height, width, channels). Return the same shape, and None for the attention weights."""
         batch, height, width, channels = hidden_states.shape
         tokens = hidden_states.reshape(batch, height * width, channels)
         query, key, value = (
@@ -48,14 +48,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, along_h: Tensor, along_w: 
     """Attention over a grid of tokens with decomposed relative positions.
 
     Args:
-        query: (batch, heads, height · width, channels of a head), as key and value.
-        key: what is asked.
-        value: what is mixed.
-        along_h: (height, height, channels of a head), the positions' codes from row to row.
-        along_w: (width, width, channels of a head), from column to column.
+        query: queries (batch, heads, height · width, channels of a head).
+        key: keys of the same shape.
+        value: values of the same shape.
+        along_h: relative position embeddings from row to row (height, height, channels of a head).
+        along_w: relative position embeddings from column to column (width, width, channels of a head).
 
     Returns:
-        (batch, height · width, channels).
+        The attended values (batch, height · width, channels).
     """
     grid = query.unflatten(2, (len(along_h), len(along_w)))
     bias_h = torch.einsum("bnhwc,hkc->bnhwk", grid, along_h)
@@ -87,7 +87,7 @@ def image_encoder(sizes: Architecture, image_size: int) -> SamVisionEncoder:
 
 
 def checkpoint_layers(encoder: SamVisionEncoder) -> None:
-    """In training, let every layer keep only its input, and compute the rest a second time in the backward pass."""
+    """Turn on gradient checkpointing: layers keep only their inputs and recompute the rest in the backward pass."""
     for layer in encoder.layers:
         switched: Any = layer
         switched.gradient_checkpointing = True

@@ -1,4 +1,4 @@
-"""The network as it only predicts: adapters merged into their layers, query, key and value one product again."""
+"""The network for prediction only: adapters merged into their layers, and query, key and value fused into one product."""
 
 from typing import Any
 
@@ -11,15 +11,15 @@ from flapsam.sam.network import Sam
 
 
 class FusedAttention(nn.Module):
-    """What ``EncoderAttention`` computes, with one product for query, key and value, and positions looked up beforehand."""
+    """``EncoderAttention`` with one product for query, key and value, and with relative positions looked up beforehand."""
 
     def __init__(self, attention: EncoderAttention) -> None:
         super().__init__()
         self.heads = attention.heads
-        apart = (attention.q_proj, attention.k_proj, attention.v_proj)
-        self.qkv = nn.utils.skip_init(nn.Linear, apart[0].in_features, 3 * apart[0].out_features)
-        self.qkv.weight = nn.Parameter(torch.cat([layer.weight for layer in apart]), requires_grad=False)
-        self.qkv.bias = nn.Parameter(torch.cat([layer.bias for layer in apart]), requires_grad=False)
+        parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+        self.qkv = nn.utils.skip_init(nn.Linear, parts[0].in_features, 3 * parts[0].out_features)
+        self.qkv.weight = nn.Parameter(torch.cat([layer.weight for layer in parts]), requires_grad=False)
+        self.qkv.bias = nn.Parameter(torch.cat([layer.bias for layer in parts]), requires_grad=False)
         self.proj = attention.proj
         self.along_h: Tensor
         self.along_w: Tensor
@@ -27,7 +27,7 @@ class FusedAttention(nn.Module):
         self.register_buffer("along_w", attention.rel_pos_w[attention.offset].detach())
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, None]:
-        """Attend over (batch, height, width, channels); returns the same shape, and no attention weights."""
+        """Attend over tokens (batch, height, width, channels). Return the same shape, and None for the attention weights."""
         batch, height, width, channels = hidden_states.shape
         tokens = hidden_states.reshape(batch, height * width, channels)
         query, key, value = self.qkv(tokens).view(batch, height * width, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
@@ -36,12 +36,12 @@ class FusedAttention(nn.Module):
 
 
 def fuse(network: Sam) -> Sam:
-    """Merge the adapters and fuse the encoder's attention, in place; what comes out only predicts."""
+    """Merge the adapters and fuse the encoder's attention, in place. The network can only predict afterwards."""
     merge_adapters(network)
     layers: Any = network.vision_encoder.layers
     for layer in layers:
         if layer.window_size == network.image_size // network.sizes.patch:
-            # One window is the whole image; to cut it out and put it back would only copy it.
+            # One window covers the whole image, so cutting it out and putting it back would only copy it.
             layer.window_size = 0
         layer.attn = FusedAttention(layer.attn)
     return network.eval()

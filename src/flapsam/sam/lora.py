@@ -1,7 +1,7 @@
-"""Fitting a strategy to a network, and the tensors that travel.
+"""Applying a strategy to a network, and the tensors that travel.
 
-Names outside this module are the network's own: what PEFT inserts (``base_layer``, ``default``) is left out, so a name is
-the same whether adapters sit on a layer or not.
+Outside this module, parameters have the network's own names. They leave out what PEFT inserts (``base_layer``,
+``default``), so that a name does not depend on whether its layer has an adapter.
 """
 
 import hashlib
@@ -25,21 +25,21 @@ PROJECTIONS: Mapping[Projection, tuple[str, ...]] = {
     "v": ("v_proj",),
     "out": ("attn.proj", "out_proj"),
 }
-"""What an attention's projections are called: the encoder's and the decoder's."""
+"""Projection → names of its layers in the encoder's and the decoder's attention."""
 
 
 def lora_config(lora: Lora, depth: int) -> LoraConfig:
-    """Low-rank adapters of scale 1; A as PEFT starts it, B zero.
+    """PEFT's configuration of low-rank adapters with scale 1. PEFT initialises A, and B starts at zero.
 
     Args:
-        lora: rank, and where they sit.
-        depth: blocks of the image encoder.
+        lora: rank and location of the adapters.
+        depth: number of blocks in the image encoder.
     """
     return LoraConfig(r=lora.rank, lora_alpha=lora.rank, lora_dropout=0.0, bias="none", target_modules=_targets(lora, depth))
 
 
 def _targets(lora: Lora, depth: int) -> list[str] | str:
-    """As PEFT takes them: ends of the layers' names, or a pattern of the whole name where not all layers are meant."""
+    """The adapted layers in PEFT's terms: suffixes of names, or a pattern of the whole name for a part of the network."""
     names = [name for projection in lora.projections for name in PROJECTIONS[projection]]
     if {"encoder", "decoder"} <= set(lora.layers):
         return names
@@ -57,11 +57,11 @@ def apply_strategy(
     """Add the strategy's adapters in place and let only its parameters train.
 
     Args:
-        network: as ``build`` makes it.
-        strategy: what trains.
-        lora: the adapters, if there are any.
+        network: a network from ``build``.
+        strategy: the strategy, which decides what trains.
+        lora: the configuration of the adapters, if the strategy has any.
         frozen: parts of the decoder's output that do not train.
-        seed: of the adapters' random start; the global random state is left as it was.
+        seed: seed of the adapters' initial weights. The global random state stays as it was.
     """
     if strategy.lora:
         with torch.random.fork_rng(devices=[]):
@@ -74,42 +74,42 @@ def apply_strategy(
 
 
 def named_parameters(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """All parameters under their public names."""
+    """Yield all parameters with their public names."""
     for name, parameter in network.named_parameters():
         yield public_name(name), parameter
 
 
 def public_name(name: str) -> str:
-    """The name without what PEFT inserts."""
+    """The name of a parameter without what PEFT inserts."""
     return name.replace(".base_layer.", ".").replace(f".{ADAPTER}.", ".")
 
 
 def travelling(network: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train and travel, in the order of their names."""
+    """The parameters that train and travel, sorted by name."""
     return dict(sorted((name, p) for name, p in named_parameters(network) if p.requires_grad))
 
 
 def travelling_state(network: nn.Module) -> dict[str, Tensor]:
-    """A copy on the CPU of the tensors that travel."""
+    """Copy the tensors that travel to the CPU."""
     return tensors_of(network, travelling(network))
 
 
 def load_travelling(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Set the tensors that travel, and others if they are given.
+    """Load the tensors that travel, and any others among ``tensors``.
 
     Raises:
-        ValueError: one that travels is missing, or a name or shape is not the network's.
+        ValueError: a tensor that travels is missing, or a name or shape is not the network's.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in named_parameters(network)}
-    odd = {name for name, tensor in tensors.items() if shapes.get(name) != tuple(tensor.shape)}
-    odd |= travelling(network).keys() - tensors.keys()
-    if odd:
-        raise ValueError(f"{len(odd)} tensors differ in name or shape, the first is {min(odd)}")
+    mismatched = {name for name, tensor in tensors.items() if shapes.get(name) != tuple(tensor.shape)}
+    mismatched |= travelling(network).keys() - tensors.keys()
+    if mismatched:
+        raise ValueError(f"{len(mismatched)} tensors differ in name or shape, the first is {min(mismatched)}")
     load_tensors(network, tensors)
 
 
 def load_tensors(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Set parameters by their public names."""
+    """Load parameters by their public names."""
     with torch.no_grad():
         for name, parameter in named_parameters(network):
             if name in tensors:
@@ -117,19 +117,19 @@ def load_tensors(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def tensors_of(network: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
-    """A copy on the CPU of the parameters with these public names, in the order of the names."""
+    """Copy the parameters with these public names to the CPU in float32, sorted by name."""
     chosen = sorted((name, parameter) for name, parameter in named_parameters(network) if name in names)
     return {name: parameter.detach().to("cpu", torch.float32, copy=True) for name, parameter in chosen}
 
 
 def adapted_weights(names: Collection[str]) -> set[str]:
-    """Names of the own weights of the layers whose adapters are among these."""
+    """Names of the base weights of the layers whose adapters are among ``names``."""
     return {name.removesuffix(".lora_A.weight") + ".weight" for name in names if name.endswith(".lora_A.weight")}
 
 
 @contextmanager
 def only_these_train(network: nn.Module, names: Collection[str]) -> Iterator[None]:
-    """Of the parameters that train, let for a while only those with these public names do so."""
+    """Until the context ends, freeze the trainable parameters that are not among these public names."""
     resting = [parameter for name, parameter in travelling(network).items() if name not in names]
     for parameter in resting:
         parameter.requires_grad_(False)
@@ -141,7 +141,7 @@ def only_these_train(network: nn.Module, names: Collection[str]) -> Iterator[Non
 
 
 def merge_adapters(network: Sam) -> Sam:
-    """Add the low-rank products to the layers that they adapt, in place; plain layers are left, and none trains."""
+    """Add the low-rank products to the layers that they adapt, in place. Only plain layers remain, and none trains."""
     for name, module in list(network.named_modules()):
         if isinstance(module, BaseTunerLayer):
             module.merge()
@@ -151,7 +151,7 @@ def merge_adapters(network: Sam) -> Sam:
 
 
 def frozen_checksum(network: Sam) -> str:
-    """SHA-256 over all that stays at home: an adapter is right only on top of exactly these weights."""
+    """SHA-256 of all weights that do not travel. An adapter is valid only on top of exactly these."""
     digest = hashlib.sha256()
     stays = {name: p for name, p in named_parameters(network) if not p.requires_grad}
     stays |= {public_name(name): buffer for name, buffer in network.named_buffers()}

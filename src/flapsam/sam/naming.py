@@ -1,4 +1,4 @@
-"""The names that a SAM's tensors go by: Meta's, those of transformers, and the network's own."""
+"""The names of a SAM's tensors, converted between Meta's, those of transformers and the network's own."""
 
 import re
 from collections.abc import Mapping
@@ -41,14 +41,14 @@ FROM_TRANSFORMERS: tuple[tuple[str, str], ...] = (
     (r"\.proj_in\.", ".layers.0."),
     (r"\.proj_out\.", ".layers.2."),
 )
-"""Others' names → the network's, applied in order."""
+"""Patterns in others' names → the network's names, applied in order."""
 
 OWN = "flapsam."
-"""Stands before names that SAM does not have, in a file that is otherwise in the names of transformers."""
+"""Prefix of tensors that SAM does not have, in a file that otherwise has the names of transformers."""
 
 
 def naming_of(state: Mapping[str, Tensor]) -> Naming | None:
-    """Whose names these are; None if they are no SAM's."""
+    """The naming scheme of a state dictionary; None if it is not a SAM's."""
     if any(name.startswith("image_encoder.patch_embed.") for name in state):
         return "meta"
     if any(name.startswith("vision_encoder.patch_embed.") for name in state):
@@ -86,10 +86,10 @@ TO_TRANSFORMERS: tuple[tuple[str, str], ...] = (
 
 
 def to_transformers_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the network's tensors to those of transformers' SAM, where it has them, and fuse query, key and value.
+    """Rename tensors from the network's names to those of transformers, and fuse query, key and value.
 
-    What SAM lacks keeps its name behind ``OWN``: the hypernetworks, which are narrower here, and the last two doublings; all
-    four where the first two are not as wide as SAM's.
+    Tensors that SAM does not have keep their names, with ``OWN`` in front. These are the hypernetworks, which are narrower
+    here, and the last two upsampling steps, or all four if the first two are not as wide as SAM's.
     """
     width = state["mask_decoder.output.mask_tokens.weight"].shape[1]
     like_sam = state["mask_decoder.output.upscaling.3.weight"].shape[:2] == (width // 4, width // 8)

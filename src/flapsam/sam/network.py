@@ -1,4 +1,4 @@
-"""The whole network: images in, one logit map per class and background out, no prompts."""
+"""The whole network: from images to one logit map per class and one for the background, without prompts."""
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ PIXELS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]]
 
 
 class Sam(nn.Module):
-    """Segment Anything without prompts, for ``masks`` classes with background (FLAP-SAM, arXiv 2407.21739)."""
+    """Segment Anything without prompts, for ``masks`` classes including the background (FLAP-SAM, arXiv 2407.21739)."""
 
     def __init__(self, sizes: Architecture, *, image_size: int, masks: int, pixels: str = "paper") -> None:
         super().__init__()
@@ -34,24 +34,24 @@ class Sam(nn.Module):
         self.register_buffer("pixel_deviation", torch.tensor(deviation)[:, None, None], persistent=False)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images (batch, 3, size, size) in [0, 1] → embedding (batch, decoder width, tokens, tokens)."""
+        """Encode images (batch, 3, size, size) in [0, 1] as an embedding (batch, decoder width, tokens, tokens)."""
         return self.vision_encoder((images - self.pixel_mean) / self.pixel_deviation).last_hidden_state
 
     def decode(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """Embedding → logits (batch, masks, size, size) and predicted IoU (batch, masks)."""
+        """Decode an embedding into logits (batch, masks, size, size) and predicted IoU (batch, masks)."""
         prompt = self.prompt_encoder.no_mask_embed.weight[:, :, None, None]
         return self.mask_decoder(embedding, self._positions(), prompt)
 
     def logits(self, embedding: Tensor) -> Tensor:
-        """Embedding → logits (batch, masks, size, size)."""
+        """Decode an embedding into logits (batch, masks, size, size) alone."""
         return self.decode(embedding)[0]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (batch, 1 or 3, size, size) in [0, 1] → logits (batch, masks, size, size); grey is repeated."""
+        """Segment images (batch, 1 or 3, size, size) in [0, 1] into logits (batch, masks, size, size). Grey is repeated."""
         return self.logits(self.embed(images.expand(-1, 3, -1, -1)))
 
     def _positions(self) -> Tensor:
-        """The dense position code of the tokens' centres: (1, decoder width, tokens, tokens)."""
+        """The dense position encoding of the tokens' centres (1, decoder width, tokens, tokens)."""
         tokens = self.sizes.tokens(self.image_size)
         centres = (torch.arange(tokens, device=self.pixel_mean.device) + 0.5) / tokens
         y, x = torch.meshgrid(centres, centres, indexing="ij")
@@ -59,7 +59,7 @@ class Sam(nn.Module):
 
 
 def _prompt_encoder(sizes: Architecture, image_size: int) -> SamPromptEncoder:
-    """SAM's prompt encoder; its random position matrix is a constant, as in SAM, not a parameter as in transformers."""
+    """Build SAM's prompt encoder. Its random position matrix is a buffer as in SAM, not a parameter as in transformers."""
     config = SamConfig(
         vision_config=SamVisionConfig(num_pos_feats=sizes.decoder_width // 2, hidden_size=sizes.decoder_width),
         prompt_encoder_config=SamPromptEncoderConfig(
@@ -75,17 +75,17 @@ def _prompt_encoder(sizes: Architecture, image_size: int) -> SamPromptEncoder:
 
 
 def build(sizes: Architecture, *, image_size: int, classes: int, pixels: str = "paper", seed: int = 0) -> Sam:
-    """Build a network with random weights that depend on ``seed`` alone.
+    """Build a network with random weights that depend only on ``seed``.
 
-    Linear layers, convolutions and norms start as PyTorch starts them (as in Meta's code); positions of the patches from a
-    normal distribution of deviation 0.02, relative positions from zero.
+    Linear layers, convolutions and norms have PyTorch's default initialisation, as in Meta's code. Position embeddings of
+    the patches are drawn from a normal distribution with standard deviation 0.02. Relative positions start at zero.
 
     Args:
         sizes: the architecture.
-        image_size: side of the square input in pixels, a multiple of the patch.
-        classes: without background.
-        pixels: a preset of ``PIXELS``.
-        seed: of the random weights; the global random state is left as it was.
+        image_size: side of the square input in pixels, a multiple of the patch size.
+        classes: number of classes, without the background.
+        pixels: name of the input normalisation in ``PIXELS``.
+        seed: seed of the random weights. The global random state stays as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Where backbones come from, and what their makers fed them."""
+"""Where backbones come from, and the input normalisation that they were trained with."""
 
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -11,19 +11,19 @@ HUB = "https://huggingface.co/{}/resolve/main/{}"
 
 @dataclass(frozen=True)
 class Source:
-    """A set of weights that can be had by name."""
+    """A backbone known by name: its architecture, and where to get its weights."""
 
     name: str
     architecture: str
     pixels: str
-    """What its makers normalised the input with, a preset of ``PIXELS``."""
+    """Input normalisation in the backbone's own training, as a name in ``PIXELS``."""
     licence: str
     url: str | None = None
     """None for weights that ship with flapsam."""
     file: str = ""
-    """Name of the file that it is kept under."""
+    """Name of the local file with the weights."""
     sha256: str = ""
-    """First digits of the file's checksum, where its makers tell them."""
+    """First digits of the file's checksum, if its publisher states them."""
 
 
 def _meta(name: str, digits: str) -> Source:
@@ -44,18 +44,18 @@ _ALL = (
     _hub("facebook/sam-vit-base", "sam-vit-b", "sam"),
     _hub("facebook/sam-vit-large", "sam-vit-l", "sam"),
     _hub("facebook/sam-vit-huge", "sam-vit-h", "sam"),
-    # MedSAM was trained on pixels scaled to [0, 1]; its authors keep their own file, in Meta's names, beside the library's.
+    # MedSAM was trained on pixels in [0, 1]. Its repository also has a file for transformers; this one has Meta's names.
     _hub("wanglab/medsam-vit-base", "sam-vit-b", "paper", "medsam_vit_b.pth"),
 )
 
 SOURCES: dict[str, Source] = {source.name: source for source in _ALL}
-"""Name → where its weights come from."""
+"""Name → source of the weights."""
 
 
 def source(name: str) -> Source:
     """The source of this name.
 
     Raises:
-        FlapsamError: there is none.
+        FlapsamError: the name is unknown.
     """
     return choose("backbone", name, SOURCES)

@@ -1,4 +1,4 @@
-"""What trains and travels, as data (FLAP-SAM, arXiv 2407.21739, Figure 1)."""
+"""Fine-tuning strategies, as lists of what trains and travels (FLAP-SAM, arXiv 2407.21739, Figure 1)."""
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,12 +15,12 @@ class Strategy:
     name: str
     paper_name: str
     lora: bool
-    """Adapters on every query and value projection, in the encoder and in the decoder; they train and travel."""
+    """Whether attention projections get adapters, which train and travel. The configuration's ``lora`` says which."""
     trains: tuple[str, ...]
-    """Shell-style patterns of the parameters' names."""
+    """Shell-style patterns of the names of SAM's own parameters that train."""
 
     def selects(self, parameter: str) -> bool:
-        """Whether a parameter of this name trains and travels."""
+        """Whether the parameter with this name trains and travels."""
         return ".lora_" in parameter or any(fnmatchcase(parameter, pattern) for pattern in self.trains)
 
 
@@ -47,6 +47,6 @@ def strategy(name: str) -> Strategy:
     """The strategy of this name.
 
     Raises:
-        FlapsamError: there is none.
+        FlapsamError: the name is unknown.
     """
     return choose("strategy", name, STRATEGIES)

@@ -1,4 +1,4 @@
-"""Who holds which cases: sites, cases, splits and labels, and one small file per data set or layout."""
+"""Sites, cases, splits and label values, with one small module per data set or layout."""
 
 from flapsam.sites.case import Case, CaseList, Site
 from flapsam.sites.dataset import Dataset, Download

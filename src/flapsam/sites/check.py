@@ -1,4 +1,4 @@
-"""Everything that is wrong with a data set, at once, before any training."""
+"""A check that reads a whole data set and reports all its problems at once, before any training."""
 
 import hashlib
 from collections.abc import Callable
@@ -21,29 +21,30 @@ Result = TypeVar("Result")
 
 @dataclass
 class Check:
-    """What a check found."""
+    """Result of a check."""
 
     problems: list[str]
     values: set[int] = field(default_factory=set)
-    """In the label maps, but 0."""
+    """Values found in the label maps, except 0."""
     images: dict[bytes, Path] = field(default_factory=dict)
-    """By content."""
+    """SHA-256 digest of an image's voxels → the first file with them."""
 
 
 def check_data(path: Path, run: RunConfig | None, values: list[int], observer: Observer) -> tuple[dict[str, int], Check]:
-    """Read every case of a folder.
+    """Check every case of a folder.
 
     Args:
         path: the data's folder.
-        run: says how they are read and which label values are classes.
-        values: without a run, the label values that may occur; without any, the data's own description says, or all may.
-        observer: is told of the cases.
+        run: the configuration that says how the data are read and which label values are classes.
+        values: label values that may occur, if there is no run. Without them, the data's own description lists the values,
+            and where it does not, any value may occur.
+        observer: follows the check.
 
     Returns:
-        Cases by site, and what is wrong.
+        Number of cases by site, and the result of the check.
 
     Raises:
-        FlapsamError: the folder or its layout is wrong.
+        FlapsamError: the folder does not exist, or its layout is unknown or broken.
     """
     labels: dict[str, ClassValues] = {str(value): value for value in values}
     if run:
@@ -53,23 +54,24 @@ def check_data(path: Path, run: RunConfig | None, values: list[int], observer: O
         data = Data(path=path, labels=labels or {"any": 1})
     sites, problems = read_found(data, run.seed if run else 0)
     observer.begin("cases", sum(len(site.cases) for site in sites))
-    found = check_sites(sites, problems, data if run or labels else None, observer.step)
+    checked = check_sites(sites, problems, data if run or labels else None, observer.step)
     observer.end()
-    return {site.name: len(site.cases) for site in sites}, found
+    return {site.name: len(site.cases) for site in sites}, checked
 
 
 def check_sites(
     sites: list[Site], problems: list[str], data: Data | None, on_case: Callable[[], None] = lambda: None
 ) -> Check:
-    """Read every case of every site.
+    """Check every case of every site.
 
     Args:
-        sites: as ``read_found`` gives them.
-        problems: that it found; the check's own follow.
-        data: says which label values are classes; without it any may be.
+        sites: the sites that ``read_found`` returns.
+        problems: the problems that ``read_found`` returns. The result lists them before those of the check.
+        data: the configuration that says which label values are classes. Without it, any value is accepted.
         on_case: called after every case.
     """
-    check = Check([*problems, *(f"site {site.name}: it has no training case" for site in sites if not site.of("train"))])
+    without_training = [site.name for site in sites if not site.of("train")]
+    check = Check([*problems, *(f"site {name}: it has no training case; add one" for name in without_training)])
     for site in sites:
         mapping = label_map(data, site.name) if data else None
         for case in site.cases:
@@ -94,19 +96,19 @@ def _tried(check: Check, function: Callable[..., Result], *arguments: Any) -> Re
 
 def _check_image(check: Check, case: Case, image: Volume) -> None:
     if image.array.min() == image.array.max():
-        check.problems.append(f"{case.image}: all its voxels are {image.array.min():g}, so there is nothing to see")
+        check.problems.append(f"{case.image}: all voxels are {image.array.min():g}; replace the image or leave the case out")
         return
     content = hashlib.sha256(f"{image.array.shape}{image.array.dtype}".encode() + _bytes(image.array)).digest()
-    other = check.images.setdefault(content, case.image)
-    if other != case.image:
-        check.problems.append(f"{case.image}: the same voxels as {other}; leave one out")
+    first = check.images.setdefault(content, case.image)
+    if first != case.image:
+        check.problems.append(f"{case.image}: the image has the same voxels as {first}; leave one of the two cases out")
 
 
 def _check_label(check: Check, case: Case, label: Volume, mapping: LabelMap | None) -> None:
     check.values |= set(np.unique(label.array).tolist()) - {0}
     classes = label.array if mapping is None else _tried(check, mapping.apply, label.array, case.label)
     if classes is not None and not (classes > 0).any():
-        check.problems.append(f"{case.label}: no voxel belongs to a class; leave the case out unless it is healthy")
+        check.problems.append(f"{case.label}: no voxel belongs to a class; leave the case out unless the subject is healthy")
 
 
 def _bytes(array: NDArray) -> bytes:

@@ -1,4 +1,4 @@
-"""What every data set is: how it is read, and what its users ought to know."""
+"""Description of a data set: how flapsam reads it, and what its users need to know."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,41 +10,41 @@ from flapsam.sites.case import CaseList
 
 @dataclass(frozen=True)
 class Download:
-    """A file that anyone may fetch."""
+    """An archive that anyone may download."""
 
     url: str
     folder: str
-    """What is in the archive."""
+    """Folder that the archive unpacks to."""
     md5: str = ""
-    """As its makers give it, if they do."""
+    """Checksum that the publisher states; empty if there is none."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set, or a layout in which any data may lie."""
+    """A particular data set, or a folder layout for any data."""
 
     name: str
     read: Callable[[Path], CaseList]
-    """From the data's folder to its cases."""
+    """Function from the data's folder to its cases."""
     recognises: Callable[[Path], bool]
-    """Whether a folder looks like it."""
+    """Whether a folder looks like this data set or layout."""
     layout: str
-    """Where images and label maps lie."""
+    """Paths of images and label maps, shown to users."""
     labels: Callable[[Path], Mapping[str, ClassValues]] = lambda path: {}
-    """Class → value or values, where the data themselves or their makers say; else nothing."""
+    """Class → label value or values, where the data or their publisher define them; empty otherwise."""
     title: str = "any data"
     modality: str = "any"
-    sites: str = "as they are"
+    sites: str = "as in the data"
     shapes: str = "any"
     size: str = "any"
     source: str = "yours"
     licence: str = "yours"
     citation: str = "–"
-    how: str = "They are yours already."
-    """How to get it, where it cannot be downloaded."""
+    how: str = "This is a layout for your own data."
+    """How to obtain data that flapsam cannot download."""
     download: Download | None = None
 
     @property
     def named(self) -> bool:
-        """Whether this is one data set, and not a layout."""
+        """Whether this is a particular data set and not a layout."""
         return self.title != "any data"

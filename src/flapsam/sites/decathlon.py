@@ -1,8 +1,8 @@
-"""The layout of the Medical Segmentation Decathlon (MSD), and of nnU-Net v1, which follows it.
+"""Layout of the Medical Segmentation Decathlon (MSD), and of nnU-Net v1, which follows it.
 
-``TaskNN_Name/dataset.json`` lists pairs under ``training``; labels are value → name. Several modalities are the fourth
-axis of one file, in nnU-Net v1 files ``CASE_0000.nii.gz``, ``CASE_0001.nii.gz``, … that the list names without the
-number.
+``TaskNN_Name/dataset.json`` lists pairs of image and label map under ``training``, and maps label values to names under
+``labels``. The decathlon stores several modalities along the fourth axis of one file. nnU-Net v1 stores one file per
+modality, ``CASE_0000.nii.gz``, ``CASE_0001.nii.gz``, …, and lists them without the number.
 """
 
 import json
@@ -18,57 +18,64 @@ from flapsam.volumes import case_name
 
 DESCRIPTION = "dataset.json"
 SITE = "all"
-"""Such data do not say who holds what."""
+"""Name of the only site, since this layout does not say who holds which case."""
 
 
 def read(path: Path) -> CaseList:
-    """All training pairs, at one site; the files of the makers' own test have no label maps.
+    """Read all training pairs as cases of one site.
+
+    The publisher's test images are left out, since they have no label maps.
 
     Raises:
-        FlapsamError: the description cannot be read.
+        FlapsamError: ``dataset.json`` cannot be read or does not list pairs.
     """
     cases, problems = [], []
     for pair in read_description(path, "training")["training"]:
         try:
             image, label = path / pair["image"], path / pair["label"]
         except (TypeError, KeyError) as error:
-            raise FlapsamError(f"{path / DESCRIPTION}: training must list pairs of image and label") from error
+            raise FlapsamError(
+                f"{path / DESCRIPTION}: 'training' must list pairs; write each as "
+                '{"image": "imagesTr/CASE.nii.gz", "label": "labelsTr/CASE.nii.gz"}'
+            ) from error
         name = case_name(image)
         images = [image] if image.exists() else sorted(image.parent.glob(f"{name}_[0-9][0-9][0-9][0-9].nii.gz"))
         if images and label.exists():
             cases.append(Case(name, SITE, name, images[0], label, other_images=tuple(images[1:])))
-        for there, file, kind in ((images, image, "image"), (label.exists(), label, "label map")):
-            if not there:
-                problems.append(f"{file}: the {kind} of case {name} is missing; {DESCRIPTION} names it")
+        for exists, file, kind in ((images, image, "image"), (label.exists(), label, "label map")):
+            if not exists:
+                problems.append(
+                    f"{file}: the {kind} of case {name} is missing; add it or remove the case from {DESCRIPTION}"
+                )
     return CaseList(sorted(cases, key=lambda case: case.name), problems)
 
 
 def labels(path: Path) -> Mapping[str, ClassValues]:
-    """Class → value, without background."""
+    """Class → label value, without the background."""
     names = read_description(path, "training").get("labels", {})
     return {plain(name): int(value) for value, name in names.items() if int(value) != 0}
 
 
 def read_description(path: Path, wanted: str) -> dict[str, Any]:
-    """``dataset.json``, which must have a key ``wanted``.
+    """Read ``dataset.json``, which must have the key ``wanted``.
 
     Raises:
-        FlapsamError: it is missing or another kind of file.
+        FlapsamError: the file cannot be read, is not valid JSON, or lacks the key.
     """
     file = path / DESCRIPTION
     try:
         description = json.loads(file.read_text())
     except OSError as error:
-        raise FlapsamError(f"{file}: cannot be read ({error.strerror}); this layout needs it") from error
+        raise FlapsamError(f"{file}: cannot be read ({error.strerror}); the layouts msd and nnunet need it") from error
     except ValueError as error:
-        raise FlapsamError(f"{file}: not valid JSON") from error
+        raise FlapsamError(f"{file}: not valid JSON ({error}); fix or restore the file") from error
     if not isinstance(description, dict) or wanted not in description:
-        raise FlapsamError(f"{file}: '{wanted}' is missing; is this another layout?")
+        raise FlapsamError(f"{file}: the key '{wanted}' is missing; add it or choose another data.layout")
     return description
 
 
 def glance(path: Path) -> dict[str, Any]:
-    """``dataset.json``, or nothing where there is none that can be read."""
+    """The contents of ``dataset.json``, or an empty dictionary if it is missing or cannot be read."""
     try:
         description = json.loads((path / DESCRIPTION).read_text())
     except (OSError, ValueError):
@@ -77,7 +84,7 @@ def glance(path: Path) -> dict[str, Any]:
 
 
 def plain(name: str) -> str:
-    """A class's name as configurations have it."""
+    """A class name as configurations write it, in lower case and with underscores."""
     return name.strip().lower().replace(" ", "_")
 
 
@@ -87,5 +94,5 @@ DATASET = Dataset(
     recognises=lambda path: isinstance(glance(path).get("training"), list),
     labels=labels,
     layout="dataset.json, imagesTr/CASE.nii.gz, labelsTr/CASE.nii.gz",
-    sites="one; data.simulated_sites deals the subjects out, data.table says who holds what",
+    sites="one; simulate more with data.simulated_sites, or assign cases to sites with data.table",
 )

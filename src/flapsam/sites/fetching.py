@@ -1,4 +1,4 @@
-"""Data sets for the user: what each is, and how to get it."""
+"""Descriptions and downloads of data sets, for the command line."""
 
 import shutil
 import tarfile
@@ -14,10 +14,10 @@ from flapsam.sites import DATASETS
 
 
 def about(name: str) -> dict[str, str]:
-    """What there is to know of a data set.
+    """Describe a data set.
 
     Raises:
-        FlapsamError: there is none of that name.
+        FlapsamError: the name is unknown.
     """
     dataset = choose("data set", name, DATASETS)
     labels = dict(dataset.labels(Path())) if dataset.named else {}
@@ -25,7 +25,7 @@ def about(name: str) -> dict[str, str]:
         "what": dataset.title,
         "modality": dataset.modality,
         "files": dataset.layout,
-        "classes": ", ".join(f"{label}: {value}" for label, value in labels.items()) or "as dataset.json or you say",
+        "classes": ", ".join(f"{label}: {value}" for label, value in labels.items()) or "from dataset.json or data.labels",
         "sites": dataset.sites,
         "shapes": dataset.shapes,
         "size": dataset.size,
@@ -37,24 +37,33 @@ def about(name: str) -> dict[str, str]:
 
 
 def fetch_data(name: str, folder: Path, observer: Observer) -> Path:
-    """Download and unpack a data set; returns where its files are.
+    """Download and unpack a data set.
+
+    Args:
+        name: the name of the data set.
+        folder: the folder to unpack into.
+        observer: follows the download.
+
+    Returns:
+        The data set's own folder in ``folder``.
 
     Raises:
-        FlapsamError: the name is unknown, the files are not for everyone or there already, or the download fails.
+        FlapsamError: the name is unknown, the data set is not open to everyone, its folder already exists, or the download
+            fails.
     """
     dataset = choose("data set", name, DATASETS)
     if dataset.download is None:
-        raise FlapsamError(f"{name}: it cannot be downloaded from here. {dataset.how}")
+        raise FlapsamError(f"{name}: flapsam cannot download this. {dataset.how}")
     place = folder / dataset.download.folder
     if place.exists():
-        raise FlapsamError(f"{place}: it is there already; remove it to fetch it anew")
+        raise FlapsamError(f"{place}: already exists; remove it to download it again")
     make_folder(folder)
     archive = folder / dataset.download.url.rsplit("/", 1)[-1]
     download(dataset.download.url, archive, md5=dataset.download.md5, on_bytes=watched(observer, name))
     observer.end()
     unpacked = Path(tempfile.mkdtemp(prefix=".part-", dir=folder))
     try:
-        # Nothing outside the folder is written, and no link or device; zip archives hold none.
+        # Neither way writes outside the folder or creates devices: the filter refuses that in tar archives, shutil in zip.
         if archive.suffix == ".zip":
             shutil.unpack_archive(archive, unpacked)
         else:
@@ -62,7 +71,7 @@ def fetch_data(name: str, folder: Path, observer: Observer) -> Path:
         inside = unpacked / dataset.download.folder
         (inside if inside.is_dir() else unpacked).rename(place)
     except (shutil.ReadError, tarfile.TarError, zipfile.BadZipFile, OSError, ValueError) as error:
-        raise FlapsamError(f"{archive}: it cannot be unpacked; remove it and run this again") from error
+        raise FlapsamError(f"{archive}: cannot be unpacked; remove it and run the same command again") from error
     finally:
         shutil.rmtree(unpacked, ignore_errors=True)
     archive.unlink()

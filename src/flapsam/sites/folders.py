@@ -1,8 +1,8 @@
-"""The plain layout: one folder a site.
+"""The plain layout: one folder per site.
 
-``SITE/images/CASE.nii.gz`` with ``SITE/labels/CASE.nii.gz``, or for one site alone the same without ``SITE``; and optionally
-``sites.csv`` beside them with columns ``case,site`` and, if wanted, ``split`` (train, val, test) and ``subject``. Where the
-table is present, only the cases in it are used.
+Every case has ``SITE/images/CASE.nii.gz`` and ``SITE/labels/CASE.nii.gz``. Data of a single site may leave out ``SITE``. An
+optional ``sites.csv`` beside them has the columns ``case,site`` and, if known, ``split`` (train, val, test) and ``subject``.
+If that table exists, only its cases are used.
 """
 
 from pathlib import Path
@@ -17,34 +17,36 @@ TABLE = "sites.csv"
 
 
 def read(path: Path) -> CaseList:
-    """All cases of the data set.
+    """Read all cases of the folder, or those in ``sites.csv``.
 
     Raises:
-        FlapsamError: no site folder, or a table that cannot be read.
+        FlapsamError: there are no images, or the table is wrong.
     """
     images, labels = _files(path, "images"), _files(path, "labels")
     if not images:
-        raise FlapsamError(f"{path}: no SITE/images/CASE.nii.gz found; put one folder a site there")
+        raise FlapsamError(
+            f"{path}: no SITE/images/CASE.nii.gz found; create one folder per site, with images and labels in it"
+        )
     table = path / TABLE
     rows = read_table(table) if table.exists() else [{"site": site, "case": name} for site, name in images]
 
     def files(row: Row) -> tuple[Path, Path]:
-        place, folder = (row["site"], row["case"]), path if _is_one_site(path) else path / row["site"]
+        key, folder = (row["site"], row["case"]), path if _is_one_site(path) else path / row["site"]
         name = f"{row['case']}.nii.gz"
-        return images.get(place) or folder / "images" / name, labels.get(place) or folder / "labels" / name
+        return images.get(key) or folder / "images" / name, labels.get(key) or folder / "labels" / name
 
-    found = found_by(rows, files, f"{TABLE} names it" if table.exists() else "add it or leave the image out")
-    unused = [] if table.exists() else [labels[place] for place in labels if place not in images]
-    return CaseList(
-        found.cases, [*found.problems, *(f"{label}: its image is missing; add it or remove this" for label in unused)]
-    )
+    advice = f"add it or remove the case from {TABLE}" if table.exists() else "add it or leave the image out"
+    listed = found_by(rows, files, advice)
+    unused = [] if table.exists() else [label for key, label in labels.items() if key not in images]
+    problems = [f"{label}: this label map has no image; add the image or remove the label map" for label in unused]
+    return CaseList(listed.cases, [*listed.problems, *problems])
 
 
 def _files(path: Path, folder: str) -> dict[tuple[str, str], Path]:
-    """Site and case → file."""
+    """Files in every site's ``folder`` (images or labels), by site and case."""
     parts = [part for part in (path / folder,) if part.is_dir()] if _is_one_site(path) else sorted(path.glob(f"*/{folder}"))
-    found = (file for part in parts for file in sorted(part.iterdir()) if is_nifti(file))
-    return {(file.parent.parent.name, case_name(file)): file for file in found}
+    files = (file for part in parts for file in sorted(part.iterdir()) if is_nifti(file))
+    return {(file.parent.parent.name, case_name(file)): file for file in files}
 
 
 def _is_one_site(path: Path) -> bool:
@@ -56,5 +58,5 @@ DATASET = Dataset(
     read=read,
     recognises=lambda path: _is_one_site(path) or any(path.glob("*/images")),
     layout="SITE/images/CASE.nii.gz, SITE/labels/CASE.nii.gz, optionally sites.csv",
-    sites="one folder each",
+    sites="one folder per site",
 )

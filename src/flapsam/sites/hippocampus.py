@@ -1,9 +1,9 @@
 """Hippocampus of the Medical Segmentation Decathlon (task 4): T1 MRI, anterior and posterior part, 135 of its 260 pairs.
 
-The decathlon's layout. All cases come from one hospital; six sites are made from differences in the files (stored type,
-origin, size and brightness), so they are no hospitals. Numbers 2k − 1 and 2k are the two hippocampi of one subject.
-Licence CC BY-SA 4.0. A. L. Simpson et al., arXiv 1902.09063 (2019); M. Antonelli et al., Nature Communications 13, 4128
-(2022).
+The files have the decathlon's layout. All cases come from one hospital. The six sites are simulated from differences
+between the files (stored type, origin, size and brightness), so they do not stand for hospitals. Cases 2k − 1 and 2k are
+the two hippocampi of one subject. Licence CC BY-SA 4.0. A. L. Simpson et al., arXiv 1902.09063 (2019); M. Antonelli et
+al., Nature Communications 13, 4128 (2022).
 """
 
 from pathlib import Path
@@ -17,11 +17,11 @@ TABLE = SHIPPED / "hippocampus.csv"
 
 
 def read(path: Path) -> CaseList:
-    """The cases of the table; further ones of the decathlon are left out."""
+    """Read the cases of the table. The decathlon's other cases are left out."""
     return found_by(
         read_table(TABLE),
         lambda row: (path / "imagesTr" / f"{row['case']}.nii.gz", path / "labelsTr" / f"{row['case']}.nii.gz"),
-        "the hippocampus' table names it",
+        "add it, since flapsam's table of the hippocampus lists the case",
     )
 
 
@@ -42,7 +42,7 @@ DATASET = Dataset(
     layout="dataset.json, imagesTr/hippocampus_001.nii.gz, labelsTr/hippocampus_001.nii.gz",
     title="MSD Hippocampus",
     modality="T1 MRI",
-    sites="6, made from differences in the files; 99 for training, 36 for the test",
+    sites="6, simulated from differences between files; 99 for training, 36 for testing",
     shapes="31–41 × 40–58 × 26–47",
     size="28 MB",
     source="http://medicaldecathlon.com",

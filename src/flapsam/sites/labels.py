@@ -1,4 +1,4 @@
-"""From the values in a label file to the classes of the run."""
+"""Mapping from the values in label files to the classes of a run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,26 +10,33 @@ from flapsam.base.errors import FlapsamError
 from flapsam.run.config import Data, as_values
 
 IGNORED = -100
-"""Class of a voxel that neither loss nor scores look at."""
+"""Class index of voxels that both loss and scores leave out."""
 
 
 @dataclass(frozen=True)
 class LabelMap:
-    """One site's reading of label values."""
+    """How one site's label values map to classes."""
 
     classes: tuple[str, ...]
     index_of: dict[int, int]
-    """Value in the file → class index; 0 is background."""
+    """Label value in the file → class index; 0 is the background."""
     annotated: frozenset[int]
     """Indices of the classes that this site annotates."""
 
     def apply(self, array: NDArray, path: Path) -> NDArray[np.int8]:
-        """Class indices of a label map.
+        """Convert the label values of one file to class indices.
 
-        Where the site leaves a class unannotated, background may hide it: there background becomes ``IGNORED``.
+        At a site that does not annotate every class, the background may hide one, so it becomes ``IGNORED``.
+
+        Args:
+            array: the label values, of any shape.
+            path: the file, for the error message.
+
+        Returns:
+            Class indices, of the same shape.
 
         Raises:
-            FlapsamError: a value in the file belongs to no class; ``path`` names the file in the message.
+            FlapsamError: a value in the file belongs to no class.
         """
         result = np.full(array.shape, IGNORED, np.int8)
         known = np.zeros(array.shape, bool)
@@ -39,14 +46,16 @@ class LabelMap:
             result[voxels] = index
         if not known.all():
             unknown = ", ".join(str(value) for value in np.unique(array[~known])[:5])
-            raise FlapsamError(f"{path}: label value {unknown} belongs to no class; name it under data.labels")
+            raise FlapsamError(
+                f"{path}: label value {unknown} belongs to no class; add it to data.labels as a class, background or ignore"
+            )
         if len(self.annotated) < len(self.classes):
             result[result == 0] = IGNORED
         return result
 
 
 def label_map(data: Data, site: str) -> LabelMap:
-    """The label map of one site: ``labels``, with what ``site_labels`` says otherwise."""
+    """Map one site's label values to classes: ``data.labels``, overridden by the site's entry in ``data.site_labels``."""
     values = data.labels | data.site_labels.get(site, {})
     index_of = {0: 0}
     for index, name in enumerate(data.classes, start=1):

@@ -1,4 +1,4 @@
-"""Image and label map of a case, read together and checked against each other."""
+"""The image and the label map of a case, read together and checked against each other."""
 
 from flapsam.base.errors import FlapsamError
 from flapsam.sites.case import Case
@@ -7,23 +7,27 @@ from flapsam.volumes import Geometry, Volume, read_image, read_label, same_geome
 
 
 def check_geometry(case: Case, image: Geometry, label: Geometry) -> None:
-    """Raise FlapsamError unless image and label map have the same shape and place in space."""
+    """Check that image and label map lie on the same grid.
+
+    Raises:
+        FlapsamError: their shapes or their affines differ.
+    """
     if image[0] != label[0]:
         raise FlapsamError(
             f"{case.label}: its shape {label[0]} differs from the image's {image[0]}; resample the label map to the image"
         )
     if not same_geometry(image[1], label[1], image[0]):
         raise FlapsamError(
-            f"{case.label}: its affine differs from the image's, so they lie at different places; "
+            f"{case.label}: its affine differs from the image's, so the two lie in different places; "
             "resample the label map to the image"
         )
 
 
 def read_files(case: Case) -> tuple[Volume, Volume]:
-    """Image and label map of a case as they are stored, checked against each other.
+    """Read image and label map of a case as they are stored, and check that they lie on the same grid.
 
     Raises:
-        FlapsamError: either file is broken, or their geometry differs.
+        FlapsamError: a file cannot be read, or their shapes or affines differ.
     """
     image, label = read_image(*case.images), read_label(case.label)
     check_geometry(case, image.geometry, label.geometry)
@@ -31,10 +35,10 @@ def read_files(case: Case) -> tuple[Volume, Volume]:
 
 
 def read_pair(case: Case, label_map: LabelMap) -> tuple[Volume, Volume]:
-    """Image and class indices of a case, checked against each other.
+    """Read image and class indices of a case, and check that they lie on the same grid.
 
     Raises:
-        FlapsamError: either file is broken, their geometry differs, or a label value belongs to no class.
+        FlapsamError: a file cannot be read, their shapes or affines differ, or a label value belongs to no class.
     """
     image, label = read_files(case)
     return image, Volume(label_map.apply(label.array, case.label), label.affine)

@@ -1,4 +1,4 @@
-"""Which cases train, which validate, which are kept for the test. Always by subject, always from the run's seed."""
+"""Splits into training, validation and test, always drawn by subject and from the run's seed."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -11,9 +11,14 @@ from flapsam.sites.case import Case, Site
 
 
 def draw_test(site: Site, fraction: float, seed: int) -> Site:
-    """Where no case has a split yet, keep a seeded share of the subjects for the test; else leave the splits as they are.
+    """Draw a share of the subjects for the test, unless cases of the site have a split already.
 
-    Where ``split_problems`` finds any, cases without a split stay without.
+    If only some cases have one, the others stay without, and ``split_problems`` reports them.
+
+    Args:
+        site: the site to split.
+        fraction: share of the site's subjects.
+        seed: the run's seed.
     """
     if all(case.split is None for case in site.cases):
         return _move(site, "train", "test", _drawn(site.cases, fraction, 0, seed_for(seed, site.name, "test split")))
@@ -21,19 +26,30 @@ def draw_test(site: Site, fraction: float, seed: int) -> Site:
 
 
 def split_problems(site: Site) -> list[str]:
-    """A sentence for each case without a split where others have one, and each subject in the test and in training."""
+    """One sentence for each case without a split where others have one, and for each subject in both test and training."""
     without = [case.name for case in site.cases if case.split is None]
     problems = []
     if 0 < len(without) < len(site.cases):
-        problems = [f"site {site.name}: case {name} has no split although others have; give all or none" for name in without]
+        problems = [
+            f"site {site.name}: case {name} has no split but others do; give every case a split, or none" for name in without
+        ]
     both = {case.subject for case in site.of("test")} & {case.subject for case in site.of("train", "val")}
     return problems + [
-        f"site {site.name}: subject {subject} is in the test and in training; move one" for subject in sorted(both)
+        f"site {site.name}: subject {subject} is in both test and training; put all its cases into one of them"
+        for subject in sorted(both)
     ]
 
 
 def hold_out_validation(site: Site, fraction: float, seed: int) -> Site:
-    """Where the split has no ``val``, hold out a seeded share of the training subjects, at least one."""
+    """Hold out a share of the training subjects for validation, unless the site has a ``val`` split already.
+
+    At least one subject is held out, but never the only one.
+
+    Args:
+        site: the site, with its test split drawn.
+        fraction: share of the training subjects; 0 holds out none.
+        seed: the run's seed.
+    """
     if site.of("val"):
         return site
     training = site.of("train")

@@ -1,4 +1,4 @@
-"""Tables that say who holds which case: columns ``case,site`` and, if wanted, ``split`` and ``subject``."""
+"""Tables that assign cases to sites, with the columns ``case,site`` and optionally ``split`` and ``subject``."""
 
 import csv
 from collections.abc import Callable, Sequence
@@ -10,44 +10,48 @@ from flapsam.run.config import SPLITS
 from flapsam.sites.case import Case, CaseList
 
 SHIPPED = Path(__file__).parent / "tables"
+"""Folder of the tables that ship with flapsam."""
 
 Row = dict[str, Any]
 
 
 def read_table(table: Path) -> list[Row]:
-    """The rows of a table.
+    """Read the rows of a table.
 
     Raises:
-        FlapsamError: it is no CSV, a column is missing, a case stands there twice, or a split is none.
+        FlapsamError: the file is not CSV, a column is missing, a case is listed twice, or a split is unknown.
     """
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise FlapsamError(f"{table}: cannot be read as CSV") from error
+        raise FlapsamError(f"{table}: cannot be read as CSV; check that the file exists and is UTF-8 text") from error
     missing = {"case", "site"} - set(rows[0] if rows else ())
     if missing:
         raise FlapsamError(
-            f"{table}: column {', '.join(sorted(missing))} is missing; case,site[,split,subject] are expected"
+            f"{table}: column {', '.join(sorted(missing))} is missing; the columns are case,site[,split,subject]"
         )
     seen = set()
     for row in rows:
         key = (row["site"], row["case"])
         if key in seen:
-            raise FlapsamError(f"{table}: case {key[1]} of site {key[0]} stands in two rows; remove one")
+            raise FlapsamError(f"{table}: case {key[1]} of site {key[0]} is listed twice; remove one row")
         seen.add(key)
         if row.get("split") and row["split"] not in SPLITS:
-            raise FlapsamError(f"{table}: split of case {key[1]} is '{row['split']}'; use train, val or test")
+            raise FlapsamError(f"{table}: case {key[1]} has the unknown split '{row['split']}'; use train, val or test")
     return rows
 
 
 def found_by(rows: Sequence[Row], files: Callable[[Row], tuple[Path, Path]], reason: str) -> CaseList:
-    """The cases of a table's rows.
+    """Find the cases that a table lists.
 
     Args:
-        rows: of ``read_table``.
-        files: a row's image and label map, whether they are there or not.
-        reason: ends the sentence that says which file is missing.
+        rows: the rows that ``read_table`` returns.
+        files: returns the image and the label map of a row, whether these files exist or not.
+        reason: the end of the sentence about a missing file, which says what to do.
+
+    Returns:
+        The cases with both files, and one problem for each missing file.
     """
     cases, problems = [], []
     for row in rows:

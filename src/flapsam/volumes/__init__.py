@@ -1,4 +1,4 @@
-"""Images in and out: files, and the volume with its place in space."""
+"""Reading and writing images: the file formats, and the volume with its position in space."""
 
 from flapsam.volumes.allocation import room
 from flapsam.volumes.dicom import Series, find_series, is_dicom

@@ -1,4 +1,4 @@
-"""Room for voxels, asked for before it is taken: a header may claim anything."""
+"""Memory for voxels, which is checked before it is allocated, because a header may claim any size."""
 
 import math
 import os
@@ -13,54 +13,62 @@ from numpy.typing import DTypeLike, NDArray
 from flapsam.base.errors import FlapsamError
 
 IN_MEMORY = 512 * 2**20
-"""Bytes of an array above which it lies in a file, from which the system keeps in memory what is in use."""
+"""Size in bytes above which an array is mapped from a file. The system keeps the parts in use in memory."""
 DEFLATE = 1032
-"""How many times smaller zlib's format makes a file at best."""
+"""Highest compression ratio of zlib's format."""
 
 
 def check_claim(path: Path, claimed: int, *, compressed: bool) -> None:
-    """See whether a file can hold what its header says.
+    """Check that a file is large enough for the voxels that its header promises.
 
     Args:
         path: the file.
-        claimed: bytes of all voxels, uncompressed.
-        compressed: whether they are deflated in the file.
+        claimed: number of bytes of all voxels, uncompressed.
+        compressed: whether the file stores the voxels with zlib's compression.
 
     Raises:
-        FlapsamError: it is too small.
+        FlapsamError: the file is too small.
     """
     size = path.stat().st_size
     if claimed > size * (DEFLATE if compressed else 1):
         raise FlapsamError(
-            f"{path}: its header promises {_readable(claimed)} of voxels, the file has {_readable(size)}; "
-            "it is truncated or its header wrong"
+            f"{path}: its header promises {_readable(claimed)} of voxels, but the file has only {_readable(size)}, so it is "
+            "truncated or its header is wrong; copy or export it again"
         )
 
 
 def check_memory(path: Path, needed: int) -> None:
-    """See whether so many bytes can be had at once.
+    """Check that enough memory is free for the voxels of a file.
+
+    Args:
+        path: the file.
+        needed: number of bytes.
 
     Raises:
-        FlapsamError: not so many are free.
+        FlapsamError: less memory is free.
     """
     free = psutil.virtual_memory().available
     if needed > free:
-        raise FlapsamError(f"{path}: its voxels take {_readable(needed)} of memory, {_readable(free)} are free")
+        raise FlapsamError(
+            f"{path}: its voxels take {_readable(needed)} of memory, but only {_readable(free)} are free; "
+            "use a machine with more memory"
+        )
 
 
 def room(what: Path | str, shape: tuple[int, ...], dtype: DTypeLike, order: Literal["C", "F"] = "F") -> NDArray:
-    """An array for voxels; zeros, or whatever was there.
+    """Allocate an array for voxels, without initialising it.
 
-    Above ``IN_MEMORY`` it is mapped from a file without a name in the folder for temporary files, gone with the array.
+    An array above ``IN_MEMORY`` is mapped from an unnamed file in the folder for temporary files. The file disappears
+    with the array.
 
     Args:
-        what: the image whose voxels they are, for the error.
-        shape: of the array.
-        dtype: of its numbers.
-        order: which axis runs fastest: the first as in most image files (``F``), or the last.
+        what: name of the image for the error message.
+        shape: shape of the array.
+        dtype: type of its numbers.
+        order: memory order of the axes: the first varies fastest, as in most image files (``F``), or the last (``C``).
 
     Raises:
-        FlapsamError: there is not so much room on the disk.
+        FlapsamError: the disk has too little space.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size <= IN_MEMORY:
@@ -68,7 +76,7 @@ def room(what: Path | str, shape: tuple[int, ...], dtype: DTypeLike, order: Lite
     with tempfile.TemporaryFile() as file:
         try:
             if hasattr(os, "posix_fallocate"):
-                # Without it, a disk that is full would end the process when a voxel is written.
+                # Otherwise a full disk would kill the process when a voxel is written.
                 os.posix_fallocate(file.fileno(), 0, size)
             else:
                 file.truncate(size)

@@ -1,7 +1,7 @@
-"""DICOM series in: files in any order, compressed or not, one slice a file or all slices in one.
+"""Reading DICOM series: files in any order, compressed or not, with one slice per file or all slices in one file.
 
-Positions and directions are those of the patient (PS3.3 C.7.6.2 and C.7.6.16.2), spacing comes from the positions, not from
-the slices' thickness.
+Positions and directions are those of the patient (PS3.3 C.7.6.2 and C.7.6.16.2). The distance between slices comes from
+their positions, not from their thickness.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,22 +25,22 @@ from flapsam.volumes.volume import Volume, check_affine, check_finite
 
 SUFFIXES = (".dcm", ".dicom", ".ima")
 EVEN = 0.02
-"""Share of their usual distance by which slices may stand closer or farther."""
+"""Tolerance for the distance between slices, as a share of the median distance."""
 ASIDE = 0.2
-"""Share of the smaller spacing by which a slice may lie beside the line from the first to the last."""
+"""Tolerance for a slice beside the line from the first to the last slice, as a share of the smaller pixel spacing."""
 ANGLE = 1e-3
-"""By which direction cosines of a series may differ."""
+"""Tolerance for the direction cosines of a series."""
 IDENTITY = ("SeriesInstanceUID", "SeriesNumber", "SeriesDescription")
 BROKEN = (
     *(InvalidDicomError, OSError, EOFError, AttributeError, LookupError),
     *(NotImplementedError, RuntimeError, TypeError, ValueError),
 )
-"""What pydicom and its decoders raise for files that are not right."""
+"""Exceptions that pydicom and its decoders raise for damaged files."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """Files of one folder that say they are one series, a slice each; or one file with all slices."""
+    """A DICOM series: files of one folder that hold a slice each, or one file with all slices."""
 
     folder: Path
     files: tuple[Path, ...]
@@ -48,41 +48,41 @@ class Series:
     number: str = ""
     description: str = ""
     whole_file: bool = False
-    """Whether it is a file that stands for itself."""
+    """Whether the series is one file with all slices, or one that cannot be read, rather than a file per slice."""
 
     def __str__(self) -> str:
         return str(self.files[0] if len(self.files) == 1 else self.folder)
 
     @property
     def title(self) -> str:
-        """What people know it by."""
+        """Number, description and number of files of the series, for people."""
         parts = (self.number, f"'{self.description}'" if self.description else "", f"({len(self.files)} files)")
         return " ".join(part for part in parts if part)
 
 
 @dataclass(frozen=True)
 class Plane:
-    """Where a slice lies and how its numbers are meant."""
+    """Position of a slice, and the meaning of its stored numbers."""
 
     file: Path
     frame: int
     rows: int
     columns: int
     corner: NDArray[np.float64]
-    """Centre of the first voxel in mm, to the left, back and head."""
+    """Centre of the first voxel in mm, in LPS+ (left, back, head)."""
     along_row: NDArray[np.float64]
     along_column: NDArray[np.float64]
     spacing: tuple[float, float]
-    """In mm from row to row, and from column to column."""
+    """Distance in mm between rows, and between columns."""
     slope: float
     intercept: float
     range: tuple[int, int]
-    """What may be stored."""
+    """Lowest and highest number that can be stored."""
     thickness: float
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file's name or its first bytes say that it is DICOM; hidden files and DICOMDIR are not."""
+    """Whether a file is DICOM, by its name or its first bytes. Hidden files and DICOMDIR do not count."""
     if path.name.startswith(".") or path.name == "DICOMDIR" or not path.is_file():
         return False
     if path.name.lower().endswith(SUFFIXES):
@@ -97,13 +97,13 @@ def is_dicom(path: Path) -> bool:
 
 
 def find_series(folder: Path, files: Sequence[Path]) -> list[Series]:
-    """The image series that files of a folder belong to; other objects, such as reports, are left out.
+    """Group the files of a folder into image series. Other objects, such as reports, are left out.
 
-    A file that cannot be read may be a slice of the series; where there are several, or none, it stands for itself.
-    ``read_series`` says what is wrong with it.
+    A file that cannot be read is taken as a slice of the series if there is exactly one, and as a series of its own
+    otherwise. ``read_series`` reports what is wrong with it.
     """
-    found: dict[tuple[str, str, str], list[Path]] = {}
-    alone: list[Series] = []
+    slice_files: dict[tuple[str, str, str], list[Path]] = {}
+    whole_files: list[Series] = []
     unreadable: list[Path] = []
     for file in files:
         try:
@@ -121,23 +121,23 @@ def find_series(folder: Path, files: Sequence[Path]) -> list[Series]:
         if not uid:
             unreadable.append(file)
         elif frames > 1:
-            alone.append(Series(folder, (file,), uid, number, description, whole_file=True))
+            whole_files.append(Series(folder, (file,), uid, number, description, whole_file=True))
         else:
-            found.setdefault((uid, number, description), []).append(file)
-    if len(found) == 1:
-        next(iter(found.values())).extend(unreadable)
+            slice_files.setdefault((uid, number, description), []).append(file)
+    if len(slice_files) == 1:
+        next(iter(slice_files.values())).extend(unreadable)
     else:
-        alone += [Series(folder, (file,), whole_file=True) for file in unreadable]
-    series = [Series(folder, tuple(sorted(members)), *identity) for identity, members in found.items()]
-    return sorted(series, key=lambda one: (one.number.zfill(8), one.uid)) + alone
+        whole_files += [Series(folder, (file,), whole_file=True) for file in unreadable]
+    sliced = [Series(folder, tuple(sorted(members)), *identity) for identity, members in slice_files.items()]
+    return sorted(sliced, key=lambda series: (series.number.zfill(8), series.uid)) + whole_files
 
 
 def read_series(series: Series) -> Volume:
-    """Read a series: integers where slope and intercept are whole, else float32.
+    """Read a series, as integers if slope and intercept are whole, else as float32.
 
     Raises:
-        FlapsamError: a file is damaged or has no pixel data or place in space; slices are missing, stand at uneven
-            distances or twice at the same place, or differ in size or direction; or voxels are colours.
+        FlapsamError: a file is damaged, has no pixel data or no position in space, or holds colours. Or slices are
+            missing, unevenly spaced or twice at the same position, or differ in size or direction.
     """
     planes = sorted_planes(series)
     first = planes[0]
@@ -149,7 +149,10 @@ def read_series(series: Series) -> Volume:
     array = room(first.file, shape, kinds[0] if whole and kinds else np.float32)
     for index, (plane, pixels) in enumerate(zip(planes, _pixels(planes), strict=True)):
         if pixels.shape != (plane.rows, plane.columns):
-            raise FlapsamError(f"{plane.file}: its pixel data are of shape {pixels.shape}, its header says another")
+            raise FlapsamError(
+                f"{plane.file}: its pixel data have shape {pixels.shape}, but its header says "
+                f"{(plane.rows, plane.columns)}; export it again"
+            )
         scaled = pixels if (plane.slope, plane.intercept) == (1, 0) else pixels * plane.slope + plane.intercept
         array[:, :, index] = scaled.T
     check_finite(array, series.folder)
@@ -157,7 +160,7 @@ def read_series(series: Series) -> Volume:
 
 
 def sorted_planes(series: Series) -> list[Plane]:
-    """The slices in the order of their places, checked against each other.
+    """The slices of a series in the order of their positions, after checking them against each other.
 
     Raises:
         FlapsamError: as ``read_series``.
@@ -166,9 +169,13 @@ def sorted_planes(series: Series) -> list[Plane]:
     first = planes[0]
     for plane in planes:
         if (plane.rows, plane.columns) != (first.rows, first.columns) or not np.allclose(plane.spacing, first.spacing, 1e-3):
-            raise FlapsamError(f"{plane.file}: its slice differs in size or spacing from {first.file.name}; separate them")
+            raise FlapsamError(
+                f"{plane.file}: its slice differs in size or spacing from {first.file.name}; separate the volumes"
+            )
         if not np.allclose([plane.along_row, plane.along_column], [first.along_row, first.along_column], atol=ANGLE):
-            raise FlapsamError(f"{plane.file}: its slice lies in another direction than {first.file.name}; separate them")
+            raise FlapsamError(
+                f"{plane.file}: its slice differs in orientation from {first.file.name}; separate the volumes"
+            )
     normal = np.cross(first.along_row, first.along_column)
     planes.sort(key=lambda plane: float(plane.corner @ normal))
     _check_distances(series, planes, normal)
@@ -183,8 +190,8 @@ def _check_distances(series: Series, planes: Sequence[Plane], normal: NDArray[np
     doubled = int((steps < EVEN * max(usual, 1e-3)).sum())
     if doubled:
         raise FlapsamError(
-            f"{series}: {doubled} slices lie where another lies, so the series holds several volumes, such as time points; "
-            "separate them"
+            f"{series}: {doubled} slices have the same position as another, so the series holds several volumes, such as "
+            "time points; separate the volumes"
         )
     odd = np.flatnonzero(abs(steps - usual) > EVEN * usual)
     if not len(odd):
@@ -200,8 +207,8 @@ def _check_distances(series: Series, planes: Sequence[Plane], normal: NDArray[np
         what = "1 slice is missing" if missing == 1 else f"{missing} slices are missing, the first"
         raise FlapsamError(f"{series}: {what} after {where}; export the series again")
     raise FlapsamError(
-        f"{series}: its slices stand {steps.min():.4g} to {steps.max():.4g} mm apart, the first odd one after {where}; "
-        "resample it to even distances"
+        f"{series}: its slices are unevenly spaced, {steps.min():.4g} to {steps.max():.4g} mm apart, first after {where}; "
+        "resample the series to an even spacing"
     )
 
 
@@ -211,7 +218,7 @@ def _affine(series: Series, planes: Sequence[Plane]) -> NDArray[np.float64]:
     affine[:3, 0] = first.along_row * first.spacing[1]
     affine[:3, 1] = first.along_column * first.spacing[0]
     if len(planes) > 1:
-        # Of a tilted gantry this is not the slices' normal.
+        # With a tilted gantry, this differs from the slices' normal.
         affine[:3, 2] = (last.corner - first.corner) / (len(planes) - 1)
     else:
         affine[:3, 2] = np.cross(first.along_row, first.along_column) * (first.thickness or 1.0)
@@ -220,7 +227,7 @@ def _affine(series: Series, planes: Sequence[Plane]) -> NDArray[np.float64]:
 
 
 def _planes(file: Path) -> Iterator[Plane]:
-    """The slices that a file holds."""
+    """Yield the slices that a file holds."""
     try:
         header = pydicom.dcmread(file, stop_before_pixels=True)
     except BROKEN as error:
@@ -231,22 +238,24 @@ def _planes(file: Path) -> Iterator[Plane]:
         for frame in range(frames):
             yield _plane(file, header, frame)
     except BROKEN as error:
-        raise FlapsamError(f"{file}: its header lacks or garbles what places its slices in space") from error
+        raise FlapsamError(f"{file}: its header is damaged or does not position its slices; export it again") from error
 
 
 def _check_pixels(file: Path, header: Dataset, frames: int) -> None:
     if int(header.get("SamplesPerPixel", 1)) != 1:
-        raise FlapsamError(f"{file}: voxels are colours; a volume of one number a voxel is needed")
+        raise FlapsamError(f"{file}: voxels are colours; a volume with one number per voxel is needed")
     claimed = int(header.Rows) * int(header.Columns) * frames * (int(header.BitsAllocated) // 8)
     if not claimed:
-        raise FlapsamError(f"{file}: the image is empty, it has {header.Rows} rows and {header.Columns} columns")
+        raise FlapsamError(
+            f"{file}: the image is empty, with {header.Rows} rows and {header.Columns} columns; export it again"
+        )
     if not header.file_meta.TransferSyntaxUID.is_compressed:
         check_claim(file, claimed, compressed=False)
 
 
 def _plane(file: Path, header: Dataset, frame: int) -> Plane:
-    def found(group: str, field: str, default: Any = None) -> Any:
-        """From the frame's own groups, those that all frames share, or the header itself."""
+    def value(group: str, field: str, default: Any = None) -> Any:
+        """The value of a field in the frame's own groups, those that all frames share, or the header itself."""
         places: list[Any] = [header]
         for groups in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
             items = header.get(groups)
@@ -257,30 +266,30 @@ def _plane(file: Path, header: Dataset, frame: int) -> Plane:
             if place.get(field) is not None:
                 return place.get(field)
         if default is None:
-            raise FlapsamError(f"{file}: its slices have no place in space, {field} is missing")
+            raise FlapsamError(f"{file}: its slices have no position in space, because {field} is missing; export it again")
         return default
 
-    directions = np.array(found("PlaneOrientationSequence", "ImageOrientationPatient"), np.float64)
-    rows, columns = found("PixelMeasuresSequence", "PixelSpacing")
+    directions = np.array(value("PlaneOrientationSequence", "ImageOrientationPatient"), np.float64)
+    rows, columns = value("PixelMeasuresSequence", "PixelSpacing")
     bits, signed = int(header.BitsStored), bool(header.PixelRepresentation)
     return Plane(
         file=file,
         frame=frame,
         rows=int(header.Rows),
         columns=int(header.Columns),
-        corner=np.array(found("PlanePositionSequence", "ImagePositionPatient"), np.float64),
+        corner=np.array(value("PlanePositionSequence", "ImagePositionPatient"), np.float64),
         along_row=directions[:3],
         along_column=directions[3:],
         spacing=(float(rows), float(columns)),
-        slope=float(found("PixelValueTransformationSequence", "RescaleSlope", 1)),
-        intercept=float(found("PixelValueTransformationSequence", "RescaleIntercept", 0)),
+        slope=float(value("PixelValueTransformationSequence", "RescaleSlope", 1)),
+        intercept=float(value("PixelValueTransformationSequence", "RescaleIntercept", 0)),
         range=(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1),
-        thickness=float(found("PixelMeasuresSequence", "SliceThickness", 0)),
+        thickness=float(value("PixelMeasuresSequence", "SliceThickness", 0)),
     )
 
 
 def _pixels(planes: Sequence[Plane]) -> Iterator[NDArray]:
-    """What is stored of every slice, unpacked one after the other."""
+    """Yield the stored numbers of every slice, decoded one after the other."""
     for file, group in groupby(planes, key=lambda plane: plane.file):
         try:
             yield from iter_pixels(file, indices=[plane.frame for plane in group])

@@ -1,4 +1,4 @@
-"""DICOM segmentation objects out (PS3.3 A.51), by highdicom."""
+"""Writing DICOM segmentation objects (PS3.3 A.51) with highdicom."""
 
 import logging
 import warnings
@@ -17,18 +17,18 @@ from flapsam.volumes.legend import Legend, Segment
 
 
 def write_dicom_seg(labels: NDArray, series: Series, path: Path, legend: Legend) -> None:
-    """Write a label map as a DICOM segmentation of the series that was segmented: a binary frame a class and slice.
+    """Write a label map as a DICOM segmentation, with one binary frame per class and slice.
 
-    A class is coded as SNOMED CT where its name is one that DICOM uses (``kidney``, ``liver``), else by its name alone.
+    A class has a code of SNOMED CT if DICOM uses its name (``kidney``, ``liver``), else only its name.
 
     Args:
         labels: whole numbers below 256, in the axes of ``read_series``: (column, row, slice).
-        series: what was segmented; patient and study are its own.
-        path: where to; written whole or not at all.
-        legend: names and colours.
+        series: the segmented series, from which patient and study are taken.
+        path: path of the segmentation, which is written completely or not at all.
+        legend: names and colours of the classes.
 
     Raises:
-        FlapsamError: the series lacks what a segmentation must say of its patient and study.
+        FlapsamError: the series lacks attributes of the patient or the study that a segmentation must have.
     """
     import highdicom
 
@@ -36,9 +36,9 @@ def write_dicom_seg(labels: NDArray, series: Series, path: Path, legend: Legend)
     files = list(dict.fromkeys(plane.file for plane in planes))
     frames = labels.astype(np.uint8, copy=False).transpose(2, 1, 0)
     if len(files) < len(planes):
-        # All slices lie in one file, which keeps them in an order of its own.
+        # All slices are in one file, which has its own order.
         frames = frames[np.argsort([plane.frame for plane in planes])]
-    # It tells of empty masks and of names that begin in small letters.
+    # highdicom warns about empty masks and about names that begin with small letters.
     logging.getLogger("highdicom").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
@@ -63,7 +63,7 @@ def write_dicom_seg(labels: NDArray, series: Series, path: Path, legend: Legend)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise FlapsamError(
             f"{series}: it cannot be the source of a DICOM segmentation ({_first_line(error)}); "
-            "--no-dicom-seg writes NIfTI alone"
+            "use --no-dicom-seg to write only NIfTI"
         ) from error
     with written_whole(path) as temporary:
         segmentation.save_as(temporary)

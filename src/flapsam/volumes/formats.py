@@ -1,4 +1,4 @@
-"""Images on disk, whatever their format: one way in, one way out."""
+"""Reading and writing images on disk, whatever their format."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ from flapsam.volumes.legend import Legend
 from flapsam.volumes.volume import Volume, same_geometry
 
 Source = Path | Series
-"""What an image is read from."""
+"""An image on disk: a file, or a DICOM series."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """A way of keeping a volume in a file."""
+    """A file format for volumes."""
 
     suffixes: tuple[str, ...]
     read: Callable[[Path], Volume]
     write_like: Callable[[NDArray, Path, Path, Legend], None]
-    """Label map, the image that was segmented, where to, names and colours."""
+    """Function that writes a label map. It takes the label map, the segmented image, the target path, and the legend."""
     written: str
-    """Suffix of label maps."""
+    """Suffix of the label maps that are written."""
 
 
 FORMATS: dict[str, Format] = {
@@ -40,41 +40,45 @@ _ENDS = sorted({end for form in FORMATS.values() for end in (*form.suffixes, for
 
 
 def is_image(path: Path) -> bool:
-    """Whether the name is that of a volume in one of the formats; hidden files, as macOS archives contain, are not."""
+    """Whether a file's name is that of a volume in one of the formats.
+
+    Hidden files, which archives from macOS contain, do not count.
+    """
     return path.name.endswith(tuple(_ENDS)) and not path.name.startswith(".")
 
 
 def case_name(path: Path) -> str:
-    """The file's name without its format's suffix."""
+    """The file's name without the suffix of its format."""
     return next((path.name.removesuffix(end) for end in _ENDS if path.name.endswith(end)), path.stem)
 
 
 def source_at(path: Path) -> Source:
-    """What to read at a path: the file, or the one DICOM series of a folder or file.
+    """The image at a path: the file itself, or the one DICOM series of a folder or file.
 
     Raises:
-        FlapsamError: a folder or DICOM file does not hold exactly one series of images.
+        FlapsamError: a folder or a DICOM file does not hold exactly one series of images.
     """
     if not (path.is_dir() or is_dicom(path)):
         return path
     files = [file for file in sorted(path.iterdir()) if is_dicom(file)] if path.is_dir() else [path]
-    found = find_series(path if path.is_dir() else path.parent, files)
-    if len(found) != 1:
-        titles = f"{len(found)} DICOM series: {', '.join(one.title for one in found)}" if found else "no DICOM image"
-        raise FlapsamError(f"{path}: there is {titles}; one series is needed")
-    return found[0]
+    all_series = find_series(path if path.is_dir() else path.parent, files)
+    if len(all_series) != 1:
+        titles = ", ".join(series.title for series in all_series)
+        content = f"holds {len(all_series)} DICOM series ({titles})" if all_series else "holds no DICOM image"
+        raise FlapsamError(f"{path}: {content}; exactly one series is needed")
+    return all_series[0]
 
 
 def read_image(source: Source, *others: Path) -> Volume:
-    """Read an image: integers as they are stored, everything else as float32.
+    """Read an image. Integers keep their type, everything else becomes float32.
 
     Args:
-        source: a file or a DICOM series; of NIfTI, a fourth axis may hold up to three modalities.
-        others: 3-D files of further modalities in the same place.
+        source: a file or a DICOM series. The fourth axis of a NIfTI file may hold up to three modalities.
+        others: 3-D files of further modalities, on the same grid.
 
     Raises:
-        FlapsamError: a file is missing, damaged, of no known format or not 3-D, holds NaN or infinity, or has no place in
-            space; or the files do not lie in the same place, or there are more than three.
+        FlapsamError: a file is missing, damaged, of an unknown format or not 3-D, holds NaN or infinity, or has no
+            position in space. Or the files are not on the same grid, or there are more than three.
     """
     if isinstance(source, Series):
         return read_series(source)
@@ -85,41 +89,43 @@ def read_image(source: Source, *others: Path) -> Volume:
     first = volumes[0]
     for path, volume in zip(others, volumes[1:], strict=True):
         if volume.array.shape != first.array.shape or not same_geometry(first.affine, volume.affine, first.array.shape):
-            raise FlapsamError(f"{path}: it does not lie in the same place as {source}; resample it to that")
+            raise FlapsamError(f"{path}: it does not lie in the same place as {source}; resample it to that image's grid")
     return Volume(np.stack([volume.array for volume in volumes], axis=-1), first.affine)
 
 
 def read_label(path: Path) -> Volume:
-    """Read a label map as int32, whatever the file stores it as.
+    """Read a label map as int32, whatever type the file stores.
 
     Raises:
-        FlapsamError: as ``read_image``; or it holds no whole numbers.
+        FlapsamError: as ``read_image``, or the file holds numbers that are not whole.
     """
     stored = _three_dimensional(path)
     whole = stored.array if stored.array.dtype.kind in "iu" else np.rint(stored.array)
     if whole is not stored.array and not np.array_equal(whole, stored.array):
-        raise FlapsamError(f"{path}: a label map holds whole numbers, this one does not; is it an image?")
+        raise FlapsamError(f"{path}: a label map holds whole numbers, but this one does not; is it an image?")
     return Volume(whole.astype(np.int32), stored.affine)
 
 
 def write_labels(
     labels: NDArray, source: Source, affine: NDArray[np.float64], stem: Path, legend: Legend, *, segmentation: bool = True
 ) -> list[Path]:
-    """Write a label map in the format and the place of the image that was segmented; for DICOM a segmentation and NIfTI.
+    """Write a label map in the format and at the position of the segmented image.
+
+    The label map of a DICOM series is written as a NIfTI file and as a DICOM segmentation.
 
     Args:
         labels: whole numbers below 256, in the image's axes.
-        source: the image.
-        affine: of the image.
-        stem: path of what is written, without suffix.
-        legend: names and colours.
-        segmentation: whether a DICOM segmentation is wanted, too.
+        source: the segmented image.
+        affine: affine of the image.
+        stem: path of the written files, without suffix.
+        legend: names and colours of the classes.
+        segmentation: whether to write the DICOM segmentation, too.
 
     Returns:
-        What was written, first the file that holds the label map as plain numbers.
+        Paths of the written files. The first file holds the label map as plain numbers.
 
     Raises:
-        FlapsamError: it cannot be written.
+        FlapsamError: a file cannot be written.
     """
     if not isinstance(source, Series):
         form = _format(source)
@@ -139,7 +145,7 @@ def write_labels(
 
 
 def write_probabilities(probabilities: NDArray[np.uint16], source: Source, affine: NDArray[np.float64], path: Path) -> None:
-    """Write probabilities (i, j, k, class), of which 65535 is 1, as NIfTI in the place of the image."""
+    """Write probabilities (i, j, k, class) as NIfTI, at the position of the image. The value 65535 means 1."""
     like = source if isinstance(source, Path) and nifti.is_nifti(source) else None
     nifti.write_probabilities(Volume(probabilities, affine), path, like)
 
@@ -147,7 +153,7 @@ def write_probabilities(probabilities: NDArray[np.uint16], source: Source, affin
 def _three_dimensional(path: Path) -> Volume:
     volume = _format(path).read(path)
     if volume.modalities > 1:
-        raise FlapsamError(f"{path}: a 3-D volume is needed, this file has 4 dimensions {volume.array.shape}")
+        raise FlapsamError(f"{path}: a 3-D volume is needed, but this file has 4 dimensions {volume.array.shape}")
     return volume
 
 
@@ -156,4 +162,4 @@ def _format(path: Path) -> Format:
         if path.name.endswith(form.suffixes):
             return form
     known = ", ".join(end for form in FORMATS.values() for end in form.suffixes)
-    raise FlapsamError(f"{path}: no image that flapsam reads; it reads {known} and DICOM")
+    raise FlapsamError(f"{path}: not an image format that flapsam reads; convert it to {known} or DICOM")

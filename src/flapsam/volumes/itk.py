@@ -1,4 +1,4 @@
-"""NRRD and MetaImage files in and out."""
+"""Reading and writing NRRD and MetaImage files."""
 
 import math
 from pathlib import Path
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 NRRD = (".nrrd", ".nhdr")
 META = (".mha", ".mhd")
 DETACHED = (".nhdr", ".mhd")
-"""Headers whose voxels lie in another file."""
+"""Suffixes of headers whose voxels are in another file."""
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
-"""From the world of ITK and DICOM, which grows to the left and to the back, to RAS+."""
+"""Affine from LPS+, the world space of ITK and DICOM whose axes point to the left, back and head, to RAS+."""
 PLACE = ("space", "space dimension", "space directions", "space origin", "space units", "measurement frame")
-"""Fields of a NRRD header that say where voxels stand."""
+"""Fields of an NRRD header that describe the position of the voxels."""
 
 
 def read_itk(path: Path) -> Volume:
-    """Read an image: integers as they are stored, floating-point numbers as float32.
+    """Read an image. Integers keep their type, floating-point numbers become float32.
 
     Raises:
-        FlapsamError: the file is missing, damaged, not 3-D, has more than one number a voxel, or holds NaN or infinity.
+        FlapsamError: the file is missing, damaged or not 3-D, has more than one number per voxel, or holds NaN or infinity.
     """
     import SimpleITK as sitk
 
@@ -44,10 +44,10 @@ def read_itk(path: Path) -> Volume:
         raise FlapsamError(f"{path}: not a readable NRRD or MetaImage file; is it truncated?") from error
     shape = reader.GetSize()
     if len(shape) != 3:
-        raise FlapsamError(f"{path}: a 3-D volume is needed, this file has {len(shape)} dimensions {shape}")
+        raise FlapsamError(f"{path}: a 3-D volume is needed, but this file has {len(shape)} dimensions {shape}")
     if reader.GetNumberOfComponents() != 1:
         kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())
-        raise FlapsamError(f"{path}: voxels are of type {kind}; convert the file to one plain number a voxel")
+        raise FlapsamError(f"{path}: voxels are of type {kind}; convert the file to one plain number per voxel")
     claimed = math.prod(shape) * sitk.Image([1, 1, 1], reader.GetPixelID()).GetSizeOfPixelComponent()
     if not path.name.endswith(DETACHED):
         check_claim(path, claimed, compressed=True)
@@ -55,10 +55,12 @@ def read_itk(path: Path) -> Volume:
     try:
         image = reader.Execute()
     except RuntimeError as error:
-        raise FlapsamError(f"{path}: the voxels cannot be read; the file is truncated or damaged") from error
+        raise FlapsamError(
+            f"{path}: the voxels cannot be read, because the file is truncated or damaged; copy or export it again"
+        ) from error
     voxels = sitk.GetArrayViewFromImage(image)
     if voxels.dtype.kind not in "iuf":
-        raise FlapsamError(f"{path}: voxels are of type {voxels.dtype}; convert the file to one plain number a voxel")
+        raise FlapsamError(f"{path}: voxels are of type {voxels.dtype}; convert the file to one plain number per voxel")
     array = room(path, shape, np.float32 if voxels.dtype.kind == "f" else voxels.dtype)
     array[...] = voxels.transpose()
     check_finite(array, path)
@@ -66,7 +68,7 @@ def read_itk(path: Path) -> Volume:
 
 
 def affine_of(image: "SimpleITK.Image") -> NDArray[np.float64]:
-    """From voxel index to RAS+ of a SimpleITK image: (4, 4)."""
+    """The affine (4, 4) of a SimpleITK image, from voxel index to millimetres in RAS+."""
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
     affine[:3, 3] = image.GetOrigin()
@@ -74,17 +76,17 @@ def affine_of(image: "SimpleITK.Image") -> NDArray[np.float64]:
 
 
 def write_nrrd_like(labels: NDArray, original: Path, path: Path, legend: Legend = ()) -> None:
-    """Write a label map with the fields of ``original``'s header that say where it lies, as 3D Slicer's segmentations.
+    """Write a label map as a segmentation of 3D Slicer, with the fields of ``original``'s header that give its position.
 
     Args:
         labels: whole numbers below 256, in the axes of ``original``.
-        original: the NRRD image that was segmented.
-        path: where to; written whole or not at all.
-        legend: names and colours.
+        original: the segmented NRRD image.
+        path: path of the label map, which is written completely or not at all.
+        legend: names and colours of the classes.
     """
     import nrrd
 
-    # SimpleITK would take the directions apart and put them together again, and change their last bits.
+    # SimpleITK would split the directions into units and spacing and multiply them again, which changes their last bits.
     header = nrrd.read_header(str(original))
     place = {field: header[field] for field in PLACE if field in header}
     with written_whole(path) as temporary:
@@ -98,7 +100,17 @@ def write_nrrd_like(labels: NDArray, original: Path, path: Path, legend: Legend 
 
 
 def write_meta_like(labels: NDArray, original: Path, path: Path, legend: Legend = ()) -> None:
-    """The same in MetaImage's format."""
+    """Write a label map as MetaImage, with the position of ``original`` and the fields of 3D Slicer.
+
+    Args:
+        labels: whole numbers below 256, in the axes of ``original``.
+        original: the segmented MetaImage file.
+        path: path of the label map, which is written completely or not at all.
+        legend: names and colours of the classes.
+
+    Raises:
+        FlapsamError: the file cannot be written.
+    """
     import SimpleITK as sitk
 
     reader = sitk.ImageFileReader()
@@ -118,7 +130,7 @@ def write_meta_like(labels: NDArray, original: Path, path: Path, legend: Legend 
 
 
 def slicer_fields(legend: Legend, shape: tuple[int, ...]) -> dict[str, str]:
-    """Names and colours as 3D Slicer looks for them in the header of a segmentation."""
+    """Header fields with names and colours, as 3D Slicer reads them from a segmentation."""
     fields = {}
     for index, segment in enumerate(legend):
         fields |= {

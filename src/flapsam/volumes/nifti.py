@@ -1,4 +1,4 @@
-"""NIfTI files in and out."""
+"""Reading and writing NIfTI files."""
 
 import json
 import math
@@ -24,43 +24,47 @@ SUFFIXES = (".nii.gz", ".nii")
 COMMENT = 6
 """Code of a NIfTI extension that holds plain text."""
 LABEL_MAP = "flapsam label map"
-"""What the header of one says that it is."""
+"""Description in the header of a label map."""
 CHUNK = 32 * 2**20
-"""Bytes that are unpacked at once."""
+"""Number of bytes that are unpacked at once."""
 MODALITIES = 3
-"""As many as the network has channels."""
-_TOO_MANY = "the network has three channels; leave some out"
+"""Largest number of modalities, which is the number of the network's channels."""
+_TOO_MANY = "but the network has three channels; leave some out"
 
 
 def is_nifti(path: Path) -> bool:
-    """Whether the name is that of a NIfTI file; hidden files, as macOS archives contain, are not."""
+    """Whether a file's name is that of a NIfTI file. Hidden files, which archives from macOS contain, do not count."""
     return path.name.endswith(SUFFIXES) and not path.name.startswith(".")
 
 
 def read_geometry(path: Path, *, modalities: bool = False) -> Geometry:
-    """Shape and affine, from the header alone.
+    """Read shape and affine from the header alone.
 
     Args:
-        path: a NIfTI file.
-        modalities: whether a fourth axis may hold up to three modalities, which the shape leaves out.
+        path: the NIfTI file.
+        modalities: whether a fourth axis may hold up to three modalities. The shape leaves it out.
 
     Raises:
-        FlapsamError: the file is missing, no NIfTI, not 3-D, or its affine is singular.
+        FlapsamError: the file is missing, not NIfTI or not 3-D, or its affine is singular.
     """
     return _open(path, modalities)[1]
 
 
 def check_count(paths: Sequence[Path]) -> None:
-    """Raise FlapsamError if these are more modalities of a case than the network has channels."""
+    """Check that a case has no more modalities than the network has channels.
+
+    Raises:
+        FlapsamError: the case has more.
+    """
     if len(paths) > MODALITIES:
-        raise FlapsamError(f"{paths[0]}: the case has {len(paths)} modalities; {_TOO_MANY}")
+        raise FlapsamError(f"{paths[0]}: the case has {len(paths)} modalities, {_TOO_MANY}")
 
 
 def count_modalities(paths: Sequence[Path]) -> int:
-    """Modalities of a case: one file each, or the fourth axis of a single one.
+    """Number of modalities of a case, which are one file each or the fourth axis of a single file.
 
     Raises:
-        FlapsamError: as ``read_geometry``; or there are more than three.
+        FlapsamError: as ``read_geometry``, or there are more than three modalities.
     """
     check_count(paths)
     image = _open(paths[0], len(paths) == 1)[0]
@@ -68,11 +72,11 @@ def count_modalities(paths: Sequence[Path]) -> int:
 
 
 def read_nifti(path: Path) -> Volume:
-    """Read an image: integers as they are stored, everything else as float32; a fourth axis holds modalities.
+    """Read an image. Integers keep their type, everything else becomes float32. A fourth axis holds modalities.
 
     Raises:
-        FlapsamError: as ``read_geometry``; there are more than three modalities; or the data are truncated or hold NaN or
-            infinity.
+        FlapsamError: as ``read_geometry``, or there are more than three modalities, or the data are truncated or hold NaN
+            or infinity.
     """
     image, (_, affine) = _open(path, modalities=True)
     array = _unpacked(path, image)
@@ -87,23 +91,23 @@ def write_label_like(labels: NDArray, original: Path, path: Path, legend: Legend
 
     Args:
         labels: whole numbers below 256, in the axes of ``original``.
-        original: the NIfTI image that was segmented.
-        path: where to; written whole or not at all.
-        legend: names and colours, kept as JSON in an extension of the header.
+        original: the segmented NIfTI image.
+        path: path of the label map, which is written completely or not at all.
+        legend: names and colours of the classes, which a header extension stores as JSON.
     """
     header = _derived(original, np.uint8, LABEL_MAP)
     _describe(header, legend)
-    # No affine given: the header's own qform and sform are kept as they are.
+    # Without an affine, nibabel keeps the header's own qform and sform.
     _save(nibabel.Nifti1Image(labels.astype(np.uint8, copy=False), None, header), path)
 
 
 def write_probabilities(probabilities: Volume, path: Path, original: Path | None = None) -> None:
-    """Write probabilities (i, j, k, class) of which 65535 is 1; whoever reads the file gets them from 0 to 1.
+    """Write probabilities (i, j, k, class) as whole numbers up to 65535, which readers scale to the range from 0 to 1.
 
     Args:
-        probabilities: whole numbers, and their place.
-        path: where to; written whole or not at all.
-        original: the NIfTI image whose header geometry is kept bit for bit, if there is one.
+        probabilities: whole numbers, and their affine.
+        path: path of the file, which is written completely or not at all.
+        original: NIfTI image whose header geometry is kept bit for bit, if there is one.
     """
     header = _derived(original, np.uint16, "flapsam probabilities") if original else None
     image = nibabel.Nifti1Image(probabilities.array, None if original else probabilities.affine, header)
@@ -116,12 +120,12 @@ def _derived(original: Path, dtype: type, what: str) -> nibabel.Nifti1Header:
 
 
 def header_for(dtype: type, what: str, original: nibabel.Nifti1Header) -> nibabel.Nifti1Header:
-    """The header of an image with its geometry, for other voxels in the same place.
+    """A header with the geometry of an image's header, for other voxels on the same grid.
 
     Args:
-        dtype: of the voxels.
-        what: they are, in words.
-        original: of the image.
+        dtype: type of the voxels.
+        what: description of the voxels, which the header stores.
+        original: header of the image.
     """
     header = original.copy()
     header.extensions.clear()
@@ -133,7 +137,13 @@ def header_for(dtype: type, what: str, original: nibabel.Nifti1Header) -> nibabe
 
 
 def write_volume(volume: Volume, path: Path, legend: Legend = ()) -> None:
-    """Write a new NIfTI file in mm from a volume, whole or not at all; with names and colours if it is a label map."""
+    """Write a volume as a new NIfTI file in mm, completely or not at all.
+
+    Args:
+        volume: the volume.
+        path: path of the file.
+        legend: names and colours of the classes, if the volume is a label map.
+    """
     image = nibabel.Nifti1Image(volume.array, volume.affine)
     image.header.set_xyzt_units("mm")
     _describe(image.header, legend)
@@ -153,7 +163,7 @@ def _save(image: nibabel.Nifti1Image, path: Path) -> None:
 
 def _open(path: Path, modalities: bool = False) -> tuple[nibabel.Nifti1Image, Geometry]:
     try:
-        # Kept open, a compressed file is unpacked in one go, however many parts are read one after the other.
+        # An open file is decompressed only once, however many parts are read one after another.
         image = nibabel.load(path, keep_file_open=True)
     except FileNotFoundError as error:
         raise FlapsamError(f"{path}: no such file") from error
@@ -163,21 +173,21 @@ def _open(path: Path, modalities: bool = False) -> tuple[nibabel.Nifti1Image, Ge
         raise FlapsamError(f"{path}: not a NIfTI file; convert it to .nii.gz")
     if len(image.shape) == 4 and modalities:
         if image.shape[3] > MODALITIES:
-            raise FlapsamError(f"{path}: the file has {image.shape[3]} modalities; {_TOO_MANY}")
+            raise FlapsamError(f"{path}: the file has {image.shape[3]} modalities, {_TOO_MANY}")
     elif len(image.shape) != 3:
-        raise FlapsamError(f"{path}: a 3-D volume is needed, this file has {len(image.shape)} dimensions {image.shape}")
+        raise FlapsamError(f"{path}: a 3-D volume is needed, but this file has {len(image.shape)} dimensions {image.shape}")
     if min(image.shape) < 1:
-        raise FlapsamError(f"{path}: the volume is empty, its shape is {image.shape}")
+        raise FlapsamError(f"{path}: the volume is empty, with shape {image.shape}; export it again")
     affine = check_affine(image.affine, path)
     i, j, k = image.shape[:3]
     return image, ((i, j, k), affine)
 
 
 def _unpacked(path: Path, image: nibabel.Nifti1Image) -> NDArray:
-    """Integers as they are stored, everything else as float32; a part of the volume after the other."""
+    """Read the voxels, one part of the volume after another. Integers keep their type, everything else becomes float32."""
     stored, proxy = np.dtype(image.get_data_dtype()), cast(ArrayProxy, image.dataobj)
     if stored.kind not in "iuf":
-        raise FlapsamError(f"{path}: voxels are of type {stored}; convert the file to one plain number a voxel")
+        raise FlapsamError(f"{path}: voxels are of type {stored}; convert the file to one plain number per voxel")
     check_claim(path, math.prod(image.shape) * stored.itemsize, compressed=path.name.endswith(".gz"))
     scaled = proxy.slope != 1 or proxy.inter != 0
     array = room(path, image.shape, np.float32 if scaled or stored.kind == "f" else stored.newbyteorder("="))
@@ -186,5 +196,7 @@ def _unpacked(path: Path, image: nibabel.Nifti1Image) -> NDArray:
         for start in range(0, image.shape[-1], step):
             array[..., start : start + step] = proxy[..., start : start + step]
     except (EOFError, zlib.error, OSError, ValueError) as error:
-        raise FlapsamError(f"{path}: the voxels cannot be read; the file is truncated or damaged") from error
+        raise FlapsamError(
+            f"{path}: the voxels cannot be read, because the file is truncated or damaged; copy or export it again"
+        ) from error
     return array

@@ -1,4 +1,4 @@
-"""Volumes in memory, as other libraries keep them, and label maps in the same form."""
+"""Volumes in memory, as objects of other libraries, and label maps as objects of the same kind."""
 
 import sys
 from typing import TYPE_CHECKING, Any
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 def volume_of(image: Any, affine: NDArray | None = None) -> Volume:
-    """A volume from what other libraries call an image.
+    """The volume of an image object.
 
     Args:
-        image: a NumPy array (i, j, k) or (i, j, k, modality) with ``affine``; a nibabel image; a SimpleITK image; or a MONAI
-            ``MetaTensor`` (i, j, k) or (channel, i, j, k).
-        affine: (4, 4), from voxel index to millimetres in RAS+, of a NumPy array.
+        image: a NumPy array (i, j, k) or (i, j, k, modality) with ``affine``, a nibabel image, a SimpleITK image, or a
+            MONAI ``MetaTensor`` (i, j, k) or (channel, i, j, k).
+        affine: affine (4, 4) of a NumPy array, from voxel index to millimetres in RAS+.
 
     Raises:
-        FlapsamError: it is none of these, has no affine or a singular one, is not 3-D, or holds NaN or infinity.
+        FlapsamError: the image is of another type, has no affine or a singular one, is not 3-D, or holds NaN or infinity.
     """
     if _is_sitk(image):
         import SimpleITK as sitk
@@ -43,13 +43,13 @@ def volume_of(image: Any, affine: NDArray | None = None) -> Volume:
     elif isinstance(image, np.ndarray):
         array = image
         if affine is None:
-            raise FlapsamError("a NumPy array has no place in space: give its affine, as in predict(array, affine)")
+            raise FlapsamError("a NumPy array has no position in space; give its affine, as in predict(array, affine)")
         affine = np.asarray(affine, np.float64)
         if affine.shape != (4, 4):
-            raise FlapsamError(f"an affine is of shape (4, 4), this one is {affine.shape}")
+            raise FlapsamError(f"the affine has shape {affine.shape}; an affine of shape (4, 4) is needed")
     else:
         raise FlapsamError(
-            f"a {type(image).__name__} is no volume: give a path, a NumPy array with its affine, "
+            f"a {type(image).__name__} is not a volume; give a path, a NumPy array with its affine, "
             "a nibabel or SimpleITK image, or a MONAI MetaTensor"
         )
     return _checked(array, check_affine(affine, "the image"))
@@ -59,15 +59,15 @@ def _checked(array: NDArray, affine: NDArray[np.float64]) -> Volume:
     if array.ndim == 4 and array.shape[3] == 1:
         array = array[..., 0]
     if array.ndim not in (3, 4) or 0 in array.shape or (array.ndim == 4 and array.shape[3] > MODALITIES):
-        raise FlapsamError(f"a 3-D volume of up to three modalities is needed, this one is of shape {array.shape}")
+        raise FlapsamError(f"the image has shape {array.shape}; a 3-D volume with up to three modalities is needed")
     if array.dtype.kind not in "iuf":
-        raise FlapsamError(f"voxels are of type {array.dtype}; one plain number a voxel is needed")
+        raise FlapsamError(f"voxels are of type {array.dtype}; one plain number per voxel is needed")
     check_finite(array, "the image")
     return Volume(array.astype(np.float32, copy=False) if array.dtype.kind == "f" else array, affine)
 
 
 def labels_like(labels: NDArray[np.uint8], image: Any) -> Any:
-    """A label map (i, j, k) in the form and the place of the image that was segmented."""
+    """A label map (i, j, k) as an object of the same kind and at the same position as the segmented image."""
     if _is_sitk(image):
         return _sitk_like(labels, image)
     if _is_meta_tensor(image):
@@ -82,9 +82,9 @@ def labels_like(labels: NDArray[np.uint8], image: Any) -> Any:
 def _sitk_like(labels: NDArray[np.uint8], image: "SimpleITK.Image") -> "SimpleITK.Image":
     import SimpleITK as sitk
 
-    made = sitk.GetImageFromArray(labels.transpose())
-    made.CopyInformation(image)
-    return made
+    label_map = sitk.GetImageFromArray(labels.transpose())
+    label_map.CopyInformation(image)
+    return label_map
 
 
 def _meta_tensor_like(labels: NDArray[np.uint8], image: "MetaTensor") -> "MetaTensor":
@@ -96,7 +96,7 @@ def _meta_tensor_like(labels: NDArray[np.uint8], image: "MetaTensor") -> "MetaTe
 
 
 def _is_sitk(image: Any) -> bool:
-    """Whether it is an image of SimpleITK, which need not be loaded to know that it is none."""
+    """Whether an object is an image of SimpleITK. SimpleITK is not imported to find out."""
     return "SimpleITK" in sys.modules and isinstance(image, sys.modules["SimpleITK"].Image)
 
 

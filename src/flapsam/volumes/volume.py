@@ -1,4 +1,4 @@
-"""A volume: an array of voxels and where they stand in the patient."""
+"""A volume: an array of voxels and their position in the patient."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from flapsam.base.errors import FlapsamError
 
 CANONICAL_AXES = {"sagittal": 0, "coronal": 1, "axial": 2}
-"""Axes of a canonical volume: 0 grows to the right, 1 to the front, 2 to the head (RAS+)."""
+"""Orientation of slices → axis of a canonical volume. Axis 0 points to the right, 1 to the front, 2 to the head (RAS+)."""
 
 
 Geometry = tuple[tuple[int, int, int], NDArray[np.float64]]
@@ -27,22 +27,22 @@ class Volume:
 
     @property
     def geometry(self) -> Geometry:
-        """Shape, without modalities, and affine."""
+        """Shape without modalities, and affine."""
         i, j, k = self.array.shape[:3]
         return (i, j, k), self.affine
 
     @property
     def modalities(self) -> int:
-        """Images of the same place in one volume, such as T1 and T2."""
+        """Number of modalities, such as T1 and T2, that the volume holds on the same grid."""
         return self.array.shape[3] if self.array.ndim == 4 else 1
 
     @property
     def spacing(self) -> tuple[float, float, float]:
-        """Distance of neighbouring voxels along each axis, in mm."""
+        """Distance between neighbouring voxels along each axis, in mm."""
         return spacing_of(self.affine)
 
     def to_canonical(self) -> "Volume":
-        """The same voxels with axes permuted and flipped to be nearest to RAS+: a view, nothing is interpolated."""
+        """A view of the same voxels, with axes permuted and flipped to be nearest to RAS+. Nothing is interpolated."""
         orientation = orientations.io_orientation(self.affine)
         array = orientations.apply_orientation(self.array, orientation)
         affine = self.affine @ orientations.inv_ornt_aff(orientation, self.array.shape[:3])
@@ -50,31 +50,35 @@ class Volume:
 
 
 def spacing_of(affine: NDArray[np.float64]) -> tuple[float, float, float]:
-    """Lengths in mm of the affine's three columns."""
+    """Voxel spacing in mm: the lengths of the affine's first three columns."""
     x, y, z = np.linalg.norm(affine[:3, :3], axis=0)
     return float(x), float(y), float(z)
 
 
 def check_affine(affine: Any, where: Path | str) -> NDArray[np.float64]:
-    """The affine, if it gives every voxel a place of its own.
+    """Return the affine if it maps every voxel to a different position.
+
+    Args:
+        affine: the affine (4, 4), or None.
+        where: name of the image for the error message.
 
     Raises:
-        FlapsamError: it is singular or not finite.
+        FlapsamError: the affine is missing, singular or not finite.
     """
     if affine is None or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise FlapsamError(f"{where}: the affine is singular, so voxels have no place in space; repair the header")
+        raise FlapsamError(f"{where}: the affine is singular, so voxels have no position in space; repair the header")
     return affine
 
 
 def check_finite(array: NDArray, where: Path | str) -> None:
-    """Look for what is no number.
+    """Check that every voxel is a finite number.
 
     Raises:
         FlapsamError: a voxel is NaN or infinite.
     """
     if array.dtype.kind != "f":
         return
-    # A slice at a time: a mask of the whole volume would take its memory once more.
+    # Slices are checked one at a time, because a mask of the whole volume would need a lot of memory.
     broken = sum(int(part.size - np.count_nonzero(np.isfinite(part))) for part in np.moveaxis(array, 2, 0))
     if broken:
         raise FlapsamError(f"{where}: {broken} voxels are NaN or infinite; replace them or leave the case out")
@@ -84,9 +88,9 @@ def canonical_slice_axis(affine: NDArray[np.float64], axis: str) -> int:
     """The canonical axis that slices are perpendicular to.
 
     Args:
-        affine: of the volume in any orientation.
-        axis: ``sagittal``, ``coronal`` or ``axial``; ``auto`` takes the largest spacing and, of spacings that agree
-            within 1 %, the last canonical axis.
+        affine: affine of the volume, in any orientation.
+        axis: ``sagittal``, ``coronal`` or ``axial``. ``auto`` takes the axis with the largest spacing, and the last
+            canonical axis among spacings that agree within 1 %.
     """
     if axis != "auto":
         return CANONICAL_AXES[axis]
@@ -97,13 +101,13 @@ def canonical_slice_axis(affine: NDArray[np.float64], axis: str) -> int:
 
 
 def slice_count(shape: tuple[int, int, int], affine: NDArray[np.float64], axis: str) -> int:
-    """Slices that a volume in any orientation has along ``axis``, as ``canonical_slice_axis`` names it."""
+    """Number of slices of a volume in any orientation along ``axis``, which is named as for ``canonical_slice_axis``."""
     orientation = orientations.io_orientation(affine)
     return shape[int(np.flatnonzero(orientation[:, 0] == canonical_slice_axis(affine, axis))[0])]
 
 
 def same_geometry(first: NDArray[np.float64], second: NDArray[np.float64], shape: tuple[int, ...]) -> bool:
-    """Whether two affines put every corner of a volume at the same place, within a tenth of the smallest spacing."""
+    """Whether two affines map every corner of a volume to the same position, within a tenth of the smallest spacing."""
     corners = np.array(np.meshgrid(*[(0, size - 1) for size in shape], indexing="ij")).reshape(3, -1)
     homogeneous = np.vstack([corners, np.ones((1, corners.shape[1]))])
     distance = np.linalg.norm(((first - second) @ homogeneous)[:3], axis=0).max()

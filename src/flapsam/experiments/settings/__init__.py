@@ -1,4 +1,4 @@
-"""Runs that ship with flapsam, a YAML file each: ``flapsam bench NAME --data FOLDER``."""
+"""Settings that ship with flapsam, one YAML file each, for ``flapsam bench NAME --data FOLDER``."""
 
 import json
 from collections.abc import Iterable
@@ -9,27 +9,29 @@ from flapsam.run.config import RunConfig
 from flapsam.run.reading import read_config
 
 SETTINGS = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
-"""Name → file."""
+"""Name of the settings → their file."""
 
 
 def read_settings(name: str, data: Path | None, overrides: Iterable[str] = ()) -> RunConfig:
-    """A run by the name of settings that ship, or from a file.
+    """Read a configuration from settings that ship with flapsam, or from a file.
 
     Args:
-        name: of the settings, or a path.
-        data: the data's folder, in the place of ``data.path``.
-        overrides: as ``read_config`` takes them.
+        name: the name of settings, or a path.
+        data: the data's folder, in place of ``data.path``.
+        overrides: changes to fields, as for ``read_config``.
 
     Raises:
-        FlapsamError: as ``read_config``; or settings that ship without the data's folder.
+        FlapsamError: as for ``read_config``, the name is unknown, or settings that ship are read without a data folder.
     """
     path = Path(name)
     given = [f"data.path={json.dumps(str(data))}"] if data else []
     if name in SETTINGS and not path.is_file():
         if not data:
-            raise FlapsamError(f"{name}: say where the data are with --data FOLDER")
+            raise FlapsamError(f"{name}: these settings need data; add --data FOLDER")
         path = SETTINGS[name]
         given.append(f"output=runs/{name}")
     elif not path.suffix and not path.exists():
-        raise FlapsamError(f"{name}: neither a file nor settings that ship with flapsam ({', '.join(SETTINGS)})")
+        raise FlapsamError(
+            f"{name}: is neither a file nor settings that ship with flapsam; choose from {', '.join(SETTINGS)}"
+        )
     return read_config(path, [*given, *overrides])

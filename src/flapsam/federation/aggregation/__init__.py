@@ -1,4 +1,4 @@
-"""How clients' tensors become the global ones: one small file an aggregator, behind one registry."""
+"""How clients' tensors become the global ones: one small file per aggregator, and a registry."""
 
 from collections.abc import Callable
 
@@ -25,15 +25,19 @@ AGGREGATORS: dict[str, Callable[[int], Aggregator]] = {
     "median": Median,
     "trimmed-mean": TrimmedMean,
 }
-"""Name → a function from the adapters' rank to an aggregator. A new aggregator is one entry here."""
+"""Name → function from the adapters' rank to an aggregator. To add an aggregator, add an entry."""
 
 __all__ = ["AGGREGATORS", "Aggregator", "Reply", "aggregator"]
 
 
 def aggregator(name: str, rank: int) -> Aggregator:
-    """A new aggregator of this name.
+    """Make an aggregator by name.
+
+    Args:
+        name: a key of ``AGGREGATORS``.
+        rank: the adapters' rank in the run.
 
     Raises:
-        FlapsamError: there is none of that name.
+        FlapsamError: the name is unknown.
     """
     return choose("aggregator", name, AGGREGATORS)(rank)

@@ -1,4 +1,4 @@
-"""What every aggregator is: it reads clients' tensors one at a time and gives the global ones."""
+"""Base class of the aggregators, which read clients' tensors one at a time and return the global ones."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -18,53 +18,56 @@ class Reply:
     weight: float
     names: Collection[str]
     read: Callable[[str, slice], Tensor]
-    """Some rows of a tensor, by its name."""
+    """Reads a slice of rows from the tensor of this name."""
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], weight: float) -> "Reply":
-        """A reply that is in memory."""
+        """A reply whose tensors are in memory."""
         return cls(weight, tensors.keys(), lambda name, rows: tensors[name][rows])
 
 
 class Aggregator(ABC):
-    """Mean of clients' tensors, whatever that means for low-rank factors.
+    """Averages clients' tensors. A subclass defines what that means for low-rank factors.
 
     Tensors are read layer by layer and client by client, so memory does not grow with the number of clients. Weights need
-    not sum to one: they are normalised over those who answered. A client's rank may be smaller than the run's.
+    not sum to one, because they are normalised over the clients that answered. A client may have a smaller rank than the
+    run.
     """
 
     keeps_basis = True
-    """Whether a factor's rows mean the same from round to round, so that differences between rounds mean something."""
+    """Whether factors keep their basis from round to round, so that their differences between rounds are meaningful."""
     base_weights = False
-    """Whether the adapted layers' own weights change too; they are then among the global tensors, and travel down."""
+    """Whether the adapted layers' own weights change, too. If so, they are among the global tensors and travel down."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
 
     def up(self, name: str, number: int) -> bool:
-        """Whether clients train a tensor in round ``number``, from 1, and send it; what they don't train stays as it is.
+        """Whether clients train and send a tensor in round ``number``, from 1. Otherwise the tensor stays as it is.
 
-        It is asked only about tensors that clients can train.
+        Called only for tensors that clients can train.
         """
         return True
 
     def down(self, name: str, number: int) -> bool:
-        """Whether a tensor is different after round ``number``, and so travels down.
+        """Whether round ``number`` changes a tensor, which then travels down.
 
-        It is asked about all global tensors, among them base weights, which clients may not train.
+        Called for all global tensors, including base weights, which clients may not train.
         """
         return self.up(name, number)
 
     def aggregate(self, replies: Sequence[Reply], previous: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
-        """The global tensors after a round; what no reply holds stays as it is, unless ``factors`` changes it.
+        """Aggregate the replies of a round.
+
+        A tensor that no reply holds stays as it is, unless ``factors`` changes it.
 
         Args:
-            replies: in the order of the sites' names.
-            previous: the global tensors that the clients started from; they give names and shapes.
-            number: of the round, from 1.
+            replies: the clients' replies, in the order of the sites' names.
+            previous: the global tensors that the clients started from. They define names and shapes.
+            number: number of the round, from 1.
 
         Returns:
-            float32, contiguous, under the same names.
+            The new global tensors, float32 and contiguous, under the same names.
 
         Raises:
             ValueError: no client has a weight above 0.
@@ -87,18 +90,18 @@ class Aggregator(ABC):
     def factors(
         self, layer: str, replies: Sequence[Reply], previous: Mapping[str, Tensor], number: int
     ) -> dict[str, Tensor]:
-        """What is new of a layer, by names: its factors B (out, rank) and A (rank, in)."""
+        """The new tensors of a layer by name: its factors B (out, rank) and A (rank, in), and possibly its own weight."""
 
     def average(self, name: str, replies: Sequence[Reply], previous: Mapping[str, Tensor]) -> Tensor:
-        """Σ w·θ / Σ w of one tensor over those who sent it (FedAvg, McMahan et al. 2017, arXiv 1602.05629)."""
+        """Σ w·θ / Σ w of one tensor over the clients that sent it (FedAvg, McMahan et al. 2017, arXiv 1602.05629)."""
         senders = [reply for reply in replies if name in reply.names]
         if not senders:
             return previous[name]
         total = torch.zeros(previous[name].shape, dtype=torch.float64)
         for reply in senders:
-            # float64, so that the mean of equal tensors is that tensor.
+            # In float64, so that the mean of equal tensors is exactly that tensor.
             part = reply.read(name, ALL).double()
-            # Of a smaller rank, the rows and columns that are missing count as zeros (HetLoRA, arXiv 2401.06432).
+            # Rows and columns that a smaller rank lacks count as zeros (HetLoRA, arXiv 2401.06432).
             total[tuple(slice(length) for length in part.shape)] += part * reply.weight
         return (total / sum(reply.weight for reply in senders)).float()
 
@@ -115,5 +118,5 @@ def mean_product(layer: str, replies: Sequence[Reply]) -> Tensor:
 
 
 def lora_layers(names: Iterable[str]) -> list[str]:
-    """Names of the layers that carry low-rank factors, in order."""
+    """Names of the layers with low-rank factors, sorted."""
     return sorted(name.removesuffix(A) for name in names if name.endswith(A))

@@ -1,4 +1,4 @@
-"""Plain FedAvg of every tensor, low-rank factors among them."""
+"""Plain FedAvg of every tensor, including low-rank factors."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,8 +10,8 @@ from flapsam.federation.aggregation.aggregator import A, Aggregator, B, Reply
 class FedAvg(Aggregator):
     """Σ w·θ of all tensors (McMahan et al. 2017, arXiv 1602.05629).
 
-    Exact for everything but low-rank factors: the mean of A and the mean of B do not multiply to the mean of B·A. Every
-    trained tensor travels, up and down.
+    Exact for everything but low-rank factors, because the mean of B times the mean of A is not the mean of B·A. Every
+    trained tensor travels up and down.
     """
 
     def factors(

@@ -1,4 +1,4 @@
-"""FedAvg whose error goes into the layers' own weights."""
+"""FedAvg that adds the error of the factors' product to the layers' own weights."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,11 +9,12 @@ from flapsam.federation.aggregation.fedavg import FedAvg
 
 
 class FedExLora(FedAvg):
-    """Factors by mean; what their product lacks, Σ w·B·A / Σ w − B̄·Ā, is added to the layer's own weight
+    """Averages the factors and adds what their product lacks, Σ w·B·A / Σ w − B̄·Ā, to the layer's own weight
     (FedEx-LoRA, arXiv 2410.09432).
 
-    Exact but for the rounding of the weights to float32. Up as with ``fedavg``; down the adapted layers' own weights, which
-    are dense, travel too, each round. Where clients train these weights as well, the residual is added to their mean.
+    Exact, apart from the rounding of the weights to float32. The traffic up is that of ``fedavg``. Down, the adapted
+    layers' own weights, which are dense, travel too in each round. Where clients also train these weights, the residual is
+    added to their mean.
     """
 
     base_weights = True

@@ -1,4 +1,4 @@
-"""FlexLoRA whose factors stay close to the previous ones."""
+"""FlexLoRA with factors that stay close to the previous ones."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,11 +10,12 @@ from flapsam.federation.aggregation.flexlora import FlexLora
 
 
 class FlexLoraAligned(FlexLora):
-    """As ``flexlora``, in the basis of the clients' mean A. The same product, if Ā·V is not near singular; the same traffic.
+    """FlexLoRA in the basis of the clients' mean A. The product is that of ``flexlora`` unless Ā·V is nearly singular.
 
-    A = Ā·V·Vᵀ is the closest to the mean Ā among all factors with rows in the row space V of the truncated product, and
-    B = U·S·(Ā·V)⁻¹ gives that product. Directions in which Ā·V is below a thousandth of its largest singular value the
-    pseudo-inverse leaves out of it. Factors that nobody changed come back if both have full rank.
+    Among all factors with rows in the row space V of the truncated product, A = Ā·V·Vᵀ is the closest to the mean Ā. With
+    B = U·S·(Ā·V)⁻¹ it yields that product. The pseudo-inverse drops directions in which Ā·V is below a thousandth of its
+    largest singular value. Factors that no client changed are returned as they were if both have full rank. Traffic as with
+    ``flexlora``.
     """
 
     keeps_basis = True

@@ -9,15 +9,15 @@ from flapsam.federation.aggregation.aggregator import A, B, Reply, mean_product
 from flapsam.federation.aggregation.fedavg import FedAvg
 
 RIDGE = 0.01
-"""λ, as a share of the mean diagonal of Ā·Āᵀ."""
+"""λ, as a fraction of the mean diagonal of Ā·Āᵀ."""
 
 
 class LoraFair(FedAvg):
-    """Factors by mean, then B̄ + ΔB, where ΔB has the least ‖P − (B̄ + ΔB)·Ā‖² + λ·‖ΔB‖² (LoRA-FAIR, arXiv 2411.14961).
+    """Factors by mean, then B̄ + ΔB, where ΔB minimises ‖P − (B̄ + ΔB)·Ā‖² + λ·‖ΔB‖² (LoRA-FAIR, arXiv 2411.14961).
 
-    P is the mean product Σ w·B·A / Σ w. The paper asks for the greatest cosine similarity of the two products and goes
-    there by gradient steps; this is its least-squares form, which has a closed solution. Not exact: but for the ridge λ it
-    is the nearest to P that the row space of Ā allows. Traffic as with ``fedavg``.
+    P is the mean product Σ w·B·A / Σ w. The paper maximises the cosine similarity of the two products by gradient steps.
+    This is its least-squares form, which has a closed-form solution. Not exact: apart from the ridge λ, the result is the
+    closest to P that the row space of Ā allows. Traffic as with ``fedavg``.
     """
 
     def factors(
@@ -27,7 +27,7 @@ class LoraFair(FedAvg):
         result = super().factors(layer, replies, previous, number)
         outward, inward = result[layer + B].double(), result[layer + A].double()
         gram = inward @ inward.T
-        # Of A = 0 the smallest number keeps the system solvable, and ΔB = 0.
+        # For Ā = 0, the smallest positive number keeps the system solvable, and ΔB = 0.
         ridge = (RIDGE * gram.diagonal().mean()).clamp(min=torch.finfo(gram.dtype).tiny)
         missing = (mean_product(layer, replies) - outward @ inward) @ inward.T
         # ΔB·(Ā·Āᵀ + λ) = (P − B̄·Ā)·Āᵀ

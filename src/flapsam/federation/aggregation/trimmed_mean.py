@@ -1,4 +1,4 @@
-"""The mean of every number without the clients that give the most and the least."""
+"""The mean of every number without the clients' largest and smallest values."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,25 +10,26 @@ from flapsam.federation.aggregation.aggregator import Reply
 from flapsam.federation.aggregation.fedavg import FedAvg
 
 SHARE = 0.2
-"""Of the clients, rounded down, that are dropped at either end."""
+"""Fraction of the clients that are dropped at either end, rounded down to whole clients."""
 VALUES = 2**20
-"""Numbers of all clients together that are in memory at a time (4 MiB), or one row of each if that is more."""
+"""How many numbers of all clients together are in memory at a time (4 MiB), or one row of each client if that is more."""
 
 
 class TrimmedMean(FedAvg):
-    """Of every number, factors too, the mean without the fifth of clients that give the least and the fifth that give the
-    most (coordinate-wise trimmed mean, Yin et al. 2018, arXiv 1803.01498).
+    """Takes the mean of every number, factors included, without the smallest fifth and the largest fifth of the clients'
+    values (coordinate-wise trimmed mean, Yin et al. 2018, arXiv 1803.01498).
 
-    Clients of a weight above 0 count equally, or a weight could outvote the rest. Up to a fifth of them may send anything
-    and move no number beyond what the others sent. Not the mean of the products B·A. Traffic as with ``fedavg``.
+    All clients with a weight above 0 count equally, because otherwise one large weight could outvote the rest. Up to a fifth
+    of the clients may send arbitrary values and still move no number beyond the range of what the others sent. Not the mean
+    of the products B·A. Traffic as with ``fedavg``.
     """
 
     def dropped(self, count: int) -> int:
-        """How many of so many clients are dropped at either end."""
+        """Number of clients dropped at either end, out of ``count``."""
         return int(SHARE * count)
 
     def average(self, name: str, replies: Sequence[Reply], previous: Mapping[str, Tensor]) -> Tensor:
-        """The trimmed mean of one tensor over those who sent it, a few rows at a time."""
+        """The trimmed mean of one tensor over the clients that sent it, a few rows at a time."""
         senders = [reply for reply in replies if name in reply.names]
         if not senders:
             return previous[name]
@@ -38,11 +39,11 @@ class TrimmedMean(FedAvg):
         for first in range(0, len(result), step):
             rows = slice(first, first + step)
             values = np.zeros((len(senders), *result[rows].shape), np.float32)
-            for reply, place in zip(senders, values, strict=True):
+            for reply, target in zip(senders, values, strict=True):
                 part = reply.read(name, rows).numpy()
-                # Of a smaller rank, the rows and columns that are missing count as zeros.
-                place[tuple(slice(length) for length in part.shape)] = part
-            # NumPy sorts in place, and twenty times as fast as torch does along this axis.
+                # Rows and columns that a smaller rank lacks count as zeros.
+                target[tuple(slice(length) for length in part.shape)] = part
+            # NumPy sorts in place, and along this axis twenty times as fast as torch.
             values.sort(axis=0)
             result[rows] = torch.from_numpy(values[drop : len(senders) - drop].mean(axis=0, dtype=np.float64))
         return result

@@ -1,4 +1,4 @@
-"""How tensors become few bytes: codecs behind one registry."""
+"""Codecs, which turn tensors into few bytes, and their registry."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ VALUES: dict[str, Callable[[Compression], Values]] = {
     "int4": lambda options: Integers(4),
     "steps": lambda options: Steps(options.bits),
 }
-"""Name → a way of writing numbers, made from the options of a run."""
+"""Name → function from a run's options to a way of writing numbers."""
 
 
 def _topk(name: str) -> Callable[[Compression], Codec]:
@@ -33,7 +33,7 @@ CODECS: dict[str, Callable[[Compression], Codec]] = {
     "topk": _topk("fp32"),
     **{f"topk-{name}": _topk(name) for name in ("bf16", "int8", "int4")},
 }
-"""Name → a codec, made from the options of a run. Another way of writing numbers goes above, any other codec here."""
+"""Name → function from a run's options to a codec. Add new ways of writing numbers to ``VALUES``, other codecs here."""
 
 __all__ = ["CODECS", "Codec", "codec"]
 
@@ -42,6 +42,6 @@ def codec(options: Compression) -> Codec:
     """The codec that the options name.
 
     Raises:
-        FlapsamError: there is none of that name.
+        FlapsamError: the name is unknown.
     """
     return choose("compression.codec", options.codec, CODECS)(options)

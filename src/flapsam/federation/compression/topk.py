@@ -1,4 +1,4 @@
-"""Only the largest numbers of every tensor, with the gaps between them."""
+"""Only the largest numbers of every tensor, and the gaps between them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,14 +10,15 @@ from flapsam.federation.compression.codec import Codec, Entries, Shapes, as_rows
 from flapsam.federation.compression.values import Values, flattened, row_lengths, split
 
 SKIP = 255
-"""A gap's byte that stands for 255 places without a number."""
+"""Byte in a gap that stands for 255 places without a number."""
 
 
 class TopK(Codec):
-    """The share ``density`` of each tensor with the largest magnitudes; the rest is zero.
+    """Sends the fraction ``density`` of each tensor with the largest magnitudes. The rest is zero.
 
-    As Aji & Heafield 2017 (arXiv 1704.05021) send gradients. No number that is left out is larger than one that is kept.
-    Places are sent as gaps, a byte each: places since the last number, less one, with 255 for 255 places and no number.
+    Aji & Heafield 2017 (arXiv 1704.05021) send gradients this way. No number that is left out is larger in magnitude than
+    one that is kept. Places are sent as gaps of one byte: the places skipped since the last number, where 255 stands for 255
+    skipped places and no number.
     """
 
     def __init__(self, values: Values, density: float) -> None:
@@ -25,14 +26,14 @@ class TopK(Codec):
         self.density = density
 
     def kept(self, count: int) -> int:
-        """How many of a tensor's numbers are sent; one at least."""
+        """How many of a tensor's ``count`` numbers are sent, at least one."""
         return min(count, max(1, math.ceil(self.density * count)))
 
     def encode(self, tensors: Mapping[str, Tensor], seed: int) -> Entries:
         places, start = [torch.zeros(0, dtype=torch.long)], 0
         matrices = [as_rows(tensors[name]) for name in sorted(tensors)]
         for matrix in matrices:
-            # Stable, so that ties are broken alike on every machine.
+            # A stable sort breaks ties the same way on every machine.
             order = torch.sort(matrix.reshape(-1).abs(), descending=True, stable=True).indices
             places.append(start + order[: self.kept(matrix.numel())].sort().values)
             start += matrix.numel()
@@ -56,13 +57,13 @@ class TopK(Codec):
 
 
 def _kept_lengths(places: Tensor, sizes: Sequence[Sequence[int]]) -> Tensor:
-    """How many of these rising places lie in each row."""
+    """How many of these ascending places lie in each row."""
     ends = row_lengths(sizes).cumsum(0)
     return torch.diff(torch.searchsorted(places, ends), prepend=torch.tensor([0]))
 
 
 def to_gaps(places: Tensor) -> Tensor:
-    """Rising places as gaps, a byte each, with a byte 255 for every 255 places skipped."""
+    """Write ascending places as gaps of one byte each, with an extra byte 255 for every 255 places skipped."""
     gaps = torch.diff(places, prepend=torch.tensor([-1])) - 1
     skips = gaps // SKIP
     result = torch.full((len(gaps) + int(skips.sum()),), SKIP, dtype=torch.uint8)
@@ -71,15 +72,15 @@ def to_gaps(places: Tensor) -> Tensor:
 
 
 def from_gaps(gaps: Tensor) -> Tensor:
-    """The places again."""
+    """Read the places back from gaps."""
     numbers = gaps != SKIP
-    # Every number takes its own place besides the gap before it.
+    # Every number takes up one place after its gap.
     return (gaps.long() + numbers.long()).cumsum(0)[numbers] - 1
 
 
 def check_gaps(gaps: Tensor, count: int, end: int) -> None:
-    """Raise ValueError unless the gaps lead to ``count`` places, the last below ``end``."""
+    """Raise ValueError unless the gaps lead to exactly ``count`` places, all below ``end``."""
     if len(gaps) > count + end // SKIP or int((gaps != SKIP).sum()) != count:
-        raise ValueError(f"entry gaps does not hold the {count} places agreed")
+        raise ValueError(f"its entry 'gaps' does not hold the {count} places agreed")
     if count and (gaps[-1] == SKIP or int(from_gaps(gaps)[-1]) >= end):
-        raise ValueError("entry gaps leads beyond the last place")
+        raise ValueError("its entry 'gaps' leads beyond the last place")

@@ -1,4 +1,4 @@
-"""How numbers are written: as floats, or as small integers with a scale a row."""
+"""Ways of writing numbers: as floats, or as small integers with one scale per row."""
 
 import math
 import zlib
@@ -14,31 +14,31 @@ from flapsam.federation.compression.codec import Codec, Entries, Shapes, as_rows
 Expected = dict[str, tuple[torch.dtype, int | None]]
 
 STEPS = (0.5, 16.0)
-"""Between these, in root mean squares, lies a step; the smallest takes 3 bits for numbers from a normal distribution."""
+"""Range of the step, in root mean squares. The smallest takes 3 bits per number of a normal distribution."""
 SAMPLE = 1 << 20
-"""About so many numbers tell how large the steps are to be."""
+"""About how many numbers are sampled to choose the step."""
 
 
 class Values(ABC):
-    """A way of writing numbers that come in rows, some of them left out."""
+    """A way of writing numbers that come in rows. Rows may lack some of their numbers."""
 
     lossless = False
 
     @abstractmethod
     def write(self, values: Tensor, lengths: Tensor, seed: int) -> Entries:
-        """The entries of flat float32 ``values``, row after row; ``lengths`` says how many of them each row has."""
+        """Write flat float32 ``values``, row after row, as entries. ``lengths`` holds the number of values in each row."""
 
     @abstractmethod
     def expected(self, count: int, row_count: int) -> Expected:
-        """Dtype and length of each entry of so many values in so many rows."""
+        """Dtype and length of each entry for ``count`` values in ``row_count`` rows."""
 
     @abstractmethod
     def read(self, entries: Mapping[str, Tensor], lengths: Tensor) -> Tensor:
-        """The values again, of checked entries; raises ValueError if compressed ones are damaged."""
+        """Read the values from checked entries. Raises ValueError if a compressed entry is damaged."""
 
 
 class Floats(Values):
-    """Floats of some dtype; float32 is exact, bfloat16 keeps 8 bits: |error| ≤ 2⁻⁸ |x|."""
+    """Floats of one dtype. float32 is exact, and bfloat16 keeps 8 bits: |error| ≤ 2⁻⁸ |x|."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -55,10 +55,10 @@ class Floats(Values):
 
 
 class Integers(Values):
-    """Integers of 8 or 4 bits times a scale a row, rounded up or down at random so that the mean is right.
+    """Integers of 8 or 4 bits times one scale per row, rounded up or down at random so that the mean is right.
 
     Stochastic rounding as in QSGD (Alistarh et al. 2017, arXiv 1610.02132), with the row's largest magnitude at the largest
-    integer: the error has mean 0 and is below one step, 1.01 · max |row| / 127 or / 7. A scale is a bfloat16.
+    integer. The error has mean 0 and is below one step, which is 1.01 · max |row| / 127 or / 7. Scales are bfloat16.
     """
 
     def __init__(self, bits: int) -> None:
@@ -67,7 +67,7 @@ class Integers(Values):
 
     def write(self, values: Tensor, lengths: Tensor, seed: int) -> Entries:
         peaks = _by_row("max", values.abs(), lengths)
-        # Rounded so that no scale comes out below the exact one, and no value above the largest integer.
+        # The margin keeps rounded scales from falling below the exact ones, so no value exceeds the largest integer.
         scales = (peaks * (1 + 2**-8) / self.largest).bfloat16()
         draw = torch.rand(len(values), generator=torch.Generator().manual_seed(seed))
         return self._entries(torch.floor(values / _divisors(scales, lengths) + draw), scales)
@@ -81,12 +81,12 @@ class Integers(Values):
         return self._unpack(entries["values"], len(scales)).float() * scales
 
     def _entries(self, whole: Tensor, scales: Tensor) -> Entries:
-        # What is not finite shows in the scales, which the receiver checks.
+        # Values that are not finite show in the scales, which the receiver checks.
         whole = whole.nan_to_num().clamp(-self.largest, self.largest).to(torch.int8)
         return {"values": self._pack(whole), "scales": scales}
 
     def _pack(self, whole: Tensor) -> Tensor:
-        """4 bits: two values a byte, each with 8 added."""
+        """Pack 4-bit values two to a byte, each with 8 added. 8-bit values stay as they are."""
         if self.bits == 8:
             return whole
         pairs = torch.full((len(whole) + len(whole) % 2,), 8, dtype=torch.uint8)
@@ -100,14 +100,14 @@ class Integers(Values):
 
 
 class Steps(Integers):
-    """Whole steps, at most 7 either way, of a size that makes the packet's numbers take ``bits`` each on average.
+    """Whole multiples of a step, at most 7 in either direction. The step makes a number take ``bits`` on average.
 
-    A step is so many times the root mean square of its row, the same for all rows; numbers are rounded to the nearest. What
-    is sent as a row's scale is not the step, but what makes the row's error least, as numbers lie thicker towards zero: a
-    row's error is below its own norm, and below that of half a step for every number, but beyond 7.5 steps. A Huffman code
-    makes use of how seldom most steps are. For numbers from a normal distribution this comes within a third of a bit of
-    what is possible (Gish & Pierce 1968), where sending only the largest loses several times as much at the same rate.
-    Meant for differences with feedback.
+    A step is a multiple of the root mean square of its row, the same multiple for all rows. Numbers are rounded to the
+    nearest step. The scale sent for a row is not the step but the factor with the least error, because numbers are denser
+    towards zero. A row's error is below its own norm, and below that of half a step for every number, except beyond 7.5
+    steps. A Huffman code exploits that most steps are rare. For numbers from a normal distribution this comes within a third
+    of a bit of what is possible (Gish & Pierce 1968), whereas sending only the largest numbers loses several times as much
+    at the same rate. Meant for differences with feedback.
     """
 
     def __init__(self, bits: float) -> None:
@@ -121,12 +121,12 @@ class Steps(Integers):
         spread = (_row_sums(values**2, lengths) / lengths.clamp(min=1)).sqrt().float()
         relative = values / _divisors(spread, lengths)
         whole = torch.round(relative / self._step(relative)).clamp(-self.largest, self.largest)
-        # Of all scales s the one with the least Σ (x − s·q)²: s = Σ x·q / Σ q².
+        # The scale s with the least Σ (x − s·q)² is s = Σ x·q / Σ q².
         scales = _row_sums(values * whole, lengths) / _row_sums(whole**2, lengths).clamp(min=1)
         return self._entries(whole, scales.bfloat16())
 
     def _pack(self, whole: Tensor) -> Tensor:
-        # zstandard looks for repetitions, finds them by chance, and needs a tenth more bytes than Huffman's code alone.
+        # zstandard looks for repetitions, finds only chance ones, and needs a tenth more bytes than a Huffman code alone.
         deflate = zlib.compressobj(level=9, wbits=-zlib.MAX_WBITS, memLevel=9, strategy=zlib.Z_HUFFMAN_ONLY)
         packed = deflate.compress(super()._pack(whole).numpy().tobytes()) + deflate.flush()
         return _bytes(packed)
@@ -137,18 +137,18 @@ class Steps(Integers):
         try:
             plain = inflate.decompress(packed.numpy().tobytes(), max_length=size + 1)
         except zlib.error as error:
-            raise ValueError("entry values cannot be decompressed") from error
+            raise ValueError("its entry 'values' cannot be decompressed") from error
         if len(plain) != size or not inflate.eof or inflate.unused_data:
-            raise ValueError(f"entry values does not hold the {count} numbers agreed")
+            raise ValueError(f"its entry 'values' does not hold the {count} numbers agreed")
         return super()._unpack(_bytes(plain), count)
 
     def _step(self, values: Tensor) -> float:
-        """The smallest step at which these numbers have an entropy of at most ``bits``, within a thousandth."""
-        some = values[:: len(values) // SAMPLE + 1].nan_to_num()
+        """The smallest step at which these numbers have an entropy of at most ``bits``, to within a thousandth."""
+        sample = values[:: len(values) // SAMPLE + 1].nan_to_num()
         low, high = STEPS
         while high / low > 1.001:
             middle = (low * high) ** 0.5
-            whole = torch.round(some / middle).clamp(-self.largest, self.largest).long() + self.largest
+            whole = torch.round(sample / middle).clamp(-self.largest, self.largest).long() + self.largest
             share = torch.bincount(whole).double() / max(len(whole), 1)
             if float(torch.special.entr(share).sum()) / math.log(2) > self.target:
                 low = middle
@@ -166,18 +166,18 @@ def _row_sums(values: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _by_row(reduction: str, values: Tensor, lengths: Tensor) -> Tensor:
-    # Of no rows at all, segment_reduce makes nothing but an error.
+    # segment_reduce fails if there are no rows.
     return torch.segment_reduce(values, reduction, lengths=lengths, initial=0.0) if len(lengths) else values.new_zeros(0)
 
 
 def _divisors(scales: Tensor, lengths: Tensor) -> Tensor:
-    """The scale of every number, and 1 where it is 0, as all numbers of that row are."""
+    """The scale of every number, or 1 where the scale is 0, because all numbers of that row are 0."""
     steps = scales.float()
     return torch.repeat_interleave(steps.where(steps != 0, 1.0), lengths)
 
 
 class Dense(Codec):
-    """All numbers, written in one way."""
+    """Sends all numbers, written in one way."""
 
     def __init__(self, values: Values) -> None:
         self.values = values
@@ -197,17 +197,17 @@ class Dense(Codec):
 
 
 def flattened(matrices: Sequence[Tensor]) -> Tensor:
-    """All their numbers in a row."""
+    """All numbers of the matrices as one vector."""
     return torch.cat([torch.zeros(0), *(matrix.reshape(-1) for matrix in matrices)])
 
 
 def row_lengths(sizes: Sequence[Sequence[int]]) -> Tensor:
-    """Of all rows of matrices of these sizes, one matrix after another."""
+    """Lengths of all rows of matrices of these sizes, one matrix after another."""
     return torch.tensor([columns for rows, columns in sizes for _ in range(rows)], dtype=torch.long)
 
 
 def split(flat: Tensor, shapes: Shapes) -> dict[str, Tensor]:
-    """Tensors of these shapes from all their numbers in a row."""
+    """Split one vector into tensors of these shapes."""
     tensors, start = {}, 0
     for name, (rows, columns) in ordered(shapes):
         matrix = flat[start : start + rows * columns].reshape(rows, columns)

@@ -1,1 +1,1 @@
-"""What carries packets between server and sites. The algorithm itself knows of none of them."""
+"""Engines carry packets between server and sites. The algorithm itself does not depend on any of them."""

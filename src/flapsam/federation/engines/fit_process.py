@@ -1,4 +1,4 @@
-"""The process in which a site fits: its network stays loaded from round to round, and if it dies the engine goes on."""
+"""The process in which a site fits. Its network stays loaded between rounds, and the engine survives if the process dies."""
 
 import json
 import logging
@@ -16,14 +16,14 @@ from flapsam.federation.hospitals.handshake import REASONS, SiteFailed
 
 
 class FitProcess:
-    """The engine's side. Nothing here loads torch."""
+    """The engine's handle on a site's fit process. It does not load torch."""
 
     def __init__(self, name: str, site_config: Path) -> None:
-        """Know the site.
+        """Prepare to start the process.
 
         Args:
-            name: of the site in the federation.
-            site_config: its own file.
+            name: the site's name in the federation.
+            site_config: path of the site's configuration.
         """
         self.name = name
         self.site_config = site_config
@@ -32,7 +32,11 @@ class FitProcess:
         self.proposal: bytes | None = None
 
     def start(self) -> bool:
-        """Let there be a process; returns whether it is new. It takes seconds until it is ready."""
+        """Start the process if it is not running. It takes seconds until it is ready.
+
+        Returns:
+            Whether a new process was started.
+        """
         if self.process is not None and self.process.poll() is None:
             return False
         self.stop()
@@ -40,7 +44,7 @@ class FitProcess:
         self.pipe = cast(Connection, ours)
         handle = theirs.fileno()
         command = [sys.executable, "-m", __name__, self.name, str(self.site_config.absolute()), str(handle)]
-        # What an engine sets so as to carry packets in little memory would make a fit slow.
+        # An engine sets these variables to carry packets in little memory, but they would slow down a fit.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self.process = subprocess.Popen(command, pass_fds=[handle], stdin=subprocess.DEVNULL, env=environment)
@@ -48,24 +52,33 @@ class FitProcess:
         return True
 
     def join(self, proposal: bytes) -> bytes:
-        """As ``SiteSide.join``.
+        """Run ``SiteSide.join`` in the process.
+
+        Args:
+            proposal: the server's proposal message.
+
+        Returns:
+            The site's presence message.
 
         Raises:
-            SiteFailed: with the code.
+            SiteFailed: the site does not take part, or the process died.
         """
         self.proposal = proposal
         self.start()
         return self._ask("join", [memoryview(proposal)])
 
     def ask(self, work: str, packets: list[memoryview]) -> bytes:
-        """``fit`` or ``validate``, as ``SiteSide`` does it. A process that has died before is begun anew.
+        """Run ``SiteSide.fit`` or ``SiteSide.validate`` in the process. Start a new process if the last one died.
 
         Args:
-            work: which.
-            packets: each is taken out when it has been handed over, so that it need not be held meanwhile.
+            work: ``fit`` or ``validate``.
+            packets: the server's packets. Each is removed from the list once it is sent, to free its memory.
+
+        Returns:
+            The site's answer.
 
         Raises:
-            SiteFailed: with the code.
+            SiteFailed: the work failed, or the process died.
         """
         if self.proposal is None:
             raise SiteFailed("error")
@@ -74,7 +87,7 @@ class FitProcess:
         return self._ask(work, packets)
 
     def stop(self) -> None:
-        """End the process, whatever it is at. What it has written stays."""
+        """Kill the process, even in the middle of a fit. The files that it has written stay."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
@@ -98,15 +111,21 @@ class FitProcess:
 
 
 def received(pipe: Connection, size: int) -> bytearray:
-    """So many bytes, in one place: ``recv_bytes`` would hold them twice."""
+    """Receive a known number of bytes into one buffer, because ``recv_bytes`` would hold them twice."""
     data = bytearray(size)
     pipe.recv_bytes_into(data)
     return data
 
 
 def main(name: str, site_config: Path, handle: int) -> None:
-    """Serve an engine until it is gone."""
-    # What is kept of a site's data and state is for its owner alone.
+    """Serve an engine until it ends or closes the pipe.
+
+    Args:
+        name: the site's name in the federation.
+        site_config: path of the site's configuration.
+        handle: file descriptor of the pipe to the engine.
+    """
+    # Only the owner may read the site's data and state.
     os.umask(0o077)
     parent = os.getppid()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
@@ -115,7 +134,7 @@ def main(name: str, site_config: Path, handle: int) -> None:
     from flapsam.federation.hospitals.site_config import read_site_config
     from flapsam.federation.hospitals.site_side import SiteSide, failing_as
 
-    participant: SiteSide | None = None
+    side: SiteSide | None = None
     locks = []
     while True:
         try:
@@ -124,15 +143,15 @@ def main(name: str, site_config: Path, handle: int) -> None:
         except EOFError:
             return
         try:
-            if participant is None:
+            if side is None:
                 with failing_as("data"):
                     config = read_site_config(site_config)
                     _log_to(config.log)
                     locks.append(alone(config.lock))
-                    participant = SiteSide(name, config)
-            # Each packet is let go when it has been read: a fit follows.
-            read = (parts.pop(0) for _ in sizes)
-            answer: bytes = participant.join(bytes(next(read))) if work == "join" else getattr(participant, work)(read)
+                    side = SiteSide(name, config)
+            # Packets are released as they are read, so that their memory is free for the fit.
+            packets = (parts.pop(0) for _ in sizes)
+            answer: bytes = side.join(bytes(next(packets))) if work == "join" else getattr(side, work)(packets)
             code = ""
         except SiteFailed as failure:
             code, answer = str(failure), b""
@@ -142,7 +161,7 @@ def main(name: str, site_config: Path, handle: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End this process when the one that began it is gone, in the middle of a fit if need be."""
+    """End this process when its parent ends, even in the middle of a fit."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
@@ -150,8 +169,8 @@ def _end_with(parent: int) -> None:
 
 def _log_to(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    form = "%(asctime)s %(levelname)s %(message)s"
-    logging.basicConfig(filename=path, level=logging.INFO, format=form, force=True)
+    line = "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(filename=path, level=logging.INFO, format=line, force=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The engine for one machine: clients fit one after another on one network, or side by side in workers."""
+"""The engine for one machine. Clients fit one after another on one network, or in parallel in worker processes."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -21,15 +21,15 @@ def run_rounds(
     observer: Observer,
     workers: Workers | None = None,
 ) -> None:
-    """Run the rounds that are left on this machine, until all are done or validation has settled.
+    """Run the remaining rounds on this machine, until all are done or validation has settled.
 
     Args:
-        cohort: who trains together, for the ledger.
-        server: at its start or in the middle of a run.
-        clients: in the order of the sites' names.
+        cohort: the sites that train together.
+        server: the server, before its first round or between two rounds.
+        clients: the clients, in the order of the sites' names.
         ledger: receives an event for every fit, refusal, validation and round.
-        observer: follows the steps and what each site is doing.
-        workers: processes that fit the clients side by side, if given. The result is the same.
+        observer: follows the training steps and the work of each site.
+        workers: processes that fit the clients in parallel, if any. The result is the same.
     """
 
     def carry(work: Work) -> Iterator[Answer]:
@@ -54,7 +54,7 @@ def run_rounds(
 def _answers(
     work: Work, server: Server, clients: Sequence[Client], observer: Observer, workers: Workers | None
 ) -> Iterator[tuple[Client, list[bytes], Any]]:
-    """Each client in order, with its packets and the answer of its ``fit`` or ``validate``."""
+    """Yield each client in order, with its packets and the result of its ``fit`` or ``validate``."""
     if workers is None:
         for client in clients:
             packets = server.packets(client.data.site, client.held)
@@ -77,5 +77,5 @@ def _answers(
 
 
 def _steps(client: Client) -> int:
-    """Training steps of its fit in a round."""
+    """Number of training steps of a client in a round."""
     return batches_per_epoch(client.data.train, client.config.training) * client.config.training.epochs

@@ -1,4 +1,4 @@
-"""Processes that fit sites side by side, each with a network of its own."""
+"""Worker processes that fit sites in parallel, each with its own network."""
 
 import multiprocessing
 import os
@@ -13,18 +13,18 @@ from flapsam.federation.client import Client
 
 
 class Workers:
-    """Processes with a pipe each, as a context manager. On leaving it they are gone, whatever they were at."""
+    """Worker processes with a pipe each, as a context manager. Leaving it kills them, even in the middle of a fit."""
 
     def __init__(self, count: int, make_clients: Callable[[], Mapping[str, Client]]) -> None:
         """Start the processes.
 
         Args:
-            count: of them.
-            make_clients: makes a worker's network and sites on it; is called once in each.
+            count: number of processes.
+            make_clients: builds a worker's network and its clients by site. It is called once in each process.
         """
-        # Read when torch is loaded: threads that wait must not keep the other workers' cores busy.
+        # Torch reads this when it is loaded. Threads that wait must not keep the other workers' cores busy.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        # Spawned, because a forked copy of torch's threads hangs.
+        # Workers are spawned, because a forked copy of torch's threads hangs.
         context = multiprocessing.get_context("spawn")
         self.processes = []
         self.pipes = []
@@ -47,12 +47,18 @@ class Workers:
             process.join()
 
     def each(self, work: str, jobs: Iterable[tuple[str, Any]]) -> Iterator[Any]:
-        """What the sites' method ``work`` gives, in the order of the jobs: a site's name and an argument each.
+        """Call a method of each site's client in the workers.
 
-        A job is taken when a worker is free, so that packets do not add up.
+        Args:
+            work: name of the method.
+            jobs: a site's name and the method's argument, for each call. A job is only taken when a worker is free, so that
+                packets do not pile up.
+
+        Yields:
+            The methods' results, in the order of the jobs.
 
         Raises:
-            FlapsamError: a worker is gone.
+            FlapsamError: a worker has died.
         """
         waiting = enumerate(jobs)
         free, busy = deque(self.pipes), {}
@@ -78,13 +84,13 @@ class Workers:
                     following += 1
         except (EOFError, BrokenPipeError, ConnectionResetError) as error:
             raise FlapsamError(
-                "a worker has died, perhaps for want of memory; go on with --resume and fewer --workers"
+                "a worker has died, possibly because memory ran out; resume with --resume and fewer --workers"
             ) from error
 
 
 def _serve(pipe: Connection, make_clients: Callable[[], Mapping[str, Client]]) -> None:
-    """In a worker: do what comes through the pipe until it is closed."""
-    # An interruption is for the process that the user sees; it ends the workers.
+    """Do the jobs that come through the pipe, in a worker, until it is closed."""
+    # Ctrl-C is left to the parent process, which ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     clients = make_clients()
     while True:

@@ -1,1 +1,1 @@
-"""A run between hospitals, whatever the engine: the handshake, and the server's and the site's side of it."""
+"""A run between hospitals on any engine: the handshake, the server's side and the site's side."""

@@ -1,4 +1,4 @@
-"""What server and site tell each other before the first round, as JSON. Nothing in it is trusted before it is checked."""
+"""The JSON messages that server and site exchange before the first round. Every message is validated before it is used."""
 
 import re
 from collections.abc import Mapping
@@ -13,52 +13,60 @@ from flapsam.run.config import RANDOM, RunConfig
 REASONS: Mapping[str, str] = {
     "version": "it runs another version of flapsam",
     "configuration": "it cannot read the run's configuration",
-    "strategy": "its own file does not accept the run's strategy",
-    "aggregator": "its own file does not accept the run's aggregator",
-    "rounds": "its own file allows fewer rounds than the run has",
-    "cases": "it has fewer training cases than its own file asks for",
-    "data": "its data or its own file are not right; its own log says what",
-    "backbone": "it has not got the backbone's weights",
-    "state": "what it kept of the run cannot be read; its own log says what",
-    "packet": "it refused the packet; its own log says why",
-    "died": "its fit has died, perhaps for want of memory",
-    "error": "something went wrong there; its own log says what",
+    "strategy": "its configuration does not allow the run's strategy",
+    "aggregator": "its configuration does not allow the run's aggregator",
+    "rounds": "its configuration allows fewer rounds than the run has",
+    "cases": "it has fewer training cases than its configuration requires",
+    "data": "its data or its configuration is invalid; see the site's own log",
+    "backbone": "it does not have the backbone's weights",
+    "state": "it cannot read its saved state of the run; see the site's own log",
+    "packet": "it refused the server's packet; see the site's own log",
+    "died": "its fit died, possibly because memory ran out",
+    "error": "an unexpected error occurred; see the site's own log",
 }
-"""All that a site says of what went wrong: a code. The sentences are the receiver's."""
+"""Sentence for each code. A site reports a failure as a code only. The server turns the code into the sentence."""
 
 GONE = "it is gone"
-"""What the ledger says of a site from which nothing is heard any more."""
+"""Reason in the ledger for a site that has fallen silent. Existing ledgers contain this text, so it must not change."""
 HEX = r"^[0-9a-f]{32}$"
 VERSION_PATTERN = "[0-9A-Za-z.+!-]{1,32}"
 LIMIT = 1 << 20
-"""Bytes of a message."""
+"""Maximum size of a message in bytes."""
 LOCAL = ("output", "device", "threads", "bench")
+"""Fields of a run that each party sets for itself. They are never sent."""
 LOCAL_DATA = ("path", "layout", "table", "simulated_sites", "sites", "unseen")
-"""Fields of a run that are everyone's own, and never sent."""
+"""Fields of ``data`` that each party sets for itself. They are never sent either."""
 
 
-class SiteFailed(Exception):  # noqa: N818 (it is told as a code)
-    """A site does not do what it was asked for; the message is a code of ``REASONS``."""
+class SiteFailed(Exception):  # noqa: N818 (it is reported as a code)
+    """A site could not do what it was asked. The message is a code of ``REASONS``."""
 
 
 class Message(BaseModel):
-    """Strict, because it comes from outside."""
+    """Base of all messages. Validation is strict, because they come from outside."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     version: Annotated[str, Field(pattern=f"^{VERSION_PATTERN}$")] = __version__
-    """Of flapsam."""
+    """Version of flapsam that the sender runs."""
 
 
 class Proposal(Message):
-    """The server's: a run."""
+    """The run that the server proposes to the sites."""
 
     run: Annotated[str, Field(pattern=HEX)]
+    """The run's id."""
     config: dict[str, Any]
+    """The run's configuration, without the fields in ``LOCAL`` and ``LOCAL_DATA``."""
 
     @classmethod
     def of(cls, run: str, config: RunConfig) -> "Proposal":
-        """A run without what is the server's own."""
+        """Propose a run, without the fields that are the server's own.
+
+        Args:
+            run: the run's id.
+            config: the run's configuration.
+        """
         tree = config.model_dump(mode="json", exclude=set(LOCAL))
         tree["data"] = {name: value for name, value in tree["data"].items() if name not in LOCAL_DATA}
         if tree["backbone"]["weights"] != RANDOM:
@@ -67,51 +75,67 @@ class Proposal(Message):
 
 
 class Presence(Message):
-    """A site's answer: what it would take part with."""
+    """A site's answer to a proposal: what it brings to the run."""
 
     contract: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    """Hash of names, shapes and start of all tensors and of how they are written."""
+    """Hash of all tensors' names, shapes and initial values, and of the way they are encoded."""
     backbone: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    """Checksum of the weights that stay."""
+    """Checksum of the frozen weights."""
     modalities: Annotated[int, Field(ge=1, le=3)]
+    """Number of modalities of the site's images."""
     cases: dict[Annotated[str, Field(pattern=r"^(train|val|test)$")], Annotated[int, Field(ge=0, lt=1 << 31)]]
-    """By split."""
+    """Number of cases by split."""
     training_cases: Annotated[int, Field(ge=1, lt=1 << 31)]
-    """Before validation cases are held out."""
+    """Number of training cases, before validation cases are held out."""
     training_slices: Annotated[int, Field(ge=1, lt=1 << 53)]
+    """Number of slices in these training cases."""
     held: Annotated[int, Field(ge=0, lt=1 << 31)]
-    """Rounds that went into the tensors that it has."""
+    """Round of the newest global tensors that the site has received; 0 before the first."""
 
 
 def differences(presence: Presence, contract: str, backbone: str, modalities: int | None) -> str:
-    """What keeps a site from taking part, in words; empty if nothing does."""
-    found = []
+    """Describe what keeps a site from taking part. The text is empty if nothing does.
+
+    Args:
+        presence: the site's answer.
+        contract: hash of the server's contract.
+        backbone: checksum of the server's backbone.
+        modalities: number of modalities at the other sites, if known.
+    """
+    reasons = []
     if presence.version != __version__:
-        found.append(f"it runs flapsam {presence.version}, the server {__version__}")
+        reasons.append(f"it runs flapsam {presence.version}, the server runs {__version__}")
     if presence.backbone != backbone:
-        found.append(f"its backbone is another: checksum {presence.backbone[:12]}…, the server's {backbone[:12]}…")
+        reasons.append(f"its backbone differs: checksum {presence.backbone[:12]}…, the server's {backbone[:12]}…")
     elif presence.contract != contract:
-        found.append("it begins with other tensors than the server; are torch and transformers of the same version?")
+        reasons.append("its initial tensors differ from the server's; compare the versions of torch and transformers")
     if modalities is not None and presence.modalities != modalities:
-        found.append(f"its images have {presence.modalities} modalities, those of the others {modalities}")
-    return "; ".join(found)
+        reasons.append(f"its images have {presence.modalities} modalities, the other sites' have {modalities}")
+    return "; ".join(reasons)
 
 
 def read_message(kind: type["Proposal"] | type["Presence"], data: bytes) -> Any:
-    """A message from its bytes.
+    """Parse and validate a message.
+
+    Args:
+        kind: class of the message.
+        data: the message as JSON.
+
+    Returns:
+        The message, an instance of ``kind``.
 
     Raises:
-        FlapsamError: it is not one.
+        FlapsamError: the bytes are not a valid message of this kind.
     """
     try:
         if len(data) > LIMIT:
             raise ValueError
         return kind.model_validate_json(data)
     except (ValidationError, ValueError, RecursionError) as error:
-        raise FlapsamError(f"a message that is no {kind.__name__.lower()}") from error
+        raise FlapsamError(f"the {kind.__name__.lower()} message is invalid") from error
 
 
 def version_in(data: bytes) -> str | None:
-    """The version in a message that may be of another one."""
-    found = re.search(rf'"version":\s*"({VERSION_PATTERN})"'.encode(), data[:LIMIT])
-    return found[1].decode() if found else None
+    """Find flapsam's version in a message, even if another version wrote it. None if there is none."""
+    match = re.search(rf'"version":\s*"({VERSION_PATTERN})"'.encode(), data[:LIMIT])
+    return match[1].decode() if match else None

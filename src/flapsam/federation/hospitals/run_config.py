@@ -7,9 +7,17 @@ from flapsam.run.config import RunConfig
 from flapsam.run.reading import read_config
 
 FIXED = ("data.path=/", "modes=[federated]", "data.table=null", "data.simulated_sites=null")
-"""Each site says for itself where its data are, and a federation trains one model together."""
+"""Overrides for every run between hospitals: each site sets its own data paths, and the sites train one model together."""
 
 
 def read_federated_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """As ``read_config``, for a run between hospitals."""
+    """Read a run's configuration with ``read_config``, for a run between hospitals.
+
+    Args:
+        path: the configuration file.
+        overrides: assignments such as ``rounds.count=5``.
+
+    Raises:
+        FlapsamError: the configuration is invalid.
+    """
     return read_config(path, [*overrides, *FIXED])

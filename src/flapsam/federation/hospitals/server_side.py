@@ -1,4 +1,4 @@
-"""The server's side of a run between hospitals, whatever the engine: who takes part, the rounds, and the adapter."""
+"""The server's side of a run between hospitals on any engine: it admits sites, runs the rounds and writes the adapter."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -25,16 +25,17 @@ from flapsam.run.reading import read_config
 
 @dataclass(frozen=True)
 class SiteSize(TrainingSize):
-    """What a site brought when it first took part. It cannot bring more later."""
+    """A site's training size when it first took part. It keeps this size, so its weight cannot grow later."""
 
     modalities: int
+    """Number of modalities of the site's images."""
 
 
 class ServerSide:
-    """Runs the server's part of one run whose folder has been begun. Only one process does at a time; others wait."""
+    """The server's side of one run, whose folder must exist already. Only one process uses it at a time. Others wait."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the run.
+        """Read the run from its folder.
 
         Args:
             folder: the run's folder.
@@ -49,21 +50,21 @@ class ServerSide:
         self.config = read_config(self.folder.config)
         self.run: str = self.folder.read_environment()["run"]
         self.ledger = Ledger(self.folder.ledger)
-        # The network itself is not needed after this.
+        # The network is dropped after this, because the server only needs its tensors.
         assembled = assembled_for(self.config)
         self.origin = assembled.origin
         self.agreement = agree(self.run, self.config, assembled.network)
         self.proposal = Proposal.of(self.run, self.config).model_dump_json().encode()
         self.known = self._read_known()
         self.held: dict[str, int] = {}
-        """Site that takes part → rounds that its tensors include, or fewer where that is not known."""
+        """Sites that take part, each with the last round that its tensors are known to include."""
 
     def admit(self, site: str, answer: bytes) -> None:
         """Let a site take part, or record in the ledger why it does not.
 
         Args:
-            site: the name in the certificate that came with the answer.
-            answer: the site's presence.
+            site: the site's name, from the certificate that came with the answer.
+            answer: the site's presence message.
         """
         try:
             presence: Presence = read_message(Presence, answer)
@@ -74,8 +75,8 @@ class ServerSide:
         if reason:
             return self.exclude(site, reason)
         if site not in self.known:
-            brought = SiteSize(presence.training_cases, presence.training_slices, presence.modalities)
-            self.known = dict(sorted({**self.known, site: brought}.items()))
+            size = SiteSize(presence.training_cases, presence.training_slices, presence.modalities)
+            self.known = dict(sorted({**self.known, site: size}.items()))
             write_text(self.folder.joined, json.dumps({name: asdict(size) for name, size in self.known.items()}))
         self.held[site] = presence.held
         self.ledger.write(SiteJoined(site=site, cases=presence.cases))
@@ -84,56 +85,56 @@ class ServerSide:
         """Record that a site does not take part.
 
         Args:
-            site: its name.
+            site: the site's name.
             reason: a code of ``REASONS``, or a sentence.
         """
         self.ledger.write(SiteExcluded(cohort=TOGETHER, site=site, reason=REASONS.get(reason, reason)))
 
     def open(self) -> None:
-        """Start or resume the algorithm, once all sites that take part have been admitted.
+        """Start or resume the algorithm. Call it once all sites that take part have been admitted.
 
         Raises:
-            FlapsamError: too few sites take part, or the state is damaged.
+            FlapsamError: too few sites take part, or the saved state is damaged.
         """
         if len(self.held) < self.config.rounds.min_sites:
-            few = f"{len(self.held)} sites take part, rounds.min_sites is {self.config.rounds.min_sites}"
-            raise FlapsamError(f"{few}; the ledger has the reasons")
+            few = f"{len(self.held)} of at least {self.config.rounds.min_sites} (rounds.min_sites)"
+            raise FlapsamError(f"too few sites take part: {few}; see the ledger for the reasons")
         state = ServerState(self.folder.server_state(TOGETHER))
         options = self.config.rounds
         if isinstance(options.weights, dict):
-            # They are given for all sites, and some may not have joined yet.
-            given = {name: weight for name, weight in options.weights.items() if name in self.known}
-            options = options.model_copy(update={"weights": given})
+            # The weights are for all sites of the federation, and some may not have joined yet.
+            weights = {name: weight for name, weight in options.weights.items() if name in self.known}
+            options = options.model_copy(update={"weights": weights})
         shares = client_shares(self.known, options)
         self.server = Server(self.agreement, shares, state, options=self.config.server, seed=self.config.seed)
         self.agreement = self.server.agreement = self.agreement.without_start()
 
     def packets(self, site: str) -> list[bytes]:
-        """The packets that a site needs now."""
+        """The packets that bring a site up to date, oldest first."""
         return self.server.packets(site, self.held[site])
 
     def read_scores(self, answer: bytes) -> dict[str, float | None] | None:
-        """A site's validation Dice from its JSON, or None if that is not right."""
+        """Read a site's validation Dice from JSON. None if the JSON is invalid."""
         names = {VALIDATION + name for name in ("mean", *self.config.data.classes)}
         try:
             scores = json.loads(answer[:HEADER_BYTES])
-            right = scores.keys() <= names and all(value is None or 0 <= float(value) <= 1 for value in scores.values())
-            return scores if right else None
+            valid = scores.keys() <= names and all(value is None or 0 <= float(value) <= 1 for value in scores.values())
+            return scores if valid else None
         except (ValueError, TypeError, AttributeError, RecursionError):
             return None
 
     def train(self, carry: Carry, stopped: Callable[[], bool]) -> bool:
-        """Run the rounds that are left, then deliver the result and write the adapter.
+        """Run the remaining rounds, deliver the result to the sites and write the adapter.
 
         Args:
             carry: the engine.
-            stopped: asked after each round whether to end there.
+            stopped: called after each round. If it returns true, training ends there.
 
         Returns:
-            Whether the run is complete.
+            True if the run is complete, False if it was stopped before.
 
         Raises:
-            FlapsamError: too few sites answered.
+            FlapsamError: too few sites answered in a round.
         """
         for _ in rounds(self.server, TOGETHER, self.config.rounds, carry, self._record):
             if stopped() and self.server.rounds_done < self.config.rounds.count:
@@ -148,7 +149,7 @@ class ServerSide:
 
     def _record(self, event: Event) -> None:
         if isinstance(event, Fitted | Delivered):
-            # A site's answer is made from the packets that it received, so it has those.
+            # A site answers only after it has read its packets, so it now has these tensors.
             self.held[event.site] = self.server.rounds_done
         self.ledger.write(event)
 
@@ -164,4 +165,4 @@ class ServerSide:
         try:
             return {name: SiteSize(**fields) for name, fields in json.loads(path.read_text()).items()}
         except (ValueError, TypeError) as error:
-            raise FlapsamError(f"{path}: what the sites brought cannot be read; start a new run") from error
+            raise FlapsamError(f"{path}: cannot read the sites' sizes; start a new run") from error

@@ -1,4 +1,4 @@
-"""A site's own file: its data, and what it lets a run do. No server can override it."""
+"""A site's configuration: where its data are and what it allows a run to do. No server can override it."""
 
 from pathlib import Path
 from typing import Annotated
@@ -17,38 +17,38 @@ class SiteData(StrictModel):
     path: Path
     """A folder with ``images`` and ``labels``, or any layout of ``flapsam data list``."""
     layout: str = "auto"
-    """As a run's ``data.layout``."""
+    """Layout of the folder, as in a run's ``data.layout``."""
     table: Path | None = None
-    """A CSV with columns ``case,site`` and, if wanted, ``split`` and ``subject``."""
+    """CSV file with columns ``case`` and ``site``, and optionally ``split`` and ``subject``."""
     site: str | None = None
-    """This site's name in the data, if it has another there and they hold several."""
+    """This site's name in the data, if the data hold several sites and call it differently."""
 
 
 class SiteConfig(StrictModel):
-    """What a site says of itself, as in ``site.yaml``."""
+    """A site's configuration, as in ``site.yaml``."""
 
     data: SiteData
-    """Where its volumes are."""
+    """Where the site's volumes are."""
     state: Path = Path("state")
-    """Folder for what a run must not forget, unpacked volumes, the site's own log and its adapters."""
+    """Folder for the state of runs, the unpacked volumes, the site's own log and its adapters."""
     strategies: list[str] | None = None
-    """Those that this site takes part in; all if not given."""
+    """Strategies that this site accepts. All by default."""
     aggregators: list[str] | None = None
-    """The same of aggregators."""
+    """Aggregators that this site accepts. All by default."""
     max_rounds: Positive | None = None
-    """The largest number of rounds of a run."""
+    """Number of rounds that this site accepts in a run, at most."""
     min_cases: Positive = 1
-    """Training cases below which the site takes part in nothing, because a model of few shows too much of each."""
+    """Number of training cases below which the site takes part in no run, because a model of few cases reveals too much."""
     metrics: bool = True
-    """Whether losses and validation Dice leave the site; counts of cases and slices must."""
+    """Whether losses and validation Dice leave the site. The numbers of cases and slices always do."""
     weights: Checkpoint | None = None
-    """The backbone's checkpoint, if it is not where ``flapsam backbone get`` puts it."""
+    """Checkpoint of the backbone, if ``flapsam backbone get`` did not download it."""
     device: str = "cpu"
-    """Of a fit."""
+    """Device to train on: ``cpu``, ``cuda``, ``mps`` or ``auto``."""
     threads: Positive | None = None
-    """A fit; all cores if not given."""
+    """Number of threads to train with. All cores by default."""
     free_memory_gib: Annotated[float, Field(ge=0)] = 2
-    """Below this, ``flapsam federation check`` warns."""
+    """Free memory in GiB below which ``flapsam federation check`` reports a problem."""
 
     @property
     def log(self) -> Path:
@@ -57,21 +57,25 @@ class SiteConfig(StrictModel):
 
     @property
     def lock(self) -> Path:
-        """A file that the site's fitting process holds locked."""
+        """File that the site's fit process keeps locked while it runs."""
         return self.state / "lock"
 
     def run_folder(self, run: str) -> Path:
-        """What the site keeps of a run."""
+        """Folder for the site's state of a run.
+
+        Args:
+            run: the run's id.
+        """
         return self.state / "runs" / run
 
 
 def read_site_config(path: Path) -> SiteConfig:
-    """Read a site's file. Relative paths in it are relative to its own folder.
+    """Read a site's configuration. Relative paths in it are relative to its own folder.
 
     Raises:
-        FlapsamError: as ``read_options``.
+        FlapsamError: the configuration is invalid.
     """
-    # Absolute, because an engine works in a folder of its own.
+    # Absolute, because an engine changes its working directory.
     path = path.absolute()
-    file = read_options(path, SiteConfig, PATHS)
-    return file.model_copy(update={"state": path.parent / file.state})
+    config = read_options(path, SiteConfig, PATHS)
+    return config.model_copy(update={"state": path.parent / config.state})

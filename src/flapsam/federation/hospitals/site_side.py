@@ -1,4 +1,4 @@
-"""A hospital's side of a run, whatever the engine: its own file is asked first, and what goes wrong leaves as a code."""
+"""A site's side of a run between hospitals on any engine: it enforces the site's limits and reports failures as codes."""
 
 import json
 import logging
@@ -37,14 +37,14 @@ log = logging.getLogger(__name__)
 
 
 class SiteSide:
-    """A site in the runs of a federation, one at a time."""
+    """A site's side of the runs of a federation, one run at a time."""
 
     def __init__(self, name: str, site: SiteConfig) -> None:
-        """Know the site.
+        """Prepare to take part in runs.
 
         Args:
-            name: in the federation.
-            site: its configuration.
+            name: the site's name in the federation.
+            site: the site's configuration.
         """
         self.name = name
         self.site = site
@@ -53,22 +53,22 @@ class SiteSide:
         """Take part in a run.
 
         Args:
-            message: the server's proposal.
+            message: the server's proposal message.
 
         Returns:
-            The presence.
+            The site's presence message.
 
         Raises:
-            SiteFailed: it does not.
+            SiteFailed: the site does not take part.
         """
         version = version_in(message)
         if version != __version__:
-            log.error("the server runs flapsam %s, this site %s", version, __version__)
+            log.error("the server runs flapsam %s, this site runs %s", version, __version__)
             raise SiteFailed("version")
         with failing_as("configuration"):
             proposal = read_message(Proposal, message)
             config = self._own(proposal.config)
-        self._ask_own_file(config)
+        self._check_limits(config)
         with failing_as("backbone"):
             find_checkpoint(config.backbone)
         with failing_as("configuration"):
@@ -79,7 +79,7 @@ class SiteSide:
             check_pairs([site])
             size = training_size(site, config)
             if size.cases < self.site.min_cases:
-                log.error("%d training cases, min_cases is %d", size.cases, self.site.min_cases)
+                log.error("this site has %d training cases, min_cases is %d", size.cases, self.site.min_cases)
                 raise SiteFailed("cases")
             config = with_modalities(config, site.cases)
             site = hold_out_validation(site, config.data.validation_fraction, config.seed)
@@ -92,9 +92,9 @@ class SiteSide:
             self.config = self._with_windows(config, self.network)
             agreement = agree(proposal.run, self.config, self.network)
             state = ClientState(self.folder / "site")
-            self.client = Client(self.network, data, self.config, agreement, state, tells_metrics=self.site.metrics)
+            self.client = Client(self.network, data, self.config, agreement, state, reports_metrics=self.site.metrics)
             held = self.client.held
-        log.info("takes part in run %s with %d training cases, from round %d", proposal.run, size.cases, held + 1)
+        log.info("taking part in run %s with %d training cases, from round %d", proposal.run, size.cases, held + 1)
         presence = Presence(
             contract=agreement.contract.hash,
             backbone=self.origin.checksum,
@@ -107,16 +107,32 @@ class SiteSide:
         return presence.model_dump_json().encode()
 
     def fit(self, packets: Iterable[bytes]) -> bytes:
-        """As ``Client.fit``.
+        """Run ``Client.fit``.
+
+        Args:
+            packets: the server's packets for this site, oldest first.
+
+        Returns:
+            The site's packet for the server.
 
         Raises:
-            SiteFailed: it cannot.
+            SiteFailed: a packet was refused, or the fit failed.
         """
         with failing_as("error"):
             return self.client.fit(packets)
 
     def validate(self, packets: Iterable[bytes]) -> bytes:
-        """As ``Client.validate``, the scores as JSON; the adapter is kept for the site's own use."""
+        """Run ``Client.validate`` and save the adapter for the site's own use.
+
+        Args:
+            packets: the server's packets for this site, oldest first.
+
+        Returns:
+            The validation scores as JSON.
+
+        Raises:
+            SiteFailed: a packet was refused, or validation failed.
+        """
         with failing_as("error"):
             scores = self.client.validate(packets)
             card = card_of(self.client.agreement.run, "federated", self.client.held, self.config, self.origin)
@@ -126,12 +142,12 @@ class SiteSide:
             return json.dumps(scores).encode()
 
     def _own(self, tree: Mapping[str, Any]) -> RunConfig:
-        """The run with this site's data, weights and machine in it."""
+        """Complete the proposed configuration with this site's data, weights and machine."""
         if not isinstance(tree.get("data"), dict) or not isinstance(tree.get("backbone"), dict):
             raise FlapsamError("the proposed run has no data or no backbone")
         site, data = self.site, dict(tree["data"])
         data |= {"path": site.data.path, "layout": site.data.layout, "table": site.data.table}
-        # Other sites' are not here.
+        # The labels of other sites do not apply here.
         labels = data.get("site_labels")
         data["site_labels"] = {self.name: labels[self.name]} if isinstance(labels, dict) and self.name in labels else {}
         backbone = dict(tree["backbone"])
@@ -140,41 +156,44 @@ class SiteSide:
         own = {"device": site.device, "threads": site.threads, "output": site.state, "modes": ["federated"]}
         return validated({**tree, **own, "data": data, "backbone": backbone}, RunConfig, "the proposed run")
 
-    def _ask_own_file(self, config: RunConfig) -> None:
+    def _check_limits(self, config: RunConfig) -> None:
+        """Check the run against the site's configuration, which no server can override."""
         site = self.site
         if site.strategies is not None and config.strategy not in site.strategies:
-            log.error("the run's strategy is %s, strategies has %s", config.strategy, ", ".join(site.strategies))
+            log.error("the run's strategy is %s, this site's strategies are %s", config.strategy, ", ".join(site.strategies))
             raise SiteFailed("strategy")
         if site.aggregators is not None and config.aggregator not in site.aggregators:
-            log.error("the run's aggregator is %s, aggregators has %s", config.aggregator, ", ".join(site.aggregators))
+            log.error(
+                "the run's aggregator is %s, this site's aggregators are %s", config.aggregator, ", ".join(site.aggregators)
+            )
             raise SiteFailed("aggregator")
         if site.max_rounds is not None and config.rounds.count > site.max_rounds:
             log.error("the run has %d rounds, max_rounds is %d", config.rounds.count, site.max_rounds)
             raise SiteFailed("rounds")
 
     def _with_windows(self, config: RunConfig, network: Sam) -> RunConfig:
-        """``micro_batch: auto`` as a number, the same in all of a run."""
-        kept = self.folder / "micro_batch.json"
-        known = json.loads(kept.read_text()) if kept.exists() else None
+        """Resolve ``micro_batch: auto`` to a number, and keep it for the rest of the run."""
+        path = self.folder / "micro_batch.json"
+        known = json.loads(path.read_text()) if path.exists() else None
         result = with_windows(config, network, known)
         if result is not config and known is None:
-            write_text(kept, json.dumps(result.training.micro_batch))
+            write_text(path, json.dumps(result.training.micro_batch))
         return result
 
 
 @contextmanager
 def failing_as(code: str) -> Iterator[None]:
-    """Whatever goes wrong within is told as this code; all of it stands in the site's own log."""
+    """Report any error within as this code, and write the details to the site's own log only."""
     try:
         yield
     except SiteFailed:
         raise
     except PacketRefused as reason:
-        log.error("the server's packet is refused: %s", reason)
+        log.error("refused the server's packet: %s", reason)
         raise SiteFailed("packet") from reason
     except FlapsamError as error:
         log.error("%s", error)
         raise SiteFailed(code) from error
     except Exception as error:
-        log.exception("unexpected")
+        log.exception("unexpected error")
         raise SiteFailed("error") from error

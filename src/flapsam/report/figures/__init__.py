@@ -1,1 +1,1 @@
-"""The charts of the report, a file each: a run's figures → a section."""
+"""Charts of the report. Each module turns a run's figures into a section with a chart and tables."""

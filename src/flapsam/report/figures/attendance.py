@@ -1,4 +1,4 @@
-"""Who answered in which round, and what was refused: drop-outs."""
+"""Drop-outs: which site answered in which round, and which packets were refused."""
 
 from collections.abc import Sequence
 
@@ -17,17 +17,17 @@ WORDS = {"refused": "packet refused", "missing": "no answer", "excluded": "does 
 
 
 def attendance(answered: Series, troubles: Sequence[Trouble], rounds: int) -> Section | None:
-    """Site by round, with the reasons; None where there were no rounds of several sites.
+    """A chart of sites by rounds, and a table with the reasons of drop-outs; None if no site took part in a federation.
 
     Args:
-        answered: site → round → any number, where the site answered.
-        troubles: what kept sites from answering.
+        answered: site → round → any number, for the rounds that the site answered.
+        troubles: refused packets, missing answers and excluded sites.
         rounds: number of rounds done.
     """
     if not answered and not troubles:
         return None
     if not troubles:
-        text = f"Every site answered in every round: {len(answered)} sites, {rounds} rounds."
+        text = f"Every site answered in every round ({len(answered)} sites, {rounds} rounds)."
         return Section("attendance", "Drop-outs", text)
     sites = sorted({*answered, *(trouble.site for trouble in troubles)})
     figure = new_figure(max(WIDTH, 2 + 0.11 * rounds), 1.3 + 0.24 * len(sites))
@@ -45,14 +45,14 @@ def attendance(answered: Series, troubles: Sequence[Trouble], rounds: int) -> Se
     axes.spines["left"].set_color(INK)
     legend(figure, list(LOOKS.items()))
     counts = {kind: sum(trouble.event == kind for trouble in troubles) for kind in WORDS}
-    described = ", ".join(f"{count} × {WORDS[kind]}" for kind, count in counts.items() if count)
+    summary = ", ".join(f"{count} × {WORDS[kind]}" for kind, count in counts.items() if count)
     rows = [_row(trouble) for trouble in troubles]
     return Section(
         "attendance",
         "Drop-outs",
-        f"{described}. A round continues without sites that do not answer, and without packets that are not right.",
-        [chart(figure, "Who answered in which round", described)],
-        [Table("attendance-table", "Drop-outs and refused packets", ["what", "site", "when", "why", "round"], rows, 4)],
+        f"{summary}. A round continues without the sites that do not answer and without refused packets.",
+        [chart(figure, "Answers by site and round", summary)],
+        [Table("attendance-table", "Drop-outs and refused packets", ["event", "site", "time", "reason", "round"], rows, 4)],
     )
 
 

@@ -1,4 +1,4 @@
-"""Test Dice of every case: points over boxes, by site, class and mode."""
+"""Test Dice of every case as points over boxes, by site, class and mode."""
 
 from collections.abc import Sequence
 
@@ -11,14 +11,14 @@ from flapsam.report.section import CaseName, Section, Table
 from flapsam.report.units import number
 
 SPREAD = 0.75
-"""Of all of a site's boxes together, where sites are 1 apart."""
+"""Width of all boxes of a site together, where the distance between sites is 1."""
 
 
 def dice_per_case(scores: Scores, classes: Sequence[str]) -> Section | None:
-    """Points over boxes; None where no test case was scored.
+    """A chart and a table of the test Dice of every case; None if no case is tested.
 
     Args:
-        scores: test scores of each mode.
+        scores: mode → test scores.
         classes: names of the classes.
     """
     if not scores:
@@ -46,9 +46,13 @@ def dice_per_case(scores: Scores, classes: Sequence[str]) -> Section | None:
     return Section(
         "cases",
         "Dice per case",
-        "A point is a test case; a box has the middle half of a site's cases, the line in it is the median. Test cases were "
-        "read once, after the last round.",
-        [chart(figure, "Test Dice per case by site and class", f"{count} cases at {len(sites)} sites; the table has each.")],
+        "Each point is a test case. A box spans the middle half of a site's cases, and the line in it is their median. Test "
+        "cases were used only once, after the last round.",
+        [
+            chart(
+                figure, "Test Dice per case by site and class", f"{count} cases at {len(sites)} sites, listed in the table."
+            )
+        ],
         [_table(scores, classes)],
     )
 
@@ -57,7 +61,7 @@ def _box(axes: Axes, values: list[float], centre: float, width: float, colour: s
     low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
     axes.bar(centre, high - low, 0.8 * width, low, color=GRID, edgecolor=colour, linewidth=0.8, zorder=1)
     axes.plot([centre - 0.4 * width, centre + 0.4 * width], [middle, middle], color=INK, linewidth=1.6, zorder=2)
-    # The same places each time: points in their order, spread over the box.
+    # Points are spread over the box by their index, so that a run always has the same picture.
     spread = (np.arange(len(values)) * 0.618 % 1 - 0.5) * 0.6 * width
     axes.plot(centre + spread, values, marker, color=colour, markersize=3.4, alpha=0.85, zorder=3)
 

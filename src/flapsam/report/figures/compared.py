@@ -1,4 +1,4 @@
-"""Charts of several runs beside each other."""
+"""Charts that compare several runs."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,10 +30,10 @@ from flapsam.run.reading import flat
 
 @dataclass(frozen=True)
 class Curve:
-    """What a chart of several runs draws round by round."""
+    """A value per round that a chart of several runs draws."""
 
     section: str
-    """Id of the section."""
+    """Id of the section in the page."""
     title: str
     axis: str
     """Label of the vertical axis."""
@@ -45,20 +45,21 @@ LOSS = Curve("losses", "Training loss", "training loss")
 
 @dataclass(frozen=True)
 class SiteTraffic:
-    """What a site of a run sent and received, the mean over the sites."""
+    """Traffic of a site in a whole run, the mean over the sites."""
 
     rounds: int
+    """Number of rounds done."""
     bytes: float
-    """In all rounds, both ways."""
+    """Bytes in all rounds, sent and received."""
 
 
 def overlaid(series: Mapping[str, Series], mode: str, curve: Curve) -> Section | None:
-    """A line a run: the mean over its sites, round by round; None where no run has any.
+    """A chart with one line per run, the mean over its sites by round; None if no run has any values.
 
     Args:
         series: run → the series of its sites.
-        mode: the mode that the series are of, for the text.
-        curve: what the series are.
+        mode: mode of the series, for the text.
+        curve: the value that the series hold.
     """
     means = {label: points for label, sites in series.items() if (points := means_of(sites))}
     if not means:
@@ -77,19 +78,19 @@ def overlaid(series: Mapping[str, Series], mode: str, curve: Curve) -> Section |
     return Section(
         curve.section,
         curve.title,
-        f"Mean of the sites, {TITLES[mode]}.",
-        [chart(figure, f"{curve.title}, a line a run", f"At the end: {ends}.")],
+        f"Mean over the sites, {TITLES[mode]} training.",
+        [chart(figure, f"{curve.title}, one line per run", f"In the last round: {ends}.")],
         [Table(f"{curve.section}-table", curve.title, ["round", *means], rows, text_columns=0)],
     )
 
 
 def dice_by_class(scores: Mapping[str, Sequence[CaseScores]], mode: str, subjects: Mapping[str, str]) -> Section | None:
-    """Test Dice of every run, and its paired difference to the first's; None where no run was tested.
+    """Test Dice of every run by class, and its paired difference to the first run; None if no run is tested.
 
     Args:
-        scores: run → its test scores, which may be none.
-        mode: the mode that the scores are of, for the text.
-        subjects: ``SITE/CASE`` → subject, for the cases whose subject is known. Others count as subjects of their own.
+        scores: run → its test scores, which may be empty.
+        mode: mode of the scores, for the text.
+        subjects: ``SITE/CASE`` → subject, for cases with a known subject. Every other case counts as its own subject.
     """
     looks = _looks(scores)
     scores = {label: cases for label, cases in scores.items() if cases}
@@ -113,23 +114,23 @@ def dice_by_class(scores: Mapping[str, Sequence[CaseScores]], mode: str, subject
     for label, cases in scores.items():
         for name in lines:
             difference = NONE if label == first else interval(_difference(cases, scores[first], name, subjects))
-            both = len(_dices(cases, name).keys() & _dices(scores[first], name).keys())
-            rows.append([label, name, str(len(_dices(cases, name))), number(_pooled(cases, name)), str(both), difference])
-    head = ["run", "class", "cases", "Dice", "cases in both", f"minus that of {first}"]
-    described = ", ".join(f"{label} {number(_pooled(cases, 'mean'))}" for label, cases in scores.items())
+            common = len(_dices(cases, name).keys() & _dices(scores[first], name).keys())
+            rows.append([label, name, str(len(_dices(cases, name))), number(_pooled(cases, name)), str(common), difference])
+    head = ["run", "class", "cases", "Dice", "cases in common", f"difference to {first}"]
+    means = ", ".join(f"{label} {number(_pooled(cases, 'mean'))}" for label, cases in scores.items())
     caption = f"Test Dice, and paired differences to {first}"
     return Section(
         "test",
         "Test Dice",
-        f"Mean over all test cases. Differences to {first} are means over the cases that both runs have, with 95 % "
+        f"Mean over all test cases. Differences to {first} are means over the cases in common, with 95 % "
         "intervals from a bootstrap over subjects.",
-        [chart(figure, "Test Dice by class and run", f"Mean over the classes: {described}.")],
+        [chart(figure, "Test Dice by class and run", f"Mean over the classes: {means}.")],
         [Table("differences-table", caption, head, rows, text_columns=2, opened=True)],
     )
 
 
 def traffic_of_each(runs: Mapping[str, SiteTraffic | None]) -> Section | None:
-    """Bytes of a site in all rounds, a bar a run that sent any; None where nothing travelled."""
+    """A bar chart of a site's traffic in every federated run; None if no run is federated."""
     looks = _looks(runs)
     totals = {label: total for label, total in runs.items() if total}
     if not totals:
@@ -145,13 +146,13 @@ def traffic_of_each(runs: Mapping[str, SiteTraffic | None]) -> Section | None:
     values = [total.bytes for total in totals.values()]
     bytes_axis(axes.xaxis, [min(values) / 3, max(values) * 8])
     rows = [[label, str(total.rounds), size(total.bytes)] for label, total in totals.items()]
-    described = ", ".join(f"{label} {size(total.bytes)}" for label, total in totals.items())
+    summary = ", ".join(f"{label} {size(total.bytes)}" for label, total in totals.items())
     return Section(
         "traffic",
         "Traffic",
-        "Measured bytes of a site in all rounds, both ways.",
-        [chart(figure, "Traffic of a site by run", described)],
-        [Table("traffic-table", "Traffic of a site", ["run", "rounds", "bytes of a site"], rows)],
+        "Measured traffic per site in all rounds, sent and received.",
+        [chart(figure, "Traffic per site by run", summary)],
+        [Table("traffic-table", "Traffic per site", ["run", "rounds", "traffic per site"], rows)],
     )
 
 
@@ -161,7 +162,7 @@ def configurations(configs: Mapping[str, RunConfig]) -> Section:
     fields = list(dict.fromkeys(field for tree in trees.values() for field in tree))
     different = [field for field in fields if len({tree.get(field, NONE) for tree in trees.values()}) > 1]
     rows = [[field, *(tree.get(field, NONE) for tree in trees.values())] for field in different]
-    text = "All other fields agree." if different else "Their configurations are the same."
+    text = "All other fields are equal." if different else "The configurations of the runs are equal."
     table = Table("fields-table", "Fields that differ", ["field", *trees], rows, text_columns=len(trees) + 1, opened=True)
     return Section("fields", "Configurations", text, tables=[table] if different else [])
 
@@ -176,7 +177,7 @@ def _looks(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def _dices(scores: Sequence[CaseScores], name: str) -> dict[str, float]:
-    """``SITE/CASE`` → Dice of a class, or the mean over the classes."""
+    """``SITE/CASE`` → Dice of a class, or for ``mean`` the mean over the classes."""
     if name == "mean":
         return mean_dices(scores)
     return {f"{s.site}/{s.case}": value for s in scores if (value := s.dice.get(name)) is not None}
@@ -188,7 +189,7 @@ def _pooled(scores: Sequence[CaseScores], name: str) -> float | None:
 
 
 def _difference(
-    scores: Sequence[CaseScores], others: Sequence[CaseScores], name: str, subjects: Mapping[str, str]
+    scores: Sequence[CaseScores], reference: Sequence[CaseScores], name: str, subjects: Mapping[str, str]
 ) -> Difference | None:
-    mine, theirs = _dices(scores, name), _dices(others, name)
-    return compare(mine, theirs, {key: subjects.get(key, key) for key in mine})
+    dices = _dices(scores, name)
+    return compare(dices, _dices(reference, name), {key: subjects.get(key, key) for key in dices})

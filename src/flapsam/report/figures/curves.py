@@ -1,4 +1,4 @@
-"""Figures that each site tells round by round: validation Dice and training loss."""
+"""Curves of the values that sites report for each round: validation Dice and training loss."""
 
 from collections.abc import Mapping
 
@@ -23,37 +23,37 @@ from flapsam.report.section import Section, Table
 from flapsam.report.units import number
 from flapsam.run.config import Training
 
-MEAN = "mean of the sites"
+MEAN = "mean over the sites"
 
 
 def dice_curves(validation: Mapping[str, Series]) -> Section | None:
-    """Validation Dice per round and site, by mode; None where nothing was validated."""
+    """Validation Dice per round and site, by mode; None without any validation."""
     return _section(
         validation,
         name="dice-per-round",
         title="Dice per round",
-        what="validation Dice",
-        text="Mean Dice over the classes on each site's validation cases, after so many rounds. Test cases are not in it.",
+        axis="validation Dice",
+        text="Mean Dice over the classes on each site's validation cases. Test cases are not included.",
     )
 
 
 def losses(curves: Mapping[str, Series], training: Training) -> Section | None:
-    """Training loss per round and site, by mode; None where no site reports any.
+    """Training loss per round and site, by mode; None if no site reports its loss.
 
     Args:
-        curves: the losses.
+        curves: mode → losses.
         training: the weights of the loss's terms, for the text.
     """
     return _section(
         curves,
         name="losses",
         title="Training loss",
-        what="training loss",
-        text=f"Mean over a round's steps of {training.cross_entropy:g} · cross-entropy + {training.dice:g} · Dice loss.",
+        axis="training loss",
+        text=f"{training.cross_entropy:g} · cross-entropy + {training.dice:g} · Dice loss, averaged over a round's steps.",
     )
 
 
-def _section(curves: Mapping[str, Series], *, name: str, title: str, what: str, text: str) -> Section | None:
+def _section(curves: Mapping[str, Series], *, name: str, title: str, axis: str, text: str) -> Section | None:
     curves = {mode: series for mode, series in curves.items() if series}
     if not curves:
         return None
@@ -64,8 +64,8 @@ def _section(curves: Mapping[str, Series], *, name: str, title: str, what: str, 
     for axes, (mode, series) in zip(panels, curves.items(), strict=True):
         draw_curves(axes, series, looks)
         axes.set_title(TITLES[mode])
-    value_axis(panels[0], what)
-    shown = list(looks.items()) if len(sites) <= len(SERIES) else [("a site each", looks[sites[0]])]
+    value_axis(panels[0], axis)
+    shown = list(looks.items()) if len(sites) <= len(SERIES) else [("one line per site", looks[sites[0]])]
     legend(figure, [*shown, (MEAN, {"color": INK, "linestyle": "--"})])
     last = {mode: mean(points[max(points)] for points in series.values()) for mode, series in curves.items()}
     ends = ", ".join(f"{TITLES[mode]} {number(value)}" for mode, value in last.items())
@@ -73,20 +73,20 @@ def _section(curves: Mapping[str, Series], *, name: str, title: str, what: str, 
         name,
         title,
         text,
-        [chart(figure, f"{title}, a line a site", f"Mean of the sites at the end: {ends}.")],
+        [chart(figure, f"{title}, one line per site", f"Mean over the sites in the last round: {ends}.")],
         [_table(f"{name}-{mode}", f"{title}, {TITLES[mode]}", series) for mode, series in curves.items()],
     )
 
 
 def looks_of(sites: list[str]) -> dict[str, dict]:
-    """Site → how its line is drawn: its own colour and marker, or, where sites are many, a thin grey line."""
+    """Site → style of its line: its own colour and marker, or a thin grey line if there are many sites."""
     if len(sites) > len(SERIES):
         return {site: {"color": MUTED, "linewidth": 0.6, "alpha": 0.6} for site in sites}
     return {site: {"color": SERIES[i], "marker": MARKERS[i]} for i, site in enumerate(sites)}
 
 
 def draw_curves(axes: Axes, series: Series, looks: dict[str, dict]) -> None:
-    """A line a site, and their mean where there are several."""
+    """Draw one line per site, and the mean over the sites if there are several."""
     for site, points in series.items():
         rounds = sorted(points)
         look = looks.get(site, {"color": INK, "marker": "o"})
@@ -98,7 +98,7 @@ def draw_curves(axes: Axes, series: Series, looks: dict[str, dict]) -> None:
 
 
 def means_of(series: Series) -> dict[int, float]:
-    """Round → mean over the sites that report it."""
+    """Round → mean over the sites that report a value."""
     rounds = sorted({number for points in series.values() for number in points})
     values = {number: [points[number] for points in series.values() if number in points] for number in rounds}
     return {number: sum(reported) / len(reported) for number, reported in values.items()}

@@ -1,4 +1,4 @@
-"""How charts look: matplotlib draws, and colours are left to the page's style sheet, so that it can be light or dark."""
+"""Style of the charts. Matplotlib draws them, and the page's style sheet sets their colours, in light and dark."""
 
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -21,16 +21,16 @@ from flapsam.report.units import size
 
 INK, MUTED, GRID = "#010100", "#010101", "#010102"
 SERIES = tuple(f"#0102{index:02x}" for index in range(8))
-"""Stand-ins that no page shows: each becomes a variable of the style sheet, with a value for light and one for dark."""
+"""Placeholder colours that no page shows. Each becomes a variable of the style sheet, with a light and a dark value."""
 VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid"} | {c: f"series-{i}" for i, c in enumerate(SERIES, 1)}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-"""Series differ in form, too, for those who do not tell the colours apart."""
+"""Marker of each series, so that series also differ for readers who cannot distinguish the colours."""
 WIDTH = 10.4
-"""Of most charts, in inches."""
+"""Width of most charts, in inches."""
 MARKED = 20
-"""Points of a line that have a marker, or a few more."""
+"""Approximate number of points of a line that have a marker."""
 LABEL = 22
-"""Characters of a name that a chart shows."""
+"""Largest number of characters of a name in a chart."""
 
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -60,28 +60,28 @@ STYLE: Any = {
 
 @contextmanager
 def chart_style() -> Iterator[None]:
-    """Within it figures take the report's style."""
+    """Context in which figures have the report's style."""
     with rc_context(STYLE):
         yield
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, sizes in inches."""
+    """An empty figure with width and height in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.patch.set_alpha(0)
     return figure
 
 
 def chart(figure: Figure, title: str, description: str) -> Chart:
-    """A figure as SVG for a page.
+    """Convert a figure to SVG for a page.
 
     Args:
-        figure: drawn in the report's style.
-        title: what it shows, in a few words.
-        description: what is seen in it, for those who do not see it.
+        figure: a figure in the report's style.
+        title: what the figure shows, in a few words.
+        description: what can be seen in the figure, for screen readers.
     """
     buffer = StringIO()
-    # Ids are hashed from this; two charts in one page must not share any.
+    # Matplotlib hashes ids with this salt, and two charts in one page must not share any.
     with rc_context({"svg.hashsalt": sha256(f"{title}{description}".encode()).hexdigest()}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     drawn = buffer.getvalue()
@@ -101,52 +101,58 @@ def chart(figure: Figure, title: str, description: str) -> Chart:
 
 
 def short(name: str) -> str:
-    """A name on one line that leaves room for others."""
+    """A name on one line, cut to ``LABEL`` characters."""
     line = " ".join(name.split())
     return line if len(line) <= LABEL else line[: LABEL - 1] + "…"
 
 
 def legend(figure: Figure, entries: Sequence[tuple[str, dict]], columns: int = 7) -> None:
-    """A legend under the charts, read row by row: names, and how each is drawn."""
+    """Add a legend under the charts.
+
+    Args:
+        figure: the figure.
+        entries: names and line styles, in reading order.
+        columns: number of columns, at most.
+    """
     columns = min(columns, len(entries))
-    # matplotlib fills columns first.
+    # Matplotlib fills legends column by column, but readers read row by row.
     ordered = [entries[index] for column in range(columns) for index in range(column, len(entries), columns)]
     handles = [Line2D([], [], **look) for _, look in ordered]
     figure.legend(handles, [short(name) for name, _ in ordered], loc="outside lower left", ncols=columns, fontsize=9)
 
 
 def dice_axis(axes: Axes) -> None:
-    """Dice from 0 to 1."""
+    """Set the vertical axis to Dice from 0 to 1."""
     axes.set_ylim(-0.02, 1.02)
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
 
 
 def every(points: int) -> int:
-    """Of so many points on a line, every which one has a marker, so that they stay apart."""
+    """Distance between points with a marker on a line of ``points`` points, so that markers do not overlap."""
     return max(1, points // MARKED)
 
 
-def value_axis(axes: Axes, what: str) -> None:
-    """A Dice or a loss: the one from 0 to 1, the other from 0 on."""
-    axes.set_ylabel(what)
-    if what.endswith("Dice"):
+def value_axis(axes: Axes, label: str) -> None:
+    """Label the vertical axis and set its range: 0 to 1 for a Dice, 0 upwards for a loss."""
+    axes.set_ylabel(label)
+    if label.endswith("Dice"):
         dice_axis(axes)
     else:
         axes.set_ylim(bottom=0)
 
 
 def rounds_axis(axes: Axes) -> None:
-    """Rounds from 0 on, whole numbers."""
+    """Set the horizontal axis to rounds from 0 upwards, in whole numbers."""
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("round")
 
 
 def bytes_axis(axis: Axis, values: Collection[float]) -> None:
-    """Bytes by powers of two, from below the smallest value to above the largest."""
+    """Set an axis to bytes on a logarithmic scale, from below the smallest value to above the largest."""
     low, high = floor(log2(max(min(values), 1))), ceil(log2(max(*values, 2)))
     step = max(1, ceil((high - low) / 5))
-    # Whole kibibytes where they can be: 2^10, 2^15, 2^20 …
+    # Steps that divide 10 put ticks on round sizes, such as 1 KiB (2^10), 32 KiB (2^15) and 1 MiB (2^20).
     step = next((even for even in (1, 2, 5, 10) if even >= step), step)
     ticks = [2.0**power for power in range(low // step * step, high + step, step)]
     name = "x" if isinstance(axis, XAxis) else "y"

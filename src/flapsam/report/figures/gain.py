@@ -1,4 +1,4 @@
-"""What training together gives: mean test Dice by site of each mode, and the differences."""
+"""Gain from federated training: mean test Dice by site and mode, and the differences between modes."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,15 +11,15 @@ from flapsam.report.units import interval, number
 
 POOLED = "all cases"
 OPENED = 12
-"""A table of so many rows is seen without a click."""
+"""Largest number of rows of a table that is visible without a click."""
 
 
 def modes_by_site(scores: Scores, subjects: Mapping[str, str]) -> Section | None:
-    """A row a site; None where no test case was scored.
+    """A chart and a table of mean test Dice by site and mode; None if no case is tested.
 
     Args:
-        scores: test scores of each mode.
-        subjects: ``SITE/CASE`` → subject, of the cases whose subject is known; others are their own.
+        scores: mode → test scores.
+        subjects: ``SITE/CASE`` → subject, for cases with a known subject. Every other case counts as its own subject.
     """
     if not scores:
         return None
@@ -42,34 +42,34 @@ def modes_by_site(scores: Scores, subjects: Mapping[str, str]) -> Section | None
     axes.set_xlabel("mean test Dice over the classes")
     legend(figure, [(TITLES[mode], look) for mode, look in looks.items()])
     compared = [mode for mode in dices if mode != "federated"] if "federated" in dices else []
-    described = ", ".join(f"{TITLES[mode]} {number(sites[POOLED])}" for mode, sites in dices.items())
+    pooled = ", ".join(f"{TITLES[mode]} {number(sites[POOLED])}" for mode, sites in dices.items())
     return Section(
         "gain",
-        "What training together gives" if compared else "Test Dice by site",
+        "Gain from federated training" if compared else "Test Dice by site",
         _text(compared),
-        [chart(figure, "Mean test Dice by site and mode", f"Over all cases: {described}.")],
+        [chart(figure, "Mean test Dice by site and mode", f"Over all cases: {pooled}.")],
         [_table(scores, names, dices, compared, subjects)],
     )
 
 
 def mean_dices(scores: Sequence[CaseScores]) -> dict[str, float]:
-    """``SITE/CASE`` → mean Dice over its classes."""
-    found = {f"{score.site}/{score.case}": mean(score.dice.values()) for score in scores}
-    return {key: value for key, value in found.items() if value is not None}
+    """``SITE/CASE`` → mean Dice over the classes, for the cases with at least one."""
+    dices = {f"{score.site}/{score.case}": mean(score.dice.values()) for score in scores}
+    return {key: value for key, value in dices.items() if value is not None}
 
 
 def _text(compared: list[str]) -> str:
-    text = "Mean Dice over the classes and a site's test cases; the last row is the mean over all cases."
+    text = "Mean Dice over the classes and a site's test cases. The last row is the mean over all cases."
     if compared:
         text += (
-            " The differences are means over the cases that both have, of the federated model's Dice minus the other's, "
+            " Differences are the federated model's Dice minus that of the other model, averaged over the cases in common, "
             "with 95 % intervals from a bootstrap over subjects."
         )
     return text
 
 
 def _mean_dices_by_site(cases: Sequence[CaseScores]) -> dict[str, float | None]:
-    """Site → mean Dice, and that over all cases."""
+    """Site → mean Dice of its cases, and ``POOLED`` → mean Dice of all cases."""
     return {site: summarise(part).mean_dice for site, part in by_site(cases).items()} | {POOLED: summarise(cases).mean_dice}
 
 
@@ -80,13 +80,13 @@ def _table(
     compared: list[str],
     subjects: Mapping[str, str],
 ) -> Table:
-    together = mean_dices(scores["federated"]) if compared else {}
-    others = {mode: mean_dices(scores[mode]) for mode in compared}
-    of_each = {key: subjects.get(key, key) for key in together}
+    federated = mean_dices(scores["federated"]) if compared else {}
+    references = [mean_dices(scores[mode]) for mode in compared]
+    subject_of = {key: subjects.get(key, key) for key in federated}
     rows = []
     for name in names:
-        kept = together if name == POOLED else {k: v for k, v in together.items() if k.rpartition("/")[0] == name}
-        differences = [interval(compare(kept, other, of_each)) for other in others.values()]
+        kept = federated if name == POOLED else {k: v for k, v in federated.items() if k.rpartition("/")[0] == name}
+        differences = [interval(compare(kept, reference, subject_of)) for reference in references]
         count = len({(s.site, s.case) for cases in scores.values() for s in cases if name in (s.site, POOLED)})
         rows.append([name, str(count), *(number(sites.get(name)) for sites in dices.values()), *differences])
     head = ["site", "cases", *(TITLES[mode] for mode in dices), *(f"federated − {TITLES[mode]}" for mode in compared)]

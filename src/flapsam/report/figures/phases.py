@@ -1,4 +1,4 @@
-"""Where the time of a run went."""
+"""Time of a run by phase and site."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,16 +9,16 @@ from flapsam.report.times import PhaseTimes, SiteTimes
 from flapsam.report.units import NONE
 
 PHASES = {
-    "fits": "fits",
+    "fits": "training",
     "aggregation": "aggregation",
-    "rest": "the rest of the rounds",
-    "after": "validation at the end and test",
+    "rest": "rest of the rounds",
+    "after": "final validation and test",
 }
-"""Field of ``PhaseTimes`` → its name for people."""
+"""Field of ``PhaseTimes`` → its displayed name."""
 
 
 def phases(times: Mapping[str, PhaseTimes], sites: Sequence[SiteTimes]) -> Section | None:
-    """Seconds of each mode by phase, and of each site; None where no round was closed."""
+    """A chart and tables of the seconds by mode and phase, and by site; None before the first round is done."""
     if not times:
         return None
     figure = new_figure(WIDTH, 1.1 + 0.45 * len(times))
@@ -34,7 +34,7 @@ def phases(times: Mapping[str, PhaseTimes], sites: Sequence[SiteTimes]) -> Secti
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("seconds")
     figure.legend(loc="outside lower left", ncols=4, fontsize=9)
-    described = "; ".join(f"{TITLES[mode]} {parts.total:.0f} s" for mode, parts in times.items())
+    totals = ", ".join(f"{TITLES[mode]} {parts.total:.0f} s" for mode, parts in times.items())
     rows = [
         [TITLES[mode], *(f"{getattr(parts, field):.1f}" for field in PHASES), f"{parts.total:.1f}"]
         for mode, parts in times.items()
@@ -42,10 +42,10 @@ def phases(times: Mapping[str, PhaseTimes], sites: Sequence[SiteTimes]) -> Secti
     return Section(
         "time",
         "Time",
-        "Wall-clock seconds. Where sites are fitted side by side, a round's fits take as long as the slowest. The rest is "
-        "packets, validation and everything else in a round.",
-        [chart(figure, "Time per phase", described)],
-        [Table("time-table", "Seconds per phase", ["mode", *PHASES.values(), "in all"], rows), _by_site(sites)],
+        "Wall-clock seconds. If sites train in parallel, a round's training time is that of its slowest site. The rest of "
+        "the rounds is spent on packets, validation and everything else.",
+        [chart(figure, "Time per phase", f"In total: {totals}.")],
+        [Table("time-table", "Seconds per phase", ["mode", *PHASES.values(), "total"], rows), _by_site(sites)],
     )
 
 
@@ -61,5 +61,5 @@ def _by_site(sites: Sequence[SiteTimes]) -> Table:
         ]
         for times in sites
     ]
-    head = ["mode", "site", "fits (s)", "of it waiting for slices (s)", "steps", "steps a second"]
-    return Table("time-sites", "Seconds of the fits at each site", head, rows, text_columns=2)
+    head = ["mode", "site", "training (s)", "of which waiting for slices (s)", "steps", "steps per second"]
+    return Table("time-sites", "Training time at each site", head, rows, text_columns=2)

@@ -1,4 +1,4 @@
-"""Cases in slices: the image with contours of truth and prediction, for the best, the median and the worst of every site."""
+"""Slices of the best, the median and the worst case of every site, with contours of truth and prediction."""
 
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Sequence
@@ -21,23 +21,23 @@ from flapsam.run.observer import Observer
 from flapsam.volumes import COLOURS, Volume, canonical_slice_axis
 
 PANELS = 5
-"""Slices of a case."""
+"""Number of slices of a case."""
 PIXELS = 144
-"""Longer side of a slice's picture at most, so that a page of many sites stays small."""
+"""Largest side of a slice's picture, small enough for a page with many sites."""
 MARGIN = 0.25
-"""Around what is outlined, of its size."""
+"""Margin around the contours, as a fraction of their extent."""
 GAP = 0.02
-"""Between two slices, of a slice's side."""
+"""Gap between two slices, as a fraction of a slice's longer side."""
 
 
 def strips(
     scores: Iterable[CaseScores], read: Callable[[CaseScores], CaseVolumes], samples: Samples, observer: Observer
 ) -> Section | None:
-    """Best, median and worst test case of every site; None where no test case was scored.
+    """Strips of the best, the median and the worst test case of every site; None if no case is tested.
 
     Args:
         scores: test scores of one mode.
-        read: gives the volumes of a case, or raises FlapsamError.
+        read: returns the volumes of a case, or raises FlapsamError.
         samples: the direction of the slices, and the range of intensities.
         observer: follows the cases.
     """
@@ -54,17 +54,17 @@ def strips(
         observer.step()
     observer.end()
     text = (
-        "Slices through the best, the median and the worst test case of every site, by mean Dice over the classes. "
-        "Patients' right is on the left, as radiologists have it; heads and faces are up or left. These are patients' "
-        "images: be careful who receives this page."
+        "Slices of the best, the median and the worst test case of every site, ranked by mean Dice over the classes. The "
+        "patient's right is on the left, as in radiology. Superior and anterior are at the top or on the left. These are "
+        "images of patients, so be careful with whom you share this page."
     )
     if missing:
-        text += f" {len(missing)} of {len(chosen)} cannot be shown; {missing[0]}"
+        text += f" {len(missing)} of {len(chosen)} cases cannot be shown, for example {missing[0]}"
     return Section("slices", "Cases in slices", text, strips=drawn)
 
 
 def chosen_cases(scores: Iterable[CaseScores]) -> list[tuple[str, CaseScores]]:
-    """Best, median and worst of every site, in this order; each case once."""
+    """The best, the median and the worst case of every site, in this order, without repeating a case."""
     by_site: dict[str, list[tuple[float, str, CaseScores]]] = {}
     for score in scores:
         value = mean(score.dice.values())
@@ -83,32 +83,32 @@ def chosen_cases(scores: Iterable[CaseScores]) -> list[tuple[str, CaseScores]]:
 
 
 def _strip(rank: str, score: CaseScores, volumes: CaseVolumes, samples: Samples) -> Strip:
-    about = "; ".join(
+    scores = "; ".join(
         f"{name} {number(dice)}" + (f" ({number(score.hd95[name], 1)} mm)" if score.hd95[name] is not None else "")
         for name, dice in score.dice.items()
     )
-    title = f"{rank} case of {score.site}: {score.case}, Dice {about}"
+    title = f"{rank} case of {score.site}: {score.case}, Dice {scores}"
     drawn = draw_strip(volumes.image, volumes.truth, volumes.predicted, samples, title, score.site)
-    return Strip(score.site, score.case, rank, about, drawn)
+    return Strip(score.site, score.case, rank, scores, drawn)
 
 
 def draw_strip(image: Volume, truth: Volume, predicted: Volume, samples: Samples, title: str, site: str = "") -> Markup:
-    """Slices side by side as SVG: what is outlined fills each, at its true proportions.
+    """Draw slices side by side as SVG, cropped to the contours and in true proportions.
 
     Args:
-        image: of one or several modalities, of which the first is shown.
-        truth: class indices.
-        predicted: class indices.
-        samples: says which way slices lie, and the range of intensities.
+        image: the image. Of several modalities, the first is shown.
+        truth: the true class indices.
+        predicted: the predicted class indices.
+        samples: the direction of the slices, and the range of intensities.
         title: what is shown, in words.
-        site: whose range of intensities is used if it has one of its own.
+        site: the case's site, whose own range of intensities is used if it has one.
     """
     axis = canonical_slice_axis(image.affine, samples.axis)
-    grey, true, found = (_stacked(volume, axis) for volume in (image, truth, predicted))
+    grey, true_labels, predicted_labels = (_stacked(volume, axis) for volume in (image, truth, predicted))
     spacing = np.empty(3)
     spacing[orientations.io_orientation(image.affine)[:, 0].astype(int)] = image.spacing
-    down, across = (float(spacing[other]) for other in (2, 1, 0) if other != axis)
-    occupied = (true > 0) | (found > 0)
+    down, across = (float(spacing[in_plane]) for in_plane in (2, 1, 0) if in_plane != axis)
+    occupied = (true_labels > 0) | (predicted_labels > 0)
     rows, columns = _box(np.any(occupied, axis=0), down, across)
     low, high = samples.site_clip.get(site) or samples.clip or np.percentile(grey[:, rows, columns], (0.5, 99.5))
     height, width = (rows.stop - rows.start) * down, (columns.stop - columns.start) * across
@@ -119,8 +119,8 @@ def draw_strip(image: Volume, truth: Volume, predicted: Volume, samples: Samples
         shown = np.clip((grey[number_of, rows, columns] - float(low)) / max(float(high - low), 1e-6), 0, 1)
         contours = [
             f'<path class="{kind}" style="stroke:{COLOURS[(value - 1) % len(COLOURS)]}" d="{path}"/>'
-            for kind, labels in (("truth", true), ("prediction", found))
-            for value in range(1, int(max(true.max(), found.max())) + 1)
+            for kind, labels in (("truth", true_labels), ("prediction", predicted_labels))
+            for value in range(1, int(max(true_labels.max(), predicted_labels.max())) + 1)
             if (path := _outline(labels[number_of, rows, columns] == value, down / side, across / side))
         ]
         parts.append(
@@ -137,14 +137,14 @@ def draw_strip(image: Volume, truth: Volume, predicted: Volume, samples: Samples
 
 
 def _stacked(volume: Volume, axis: int) -> NDArray:
-    """(slice, row, column): heads and faces up or left, patients' right on the left."""
+    """A volume as (slice, row, column), with superior and anterior up or left, and the patient's right on the left."""
     array = volume.to_canonical().array
     array = array[..., 0] if array.ndim == 4 else array
     return np.moveaxis(array, axis, 0)[:, ::-1, ::-1].swapaxes(1, 2)
 
 
 def _places(occupied: NDArray[np.bool_]) -> Sequence[int]:
-    """Slices spread evenly over those in which there is anything."""
+    """Indices of slices, spread evenly over those that hold any label."""
     slices = np.flatnonzero(occupied.any(axis=(1, 2)))
     if not len(slices):
         slices = np.arange(len(occupied))
@@ -152,10 +152,10 @@ def _places(occupied: NDArray[np.bool_]) -> Sequence[int]:
 
 
 def _box(occupied: NDArray[np.bool_], down: float, across: float) -> tuple[slice, slice]:
-    """A square in mm around what is occupied, as far as the slice goes; the whole slice where nothing is."""
+    """Rows and columns of a square, in mm, around the labels and inside the slice; the whole slice without any label."""
     if not occupied.any():
         return slice(0, occupied.shape[0]), slice(0, occupied.shape[1])
-    ends = [np.flatnonzero(occupied.any(axis=other))[[0, -1]] for other in (1, 0)]
+    ends = [np.flatnonzero(occupied.any(axis=axis))[[0, -1]] for axis in (1, 0)]
     half = max((e[1] + 1 - e[0]) * mm for e, mm in zip(ends, (down, across), strict=True)) * (0.5 + MARGIN)
     box = []
     for (first, last), mm, size in zip(ends, (down, across), occupied.shape, strict=True):
@@ -173,10 +173,10 @@ def _jpeg(shown: NDArray) -> str:
 
 
 def _outline(mask: NDArray[np.bool_], down: float, across: float) -> str:
-    """The border of a mask as the path of an SVG."""
+    """The outline of a mask as an SVG path."""
     if not mask.any():
         return ""
-    # Padded, so that what touches the border is closed; voxel 0's middle is then at 1 and its edge at 0.5.
+    # Padding closes outlines at the border. It moves the centre of voxel 0 to 1, and its edge to 0.5.
     lines = contour_generator(z=np.pad(mask, 1).astype(np.float32)).lines(0.5)
     return "".join(
         "M" + "L".join(f"{(x - 0.5) * across:.3f} {(y - 0.5) * down:.3f}" for x, y in np.asarray(line)) + "Z"

@@ -1,4 +1,4 @@
-"""What travelled, round by round and in all, beside what the paper's strategies would have sent."""
+"""Traffic per round and in total, compared with the paper's strategies."""
 
 from collections.abc import Mapping, Sequence
 
@@ -26,14 +26,14 @@ MEASURED = "this run, measured"
 def traffic(
     up: Series, down: Series, delivered: Mapping[str, int], rounds: int, strategies: Sequence[StrategyTraffic]
 ) -> Section | None:
-    """Bytes of the federation; None where nothing travelled.
+    """A chart and tables of the federation's traffic; None if nothing travelled.
 
     Args:
         up: bytes that each site sent in each round.
         down: bytes that each site received in each round.
-        delivered: site → bytes of the last round's result.
+        delivered: site → bytes of the result after the last round.
         rounds: number of rounds done.
-        strategies: what the paper's strategies would send in as many rounds.
+        strategies: traffic of the paper's strategies in the same number of rounds.
     """
     if not up:
         return None
@@ -49,7 +49,7 @@ def traffic(
         left.plot(list(means[name]), list(means[name].values()), markevery=every(len(means[name])), **looks[name])
     bytes_axis(left.yaxis, [value for of_each in means.values() for value in of_each.values()])
     rounds_axis(left)
-    left.set_title("a packet, mean of the sites")
+    left.set_title("per packet, mean over the sites")
     legend(figure, list(looks.items()))
     bars = {**{row.strategy: row.gib * 2**30 for row in strategies}, MEASURED: total}
     colours = [SERIES[0] if name == MEASURED else MUTED for name in bars]
@@ -58,13 +58,13 @@ def traffic(
         right.annotate(size(value), (value, name), (4, 0), textcoords="offset points", va="center", fontsize=8.5)
     bytes_axis(right.xaxis, [min(bars.values()) / 3, max(bars.values()) * 8])
     right.grid(axis="y", visible=False)
-    right.set_title(f"a site in {rounds} rounds, both ways")
+    right.set_title(f"per site in {rounds} rounds, up and down")
     return Section(
         "traffic",
         "Traffic",
-        f"Measured packets of the federation: {size(total)} a site in {rounds} rounds, both ways together. Grey bars: what "
-        "the paper's strategies would send for this network in as many rounds, uncompressed.",
-        [chart(figure, "Traffic per round, and in total beside the strategies", f"In all {size(total)} a site.")],
+        f"Measured traffic of the federation: {size(total)} per site in {rounds} rounds, up and down together. Grey bars "
+        "show the traffic of the paper's strategies with this network in the same number of rounds, uncompressed.",
+        [chart(figure, "Traffic per round, and in total compared with the strategies", f"In total {size(total)} per site.")],
         [_totals(bars, strategies), _per_round(up, down, delivered)],
     )
 
@@ -77,8 +77,8 @@ def _totals(bars: dict[str, float], strategies: Sequence[StrategyTraffic]) -> Ta
         [name, papers.get(name, NONE), parameters.get(name, NONE), size(value), f"{full / value:,.1f}" if full else NONE]
         for name, value in bars.items()
     ]
-    head = ["strategy", "in the paper", "parameters", "a site, all rounds", "× less than full"]
-    return Table("traffic-table", "Traffic of a site in all rounds", head, rows, text_columns=2)
+    head = ["strategy", "in the paper", "parameters", "per site, all rounds", "× less than full"]
+    return Table("traffic-table", "Traffic per site in all rounds", head, rows, text_columns=2)
 
 
 def _per_round(up: Series, down: Series, delivered: Mapping[str, int]) -> Table:
@@ -89,6 +89,6 @@ def _per_round(up: Series, down: Series, delivered: Mapping[str, int]) -> Table:
         rows.append([str(number), *(size(mean[number]) if number in mean else NONE for mean in means), size(both)])
     if delivered:
         both = sum(delivered.values())
-        rows.append(["the end", NONE, size(both / len(delivered)), size(both)])
-    head = ["round", "up, mean of the sites", "down, mean of the sites", "all sites, both ways"]
-    return Table("traffic-rounds", "Traffic of each round", head, rows, text_columns=0)
+        rows.append(["final model", NONE, size(both / len(delivered)), size(both)])
+    head = ["round", "up, mean over the sites", "down, mean over the sites", "all sites, up and down"]
+    return Table("traffic-rounds", "Traffic per round", head, rows, text_columns=0)

@@ -1,7 +1,7 @@
-"""A run's figures for other software, written from the events of its ledger, while it runs or afterwards.
+"""Trackers, which write a run's figures for other software from the events of its ledger, during the run or afterwards.
 
-Where figures are looked at is no part of what a run is, so it is said on the command line and not in the configuration: it
-changes no fingerprint, and a run may be gone on with under another tracker. The ledger stays the one record.
+Trackers are chosen on the command line and not in the configuration, because they do not affect the run. The run's
+fingerprint therefore does not depend on them, and a resumed run may use other trackers. The ledger stays the only record.
 """
 
 import importlib
@@ -20,34 +20,37 @@ from flapsam.run.ledger import Event, RunEnded
 from flapsam.run.observer import Observer, Observers
 
 TRACKERS = {"tensorboard": "TensorBoard", "mlflow": "Mlflow"}
-"""Name, which is that of its module here, of the package that it needs and of flapsam's extra → class."""
+"""Name of a tracker → its class. Its module here, the package that it needs and flapsam's extra have the same name."""
 
 
 def tracker(name: str) -> Callable[[Tracked], Tracker]:
-    """A tracker by its name.
+    """The class of a tracker.
+
+    Args:
+        name: the tracker's name, from ``TRACKERS``.
 
     Raises:
-        FlapsamError: there is no such tracker, or its package is not installed.
+        FlapsamError: the name is unknown, or the tracker's package is not installed.
     """
     if name not in TRACKERS:
-        raise FlapsamError(f"there is no tracker '{name}'; choose {' or '.join(TRACKERS)}")
+        raise FlapsamError(f"unknown tracker '{name}'; choose {' or '.join(TRACKERS)}")
     if importlib.util.find_spec(name) is None:
-        raise FlapsamError(f"tracking with {name} needs pip install 'flapsam[{name}]'")
+        raise FlapsamError(f"tracking with {name} needs another package; run pip install 'flapsam[{name}]'")
     return getattr(importlib.import_module(f"flapsam.report.tracking.{name}"), TRACKERS[name])
 
 
 class Tracking(Observer):
-    """Feeds trackers with a run's events. One that fails is left out, and the run goes on."""
+    """Passes a run's events to trackers. If a tracker fails, the run continues without it."""
 
     def __init__(self, names: Iterable[str], say: Callable[[str], None]) -> None:
-        """Find the trackers, before long work begins.
+        """Import the trackers, so that a missing package is found before long work begins.
 
         Args:
-            names: of ``TRACKERS``.
-            say: is told of one that fails.
+            names: the trackers' names, from ``TRACKERS``.
+            say: called with a sentence if a tracker fails.
 
         Raises:
-            FlapsamError: as ``tracker``.
+            FlapsamError: as for ``tracker``.
         """
         self.kinds = {name: tracker(name) for name in names}
         self.say_so = say
@@ -55,62 +58,65 @@ class Tracking(Observer):
         self.ended = False
 
     def opened(self, config: RunConfig, events: Sequence[Event]) -> None:
-        """Begin, with what the ledger holds already."""
+        """Start the trackers and pass on the events that are already in the ledger."""
         self.config = config
         folder = RunFolder(config.output)
         run = folder.read_environment()["run"]
         self.points = Points(config)
         for name, kind in self.kinds.items():
-            about = Tracked(run, config, folder.tracker(name))
-            self._try(name, lambda name=name, kind=kind, about=about: self.trackers.update({name: kind(about)}))
+            target = Tracked(run, config, folder.tracker(name))
+            self._try(name, lambda name=name, kind=kind, target=target: self.trackers.update({name: kind(target)}))
         for event in events:
             self._add(event)
-        self._all(lambda one: one.flush())
+        self._all(lambda tracker: tracker.flush())
 
     def event(self, event: Event) -> None:
-        """Write what is new."""
+        """Write the points of a new event."""
         self._add(event)
-        self._all(lambda one: one.flush())
+        self._all(lambda tracker: tracker.flush())
 
     def close(self) -> None:
-        """Write the rest, and say where it is."""
-        self._all(lambda one: one.close(self.ended))
+        """Write the remaining points and close all trackers."""
+        self._all(lambda tracker: tracker.close(self.ended))
 
     @property
     def places(self) -> list[str]:
-        """How to look at what was written, a sentence a tracker."""
-        return [one.place for one in self.trackers.values()]
+        """How to look at the figures, one sentence per tracker."""
+        return [tracker.place for tracker in self.trackers.values()]
 
     def _add(self, event: Event) -> None:
         self.ended = self.ended or isinstance(event, RunEnded)
-        found = self.points.of(event)
-        if found:
-            self._all(lambda one: one.write(found))
+        points = self.points.of(event)
+        if points:
+            self._all(lambda tracker: tracker.write(points))
 
-    def _all(self, what: Callable[[Tracker], None]) -> None:
-        for name, one in list(self.trackers.items()):
-            self._try(name, lambda one=one: what(one))
+    def _all(self, work: Callable[[Tracker], None]) -> None:
+        for name, running in list(self.trackers.items()):
+            self._try(name, lambda running=running: work(running))
 
-    def _try(self, name: str, what: Callable[[], None]) -> None:
+    def _try(self, name: str, work: Callable[[], None]) -> None:
         try:
-            what()
+            work()
         except Exception as error:
             self.trackers.pop(name, None)
-            again = f"flapsam track {self.config.output} --to {name}"
-            self.say_so(f"{name} is left out from here on ({' '.join(str(error).split())}); {again} writes what is missing")
+            reason, command = " ".join(str(error).split()), f"flapsam track {self.config.output} --to {name}"
+            self.say_so(f"{name} has failed and is left out from now on ({reason}); run {command} to write all figures")
 
 
 @contextmanager
 def tracked(observer: Observer, names: Sequence[str] | None, warn: Callable[[str], None]) -> Iterator[Observer]:
-    """The observer, and trackers beside it, if any.
+    """Add trackers to an observer.
 
     Args:
-        observer: is told at the end how to look at what was written.
-        names: of trackers.
-        warn: is told of one that fails.
+        observer: follows the run, and prints at the end how to look at the figures.
+        names: the trackers' names; no trackers if None or empty.
+        warn: called with a sentence if a tracker fails.
+
+    Yields:
+        An observer that also feeds the trackers.
 
     Raises:
-        FlapsamError: as ``tracker``.
+        FlapsamError: as for ``tracker``.
     """
     if not names:
         yield observer
@@ -121,26 +127,26 @@ def tracked(observer: Observer, names: Sequence[str] | None, warn: Callable[[str
     finally:
         tracking.close()
         for place in tracking.places:
-            observer.say(f"Figures: {place}")
+            observer.say(f"To see the figures: {place}")
 
 
 def track_run(folder: Path, names: Sequence[str]) -> list[str]:
     """Write a run's figures from its ledger.
 
     Args:
-        folder: of the run, finished or not.
-        names: of trackers.
+        folder: the run's folder. The run may still be unfinished.
+        names: the trackers' names.
 
     Returns:
-        How to look at each.
+        How to look at the figures, one sentence per tracker.
 
     Raises:
-        FlapsamError: as ``tracker``; or the folder holds no run; or a tracker fails.
+        FlapsamError: as for ``tracker``, the folder holds no run, or a tracker fails.
     """
     run = read_run(folder)
     failures: list[str] = []
     tracking = Tracking(names, failures.append)
-    # The folder may have been moved since.
+    # The folder may have been moved since the run.
     tracking.opened(run.config.model_copy(update={"output": folder}), run.events)
     tracking.close()
     if failures:

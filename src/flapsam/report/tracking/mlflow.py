@@ -1,10 +1,10 @@
-"""MLflow: a run of ours is a run of its, found again by the id that both know."""
+"""MLflow tracker. A run of flapsam becomes one run of MLflow, which is found again by its tag with flapsam's run id."""
 
 import os
 import re
 from collections.abc import Sequence
 
-# It would report its own use to its makers. Read where it is imported.
+# MLflow would report its usage to its developers. It reads these variables on import.
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 os.environ["DO_NOT_TRACK"] = "true"
 
@@ -17,26 +17,26 @@ from flapsam.report.tracking.tracker import Tracked, Tracker
 EXPERIMENT = "flapsam"
 RUN_TAG = "flapsam.run"
 PARAMETERS, METRICS = 100, 1000
-"""That go out at once, at most."""
+"""Largest number of parameters and of metrics that MLflow accepts in one request."""
 
 
 class Mlflow(Tracker):
-    """Logs to ``MLFLOW_TRACKING_URI`` or, without it, to files in the run's folder; points that are there are left out."""
+    """Logs to ``MLFLOW_TRACKING_URI`` or, without it, to files in the run's folder. Points are never logged twice."""
 
     def __init__(self, run: Tracked) -> None:
         store = os.environ.get("MLFLOW_TRACKING_URI")
-        self.place = "in MLflow, where MLFLOW_TRACKING_URI says"
+        self.place = "open MLflow at MLFLOW_TRACKING_URI"
         if not store:
-            # A database wants packages that the skinny MLflow lacks.
+            # A database needs packages that mlflow-skinny does not have.
             os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
             store = run.folder.absolute().as_uri()
             self.place = f"MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri {store}"
         self.client = MlflowClient(tracking_uri=store)
         experiment = self._experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT)
-        found = self.client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{run.run}'")
+        existing = self.client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{run.run}'")
         self.known: dict[str, set[int]] | None = None
-        if found:
-            self.run = found[0].info.run_id
+        if existing:
+            self.run = existing[0].info.run_id
             self.client.update_run(self.run, status="RUNNING")
             self.known = {}
         else:
@@ -65,7 +65,7 @@ class Mlflow(Tracker):
         self.client.set_terminated(self.run, "FINISHED" if ended else "KILLED", end_time=round(1000 * self.last))
 
     def _is_known(self, key: str, step: int) -> bool:
-        """Whether a run that was found had this point already."""
+        """Whether MLflow's run already has this point."""
         if self.known is None:
             return False
         if key not in self.known:
@@ -73,10 +73,10 @@ class Mlflow(Tracker):
         return step in self.known[key]
 
     def _experiment(self, name: str) -> str:
-        found = self.client.get_experiment_by_name(name)
-        return found.experiment_id if found else self.client.create_experiment(name)
+        experiment = self.client.get_experiment_by_name(name)
+        return experiment.experiment_id if experiment else self.client.create_experiment(name)
 
 
 def _allowed(name: str) -> str:
-    """A name with nothing in it that MLflow refuses."""
+    """The name without characters that MLflow refuses."""
     return re.sub(r"[^/\w.\- ]", "_", name)

@@ -1,4 +1,4 @@
-"""Events of a ledger as points of curves."""
+"""Conversion of a ledger's events to points of curves."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ ROUND = ("seconds", "aggregation_seconds")
 """Fields of a closed round that become curves."""
 
 Value = tuple[str, str, int, float | None]
-"""Series, name, round and value, if there is one."""
+"""Series, name, round and value, which may be None."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Point:
     """One value of one curve."""
 
     series: str
-    """Whose curve: a cohort's (``federated``) or that of one of its sites (``federated/site_a``)."""
+    """Owner of the curve: a cohort (``federated``) or one of its sites (``federated/site_a``)."""
     name: str
-    """What the curve shows, such as ``loss`` or ``validation_dice/kidney``."""
+    """Name of the value, such as ``loss`` or ``validation_dice/kidney``."""
     step: int
     """The round."""
     value: float
@@ -33,14 +33,14 @@ class Point:
 
 
 class Points:
-    """Turns events into points. Sums and means over sites are made here. No curve has two points of one round."""
+    """Converts events to points, including sums and means over sites. No curve gets two points for one round."""
 
     def __init__(self, config: RunConfig) -> None:
         self.standing = Standing(config)
         self.written: set[tuple[Cohort, int]] = set()
-        """Cohort and round whose mean validation Dice has been written."""
+        """Cohorts and rounds whose mean validation Dice is already written."""
         self.tests: dict[Cohort, list[CaseScores]] = {}
-        """Cohort → its test cases."""
+        """Cohort → scores of its test cases."""
 
     def of(self, event: Event) -> list[Point]:
         """The points that the next event adds."""
@@ -53,7 +53,7 @@ class Points:
     def _values(self, event: Event, before: CohortStanding | None) -> Iterator[Value]:
         if isinstance(event, CohortEvent):
             yield from self._of_cohort(self.standing.cohorts[event.cohort], event)
-        # The Dice of a last round may be complete only when another cohort has begun.
+        # The Dice of a cohort's last round may only be complete once the next cohort has begun.
         for standing in filter(None, (before, self.standing.under_way)):
             for number, dice in standing.dice.items():
                 if (standing.cohort, number) not in self.written:
@@ -72,7 +72,7 @@ class Points:
                 if travels:
                     yield from ((site, name, event.round, getattr(event, name)) for name in ("bytes_up", "bytes_down"))
             case Delivered() if travels:
-                # In the place of the round that would have followed.
+                # The final model is delivered after the last round, so its bytes count as those of the next one.
                 yield f"{cohort}/{event.site}", "bytes_down", event.round + 1, event.bytes_down
             case Validated():
                 for name, value in event.dice.items():
@@ -86,7 +86,7 @@ class Points:
                 self.tests.setdefault(event.cohort, []).append(scores_of(event))
 
     def _at_the_end(self) -> Iterator[Value]:
-        """Test Dice by site and pooled, at the last round; and all bytes, with those of the delivery."""
+        """Test Dice by site and pooled, at the last round, and all bytes including the delivery, one round later."""
         for cohort, scores in self.tests.items():
             step = self.standing.cohorts[cohort].rounds
             sites = {f"{cohort}/{site}": part for site, part in by_site(scores).items()}

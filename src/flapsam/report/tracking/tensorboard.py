@@ -1,4 +1,4 @@
-"""TensorBoard: a folder a federation and one a site in it, so that one chart shows the same curve of all sites."""
+"""TensorBoard tracker, with one folder per cohort and one per site in it, so that a chart shows the curve of all sites."""
 
 import shutil
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from flapsam.report.tracking.tracker import Tracked, Tracker
 
 
 class TensorBoard(Tracker):
-    """Writes event files. A run that is gone on with is written anew from its first event."""
+    """Writes event files. The files of a resumed run are written again from its first event."""
 
     def __init__(self, run: Tracked) -> None:
         self.run = run
@@ -20,7 +20,7 @@ class TensorBoard(Tracker):
         shutil.rmtree(run.folder, ignore_errors=True)
         self.writers: dict[str, SummaryWriter] = {}
         self.fresh: set[str] = set()
-        """Series with points that are not in their file yet."""
+        """Series with points that are not flushed to their file yet."""
 
     def write(self, points: Sequence[Point]) -> None:
         for point in points:
@@ -40,12 +40,12 @@ class TensorBoard(Tracker):
         if series not in self.writers:
             writer = self.writers[series] = SummaryWriter(self.run.folder / series)
             if "/" not in series:
-                self._describe(writer, series)
+                self._write_configuration(writer, series)
         return self.writers[series]
 
-    def _describe(self, writer: SummaryWriter, federation: str) -> None:
-        """The run's fields, as text and for the tab that compares runs."""
-        fields: dict[str, Any] = {"mode": federation, **self.run.parameters}
+    def _write_configuration(self, writer: SummaryWriter, cohort: str) -> None:
+        """Write the configuration as text, and as hyperparameters for the tab that compares runs."""
+        fields: dict[str, Any] = {"mode": cohort, **self.run.parameters}
         rows = "\n".join(f"| {name} | {value} |" for name, value in fields.items())
         writer.add_text("configuration", f"| field | value |\n| --- | --- |\n{rows}")
         for summary in hparams(fields, {"validation_dice/mean": 0.0, "test_dice/mean": 0.0}):

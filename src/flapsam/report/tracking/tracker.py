@@ -1,4 +1,4 @@
-"""What a tracker is."""
+"""Interface of trackers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -12,17 +12,17 @@ from flapsam.run.reading import flat
 
 @dataclass(frozen=True)
 class Tracked:
-    """The run whose figures are written."""
+    """The run whose figures a tracker writes."""
 
     run: str
-    """Its id."""
+    """The run's id."""
     config: RunConfig
     folder: Path
-    """Where the tracker writes, unless it has a server."""
+    """Folder for the tracker's files, unless it writes to a server."""
 
     @property
     def name(self) -> str:
-        """For people: the run's folder."""
+        """The run's displayed name, which is that of its folder."""
         return self.config.output.absolute().name
 
     @property
@@ -32,10 +32,10 @@ class Tracked:
 
 
 class Tracker(ABC):
-    """Writes one run's figures. It is always given all of them, from the first, and writes none twice."""
+    """Writes the figures of one run. It always receives all points from the first, and must write none twice."""
 
     place: str
-    """A sentence: how to look at what was written."""
+    """How to look at the figures: a command or an address."""
 
     @abstractmethod
     def __init__(self, run: Tracked) -> None: ...
@@ -46,8 +46,12 @@ class Tracker(ABC):
 
     @abstractmethod
     def flush(self) -> None:
-        """Let others see what was written."""
+        """Make the points written so far visible to readers."""
 
     @abstractmethod
     def close(self, ended: bool) -> None:
-        """Write the rest; the run has come to its end, or was stopped."""
+        """Write the remaining points and close the tracker.
+
+        Args:
+            ended: whether the run is complete, and not only stopped.
+        """

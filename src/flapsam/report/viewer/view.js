@@ -1,4 +1,4 @@
-// One case in NiiVue: three planes and 3-D, an overlay for each label map.
+// Shows one case in NiiVue: three planes and 3-D, with an overlay for each label map.
 import { MULTIPLANAR_TYPE, Niivue, SHOW_RENDER, SLICE_TYPE } from "./niivue.js";
 
 const scene = JSON.parse(document.getElementById("scene").textContent);
@@ -13,20 +13,20 @@ const layouts = {
 
 function colours(segments) {
   const all = [{ value: 0, name: "background", rgb: [0, 0, 0] }, ...segments];
-  const channel = (index) => all.map((one) => one.rgb[index]);
+  const channel = (index) => all.map((segment) => segment.rgb[index]);
   return {
     R: channel(0), G: channel(1), B: channel(2),
-    A: all.map((one) => (one.value ? 255 : 0)),
-    I: all.map((one) => one.value),
-    labels: all.map((one) => one.name),
+    A: all.map((segment) => (segment.value ? 255 : 0)),
+    I: all.map((segment) => segment.value),
+    labels: all.map((segment) => segment.name),
   };
 }
 
-function told(location) {
-  const place = `${Array.from(location.mm).slice(0, 3).map((one) => one.toFixed(1)).join(", ")} mm`;
-  const values = location.values.map((one, index) => {
-    const segment = scene.segments.find((known) => known.value === Math.round(one.value));
-    return index === 0 ? `intensity ${Number(one.value.toFixed(2))}` : `${scene.layers[index].name}: ${segment ? segment.name : "–"}`;
+function described(location) {
+  const place = `${Array.from(location.mm).slice(0, 3).map((coordinate) => coordinate.toFixed(1)).join(", ")} mm`;
+  const values = location.values.map(({ value }, index) => {
+    const segment = scene.segments.find((known) => known.value === Math.round(value));
+    return index === 0 ? `intensity ${Number(value.toFixed(2))}` : `${scene.layers[index].name}: ${segment ? segment.name : "–"}`;
   });
   return [place, ...values].join(" · ");
 }
@@ -44,7 +44,7 @@ async function show() {
     logLevel: "silent",
     loadingText: "",
   });
-  viewer.onLocationChange = (location) => { status.textContent = told(location); };
+  viewer.onLocationChange = (location) => { status.textContent = described(location); };
   await viewer.attachToCanvas(document.getElementById("canvas"));
   await viewer.loadVolumes(scene.layers.map((layer, index) => ({
     url: new URL(layer.url, document.baseURI).href,
@@ -64,5 +64,5 @@ async function show() {
 
 show().catch((error) => {
   document.body.dataset.state = "failed";
-  status.textContent = `This volume cannot be shown: ${error.message}. The viewer needs a browser with WebGL 2.`;
+  status.textContent = `The volume cannot be shown: ${error.message}. The viewer needs a browser with WebGL 2.`;
 });

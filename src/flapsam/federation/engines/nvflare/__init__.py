@@ -1,5 +1,5 @@
-"""The engine between hospitals: NVFLARE carries the bytes over mutual TLS. Nothing else imports it.
+"""The engine between hospitals. NVFLARE carries the bytes over mutual TLS, and no other part of flapsam imports it.
 
-``kits`` makes and reads start-up kits, ``participant`` runs a server or a site, ``coordination`` submits a run and follows
-it; ``controller`` and ``executor`` are what NVFLARE loads at the server and at a site.
+``kits`` makes and reads start-up kits. ``preflight`` checks a site in advance. ``launch`` runs a server or a site. ``jobs``
+submits a run and follows it. NVFLARE loads ``controller`` at the server and ``executor`` at a site.
 """

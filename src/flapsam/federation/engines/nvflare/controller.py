@@ -1,4 +1,4 @@
-"""What NVFLARE runs at the server: it sends each site its packets and collects the answers."""
+"""NVFLARE's controller at the server. It sends packets to the sites and collects their answers."""
 
 import itertools
 import queue
@@ -31,25 +31,27 @@ from flapsam.run.folder import RunFolder
 from flapsam.run.ledger import TOGETHER, JobEnded, JobStarted
 
 JOIN_SECONDS = 900
-"""A site unpacks its volumes before it answers the handshake."""
+"""Deadline of the handshake. It is long, because a site unpacks its volumes before it answers."""
 GONE_SECONDS = 2 * HEARTBEAT_SECONDS
-"""Of silence, after which a site is taken for gone. The server itself has forgotten it by then, if it is not back."""
+"""Seconds of silence after which a site counts as lost. By then NVFLARE's server has dropped it, unless it is back."""
 
 
 @dataclass(frozen=True)
 class Received:
-    """An answer as it came."""
+    """A site's answer to a request, not yet validated."""
 
     site: str
     number: int
-    """Of the request that it answers; -1 if it does not say."""
+    """Number of the request that is answered; -1 if unknown."""
     content: Path | None = None
-    """Where it waits, on the disk: many may come while one is worked at."""
+    """File that holds the answer. It is on disk, because many answers may arrive while another is processed."""
     problem: str = ""
+    """Why there is no usable answer; empty if there is one."""
     seconds: float | None = None
+    """Seconds that the site took, if known."""
 
     def take(self) -> bytes:
-        """What it holds; once."""
+        """Read the answer and delete its file."""
         if self.content is None:
             return b""
         data = self.content.read_bytes()
@@ -59,17 +61,31 @@ class Received:
 
 @dataclass
 class Post:
-    """Sends requests to sites and gives the answers one after another."""
+    """Sends requests to sites and yields their answers one after another."""
 
     controller: "FlapsamController"
     context: FLContext
     abort: Signal
     number: int = 0
-    """Of the newest request."""
+    """Number of the newest request."""
     tasks: dict[str, Task] = field(default_factory=dict)
+    """Open task of each site that has not answered yet."""
 
     def ask(self, name: str, requests: Iterator[tuple[str, Shareable]], deadline: float) -> Iterator[Received]:
-        """Send requests; give every answer that comes until all have answered or are gone, or the time is up."""
+        """Send requests to sites and collect the answers.
+
+        Args:
+            name: name of the task: ``join``, ``fit`` or ``validate``.
+            requests: each site and its request.
+            deadline: seconds to wait for the answers.
+
+        Yields:
+            Each answer as it arrives, also late ones to earlier requests. A site that falls silent or misses the deadline
+            yields a problem instead.
+
+        Raises:
+            Aborted: the job was aborted.
+        """
         self.number += 1
         for site, data in requests:
             data[NUMBER] = self.number
@@ -100,22 +116,22 @@ class Post:
 
 
 def forget_data(client_task: ClientTask, fl_ctx: FLContext) -> None:
-    """A packet need not be held until its answer comes; NVFLARE has it by now."""
+    """Release a packet's memory once it is sent. NVFLARE would keep it until the answer arrives."""
     client_task.task.data = Shareable()
 
 
 class Aborted(Exception):  # noqa: N818 (nothing is wrong)
-    """The job was ended from outside."""
+    """The job was aborted from outside."""
 
 
 class FlapsamController(Controller):
-    """The server's side of one job: a part of a run, from a handshake to the run's end or to the next handshake."""
+    """The server's side of one job. A job is the part of a run from one handshake to the next, or to the run's end."""
 
     def __init__(self, folder: str) -> None:
-        """Know the run.
+        """Prepare the job.
 
         Args:
-            folder: of a run that was begun at the server.
+            folder: the run's folder at the server, which must exist already.
         """
         super().__init__(task_check_period=0.1)
         self.folder = folder
@@ -138,7 +154,7 @@ class FlapsamController(Controller):
 
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:  # noqa: D102
         server = ServerSide(Path(self.folder))
-        # What does not shrink grows by some thousandths.
+        # Data that do not compress grow slightly.
         self.limit = int(1.01 * server.agreement.contract.tensor_bytes) + FRAMING_BYTES
         shutil.rmtree(self.arrivals, ignore_errors=True)
         post = Post(self, fl_ctx, abort_signal)
@@ -161,11 +177,12 @@ class FlapsamController(Controller):
         self._keep(client.name, result)
 
     def receive(self, client_task: ClientTask, fl_ctx: FLContext) -> None:
-        """Take an answer, and let NVFLARE forget it."""
+        """Take an answer, and release NVFLARE's copy."""
         self._keep(client_task.client.name, client_task.result or Shareable())
         client_task.result = None
 
     def _keep(self, site: str, result: Shareable) -> None:
+        """Write an answer to disk and queue it."""
         received, content = read_answer(site, result, self.limit)
         if content is not None:
             path = make_folder(self.arrivals) / f"{next(self.arrived)}"
@@ -174,20 +191,24 @@ class FlapsamController(Controller):
         self.answers.put(received)
 
     def silence(self, site: str) -> float:
-        """Seconds since a site was heard of."""
+        """Seconds since the last sign of life from a site."""
         return time.monotonic() - self.heard.get(site, self.started)
 
     def _hear(self, topic: str, request: Shareable, fl_ctx: FLContext) -> Shareable:
+        """Note a site's sign of life."""
         peer = fl_ctx.get_peer_context()
         if peer is not None:
             self.heard[str(peer.get_identity_name())] = time.monotonic()
         return make_reply(ReturnCode.OK)
 
     def _regroup(self, topic: str, data: Any, fl_ctx: FLContext) -> dict[str, Any]:
+        """End the job after the current round, at the coordinator's request."""
         self.regroup = True
         return {}
 
     def _shake_hands(self, server: ServerSide, post: Post, sites: list[str]) -> None:
+        """Propose the run to the sites, and admit or exclude each."""
+
         def requests() -> Iterator[tuple[str, Shareable]]:
             for site in sites:
                 data = Shareable()
@@ -201,47 +222,57 @@ class FlapsamController(Controller):
                 server.admit(received.site, received.take())
 
     def _carry(self, server: ServerSide, post: Post, work: Work) -> Iterator[Answer]:
+        """Send each site its packets and yield the answers, as ``rounds`` expects from an engine."""
         bytes_down: dict[str, int] = {}
 
         def requests() -> Iterator[tuple[str, Shareable]]:
             # Sites that need the same packets share them in memory.
-            made: dict[tuple[int, int], list[np.ndarray]] = {}
+            packets: dict[tuple[int, int], list[np.ndarray]] = {}
             for site in server.held:
                 key = server.agreement.rank(site), server.held[site]
-                if key not in made:
-                    made[key] = [np.frombuffer(packet, np.uint8) for packet in server.packets(site)]
-                bytes_down[site] = sum(packet.nbytes for packet in made[key])
+                if key not in packets:
+                    packets[key] = [np.frombuffer(packet, np.uint8) for packet in server.packets(site)]
+                bytes_down[site] = sum(packet.nbytes for packet in packets[key])
                 data = Shareable()
-                data[PACKETS] = made[key]
+                data[PACKETS] = packets[key]
                 yield site, data
 
         for received in post.ask(work, requests(), server.config.rounds.deadline):
             down = bytes_down.get(received.site, 0)
             if received.problem:
-                # Of an earlier round it was told then that nothing came.
+                # A problem with an earlier request was already reported as a missing answer.
                 if received.number == post.number:
                     yield Answer(received.site, down, missing=received.problem)
             elif work == "fit":
                 yield Answer(received.site, down, fitted=received.take(), seconds=received.seconds)
             elif received.number == post.number:
                 scores = server.read_scores(received.take())
-                missing = "" if scores is not None else "scores that cannot be read"
+                missing = "" if scores is not None else "its scores are invalid"
                 yield Answer(received.site, down, scores=scores, missing=missing)
 
 
 def read_answer(site: str, result: Shareable, limit: int) -> tuple[Received, np.ndarray | None]:
-    """What a site answered, and its bytes, at most ``limit``; what cannot be read is a problem."""
+    """Validate the form of a site's answer.
+
+    Args:
+        site: the site's name.
+        result: the answer as NVFLARE delivers it.
+        limit: maximum size of the content in bytes.
+
+    Returns:
+        The answer without its content, and the content. An invalid answer has a problem and no content.
+    """
     number = result.get(NUMBER)
     number = number if isinstance(number, int) else -1
     if result.get_return_code() != ReturnCode.OK:
         return Received(site, number, problem=REASONS["error"]), None
     code, content, seconds, version = (result.get(entry) for entry in (CODE, ANSWER, SECONDS, VERSION))
     if code == "version" and isinstance(version, str) and re.fullmatch(VERSION_PATTERN, version):
-        return Received(site, number, problem=f"it runs flapsam {version}, the server {__version__}"), None
+        return Received(site, number, problem=f"it runs flapsam {version}, the server runs {__version__}"), None
     if code:
         return Received(site, number, problem=REASONS.get(code if isinstance(code, str) else "", REASONS["error"])), None
     if not isinstance(content, np.ndarray) or content.dtype != np.uint8 or content.ndim != 1:
-        return Received(site, number, problem="an answer that cannot be read"), None
+        return Received(site, number, problem="its answer is invalid"), None
     if content.nbytes > limit:
-        return Received(site, number, problem=f"an answer of {content.nbytes} bytes, {limit} are allowed"), None
+        return Received(site, number, problem=f"its answer has {content.nbytes} bytes, the limit is {limit}"), None
     return Received(site, number, seconds=float(seconds) if isinstance(seconds, float) else None), content

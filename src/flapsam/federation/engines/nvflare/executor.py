@@ -1,4 +1,4 @@
-"""What NVFLARE runs at a site: it hands packets to the process that fits, and says nothing of what goes wrong but a code."""
+"""NVFLARE's executor at a site. It hands packets to the fit process, and reports failures as codes only."""
 
 import os
 import threading
@@ -19,19 +19,19 @@ from flapsam.federation.engines.fit_process import FitProcess
 from flapsam.federation.hospitals.handshake import SiteFailed
 
 ANSWER, CODE, SECONDS, NUMBER, PACKETS, VERSION = "answer", "code", "seconds", "number", "packets", "version"
-"""Entries of what travels."""
+"""Keys of the entries in requests and answers."""
 ALIVE = "flapsam.alive"
-"""What a site says all the while: NVFLARE does not notice that one has died which is back at once."""
+"""Topic of a site's signs of life. NVFLARE alone does not notice if a site dies and reconnects at once."""
 ALIVE_SECONDS = 3
-"""Between two signs of life."""
+"""Seconds between two signs of life."""
 REGROUP = "flapsam.regroup"
-"""The administrator's command to the server to end the job after the round under way."""
+"""Command from the coordinator to the server to end the job after the current round."""
 SITE_CONFIG = "FLAPSAM_SITE_CONFIG"
-"""Environment variable: the site's own file. It is the site's to set, so no job can choose another."""
+"""Environment variable with the path of the site's configuration. The site sets it, so no job can choose another file."""
 
 
 class FlapsamExecutor(Executor):
-    """Lives as long as the job, and so does the process that fits."""
+    """A site's side of one job. The fit process lives as long as the job."""
 
     process: FitProcess
 
@@ -58,7 +58,7 @@ class FlapsamExecutor(Executor):
         try:
             process = self.process
             threading.Thread(target=_stop_if, args=(abort_signal, done, process), daemon=True).start()
-            # Taken out, so that a packet is not held while a fit goes on.
+            # The packets are removed from the request, so that their memory is free during a fit.
             packets = [memoryview(packet) for packet in shareable.pop(PACKETS)]
             answer = process.join(bytes(packets[0])) if task_name == "join" else process.ask(task_name, packets)
             reply[CODE], reply[ANSWER] = "", np.frombuffer(answer, np.uint8)
@@ -73,14 +73,15 @@ class FlapsamExecutor(Executor):
         return reply
 
     def _say_alive(self, engine: Any) -> None:
+        """Send signs of life until the job ends."""
         while not self.ended.wait(ALIVE_SECONDS):
-            # A line that is cut for a while must not silence the site for good.
+            # A lost connection must not end the signs of life.
             with suppress(Exception), engine.new_context() as context:
                 engine.fire_and_forget_aux_request(ALIVE, Shareable(), context, optional=True)
 
 
 def _stop_if(abort: Signal, done: threading.Event, process: FitProcess) -> None:
-    """End the fit when the job is aborted."""
+    """Stop the fit process when the job is aborted."""
     while not done.wait(0.2):
         if abort.triggered:
             process.stop()

@@ -1,4 +1,4 @@
-"""From the coordinator's chair: submit a run, follow it, submit it again after a crash or when a site is back, end it."""
+"""Coordinate a run: submit it, follow it, submit it again after a crash or when a site returns, and stop it."""
 
 import contextlib
 import io
@@ -38,12 +38,13 @@ from flapsam.run.observer import Observer
 Result = TypeVar("Result")
 PACKAGE = "flapsam.federation.engines.nvflare"
 ATTEMPTS = 3
-"""Jobs in a row that may end badly without a new round."""
+"""Number of jobs in a row that may fail without completing a round."""
 WAIT_SECONDS = 60.0
-"""For which sites that are not there yet are waited for, once there are enough."""
+"""Seconds to wait for missing sites. After that, a run starts as soon as enough are connected."""
 POLL_SECONDS = 1.0
+"""Seconds between two requests to the server."""
 ENDED = ("FINISHED", "ABANDONED", "FAILED")
-"""How the status of a job begins that is over."""
+"""Prefixes of NVFLARE's status of a job that is over."""
 
 
 class Unreachable(Exception):  # noqa: N818 (the server may come back)
@@ -51,11 +52,11 @@ class Unreachable(Exception):  # noqa: N818 (the server may come back)
 
 
 class AdminLine:
-    """The administrator's connection, made anew when it breaks."""
+    """The coordinator's connection to the server. It reconnects after a failure."""
 
     def __init__(self, kit: Kit) -> None:
         self.kit = kit
-        # What NVFLARE logs is said here in other words.
+        # NVFLARE's own log messages are hidden, because errors are reported here in other words.
         logging.getLogger().addHandler(logging.NullHandler())
         self.session: Session | None = None
 
@@ -66,13 +67,19 @@ class AdminLine:
         self._drop()
 
     def ask(self, question: Callable[[Session], Result]) -> Result:
-        """Ask the server something.
+        """Send the server a request.
+
+        Args:
+            question: calls a method of NVFLARE's session.
+
+        Returns:
+            What the session returned.
 
         Raises:
-            Unreachable: it does not answer.
-            FlapsamError: it refuses.
+            Unreachable: the server does not answer.
+            FlapsamError: the server refuses the request.
         """
-        # NVFLARE prints what it does.
+        # NVFLARE prints its progress, which would disturb the output.
         with contextlib.redirect_stdout(io.StringIO()):
             try:
                 if self.session is None:
@@ -80,7 +87,7 @@ class AdminLine:
                 return question(self.session)
             except (AuthenticationError, AuthorizationError, InvalidJobDefinition) as error:
                 self._drop()
-                raise FlapsamError(f"the server at {self.kit.card.server} refuses: {error}") from error
+                raise FlapsamError(f"the server at {self.kit.card.server} refused the request: {error}") from error
             except Exception as error:
                 self._drop()
                 raise Unreachable(str(error)) from error
@@ -94,14 +101,16 @@ class AdminLine:
 
 @dataclass
 class Job:
-    """One job of a run."""
+    """One NVFLARE job of a run. A run takes several if sites return or the server restarts."""
 
     identity: str
+    """NVFLARE's id of the job."""
     sites: list[str]
+    """Sites that the job was submitted for."""
     started: Any
-    """When the server that runs it was started."""
+    """Start time of the server that runs the job. It changes if the server restarts."""
     regrouped: bool = False
-    """Whether it has been asked to end after its round."""
+    """Whether the job has been asked to end after the current round."""
 
 
 @dataclass
@@ -109,15 +118,20 @@ class RunFollower:
     """Follows a run to its end."""
 
     config: RunConfig
-    line: AdminLine
+    admin: AdminLine
     observer: Observer
     wait: float
+    """Seconds to wait for missing sites. After that, the run starts as soon as enough are connected."""
     size: int = 0
     """Size of the ledger in bytes when it was last read."""
     events: list[Event] = field(default_factory=list)
+    """All events of the ledger so far."""
 
     def follow(self) -> Path:
-        """Submit jobs until the run is complete; returns the adapter's folder.
+        """Submit jobs until the run is complete.
+
+        Returns:
+            The adapter's folder.
 
         Raises:
             FlapsamError: the run cannot be completed.
@@ -127,15 +141,15 @@ class RunFollower:
         self.observer.opened(self.config, [])
         self._read_ledger()
         self.observer.begin(str(TOGETHER), self.config.rounds.count, self._rounds())
-        bad = 0
+        failures = 0
         job = self._attach(run)
         while not self._done():
             if job is None:
                 job = self._submit(run)
             before = self._rounds()
             outcome = self._watch(job)
-            bad = 0 if self._rounds() > before or outcome == "regroup" else bad + 1
-            if bad >= ATTEMPTS:
+            failures = 0 if self._rounds() > before or outcome == "regroup" else failures + 1
+            if failures >= ATTEMPTS:
                 reasons = [event.reason for event in self.events if isinstance(event, JobEnded) and event.reason]
                 reason = f": {reasons[-1]}" if reasons else ""
                 advice = "see the server's log, then run the same command to resume"
@@ -158,7 +172,7 @@ class RunFollower:
         return Job(identity, sites, info.server_info.start_time)
 
     def _attach(self, run: str) -> Job | None:
-        """The job of this run that is running already, if there is one."""
+        """Find the job of this run that is already running, if any."""
         info = self._patiently(lambda session: session.get_system_info())
         for running in info.job_info:
             meta = self._patiently(lambda session, job=running.job_id: session.get_job_meta(job))
@@ -169,8 +183,12 @@ class RunFollower:
         return None
 
     def _watch(self, job: Job) -> str:
-        """Report what happens until a job is over, and end it early when a site has returned; returns its outcome."""
-        asked = 0.0
+        """Report events until a job is over, and end it early when a site has returned.
+
+        Returns:
+            The outcome of the job as in ``JobEnded``, or "crashed" if it left none.
+        """
+        last_asked = 0.0
         while True:
             time.sleep(0.2)
             self._read_ledger()
@@ -178,16 +196,16 @@ class RunFollower:
                 if end.outcome == "aborted" and self._was_stopped(job):
                     raise FlapsamError("the run was stopped; run the same command to resume")
                 return end.outcome
-            if time.monotonic() - asked < POLL_SECONDS:
+            if time.monotonic() - last_asked < POLL_SECONDS:
                 continue
             try:
-                info = self.line.ask(lambda session: session.get_system_info())
-                meta = self.line.ask(lambda session: session.get_job_meta(job.identity))
+                info = self.admin.ask(lambda session: session.get_system_info())
+                meta = self.admin.ask(lambda session: session.get_job_meta(job.identity))
             except Unreachable:
                 self.observer.say("The server does not answer. Waiting for it.")
                 info = self._patiently(lambda session: session.get_system_info())
                 meta = self._patiently(lambda session: session.get_job_meta(job.identity))
-            asked = time.monotonic()
+            last_asked = time.monotonic()
             if info.server_info.start_time != job.started:
                 self.observer.say("The server was restarted. The run resumes from its last complete round.")
                 return "crashed"
@@ -200,10 +218,11 @@ class RunFollower:
             self._regroup_if_back(job, [client.name for client in info.client_info or []])
 
     def _end_of(self, job: Job) -> JobEnded | None:
+        """The event that a job ended with, or None if it has not."""
         return next((e for e in self.events if isinstance(e, JobEnded) and e.job == job.identity), None)
 
     def _was_stopped(self, job: Job) -> bool:
-        """Whether somebody ended a job, and not the death of its server."""
+        """Whether a job was stopped by somebody, and not by a crash of its server."""
         while True:
             info = self._patiently(lambda session: session.get_system_info())
             meta = self._patiently(lambda session: session.get_job_meta(job.identity))
@@ -214,61 +233,66 @@ class RunFollower:
             time.sleep(POLL_SECONDS)
 
     def _regroup_if_back(self, job: Job, connected: Sequence[str]) -> None:
-        """Let the job end after its round if a site is connected that has no part in it."""
-        gone, excluded = set[str](), set[str]()
+        """Ask a job to end after the current round if a connected site could take part again."""
+        silent, excluded = set[str](), set[str]()
         started = self._started(job)
         for event in self.events[self.events.index(started[0]) :] if started else []:
             if isinstance(event, AnswerMissing) and event.reason == GONE:
-                gone.add(event.site)
+                silent.add(event.site)
             elif isinstance(event, Fitted):
-                gone.discard(event.site)
+                silent.discard(event.site)
             elif isinstance(event, SiteExcluded):
-                (gone if event.reason == GONE else excluded).add(event.site)
-        back = [site for site in self._wanted(connected) if site in gone or site not in job.sites]
+                (silent if event.reason == GONE else excluded).add(event.site)
+        back = [site for site in self._chosen(connected) if site in silent or site not in job.sites]
         back = [site for site in back if site not in excluded]
         # Before the job has started there is nothing to end.
         if back and not job.regrouped and started:
             with contextlib.suppress(Unreachable):
-                self.line.ask(lambda session: session.do_app_command(job.identity, REGROUP, {}))
+                self.admin.ask(lambda session: session.do_app_command(job.identity, REGROUP, {}))
                 job.regrouped = True
                 self.observer.say(f"{', '.join(back)} has connected and takes part after this round.")
 
     def _started(self, job: Job) -> list[JobStarted]:
-        """The event that a job started with; none before."""
+        """The event that a job started with, in a list, which is empty before."""
         return [e for e in self.events if isinstance(e, JobStarted) and e.job == job.identity][:1]
 
     def _wait_for_sites(self) -> list[str]:
-        """The sites of the next job: all, or after a while those that are connected, if they are enough."""
-        everyone = self._wanted(self.line.kit.card.sites)
+        """Wait for the sites of the next job.
+
+        Returns:
+            All sites of the run, or after ``wait`` seconds those that are connected, as soon as they are enough.
+        """
+        chosen = self._chosen(self.admin.kit.card.sites)
         enough = self.config.rounds.min_sites
-        said: list[str] = []
+        reported: list[str] = []
         since = time.monotonic()
         while True:
             info = self._patiently(lambda session: session.get_system_info())
-            connected = sorted(self._wanted([client.name for client in info.client_info or []]))
-            missing = sorted(set(everyone) - set(connected))
+            connected = sorted(self._chosen([client.name for client in info.client_info or []]))
+            missing = sorted(set(chosen) - set(connected))
             if not missing or (len(connected) >= enough and time.monotonic() - since > self.wait):
                 return connected
-            if missing != said:
-                limit = f"; starting without after {self.wait:g} s" if len(connected) >= enough else ""
-                self.observer.say(f"Waiting for {', '.join(missing)}{limit}.")
-                said = missing
+            if missing != reported:
+                limit = f" The run starts after {self.wait:g} s in any case." if len(connected) >= enough else ""
+                self.observer.say(f"Waiting for {', '.join(missing)}.{limit}")
+                reported = missing
             time.sleep(POLL_SECONDS)
 
-    def _wanted(self, names: Sequence[str]) -> list[str]:
-        chosen = self.config.data.sites
-        return [name for name in names if chosen is None or name in chosen]
+    def _chosen(self, names: Sequence[str]) -> list[str]:
+        """The given sites that the run's configuration includes."""
+        sites = self.config.data.sites
+        return [name for name in names if sites is None or name in sites]
 
     def _patiently(self, question: Callable[[Session], Result]) -> Result:
-        """Ask until the server answers."""
-        said = False
+        """Repeat a request until the server answers."""
+        reported = False
         while True:
             try:
-                return self.line.ask(question)
+                return self.admin.ask(question)
             except Unreachable as error:
-                if not said:
-                    self.observer.say(f"No answer from the server at {self.line.kit.card.server}: {error}. Retrying.")
-                    said = True
+                if not reported:
+                    self.observer.say(f"No answer from the server at {self.admin.kit.card.server}: {error}. Retrying.")
+                    reported = True
                 time.sleep(POLL_SECONDS)
 
     def _read_ledger(self) -> None:
@@ -277,7 +301,7 @@ class RunFollower:
         if size == self.size:
             return
         self.size, seen = size, len(self.events)
-        # A line may be half written.
+        # The server may be in the middle of writing a line.
         self.events = read_ledger(path, whole_lines=True)
         for event in self.events[seen:]:
             self.observer.event(event)
@@ -285,6 +309,7 @@ class RunFollower:
                 self.observer.step()
 
     def _rounds(self) -> int:
+        """Number of completed rounds."""
         return sum(isinstance(event, RoundClosed) for event in self.events)
 
     def _done(self) -> bool:
@@ -295,18 +320,18 @@ def run(config: RunConfig, kit: Path, observer: Observer, *, wait: float = WAIT_
     """Start a run, or resume the one in its folder, and follow it to its end.
 
     Args:
-        config: the run. Each site says for itself where its data are.
+        config: configuration of the run. Each site sets its own data paths.
         kit: folder of the coordinator's kit.
         observer: follows the run.
-        wait: seconds to wait for missing sites, once there are enough.
+        wait: seconds to wait for missing sites. After that, the run starts as soon as enough are connected.
 
     Returns:
         The adapter's folder.
 
     Raises:
-        FlapsamError: the configuration is wrong, or the run makes no progress.
+        FlapsamError: the kit or the configuration is invalid, the run was stopped, or it makes no progress.
     """
-    # Imported here because it takes seconds to load, which stopping a run need not wait for.
+    # Imported here, because it takes seconds to load and the other commands do not need it.
     from flapsam.federation.preparation import resolve
 
     coordinator = read_kit(kit, "coordinator")
@@ -314,23 +339,26 @@ def run(config: RunConfig, kit: Path, observer: Observer, *, wait: float = WAIT_
     unknown = sorted(set(config.data.sites or []) - set(coordinator.card.sites))
     if unknown:
         sites = ", ".join(coordinator.card.sites)
-        raise FlapsamError(f"data.sites: there is no site '{unknown[0]}' in this federation; it has {sites}")
-    with AdminLine(coordinator) as line:
-        return RunFollower(config, line, observer, wait).follow()
+        raise FlapsamError(f"data.sites: unknown site '{unknown[0]}'; the sites of this federation are {sites}")
+    with AdminLine(coordinator) as admin:
+        return RunFollower(config, admin, observer, wait).follow()
 
 
 def status(kit: Path) -> dict[str, Any]:
-    """Since when the server is up, when each site last connected (None: it is not connected), and the running jobs.
+    """Ask the server for the state of the federation.
 
     Args:
         kit: folder of the coordinator's kit.
 
+    Returns:
+        The server's address and start time, each site's last contact (None: not connected), and the running jobs.
+
     Raises:
         FlapsamError: the server does not answer.
     """
-    with _answered(kit) as line:
-        info = line.ask(lambda session: session.get_system_info())
-        card = line.kit.card
+    with _connection(kit) as admin:
+        info = admin.ask(lambda session: session.get_system_info())
+        card = admin.kit.card
         connected = {client.name: client.last_connect_time for client in info.client_info or []}
         return {
             "server": card.server,
@@ -345,47 +373,56 @@ def _moment(seconds: float) -> str:
 
 
 def stop(kit: Path) -> list[str]:
-    """Stop all jobs. Finished rounds are kept, and the jobs' runs can be resumed. Returns the jobs.
+    """Stop all jobs, running and waiting. Finished rounds are kept, and the runs can be resumed.
 
     Args:
         kit: folder of the coordinator's kit.
 
+    Returns:
+        The ids of the stopped jobs.
+
     Raises:
         FlapsamError: the server does not answer.
     """
-    with _answered(kit) as line:
-        info = line.ask(lambda session: session.get_system_info())
+    with _connection(kit) as admin:
+        info = admin.ask(lambda session: session.get_system_info())
         running = [job.job_id for job in info.job_info or []]
-        waiting = [job["job_id"] for job in line.ask(lambda session: session.list_jobs()) if job["status"] == "SUBMITTED"]
+        waiting = [job["job_id"] for job in admin.ask(lambda session: session.list_jobs()) if job["status"] == "SUBMITTED"]
         for job in [*running, *waiting]:
-            line.ask(lambda session, job=job: session.abort_job(job))
+            admin.ask(lambda session, job=job: session.abort_job(job))
         return [*running, *waiting]
 
 
 @contextlib.contextmanager
-def _answered(folder: Path) -> Iterator[AdminLine]:
+def _connection(folder: Path) -> Iterator[AdminLine]:
+    """Connect with a coordinator's kit. A server that does not answer is an error."""
     kit = read_kit(folder, "coordinator")
     try:
-        with AdminLine(kit) as line:
-            yield line
+        with AdminLine(kit) as admin:
+            yield admin
     except Unreachable as error:
         raise FlapsamError(f"the server at {kit.card.server} does not answer: {error}") from error
 
 
 def job_name(run: str) -> str:
-    """Of all jobs of a run."""
+    """Name that all jobs of a run share."""
     return f"flapsam-{run[:12]}"
 
 
 def write_job(folder: Path, run: str, output: Path, sites: Sequence[str], min_sites: int) -> Path:
-    """A job is configuration only: it names a class of the installed package for the server, and one for the sites.
+    """Write the definition of a job.
+
+    A job is configuration only. It names one class of the installed package for the server and one for the sites.
 
     Args:
-        folder: where to write it.
+        folder: folder to write into.
         run: the run's id.
-        output: the run's folder at the server. No site is told of it.
-        sites: that take part.
-        min_sites: below which the job does not begin.
+        output: the run's folder at the server. It is not sent to the sites.
+        sites: sites that take part.
+        min_sites: number of sites that the job needs to start.
+
+    Returns:
+        The definition's folder.
     """
     controller = {"path": f"{PACKAGE}.controller.FlapsamController", "args": {"folder": str(output.absolute())}}
     executor = {"path": f"{PACKAGE}.executor.FlapsamExecutor", "args": {}}

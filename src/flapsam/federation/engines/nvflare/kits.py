@@ -1,4 +1,4 @@
-"""Start-up kits: a folder for each participant, with its certificate and policies that no job can change."""
+"""Start-up kits: one folder for each participant, with its certificate and with policies that no job can change."""
 
 import contextlib
 import io
@@ -35,48 +35,51 @@ ALLOWED: dict[Role, str] = {
     "server": "flapsam.federation.engines.nvflare.controller.FlapsamController",
     "site": "flapsam.federation.engines.nvflare.executor.FlapsamExecutor",
 }
-"""The class that a job may name, and no other."""
+"""The only class that a job may name at a server or a site."""
 AUTHORITY_DAYS = 3600
-"""For which the federation's own root certificate is valid; those of participants are for 360."""
+"""Days for which the authority's root certificate is valid. Participants' certificates are valid for 360 days."""
 FEW_DAYS = 30
-"""Left of a certificate, below which it is said that a new kit is needed."""
+"""Days of validity left, below which flapsam warns that a new kit is needed."""
 HEARTBEAT_SECONDS = 15
-"""Without a sign of life, after which the server takes a site for gone."""
+"""Seconds without a heartbeat after which the server drops a site."""
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
 class ServerPlace(StrictModel):
-    """Where the server is."""
+    """Address of the server."""
 
     host: str
-    """Name or address by which sites reach it."""
+    """Host name or IP address at which sites reach the server."""
     port: Port = 8002
-    """The only one that must be open to them."""
+    """Port for the sites, the only one that must be open to them."""
     admin_port: Port = 8003
-    """Only on the server's own loopback."""
+    """Port for the coordinator, on the server's loopback interface only."""
 
 
 class FederationFile(StrictModel):
-    """Who takes part, as in ``FEDERATION.yaml``."""
+    """The participants of a federation, as in ``FEDERATION.yaml``."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,60}$")]
+    """Name of the federation."""
     server: ServerPlace
+    """Address of the server."""
     sites: Annotated[list[str], Field(min_length=1)]
+    """Names of the sites."""
 
     @field_validator("sites")
     @classmethod
-    def _right(cls, value: list[str]) -> list[str]:
+    def _valid(cls, value: list[str]) -> list[str]:
         for name in value:
             if name_check(name, "client")[0] or name in (SERVER, COORDINATOR, AUTHORITY) or len(name) > 60:
-                raise ValueError(f"'{name}' is no name for a site; use letters, digits, _ and -")
-        twice = sorted({name for name in value if value.count(name) > 1})
-        if twice:
-            raise ValueError(f"'{twice[0]}' stands there twice")
+                raise ValueError(f"'{name}' is not a valid site name; use at most 60 letters, digits, _ and -")
+        repeated = sorted({name for name in value if value.count(name) > 1})
+        if repeated:
+            raise ValueError(f"'{repeated[0]}' is listed twice")
         return sorted(value)
 
 
 class KitCard(BaseModel):
-    """What a kit is, as in its ``kit.json``."""
+    """Description of a kit, as in its ``kit.json``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -84,49 +87,54 @@ class KitCard(BaseModel):
     role: Role
     name: str
     server: str
-    """``host:port``."""
+    """Address of the server as ``host:port``."""
     sites: list[str] = []
-    """Of the federation; a site's kit does not name the others."""
+    """Sites of the federation. Empty in a site's kit, which does not name the others."""
     flapsam: str = __version__
+    """Version of flapsam that made the kit."""
 
 
 @dataclass(frozen=True)
 class Kit:
-    """A participant's kit."""
+    """A participant's start-up kit."""
 
     folder: Path
     card: KitCard
 
     @property
     def certificate(self) -> x509.Certificate:
-        """The participant's own.
+        """The participant's certificate.
 
         Raises:
-            FlapsamError: it cannot be read.
+            FlapsamError: the certificate cannot be read.
         """
         path = self.folder / "startup" / ("server.crt" if self.card.role == "server" else "client.crt")
         try:
             return x509.load_pem_x509_certificate(path.read_bytes())
         except (OSError, ValueError) as error:
-            raise FlapsamError(f"{path}: the certificate cannot be read; ask for a new kit") from error
+            raise FlapsamError(f"{path}: cannot read the certificate; get a new kit") from error
 
     @property
     def days_left(self) -> int:
-        """Until the certificate expires."""
+        """Number of days until the certificate expires."""
         return (self.certificate.not_valid_after_utc - datetime.now(UTC)).days
 
 
 def read_kit(folder: Path, *roles: Role) -> Kit:
-    """The kit in a folder.
+    """Read the kit in a folder.
+
+    Args:
+        folder: the kit's folder.
+        roles: roles that the kit may have.
 
     Raises:
-        FlapsamError: there is none, it is for another role, or its certificate has expired.
+        FlapsamError: the folder is not a kit, the kit has another role, or its certificate has expired.
     """
     path = folder / KIT
     try:
         kit = Kit(folder.absolute(), KitCard.model_validate_json(path.read_text()))
     except (OSError, ValueError) as error:
-        raise FlapsamError(f"{folder}: there is no start-up kit here; flapsam federation provision makes them") from error
+        raise FlapsamError(f"{folder}: not a start-up kit; make kits with flapsam federation provision") from error
     if kit.card.role not in roles:
         raise FlapsamError(f"{folder}: this kit is for a {kit.card.role}, not for a {' or '.join(roles)}")
     if kit.days_left < 0:
@@ -139,55 +147,57 @@ def read_kit(folder: Path, *roles: Role) -> Kit:
 
 
 def provision(path: Path, output: Path, renew: Sequence[str] = ()) -> list[Kit]:
-    """Write the kits that are not there yet.
+    """Write the kits that do not exist yet.
 
     Args:
         path: the federation's file.
-        output: folder of the kits and of the authority, whose key signs them all: keep that one to yourself.
-        renew: names of participants whose kits are made anew, with new certificates; ``all`` for all.
+        output: folder for the kits and for the authority, whose key signs them all and must stay secret.
+        renew: names of participants whose kits are replaced, with new certificates, or ``all``.
 
     Returns:
-        All kits.
+        All kits, old and new.
 
     Raises:
-        FlapsamError: the file is wrong, a name to renew is none, or something cannot be written.
+        FlapsamError: the file is invalid, a name in ``renew`` is unknown, the output holds kits of another federation, or a
+            kit cannot be made.
     """
     federation = read_options(path, FederationFile)
     names = [SERVER, COORDINATOR, *federation.sites]
-    odd = [name for name in renew if name not in (*names, "all")]
-    if odd:
-        raise FlapsamError(f"--renew {odd[0]}: there is no such participant; there are {', '.join(names)}")
+    unknown = [name for name in renew if name not in (*names, "all")]
+    if unknown:
+        raise FlapsamError(f"--renew {unknown[0]}: unknown participant; choose from {', '.join(names)}, all")
     renewed = names if "all" in renew else list(renew)
     authority = output / AUTHORITY
     make_folder(authority / "state")
     authority.chmod(0o700)
     _check_same(output, federation)
     _forget(authority, [_subject(name, federation) for name in renewed])
-    with tempfile.TemporaryDirectory(dir=authority, prefix=".making-") as made:
-        _build(federation, authority, Path(made))
+    with tempfile.TemporaryDirectory(dir=authority, prefix=".making-") as built:
+        _build(federation, authority, Path(built))
         for name in names:
             if name in renewed or not (output / name / KIT).exists():
-                _harden(Path(made) / name, name, federation)
+                _harden(Path(built) / name, name, federation)
                 shutil.rmtree(output / name, ignore_errors=True)
-                shutil.move(Path(made) / name, output / name)
+                shutil.move(Path(built) / name, output / name)
     return [read_kit(output / name, "server", "site", "coordinator") for name in names]
 
 
 def _subject(name: str, federation: FederationFile) -> str:
+    """Name of a participant in its certificate."""
     return {SERVER: federation.server.host, COORDINATOR: ADMINISTRATOR}.get(name, name)
 
 
 def _check_same(output: Path, federation: FederationFile) -> None:
-    """Kits of another federation, or of another server, are not mixed with these."""
+    """Refuse to mix the kits of two federations or two servers in one folder."""
     path = output / AUTHORITY / "federation.json"
-    about = {"name": federation.name, "server": federation.server.model_dump()}
-    if path.exists() and json.loads(path.read_text()) != about:
-        raise FlapsamError(f"{output}: the kits here are of another federation or server; choose another output")
-    write_text(path, json.dumps(about))
+    identity = {"name": federation.name, "server": federation.server.model_dump()}
+    if path.exists() and json.loads(path.read_text()) != identity:
+        raise FlapsamError(f"{output}: the kits here belong to another federation or server; choose another output folder")
+    write_text(path, json.dumps(identity))
 
 
 def _forget(authority: Path, subjects: Sequence[str]) -> None:
-    """Let the authority give these a new certificate."""
+    """Let the authority forget the certificates of these subjects, so that it issues new ones."""
     path = authority / "state" / "cert.json"
     if path.exists() and subjects:
         known = json.loads(path.read_text())
@@ -195,12 +205,12 @@ def _forget(authority: Path, subjects: Sequence[str]) -> None:
         path.chmod(0o600)
 
 
-def _build(federation: FederationFile, authority: Path, made: Path) -> None:
-    """NVFLARE's own kits, in ``made``."""
+def _build(federation: FederationFile, authority: Path, folder: Path) -> None:
+    """Let NVFLARE build its kits, and move them into a folder."""
     project = Project(federation.name, federation.name, props={"api_version": 3})
     place = federation.server
     ports = {"fed_learn_port": place.port, "admin_port": place.admin_port}
-    # Sites verify the server by its host; the coordinator works on the server's machine and reaches it there.
+    # Sites verify the server by its host name. The coordinator works on the server's machine and reaches it at localhost.
     project.set_server(place.host, "server", {**ports, "host_names": ["localhost", "127.0.0.1"]})
     for site in federation.sites:
         project.add_client(site, re.sub("[^A-Za-z0-9]", "_", site), {"allow_log_streaming": False})
@@ -211,23 +221,23 @@ def _build(federation: FederationFile, authority: Path, made: Path) -> None:
         StaticFileBuilder(config_folder="config", scheme="grpc"),
         CertBuilder(AUTHORITY_DAYS),
     ]
-    said = io.StringIO()
+    printed = io.StringIO()
     with tempfile.TemporaryDirectory(dir=authority, prefix=".work-") as work:
-        # NVFLARE keeps its state in a folder of its workspace, and leaves the kits beside it.
+        # NVFLARE keeps its state in its workspace, beside the kits that it builds.
         workspace = make_folder(Path(work) / federation.name)
         (workspace / "state").symlink_to((authority / "state").absolute())
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             Provisioner(work, builders, None).provision(project)
-        found = workspace / "prod_00"
-        if not found.exists():
-            raise FlapsamError(f"NVFLARE could not make the kits: {' '.join(said.getvalue().split())[-300:]}")
+        kits = workspace / "prod_00"
+        if not kits.exists():
+            raise FlapsamError(f"NVFLARE could not make the kits: {' '.join(printed.getvalue().split())[-300:]}")
         (authority / "state" / "cert.json").chmod(0o600)
         for name in (SERVER, COORDINATOR, *federation.sites):
-            shutil.move(found / _subject(name, federation), made / name)
+            shutil.move(kits / _subject(name, federation), folder / name)
 
 
 def _harden(folder: Path, name: str, federation: FederationFile) -> None:
-    """What no job may change: who may do what, which classes a job may name, that no code and no logs travel."""
+    """Turn NVFLARE's kit into flapsam's. Its policies limit what a job may do, and forbid that code or logs travel."""
     role: Role = {SERVER: "server", COORDINATOR: "coordinator"}.get(name, "site")  # type: ignore[assignment]
     place = federation.server
     startup, local = folder / "startup", folder / "local"
@@ -252,14 +262,19 @@ def _harden(folder: Path, name: str, federation: FederationFile) -> None:
 
 
 def change_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Write a JSON file anew, changed."""
+    """Apply a change to a JSON file."""
     tree = json.loads(path.read_text())
     change(tree)
     write_text(path, json.dumps(tree, indent=1) + "\n")
 
 
 def resources(tree: dict[str, Any], allowed: str) -> None:
-    """Harden ``local/resources.json`` of a server or a site."""
+    """Harden ``local/resources.json`` of a server or a site.
+
+    Args:
+        tree: the file's content, which is changed in place.
+        allowed: the only class that a job may name.
+    """
     tree["class_list_enforcement_mode"] = "enforce"
     tree["class_allow_list"] = [allowed]
     tree["allow_log_streaming"] = False
@@ -269,19 +284,19 @@ def resources(tree: dict[str, Any], allowed: str) -> None:
         server |= {"heart_beat_timeout": HEARTBEAT_SECONDS, "max_num_clients": 10_000}
     for part in tree["components"]:
         if part["id"] == "job_scheduler":
-            # One run at a time; a job is looked at each second, for as long as it takes.
+            # One run at a time. NVFLARE tries to schedule a waiting job every second, without giving up.
             part["args"] = {"max_jobs": 1, "min_schedule_interval": 1.0, "max_schedule_interval": 1.0}
             part["args"]["max_schedule_count"] = 1_000_000_000
 
 
 def on_loopback(tree: dict[str, Any]) -> None:
-    """Bind the administration port of ``startup/fed_server.json`` to this machine."""
+    """Bind the administration port in ``startup/fed_server.json`` to the loopback interface."""
     for server in tree["servers"]:
         server["admin_host"] = "127.0.0.1"
 
 
 def quiet(tree: dict[str, Any]) -> None:
-    """Logs go to files only."""
+    """Send logs to files only."""
     tree["handlers"].pop("consoleHandler", None)
     for logger in tree["loggers"].values():
         logger["handlers"] = [handler for handler in logger["handlers"] if handler != "consoleHandler"]
@@ -290,7 +305,7 @@ def quiet(tree: dict[str, Any]) -> None:
 AUTHORIZATION = {
     "format_version": "1.0",
     "permissions": {
-        # The administrator may run and end jobs, and nothing else: no shell, no code, no restart of others' machines.
+        # The administrator may only run and stop jobs. No shell, no code, no restart of other machines.
         "project_admin": {
             "submit_job": "any",
             "manage_job": "any",
@@ -308,19 +323,21 @@ AUTHORIZATION = {
         "member": "none",
     },
 }
-"""For the server, and for each site, which asks its own copy."""
+"""Permissions for the server and for each site, which checks its own copy."""
 
 SITE_TEMPLATE = """\
-# This site's own file. No server can override it.
+# Configuration of this site. No server can override it.
 data:
-  path: /path/to/our/volumes     # a folder with images/ and labels/, or any layout of `flapsam data list`
-state: state                     # what a run must not forget, unpacked volumes, the log, the adapters
-min_cases: 10                    # with fewer training cases this site takes part in nothing
-metrics: true                    # false: losses and validation Dice stay here
-# strategies: [flap, lora]       # only in runs with these
+  path: /path/to/our/volumes     # folder with images/ and labels/, or any layout of `flapsam data list`
+state: state                     # folder for the state of runs, unpacked volumes, the log and the adapters
+min_cases: 10                    # with fewer training cases, this site takes part in no run
+metrics: true                    # false: losses and validation Dice do not leave this site
+device: cpu                      # cpu, cuda, mps or auto
+# threads: 8                     # all cores by default
+# weights: sam_vit_b.pth         # checkpoint of the backbone, if `flapsam backbone get` did not download it
+
+# Uncomment these to accept only some strategies and aggregators, and fewer rounds:
+# strategies: [flap, lora]
 # aggregators: [flexlora-aligned, fedavg]
 # max_rounds: 100
-# weights: sam_vit_b.pth         # the backbone's checkpoint, if flapsam backbone get did not fetch it
-device: cpu                      # cuda, mps or auto
-# threads: 8
 """

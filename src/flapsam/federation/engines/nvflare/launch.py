@@ -1,4 +1,4 @@
-"""A server or a site in the foreground: NVFLARE's process, started with what its kit says, and ended with all it started."""
+"""A server or a site in the foreground. NVFLARE runs as a child process, and all that it starts ends with this one."""
 
 import os
 import re
@@ -26,18 +26,18 @@ NEWS = (
     (r"Client: New client (\S+)@\S+ joined", "{0} has connected."),
     (r"Re-activate the client: (\S+) at", "{0} is back."),
     (r"Client Name:(\S+) left", "{0} has left."),
-    (r"BYOC not permitted", "Refused: a job with code of its own."),
+    (r"BYOC not permitted", "Refused: a job that brings its own code."),
     (r"Component '(\S+)' at .* is not in allow_list", "Refused: a job that names {0}, which this kit does not allow."),
     (r"authenticated as '(\S+)' but claimed endpoint '(\S+)'", "Refused: {0}'s certificate, used as {1}."),
-    (r"failed to verify client identity", "Refused: somebody whose certificate is not that of its name."),
-    (r"PEER_DID_NOT_RETURN_A_CERTIFICATE", "Refused: somebody without a certificate."),
-    (r"CERTIFICATE_VERIFY_FAILED", "Refused: the other side's certificate is not of this federation."),
+    (r"failed to verify client identity", "Refused: a connection whose certificate does not match its name."),
+    (r"PEER_DID_NOT_RETURN_A_CERTIFICATE", "Refused: a connection without a certificate."),
+    (r"CERTIFICATE_VERIFY_FAILED", "Refused: the other side's certificate is not from this federation."),
 )
-"""What is worth saying of NVFLARE's log: a pattern and a sentence."""
+"""Patterns in NVFLARE's log that users should know of, each with the sentence to show."""
 LEAN = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_ARENA_MAX": "2"}
-"""Environment that lets glibc give back what large packets took."""
+"""Environment variables that make glibc return the memory of large packets to the system."""
 PATIENCE_SECONDS = 20
-"""Time after which a site hears that it is not connected yet."""
+"""Seconds without news after which a site is reported as not connected yet."""
 
 
 def launch(folder: Path, role: Literal["server", "site"], say: Callable[[str], None], *, site_config: Path | None) -> None:
@@ -45,13 +45,13 @@ def launch(folder: Path, role: Literal["server", "site"], say: Callable[[str], N
 
     Args:
         folder: the participant's kit.
-        role: which of the two the kit must be for.
-        say: receives sentences worth reading.
-        site_config: a site's configuration; ``site.yaml`` in the kit if None.
+        role: role that the kit must have.
+        say: receives sentences for the user.
+        site_config: path of the site's configuration. None: ``site.yaml`` in the kit.
 
     Raises:
-        FlapsamError: the folder is no such kit, another process runs from it, the site's configuration is wrong, or NVFLARE
-            ends by itself.
+        FlapsamError: the folder is not a kit of this role, another process uses it, the site's configuration is invalid, or
+            NVFLARE fails.
     """
     kit = read_kit(folder, role)
     environment = {**os.environ, **LEAN}
@@ -59,29 +59,33 @@ def launch(folder: Path, role: Literal["server", "site"], say: Callable[[str], N
         path = site_config or kit.folder / "site.yaml"
         site = read_site_config(path)
         if not site.data.path.is_dir():
-            raise FlapsamError(f"{path}: data.path: there is no folder {site.data.path}")
+            raise FlapsamError(f"{path}: data.path: the folder {site.data.path} does not exist")
         environment[SITE_CONFIG] = str(path.absolute())
     with alone(kit.folder / "running.lock", wait=False):
         _place_storage(kit)
         code = _run_nvflare(kit, environment, say)
     if code:
-        raise FlapsamError(f"NVFLARE ended with code {code}; {kit.folder / LOG} and {OUTPUT} there say why")
+        raise FlapsamError(f"NVFLARE exited with code {code}; see {kit.folder / LOG} and {OUTPUT} beside it")
 
 
 def _run_nvflare(kit: Kit, environment: Mapping[str, str], say: Callable[[str], None]) -> int:
-    """Run NVFLARE's process; returns its exit code, or 0 if it was stopped from here."""
+    """Run NVFLARE until it exits or is stopped from here.
+
+    Returns:
+        Its exit code, or 0 if it was stopped from here.
+    """
     logs = [kit.folder / name for name in (LOG, OUTPUT)]
     for log in logs:
         log.touch()
     news = News(logs, say)
     say(f"{kit.card.name} of {kit.card.federation}, server {kit.card.server}. Log: {logs[0]}. Press Ctrl-C to stop.")
     if kit.days_left < FEW_DAYS:
-        say(f"The certificate expires in {kit.days_left} days: ask for a new kit.")
+        say(f"The certificate expires in {kit.days_left} days. Ask the coordinator for a new kit.")
     with (kit.folder / OUTPUT).open("ab") as output:
         process = subprocess.Popen(
             command(kit), stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
         )
-    # systemd ends it as the user does, and so does a script that runs it in the background.
+    # SIGTERM, from systemd or a script, stops it as Ctrl-C does. SIGINT is set too, because background jobs ignore it.
     for ending in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ending, signal.default_int_handler)
     since = time.monotonic()
@@ -89,7 +93,7 @@ def _run_nvflare(kit: Kit, environment: Mapping[str, str], say: Callable[[str], 
         while process.poll() is None:
             news.report()
             if not news.said and time.monotonic() - since > PATIENCE_SECONDS:
-                news.say_once(f"Not connected yet; still trying. To find the reason: flapsam federation check {kit.folder}")
+                news.say_once(f"Not connected yet. Still trying. To find out why, run flapsam federation check {kit.folder}")
             time.sleep(0.3)
         news.report()
         return process.returncode
@@ -101,7 +105,7 @@ def _run_nvflare(kit: Kit, environment: Mapping[str, str], say: Callable[[str], 
 
 
 class News:
-    """Reports what is new in NVFLARE's logs."""
+    """Reports news from NVFLARE's logs to the user."""
 
     def __init__(self, logs: Sequence[Path], say: Callable[[str], None]) -> None:
         self.files = [log.open(encoding="utf-8", errors="replace") for log in logs]
@@ -109,25 +113,25 @@ class News:
             file.seek(0, os.SEEK_END)
         self.say = say
         self.said = ""
-        """The last sentence. NVFLARE tries on and on, so it is not said again at once."""
+        """The last sentence. It is not repeated directly, because NVFLARE retries without end."""
 
     def report(self) -> None:
-        """Say what has come since the last time."""
+        """Report what has been logged since the last call."""
         for file in self.files:
             for line in file:
                 for pattern, sentence in NEWS:
-                    if found := re.search(pattern, line):
-                        self.say_once(sentence.format(*found.groups()))
+                    if match := re.search(pattern, line):
+                        self.say_once(sentence.format(*match.groups()))
 
     def say_once(self, sentence: str) -> None:
-        """Say it, unless it was the last that was said."""
+        """Say a sentence, unless it was the last one said."""
         if sentence != self.said:
             self.say(sentence)
         self.said = sentence
 
 
 def command(kit: Kit) -> list[str]:
-    """What NVFLARE is started with."""
+    """Command that starts NVFLARE for a server's or a site's kit."""
     organisation = kit.certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)[0].value
     site = kit.card.role == "site"
     module = "client.client_train" if site else "server.server_train"
@@ -140,7 +144,7 @@ def command(kit: Kit) -> list[str]:
 
 
 def unit_of(folder: Path, role: Literal["server", "site"], site_config: Path | None) -> str:
-    """A systemd unit that keeps a participant running; arguments as ``launch``."""
+    """Systemd unit that keeps a server or a site running. The arguments are those of ``launch``."""
     kit = read_kit(folder, role)
     arguments = [sys.executable, "-m", "flapsam.cli", "federation", role, str(kit.folder)]
     if site_config is not None:
@@ -168,7 +172,7 @@ WantedBy=multi-user.target
 
 
 def end_all(pid: int) -> None:
-    """End a process and all that it started."""
+    """End a process and all of its descendants."""
     try:
         process = psutil.Process(pid)
         family = [*process.children(recursive=True), process]
@@ -185,7 +189,7 @@ def end_all(pid: int) -> None:
 
 
 def _place_storage(kit: Kit) -> None:
-    """NVFLARE wants absolute paths for a server's jobs, and a kit may have been moved."""
+    """Write absolute paths into a server's kit. NVFLARE needs them for its jobs, and the kit may have been moved."""
     if kit.card.role != "server":
         return
 

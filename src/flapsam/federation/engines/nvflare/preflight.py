@@ -1,4 +1,4 @@
-"""Whether a site can take part in a federation, before it does: certificate, network, data, memory, and a run itself."""
+"""Check before a run whether a site can take part: certificate, network, data, disk, memory and a rehearsal of the run."""
 
 import logging
 import shutil
@@ -23,37 +23,45 @@ from flapsam.sites import read_site
 from flapsam.sites.check import check_sites
 
 SECONDS = 5
+"""Timeout of the test connection."""
 GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00"
-"""What HTTP/2 begins with: the preface, and settings without any."""
+"""Start of an HTTP/2 connection: the preface and an empty SETTINGS frame (RFC 9113)."""
 DISK_GIB = 5
+"""Free disk space in GiB that a site should have."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """Result of one check."""
 
     what: str
+    """What was checked."""
     fine: bool
+    """Whether the check passed."""
     about: str
+    """What was found, in words."""
 
 
 def check_site(folder: Path, site_yaml: Path | None, run_yaml: Path | None, observer: Observer) -> Iterator[Finding]:
-    """Check all that a site needs.
+    """Check everything that a site needs to take part.
 
     Args:
         folder: the site's kit.
-        site_yaml: the site's configuration; ``site.yaml`` in the kit if None.
-        run_yaml: configuration of a run to rehearse up to the first fit.
-        observer: follows the cases.
+        site_yaml: path of the site's configuration. None: ``site.yaml`` in the kit.
+        run_yaml: path of the configuration of a run to rehearse up to the first fit, if any.
+        observer: follows the cases that are read.
+
+    Yields:
+        The result of each check.
 
     Raises:
-        FlapsamError: the folder is no kit of a site, or a configuration is wrong.
+        FlapsamError: the folder is not a site's kit, or a configuration is invalid.
     """
     kit = read_kit(folder, "site")
     run = read_federated_config(run_yaml) if run_yaml else None
     site = read_site_config(site_yaml or folder / "site.yaml")
     until = kit.certificate.not_valid_after_utc.date()
-    yield Finding("certificate", kit.days_left >= FEW_DAYS, f"valid until {until}, {kit.days_left} days")
+    yield Finding("certificate", kit.days_left >= FEW_DAYS, f"valid until {until}, {kit.days_left} days left")
     yield _network(kit)
     yield from _data(kit.card.name, site, run, observer)
     place = next(folder for folder in (site.state, *site.state.parents) if folder.exists())
@@ -61,14 +69,14 @@ def check_site(folder: Path, site_yaml: Path | None, run_yaml: Path | None, obse
     yield Finding("disk", disk >= DISK_GIB, f"{disk:.0f} GiB free in {place}")
     free = free_bytes(find_device(site.device)) / 2**30
     if run is None:
-        wanted = f"{site.free_memory_gib:g} GiB are asked for (free_memory_gib)"
-        yield Finding("memory", free >= site.free_memory_gib, f"{free:.1f} GiB free on {site.device}, {wanted}")
+        needed = f"{site.free_memory_gib:g} GiB needed (free_memory_gib)"
+        yield Finding("memory", free >= site.free_memory_gib, f"{free:.1f} GiB free on {site.device}, {needed}")
     else:
         yield from _rehearsal(kit.card.name, site, run, free)
 
 
 def _network(kit: Kit) -> Finding:
-    """Connect as NVFLARE will, and wait for the server's first bytes: who is refused gets none."""
+    """Connect as NVFLARE does, and wait for the server's first bytes. A server that refuses the certificate sends none."""
     host, port = kit.card.server.rsplit(":", 1)
     startup = kit.folder / "startup"
     try:
@@ -83,18 +91,17 @@ def _network(kit: Kit) -> Finding:
             if not connection.recv(9):
                 raise ConnectionResetError
     except ssl.SSLCertVerificationError as error:
-        return Finding("network", False, f"{host}:{port} is not the server of this federation: {error.verify_message}")
+        return Finding("network", False, f"{host}:{port} is not the server of this federation ({error.verify_message})")
     except (ConnectionResetError, ssl.SSLError):
-        return Finding("network", False, f"{host}:{port} refuses this kit's certificate; ask for a new kit")
+        return Finding("network", False, f"{host}:{port} refuses this kit's certificate; ask the coordinator for a new kit")
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        return Finding(
-            "network", False, f"{host}:{port} is not reached ({reason}); outgoing connections to it must be allowed"
-        )
-    return Finding("network", True, f"{host}:{port} answers, and takes this kit's certificate")
+        return Finding("network", False, f"{host}:{port} cannot be reached ({reason}); allow outgoing connections to it")
+    return Finding("network", True, f"{host}:{port} answers and accepts this kit's certificate")
 
 
 def _data(name: str, site: SiteConfig, run: RunConfig | None, observer: Observer) -> Iterator[Finding]:
+    """Read every case, with the run's labels if a run is given."""
     own = site.data
     labels: dict[str, ClassValues] = dict(run.data.labels) if run else {"any": 1}
     data = Data(path=own.path, layout=own.layout, table=own.table, labels=labels)
@@ -110,38 +117,38 @@ def _data(name: str, site: SiteConfig, run: RunConfig | None, observer: Observer
         yield Finding("data", False, problem)
     training = len(cases.of("train"))
     enough = training >= site.min_cases
-    yield Finding("data", enough, f"{len(cases.cases)} cases, {training} to train with; min_cases is {site.min_cases}")
+    yield Finding("data", enough, f"{len(cases.cases)} cases, {training} for training (min_cases is {site.min_cases})")
 
 
 def _rehearsal(name: str, site: SiteConfig, run: RunConfig, free: float) -> Iterator[Finding]:
-    """All of a run's beginning, with a state of its own that is gone afterwards."""
+    """Rehearse a run up to its first fit, with a temporary state."""
     with tempfile.TemporaryDirectory() as folder:
-        participant = SiteSide(name, site.model_copy(update={"state": Path(folder)}))
-        said: list[str] = []
-        listener = _Listener(said)
+        side = SiteSide(name, site.model_copy(update={"state": Path(folder)}))
+        errors: list[str] = []
+        listener = _Listener(errors)
         logger = logging.getLogger("flapsam")
         logger.addHandler(listener)
         try:
             proposal = Proposal.of("0" * 32, run).model_dump_json().encode()
-            presence = read_message(Presence, participant.join(proposal))
+            presence = read_message(Presence, side.join(proposal))
         except SiteFailed as failure:
-            yield Finding("run", False, said[-1] if said else REASONS[str(failure)])
+            yield Finding("run", False, errors[-1] if errors else REASONS[str(failure)])
             return
         finally:
             logger.removeHandler(listener)
-        brings = (
-            f"{presence.training_cases} training cases, {presence.training_slices} slices, backbone {presence.backbone[:12]}"
-        )
-        yield Finding("run", True, f"takes part with {brings}…")
-        config = participant.config
-        needed = training_bytes(participant.network, config.training, config.precision) / 2**30
-        yield Finding("memory", needed < free, f"a step takes {needed:.1f} GiB, {free:.1f} GiB are free on {site.device}")
+        size = f"{presence.training_cases} training cases, {presence.training_slices} slices"
+        yield Finding("run", True, f"takes part with {size}, backbone {presence.backbone[:12]}…")
+        config = side.config
+        needed = training_bytes(side.network, config.training, config.precision) / 2**30
+        yield Finding("memory", needed < free, f"a step needs {needed:.1f} GiB, {free:.1f} GiB free on {site.device}")
 
 
 class _Listener(logging.Handler):
-    def __init__(self, said: list[str]) -> None:
+    """Collects the messages of logged errors."""
+
+    def __init__(self, errors: list[str]) -> None:
         super().__init__(logging.ERROR)
-        self.said = said
+        self.errors = errors
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
+        self.errors.append(record.getMessage())
