@@ -15,6 +15,7 @@ import psutil
 import yaml
 
 from tests.helpers.ledgers import read_events
+from tests.helpers.places import WRITTEN
 from tests.helpers.recording_proxy import RecordingProxy
 from tests.helpers.sites import make_site
 
@@ -80,6 +81,17 @@ class Hospitals:
         tree = json.loads(path.read_text())
         tree["servers"][0]["service"]["target"] = f"localhost:{port}"
         path.write_text(json.dumps(tree))
+
+    def use_earlier_kit(self, name: str) -> None:
+        """Replace all but the keys and certificates of a kit by what version 0.1.0 wrote before its modules moved."""
+        role = "site_a" if name in self.sites else name
+        target = json.loads((self.kit(name) / "startup" / "fed_client.json").read_text()) if role == "site_a" else None
+        for path in (WRITTEN / "kits-0.1.0" / role).rglob("*.*"):
+            text = path.read_text().replace("58002", str(self.port)).replace("58003", str(self.admin_port))
+            text = text.replace('"site_a"', f'"{name}"' if role == "site_a" else json.dumps(self.sites)[1:-1])
+            (self.kit(name) / path.relative_to(WRITTEN / "kits-0.1.0" / role)).write_text(text)
+        if target:
+            self.point(name, int(target["servers"][0]["service"]["target"].rpartition(":")[2]))
 
     @property
     def data(self) -> Path:

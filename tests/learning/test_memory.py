@@ -37,7 +37,7 @@ def test_twenty_sites_take_no_more_memory_than_four(tmp_path: Path, record_prope
 data: {{path: data{sites}, labels: {{kidney: 1, tumour: 2}}}}
 samples: {{clip: [-150, 300], size: 64}}
 backbone: {{name: sam-tiny, weights: random}}
-training: {{window: 1, batch_size: 12, augment: false}}
+training: {{window: 1, batch_size: 12, augment: false, empty_slices: 0}}
 rounds: {{count: 2, validate_every: 2}}
 threads: 1
 output: run{sites}
