@@ -75,6 +75,7 @@ def test_flapsam_reads_the_merged_network(tmp_path: Path, capfd):
     torch.testing.assert_close(logits(reloaded), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.no_cover
 def test_onnx_computes_the_same_logits(tmp_path: Path, capfd):
     onnxruntime = pytest.importorskip("onnxruntime")
     outcome = flapsam(capfd, "export", saved(tmp_path / "adapter"), "-o", tmp_path / "out", "--format", "onnx", "--json")

@@ -141,7 +141,7 @@ def test_simulate_prints_tables(tmp_path: Path, capfd):
     )
     outcome = flapsam(capfd, "simulate", config)
     assert outcome.code == 0, outcome.err
-    for text in ("local-only", "federated", "gain", "site_0", "pooled", "reduction", "HD95"):
+    for text in ("local-only", "federated", "gain", "site_0", "all cases", "reduction", "HD95"):
         assert text in outcome.out
     assert "random weights (not pretrained)" in outcome.err.replace("\n", " ")
     assert not (tmp_path / "run" / "cache").exists()

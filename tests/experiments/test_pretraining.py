@@ -96,6 +96,7 @@ def test_resumed_pretraining_ends_with_the_same_weights(tmp_path: Path):
         pretrain(tmp_path / "nothing", RECIPE, command="x", threads=1, resume=True)
 
 
+@pytest.mark.no_cover
 def test_quick_pretraining_writes_a_usable_checkpoint(tmp_path: Path, capfd):
     outcome = flapsam(capfd, "pretrain", tmp_path, "--quick", "--json")
     assert outcome.code == 0, outcome.err

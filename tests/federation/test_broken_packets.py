@@ -313,6 +313,7 @@ class Site:
         return {}
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("codec", CODECS)
 def test_every_broken_packet_is_refused(codec: str, tmp_path: Path):
     # Build the bombs before memory is measured.

@@ -173,7 +173,7 @@ def test_a_site_that_was_killed_rejoins(hospitals: Hospitals, tmp_path: Path):
     time.sleep(10)
     hospitals.start_site("site_c")
     output = hospitals.follow(config, seconds=360)
-    assert "site_c has connected and takes part after this round." in output
+    assert "site_c: connected, will take part after this round." in output
     missed = {event["round"] for event in read_events(run, "missing")}
     fitted = {fit["round"] for fit in read_events(run, "fit") if fit["site"] == "site_c"}
     assert 2 in missed and missed | fitted == {1, 2, 3, 4, 5, 6} and max(fitted) == 6

@@ -89,7 +89,7 @@ def test_late_and_repeated_packets_are_refused_and_change_nothing(tmp_path: Path
 def test_a_round_with_too_few_answers_is_repeated(tmp_path: Path):
     scripted = ScriptedRun(tmp_path, min_sites=2, count=1)
     too_few = [Answer("a", 0, scripted.packet("a", 1, 1)), Answer("b", 0, missing="no answer within 3600 s")]
-    with pytest.raises(FlapsamError, match=r"round 1: 1 sites answered, rounds\.min_sites is 2"):
+    with pytest.raises(FlapsamError, match=r"round 1: too few sites answered: 1 of at least 2 \(rounds\.min_sites\)"):
         scripted.run(too_few)
     assert scripted.server.rounds_done == 0 and scripted.value == 0
     repeated = ScriptedRun(tmp_path, min_sites=2, count=1)

@@ -191,6 +191,7 @@ def test_checkpointing_does_not_change_the_gradients(cases):
     assert all(torch.equal(checkpointed[name], gradient) for name, gradient in straight.items())
 
 
+@pytest.mark.no_cover
 def test_training_lowers_the_loss(cases):
     net = network("full")
     options = Training(window=1, batch_size=6, warmup_steps=5, epochs=25, learning_rate=2e-3, augment="none")

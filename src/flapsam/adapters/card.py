@@ -11,7 +11,7 @@ from flapsam.run.ledger import Cases, CaseTested, Cohort, Event, SiteJoined
 from flapsam.sam import strategy
 
 FEW_CASES = 5
-"""Number of test cases at a site below which the card calls the site's scores uncertain."""
+"""Number of test cases below which the card calls a site's scores uncertain."""
 
 
 def write_model_card(folder: Path, card: AdapterCard, cohort: Cohort, events: Sequence[Event]) -> None:

@@ -1,4 +1,4 @@
-"""Score label maps on disk against the truth on disk."""
+"""Score label maps on disk against the ground truth on disk."""
 
 from pathlib import Path
 
@@ -18,11 +18,11 @@ from flapsam.volumes import case_name, is_image, read_label
 def evaluate(
     predictions: Path, labels: Path, trained: Path | None = None, *, observer: Observer | None = None
 ) -> list[CaseScores]:
-    """Score every label map in ``predictions`` against the truth of the same case in ``labels``.
+    """Score every label map in ``predictions`` against the ground truth of the same case in ``labels``.
 
     Args:
         predictions: folder with ``CASE.nii.gz`` or ``SITE/CASE.nii.gz``.
-        labels: folder with the truth in the same layout, or a folder of sites (``SITE/labels/CASE.nii.gz``).
+        labels: folder with the ground truth in the same layout, or a folder of sites (``SITE/labels/CASE.nii.gz``).
         trained: folder of the run or adapter that says which values in ``labels`` stand for which class. Without it, values
             are compared as they are, and each value above 0 is a class.
         observer: follows the cases.
@@ -31,7 +31,7 @@ def evaluate(
         Scores of every case, ordered by site and name.
 
     Raises:
-        FlapsamError: there is no label map to score, a label map has no truth, or the two do not match.
+        FlapsamError: there is no label map to score, a label map has no ground truth, or the two do not match.
     """
     observer = observer or Observer()
     model = find_trained(trained) if trained else None

@@ -70,7 +70,7 @@ def images_of_split(folder: Path, trained: Trained, split: Split) -> list[Job]:
 
     Args:
         folder: the folder of sites, as for training.
-        trained: the adapter. Its run knows how it split data that have no table.
+        trained: the adapter. Its run records how data without a table were split.
         split: the split of the cases to segment.
 
     Raises:

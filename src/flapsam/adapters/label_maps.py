@@ -63,7 +63,7 @@ def predict_images(
     resume: bool = False,
     observer: Observer = Observer(),
 ) -> Iterator[Outcome]:
-    """Write a label map for each image, in the image's own grid, format and header geometry.
+    """Write a label map for each image, on the image's own grid and in its format and header geometry.
 
     The output folder also gets ``labels.txt`` (names and colours for ITK-SNAP), ``predictions.jsonl`` (the ledger) and, at
     the end, ``volumes.csv`` (volume of each class in millilitres).
@@ -172,7 +172,7 @@ def _write(
 
 
 def _recorded(outcome: Outcome, ledger: Ledger, output: Path, method: str) -> Outcome:
-    """Record an outcome in the ledger. If that fails, remove its files and return the failure."""
+    """Record an outcome in the ledger. If that fails, remove the image's files and return the failure."""
     event = LabelMapWritten(
         case=outcome.job.stem.as_posix(),
         image=str(outcome.job.image),

@@ -37,7 +37,7 @@ class Model:
         return legend_of(self.card.classes)
 
     def predict(self, volume: Any, affine: NDArray | None = None, **options: Any) -> Any:
-        """Segment a volume, and return the label map in the form of the input.
+        """Segment a volume, and return its label map, of the same type as the input.
 
         Args:
             volume: a NumPy array with its affine, a nibabel or SimpleITK image, a MONAI ``MetaTensor``, or the path of
@@ -50,7 +50,7 @@ class Model:
             returns a NumPy array.
 
         Raises:
-            FlapsamError: the input is not a volume, or its number of modalities is not the adapter's.
+            FlapsamError: the input is not a volume, or does not have the adapter's number of modalities.
         """
         read = read_image(source_at(Path(volume))) if isinstance(volume, (str, Path)) else volume_of(volume, affine)
         return labels_like(self.segment(read, PredictionOptions(**options)).labels, volume)
@@ -72,7 +72,7 @@ class Model:
             on_slices: called with the number of slices just done and the total.
 
         Raises:
-            FlapsamError: the volume's number of modalities is not the adapter's, or there is no room for the result.
+            FlapsamError: the volume does not have the adapter's number of modalities, or there is no room for the result.
         """
         expected = self.card.samples.modalities
         if volume.modalities != expected:
@@ -103,8 +103,8 @@ def load(
         path: folder of an adapter or of a run.
         checkpoint: the backbone's checkpoint, if the adapter needs one that neither ships nor was downloaded.
         device: ``cpu``, ``cuda``, ``mps`` or ``auto``.
-        precision: precision of the image encoder. ``auto`` measures briefly and takes the fastest. None means ``fp32`` on a
-            CPU and ``auto`` elsewhere.
+        precision: precision of the image encoder. ``auto`` briefly times each and takes the fastest. None means ``fp32`` on
+            a CPU and ``auto`` elsewhere.
         weights: former name of ``checkpoint``.
 
     Raises:

@@ -1,6 +1,6 @@
 """The command line. A command reads its arguments, calls one function and prints the result.
 
-Heavy imports are made inside the commands, so that ``--help`` answers at once.
+Heavy imports are made inside the commands, so that ``--help`` responds at once.
 """
 
 import sys

@@ -12,7 +12,8 @@ app = typer.Typer()
 BenchConfig = Annotated[
     str,
     typer.Argument(
-        metavar="RUN.yaml", help="Configuration with a `bench` field that lists what to compare, or a shipped setting."
+        metavar="RUN.yaml",
+        help="Configuration whose field `bench` lists what to compare, or the name of settings that ship with flapsam.",
     ),
 ]
 DataFolder = Annotated[Path | None, typer.Option("--data", help="Folder of the data. Overrides data.path.")]
@@ -28,7 +29,7 @@ def bench(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Compare strategies, modes, aggregators and seeds in one table. Computes the cells that are missing."""
+    """Compare strategies, modes, aggregators and seeds in one table. Only cells without a result are computed."""
     from dataclasses import asdict
 
     from flapsam.experiments.bench import bench as run
@@ -45,7 +46,7 @@ def bench(
     if as_json:
         return print_json([asdict(row) for row in result.rows])
     out.print(bench_table(result))
-    say(f"{result.folder} has all columns in bench.md, bench.csv and bench.json, and a figure in bench.svg")
+    say(f"{result.folder} has all columns in bench.md, bench.csv and bench.json, and a chart in bench.svg")
 
 
 @app.command()
@@ -53,10 +54,10 @@ def suggest(
     config: BenchConfig,
     data: DataFolder = None,
     assignments: Assignments = None,
-    tolerance: Annotated[float, typer.Option(min=0, help="Acceptable loss of Dice.")] = 0.01,
+    tolerance: Annotated[float, typer.Option(min=0, help="Acceptable loss in Dice.")] = 0.01,
     as_json: Json = False,
 ) -> None:
-    """Name the cheapest choice of a bench whose Dice is close to the best."""
+    """Name the cheapest choice of a bench (fewest parameters) whose Dice is close to the best."""
     from dataclasses import asdict
 
     from flapsam.experiments.bench import read_bench
@@ -69,4 +70,4 @@ def suggest(
     for name, row in (("best", suggestion.best), (f"cheapest within {tolerance:g}", suggestion.cheapest)):
         say(f"{name}: {row.row.name}, Dice {row.mean_dice:.3f}, {row.parameters:,} parameters")
     if suggestion.missing:
-        warn(f"Cells are missing, so this may change: {'; '.join(suggestion.missing)}")
+        warn(f"Some cells have no result yet, so this may change: {'; '.join(suggestion.missing)}")

@@ -20,7 +20,7 @@ work = Console(stderr=True)
 
 
 class TrackerName(StrEnum):
-    """Software that a run's figures can be written for."""
+    """Software that a run's metrics can be written for."""
 
     tensorboard = "tensorboard"
     mlflow = "mlflow"
@@ -33,7 +33,7 @@ def _hush(quiet: bool) -> bool:
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show only errors and the result.", callback=_hush)]
 Track = Annotated[
-    list[TrackerName] | None, typer.Option("--track", help="Also write the figures for this software. Repeatable.")
+    list[TrackerName] | None, typer.Option("--track", help="Also write metrics for this software. Repeatable.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Assignments = Annotated[
@@ -53,7 +53,7 @@ TrainedOption = Annotated[
 ]
 Checkpoint = Annotated[
     Path | None,
-    typer.Option("--checkpoint", "--weights", help="Checkpoint of the backbone, if it is neither shipped nor downloaded."),
+    typer.Option("--checkpoint", "--weights", help="Checkpoint of the backbone, if it neither ships nor was downloaded."),
 ]
 
 

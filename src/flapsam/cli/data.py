@@ -1,4 +1,4 @@
-"""``flapsam data``: list, describe, download, check and simulate data sets."""
+"""``flapsam data``: list, describe, download and check data sets, or make synthetic ones."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,7 @@ import typer
 
 from flapsam.cli.console import Json, Quiet, observing, out, print_json, say
 
-app = typer.Typer(help="Check, download or simulate data.", no_args_is_help=True)
+app = typer.Typer(help="List, check and download data sets, or make synthetic ones.", no_args_is_help=True)
 
 DatasetName = Annotated[str, typer.Argument(help="A name from `flapsam data list`.")]
 
@@ -52,7 +52,7 @@ def get(
 
 @app.command()
 def check(
-    path: Annotated[Path, typer.Argument(help="Folder of the data, in any layout of `flapsam data list`.")],
+    path: Annotated[Path, typer.Argument(help="Folder of the data, in any layout that `flapsam data list` shows.")],
     config: Annotated[
         Path | None, typer.Option(metavar="RUN.yaml", help="Configuration that says which label values are classes.")
     ] = None,
@@ -83,10 +83,10 @@ def phantom(
     folder: Annotated[Path, typer.Argument(help="Folder for the sites.")],
     sites: Annotated[int, typer.Option(min=1, help="Number of sites.")] = 4,
     cases: Annotated[int, typer.Option(min=2, help="Cases at each site. Three in ten are test cases.")] = 10,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for every random choice.")] = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Simulate sites: CT-like abdomens with kidneys and tumours."""
+    """Make synthetic sites: CT-like abdomens with kidneys and tumours."""
     from flapsam.experiments.phantom import make_phantom
 
     with observing() as observer:

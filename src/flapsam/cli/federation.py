@@ -10,9 +10,9 @@ from flapsam.base.errors import FlapsamError
 from flapsam.cli.console import Assignments, Json, Quiet, Track, interruptible, out, print_json, say, warn
 
 app = typer.Typer(
-    help="""Run between hospitals, over mutual TLS.
+    help="""Train between hospitals, over mutual TLS.
 
-    WARNING: all parties must trust each other fully. Today a participant can read other participants' files.""",
+    WARNING: all participants must trust each other fully. Today, a participant can read the others' files.""",
     no_args_is_help=True,
 )
 
@@ -38,10 +38,10 @@ def provision(
         Path, typer.Argument(metavar="FEDERATION.yaml", help="File with the server's address and the sites' names.")
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the kits.")] = Path("kits"),
-    renew: Annotated[list[str] | None, typer.Option(help="Participant whose kit is replaced, or `all`. Repeatable.")] = None,
+    renew: Annotated[list[str] | None, typer.Option(help="Participant whose kit to replace, or `all`. Repeatable.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a start-up kit for the server, the coordinator and each site. Existing kits stay as they are."""
+    """Make a start-up kit for the server, the coordinator and each site. Existing kits are kept."""
     from flapsam.federation.engines.nvflare.kits import provision as make
     from flapsam.report import tables
 
@@ -97,7 +97,7 @@ def check(
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Configuration of the run, as for flapsam simulate.")],
+    config: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Configuration of the run, as for `flapsam simulate`.")],
     kit: CoordinatorKit = COORDINATOR,
     assignments: Assignments = None,
     wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for missing sites before starting without them.")] = 60,
@@ -105,7 +105,7 @@ def run(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Start or resume a run and follow it to its end. Runs on the server's machine."""
+    """Start or resume a run and follow it to its end. Use it on the server's machine."""
     from flapsam.federation.engines.nvflare.jobs import run as follow
     from flapsam.federation.hospitals.run_config import read_federated_config
     from flapsam.report.page import write_report
@@ -140,7 +140,7 @@ def status(kit: CoordinatorKit = COORDINATOR, as_json: Json = False) -> None:
 
 @app.command()
 def stop(kit: CoordinatorKit = COORDINATOR, as_json: Json = False) -> None:
-    """Stop the current run. Finished rounds are kept, and flapsam federation run resumes it."""
+    """Stop the current run. Finished rounds are kept, and `flapsam federation run` resumes the run."""
     from flapsam.federation.engines.nvflare.jobs import stop as end
 
     jobs = end(kit)

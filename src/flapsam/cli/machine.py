@@ -27,7 +27,7 @@ BackboneName = Annotated[str, typer.Option(help="A name from `flapsam backbone l
 @app.command()
 def traffic(
     config: Annotated[
-        Path | None, typer.Argument(metavar="[RUN.yaml]", help="Configuration of a run whose traffic to predict.")
+        Path | None, typer.Argument(metavar="[RUN.yaml]", help="Configuration of the run whose traffic to predict.")
     ] = None,
     assignments: Assignments = None,
     backbone: BackboneName = "sam-vit-b",
@@ -37,7 +37,7 @@ def traffic(
     rounds: Annotated[int, typer.Option(min=1, help="Number of rounds.")] = 100,
     as_json: Json = False,
 ) -> None:
-    """Predict the traffic of a run, or show what each strategy trains and sends without compression."""
+    """Predict the traffic of a run. Without a run, show what each strategy trains and sends, uncompressed."""
     from dataclasses import asdict
 
     from flapsam.federation.traffic import predict_traffic, strategy_table
@@ -53,7 +53,7 @@ def traffic(
     rows = strategy_table(backbone, image_size=size, classes=classes, rank=rank, rounds=rounds)
     if as_json:
         return print_json([asdict(row) for row in rows])
-    say(f"{backbone}, {classes} classes, rank {rank}, {rounds} rounds, one client, both directions")
+    say(f"{backbone}, {classes} classes, rank {rank}, {rounds} rounds, one site, both directions")
     out.print(tables.strategy_table(rows))
 
 
@@ -67,7 +67,7 @@ def memory(
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Precision of the network's arithmetic.")] = "fp32",
     as_json: Json = False,
 ) -> None:
-    """Measure the memory of a training step on random weights, by number of slices, with and without checkpointing."""
+    """Measure the memory of a training step by number of slices, with and without gradient checkpointing."""
     from dataclasses import asdict
 
     from flapsam.learning.memory import memory_table
@@ -81,7 +81,7 @@ def memory(
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Show versions, devices, memory and disk of this machine."""
+    """Show this machine's software versions, devices, memory and disk space."""
     from flapsam.base.device import inspect_machine
 
     machine = inspect_machine()
@@ -96,8 +96,8 @@ def doctor(as_json: Json = False) -> None:
 def pretrain(
     folder: Annotated[Path, typer.Argument(help="Folder for weights, log and state.")],
     steps: Annotated[int, typer.Option(min=1, help="Number of training steps.")] = 10_000,
-    batch: Annotated[int, typer.Option(min=1, help="Number of scenes in a step.")] = 16,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Number of scenes per step.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed for every random choice.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Train for 20 steps only, to check that it works.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last state in the folder.")] = False,
     threads: Threads = None,

@@ -31,7 +31,7 @@ def report(
             help="File to write. By default report/index.html in the run's folder, or comparison.html for several runs.",
         ),
     ] = None,
-    images: Annotated[bool, typer.Option(help="Include slices of the best, median and worst cases.")] = True,
+    images: Annotated[bool, typer.Option(help="Include image strips of the best, median and worst cases.")] = True,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -52,12 +52,12 @@ def view(
         str | None, typer.Argument(help="Case of the run, as CASE or SITE/CASE. Without it, the report opens.")
     ] = None,
     prediction: Annotated[Path | None, typer.Option(help="Label map of the image.")] = None,
-    truth: Annotated[Path | None, typer.Option(help="Second label map to compare with.")] = None,
+    truth: Annotated[Path | None, typer.Option(help="Second label map, such as the ground truth.")] = None,
     trained: TrainedOption = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on. By default, any free one.")] = 0,
     browser: Annotated[bool, typer.Option(help="Open the address in a browser.")] = True,
 ) -> None:
-    """View volumes and their label maps in a browser. Serves this machine only, until Ctrl-C."""
+    """View volumes and their label maps in a browser. Only this machine can connect, and Ctrl-C stops the server."""
     from flapsam.report.viewing import view_server
 
     with interruptible("The viewer is closed.") as observer:
@@ -73,9 +73,9 @@ def view(
 @app.command()
 def track(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
-    to: Annotated[list[TrackerName], typer.Option("--to", help="Software to write figures for. Repeatable.")],
+    to: Annotated[list[TrackerName], typer.Option("--to", help="Software to write metrics for. Repeatable.")],
 ) -> None:
-    """Write the figures of a run for TensorBoard or MLflow. Figures that were written before are skipped."""
+    """Write the metrics of a run for TensorBoard or MLflow. Metrics that were written before are skipped."""
     from flapsam.report.tracking import track_run
 
     for place in track_run(run, to):

@@ -27,11 +27,11 @@ app = typer.Typer()
 def demo(
     context: typer.Context,
     folder: Annotated[Path, typer.Argument(help="New folder for everything that the demo writes.")] = Path("demo"),
-    sites: Annotated[int, typer.Option(min=2, help="Number of simulated sites.")] = 4,
+    sites: Annotated[int, typer.Option(min=2, help="Number of synthetic sites.")] = 4,
     cases: Annotated[int, typer.Option(min=4, help="Cases at each site.")] = 10,
     assignments: Assignments = None,
 ) -> None:
-    """Try flapsam without data: simulate sites, train on them, segment and score. Takes about 5 minutes on two cores."""
+    """Try flapsam without data: make synthetic sites, train, segment and score. Takes about 5 minutes on two cores."""
     import shlex
 
     from flapsam.experiments.demo import begin_demo, demo_commands
@@ -49,7 +49,7 @@ def demo(
 
 @app.command()
 def init(
-    data: Annotated[Path, typer.Argument(help="Folder of the data, in any layout of `flapsam data list`.")],
+    data: Annotated[Path, typer.Argument(help="Folder of the data, in any layout that `flapsam data list` shows.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="RUN.yaml", help="Configuration file to write.")] = Path(
         "run.yaml"
     ),
@@ -111,7 +111,7 @@ def status(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep showing the status until the run ends.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show the status of a run from its ledger: rounds, sites, Dice, traffic, problems, time left."""
+    """Show the status of a run, read from its ledger: rounds, sites, Dice, traffic, problems, time left."""
     from flapsam.report.status import as_json_of, read_status, show, watch
 
     if follow and as_json:

@@ -37,7 +37,7 @@ def predict(
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the label maps.")],
     resume: Annotated[
-        bool, typer.Option("--resume", help="Skip images that were already segmented in the same way.")
+        bool, typer.Option("--resume", help="Skip images that this adapter has already segmented with these options.")
     ] = False,
     series: Annotated[
         str | None,
@@ -45,7 +45,7 @@ def predict(
     ] = None,
     split: Annotated[
         Literal["train", "val", "test"] | None,
-        typer.Option(help="Segment only the cases of this split of a folder of sites."),
+        typer.Option(help="Segment only the cases of this split. IMAGES must then be one folder of sites."),
     ] = None,
     flips: Annotated[
         str,
@@ -58,22 +58,22 @@ def predict(
     largest: Annotated[bool, typer.Option("--largest", help="Keep the largest connected component of each class.")] = False,
     fill: Annotated[bool, typer.Option("--fill", help="Fill holes in each class.")] = False,
     probabilities: Annotated[
-        bool, typer.Option("--probabilities", help="Also write the classes' probabilities as one 4-D NIfTI file.")
+        bool, typer.Option("--probabilities", help="Also write class probabilities, as one 4-D NIfTI file per image.")
     ] = False,
     dicom_seg: Annotated[
-        bool, typer.Option(help="Write a DICOM segmentation beside the NIfTI file of a DICOM image.")
+        bool, typer.Option(help="For DICOM images, write a DICOM segmentation beside the NIfTI file.")
     ] = True,
     checkpoint: Checkpoint = None,
     device: Device = "cpu",
     precision: Annotated[
         Literal["fp32", "bf16", "fp16", "auto"] | None,
-        typer.Option(help="auto measures briefly and takes the fastest. By default fp32 on a CPU and auto elsewhere."),
+        typer.Option(help="auto briefly times each and takes the fastest. By default fp32 on a CPU, and auto elsewhere."),
     ] = None,
     threads: Threads = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Segment volumes. Each image gets one label map, in its own grid and format."""
+    """Segment volumes. Each image gets one label map, on its own grid and in its own format."""
     from flapsam.adapters.prediction import predict as run
     from flapsam.learning.inference import PredictionOptions
 

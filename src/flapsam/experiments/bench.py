@@ -87,9 +87,9 @@ class RowSummary:
 
     row: Row
     planned: int
-    """Number of seeds that are planned."""
+    """Number of planned seeds."""
     done: int
-    """Number of seeds that are computed. If 0, the other fields are empty."""
+    """Number of seeds that have been computed. If 0, the other fields are empty."""
     dice: dict[str, float | None]
     """Class → Dice, the mean over the cases and then over the seeds."""
     mean_dice: float | None
@@ -102,9 +102,9 @@ class RowSummary:
     unseen_dice: float | None
     """Mean Dice over the cases of all sites, each from the run without its site; None until each has been left out."""
     gain: Difference | None
-    """Difference of federated to local-only training with the same strategy: the paper's collaborative gain."""
+    """Federated minus local-only Dice with the same strategy: the paper's collaborative gain."""
     difference: Difference | None
-    """Difference to the first row."""
+    """Difference from the first row."""
     parameters: int | None
     bytes_up: float | None
     bytes_down: float | None
@@ -114,7 +114,7 @@ class RowSummary:
 
 @dataclass(frozen=True)
 class Bench:
-    """The planned cells of a bench, and the results of those that are computed."""
+    """The planned cells of a bench, and the results of those that have been computed."""
 
     folder: Path
     classes: list[str]

@@ -1,4 +1,4 @@
-"""Writes a run's configuration for a folder of data, with every choice that the files themselves can answer."""
+"""Write a run's configuration for a folder of data, making every choice that the files themselves can settle."""
 
 import os
 import time
@@ -31,7 +31,7 @@ from flapsam.volumes import CANONICAL_AXES, Volume
 AIR = -500
 """Intensity, in Hounsfield units, below which only CT has values."""
 STEPS = 25
-"""Fewest steps that a round at a site should have. In fewer steps, a model learns little."""
+"""Minimum number of steps that a round should have at a site. In fewer steps, a model learns little."""
 SMALL, LARGE = 128, 224
 """Sides of the network's input."""
 
@@ -55,7 +55,7 @@ class Look:
 
     @property
     def axis(self) -> str:
-        """Direction of the slices: across the axis with the largest spacing, or axial if the spacing is nearly isotropic."""
+        """Orientation of the slices: across the axis of largest spacing, or axial if the spacing is nearly isotropic."""
         names = list(CANONICAL_AXES)
         anisotropic = max(self.spacing) >= 1.2 * min(self.spacing)
         return names[int(np.argmax(self.spacing))] if anisotropic else "axial"
@@ -90,7 +90,7 @@ class Estimate:
 
 
 def initialise(path: Path, target: Path, observer: Observer) -> tuple[Look, Estimate]:
-    """Look at a data set and write a configuration for it.
+    """Inspect a data set and write a configuration for it.
 
     Args:
         path: the data's folder.
@@ -111,7 +111,7 @@ def initialise(path: Path, target: Path, observer: Observer) -> tuple[Look, Esti
         os.path.relpath(path, target.parent) if path.resolve().is_relative_to(target.parent.resolve()) else path.resolve()
     )
     tree["data"] = {"path": str(place), **tree["data"]}
-    # The file is read as `flapsam simulate` reads it, so that no configuration is left behind that does not work.
+    # The file is read as `flapsam simulate` reads it, so that a configuration that does not work is never left behind.
     write_text(target, yaml.safe_dump(tree, sort_keys=False))
     try:
         config = read_config(target)
@@ -223,15 +223,15 @@ def commented(tree: Mapping[str, Any], seen: Look, estimate: Estimate) -> str:
     sites = tree["data"].get("simulated_sites", len(seen.sites))
     spacing = " × ".join(f"{value:.3g}" for value in seen.spacing)
     why = {
-        "preset": "trains fastest; `paper` has the values of the paper",
+        "preset": "trains fastest; `paper` has the paper's values",
         "simulated_sites": "the data come from one site, so subjects are split at random; data.table can name real sites",
         "labels": "class: its value or values in the label maps" + ("; give them names" if "label_1" in seen.labels else ""),
         "size": f"side of the network's input; a slice has about {seen.plane[0]:g} × {seen.plane[1]:g} voxels",
-        "axis": f"the slices lie in this plane; the median spacing is {spacing} mm (right, front, up)",
+        "axis": f"the slices lie in this plane; the median spacing is {spacing} mm (left-right, front-back, head-foot)",
         "clip": "CT, so from the 0.5th to the 99.5th percentile of the intensities inside the classes"
         if seen.layout not in SETTINGS
         else "as in the paper",
-        "resize": "keeps proportions, because slices are much longer than wide",
+        "resize": "keeps proportions, because slices are much longer than they are wide",
         "name": "ships with flapsam; for Meta's: sam-vit-b, with size 224 (first run `flapsam backbone get sam-vit-b`)",
         "batch_size": f"slices per step, 4 to 12; aims at {STEPS} or more steps in a round at a site",
         "micro_batch": "slices of a batch that fit into memory at once",
@@ -239,8 +239,8 @@ def commented(tree: Mapping[str, Any], seen: Look, estimate: Estimate) -> str:
         "modes": "add local (each site alone) and centralised (pooled data) to compare with",
     }
     lines = [
-        f"# {seen.cases} cases at {sites} sites. Estimated on this machine: about {minutes(estimate.seconds)}, and about",
-        f"# {estimate.bytes_a_site / 2**20:.1f} MiB of traffic per site in all. `flapsam data check` checks the data.",
+        f"# {seen.cases} cases at {sites} sites. Estimate: about {minutes(estimate.seconds)} of training on this machine,",
+        f"# and {estimate.bytes_a_site / 2**20:.1f} MiB of traffic per site in all. `flapsam data check` checks the data.",
     ]
     for key, value in tree.items():
         if isinstance(value, dict):

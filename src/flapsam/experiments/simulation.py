@@ -1,4 +1,4 @@
-"""Simulation of all sites on one machine: volumes → rounds → adapters, label maps and scores.
+"""Simulation of all sites on one machine, from volumes through rounds to adapters, label maps and scores.
 
 Every mode is a set of cohorts. ``federated`` has one cohort of all sites, ``local`` has one cohort per site, and
 ``centralised`` has one cohort whose only client holds the pooled data.
@@ -82,7 +82,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Results:
-    """Results of a simulation."""
+    """What a simulation produced."""
 
     folder: Path
     scores: dict[str, list[CaseScores]]

@@ -1,4 +1,4 @@
-"""The client's side of the federated algorithm: a site turns the server's packets into a reply of its own."""
+"""The client's side of the federated algorithm: a site turns the server's packets into an answer of its own."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,12 +59,12 @@ class Client:
 
     @property
     def held(self) -> int:
-        """The round whose result this site holds, 0 for none. The server chooses the packets by it."""
+        """The round whose result this site holds; 0 for none. It tells the server which packets to send."""
         held = self.state.held()
         return held[0] if held else 0
 
     def fit(self, packets: Iterable[bytes], on_step: Callable[[], None] = lambda: None) -> bytes:
-        """Take part in a round: validate the global tensors, train them on this site's data, and return the reply.
+        """Take part in a round: validate the global tensors, train them on this site's data, and return the answer.
 
         A round that was already answered gets the same bytes again.
 
@@ -165,7 +165,7 @@ class Client:
         result: Mapping[str, Tensor],
         keep_unsent: bool,
     ) -> bytes:
-        """Write the packet for the server. What the codec loses is kept and sent with the next one (Seide et al. 2014)."""
+        """Write the packet for the server. What the codec loses is sent with the next packet (Seide et al. 2014)."""
         seed = seed_for(self.config.seed, header.round, self.data.site, "codec")
         if self.agreement.lossless:
             return encode(header, contract, result, seed)

@@ -28,7 +28,8 @@ NAME = b"FLAPSAM"
 MAGIC = NAME + b"2"
 ENTRY = "flapsam"
 SMALL = 8 << 20
-"""Content up to this size in bytes is compressed at zstandard's level 19, which saves a few per cent, larger at level 1."""
+"""Content up to this size in bytes is compressed at zstandard's level 19, which saves a few per cent. Larger content is
+compressed at level 1."""
 PIECE = 1 << 12
 """Number of bytes decompressed at a time."""
 HEADER_BYTES = 1 << 16

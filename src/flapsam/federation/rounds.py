@@ -45,7 +45,7 @@ def rounds(server: Server, cohort: Cohort, options: Rounds, carry: Carry, record
 
     Args:
         server: the server, at the start or in the middle of a run.
-        cohort: who trains together, for the ledger.
+        cohort: the clients that train together, for the ledger.
         options: the number of rounds, and when to stop early.
         carry: the engine.
         record: writes an event to the ledger.
@@ -67,8 +67,8 @@ def rounds(server: Server, cohort: Cohort, options: Rounds, carry: Carry, record
         aggregating = time.perf_counter()
         answered = len(server.state.replied())
         if answered < options.min_sites:
-            reason = f"{answered} sites answered, rounds.min_sites is {options.min_sites}; see the ledger for the reasons"
-            raise FlapsamError(f"round {number}: {reason}")
+            few = f"too few sites answered: {answered} of at least {options.min_sites} (rounds.min_sites)"
+            raise FlapsamError(f"round {number}: {few}; see the ledger for the reasons")
         server.close_round()
         closed = time.perf_counter()
         record(RoundClosed(cohort=cohort, round=number, seconds=closed - started, aggregation_seconds=closed - aggregating))
@@ -80,7 +80,7 @@ def deliver(server: Server, cohort: Cohort, carry: Carry, record: Record) -> Non
 
     Args:
         server: the server, after its last round.
-        cohort: who trained together.
+        cohort: the clients that trained together.
         carry: the engine.
         record: writes an event to the ledger.
     """

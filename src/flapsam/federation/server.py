@@ -87,14 +87,14 @@ class Server:
         return self._held(str(self.agreement.aggregator.rank))
 
     def receive(self, packet: bytes | memoryview, site: str) -> Header:
-        """Check a site's reply to the current round and keep it.
+        """Check a site's answer to the current round and keep it.
 
         Args:
-            packet: the reply.
+            packet: the answer.
             site: the site that the engine received it from.
 
         Raises:
-            PacketRefused: the reply cannot be used. The round continues without it.
+            PacketRefused: the answer cannot be used. The round continues without it.
         """
         agreement, number = self.agreement, self.rounds_done + 1
 
@@ -127,24 +127,24 @@ class Server:
             The number of rounds done.
 
         Raises:
-            FlapsamError: no site with a share above 0 answered.
+            FlapsamError: no site with a weight above 0 answered.
         """
         number = self.rounds_done + 1
         kept = [self.state.reply(site, self.shares[site]) for site in self.state.replied()]
         replies = [reply for reply, _ in kept]
         if not any(reply.weight > 0 for reply in replies):
-            raise FlapsamError(f"round {number}: no site with a share above 0 answered; see the ledger for the reasons")
+            raise FlapsamError(f"round {number}: no site with a weight above 0 answered; see the ledger for the reasons")
         result = self.agreement.aggregator.aggregate(replies, self.globals, number)
         result, moments = server_step(self.globals, result, self.moments, self.options)
         held = dict(self.held)
         packets = {}
         for stream, rank in self.streams.items():
             packets[stream], held[stream] = self._packet(stream, rank, number, result)
-        # A reply brings the validation scores of the round before.
+        # An answer brings the validation scores of the round before.
         validation = [*self.validation, mean(metadata["validation"] for _, metadata in kept)]
         self._commit(number, result, held, moments, validation, packets)
         for stream in self.streams:
-            # Beyond this size, sending all tensors takes fewer bytes than the chain of packets.
+            # Beyond this size, one packet with all tensors is smaller than the chain of packets.
             self.state.forget_packets(stream, self.agreement.contract.tensor_bytes if self.agreement.remembers else 0)
         return number
 

@@ -1,4 +1,4 @@
-"""The report: a run's folder → one HTML page that opens from disk, in light and dark, and loads nothing from elsewhere."""
+"""The report: one HTML page about a run's folder, in light and dark. It opens from disk and loads nothing from elsewhere."""
 
 import shlex
 from collections.abc import Callable, Mapping
@@ -174,7 +174,7 @@ def _tiles(run: Run, rounds: int) -> list[Tile]:
         validated = run.validation("federated")
         last = [points[max(points)] for points in validated.values()]
         if last:
-            tiles.append(Tile("validation Dice", number(sum(last) / len(last)), "mean over the sites, newest"))
+            tiles.append(Tile("validation Dice", number(sum(last) / len(last)), "latest, mean over the sites"))
     federated, local = pooled.get("federated"), pooled.get("local")
     if federated and local and federated.mean_dice is not None and local.mean_dice is not None:
         tiles.append(Tile("collaborative gain", f"{federated.mean_dice - local.mean_dice:+.3f}", "federated − local-only"))

@@ -1,4 +1,4 @@
-"""Where a run stands: figures from its configuration and its ledger, without any presentation."""
+"""Where a run stands: facts from its configuration and its ledger, without any presentation."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -60,7 +60,7 @@ class CohortStanding:
 
     cohort: Cohort
     planned: int
-    """Number of rounds, at most."""
+    """Maximum number of rounds."""
     members: list[str]
     """Names of the sites in the cohort."""
     rounds: int = 0
@@ -78,7 +78,7 @@ class CohortStanding:
     bytes_up: int = 0
     bytes_down: int = 0
     tested: int = 0
-    """Number of test cases that are scored."""
+    """Number of test cases that have been scored."""
     sites: dict[str, SiteStanding] = field(default_factory=dict)
     """Site → where it stands."""
 
@@ -154,7 +154,7 @@ class Standing:
             self.add(event)
 
     def add(self, event: Event) -> None:
-        """Update the figures with the next event."""
+        """Update the standing with the next event."""
         self.first, self.last = self.first or event, event
         match event:
             case SiteJoined():
@@ -221,7 +221,7 @@ class Standing:
         return max(0.0, typical - (now - self._since).total_seconds())
 
     def as_json(self, now: datetime) -> dict[str, Any]:
-        """The figures as JSON, for other programs.
+        """The standing as JSON, for other programs.
 
         Args:
             now: the current time.

@@ -11,6 +11,9 @@ from flapsam.learning.metrics import CaseScores, Summary, by_site, summarise
 from flapsam.report.run import TITLES
 from flapsam.report.units import NONE, number, size
 
+ALL_CASES = "all cases"
+"""Name of the row over the cases of all sites."""
+
 
 def results_tables(results: Results) -> list[Table]:
     """All tables of a simulation: Dice by site, scores by class, and traffic if anything travelled."""
@@ -32,7 +35,8 @@ def dice_table(results: Results) -> Table:
         table.add_column("gain", justify="right")
     first = next(iter(summaries.values()))
     for site, summary in first.items():
-        row = [site, str(summary.cases), *(number(sites[site].mean_dice) for sites in summaries.values())]
+        name = ALL_CASES if site == "pooled" else site
+        row = [name, str(summary.cases), *(number(sites[site].mean_dice) for sites in summaries.values())]
         if compared:
             row.append(_gain(summaries["federated"][site], summaries["local"][site]))
         table.add_row(*row, style="bold" if site == "pooled" else None)
@@ -40,8 +44,8 @@ def dice_table(results: Results) -> Table:
 
 
 def class_table(modes: dict[str, Summary]) -> Table:
-    """Pooled Dice and 95 % Hausdorff distance, with one row per mode and class."""
-    table = Table(title="Pooled test scores by class")
+    """Dice and 95 % Hausdorff distance over all cases, with one row per mode and class."""
+    table = Table(title="Test scores by class, over all cases")
     for column in ("mode", "class", "Dice", "HD95 (mm)"):
         table.add_column(column, justify="right" if column in ("Dice", "HD95 (mm)") else "left")
     for mode, summary in modes.items():
@@ -63,7 +67,7 @@ def traffic_table(results: Results) -> Table:
 
 
 def scores_table(scores: Sequence[CaseScores]) -> Table:
-    """Dice and 95 % Hausdorff distance by site and pooled, with one column per class."""
+    """Dice and 95 % Hausdorff distance by site and over all cases, with one column per class."""
     pooled = summarise(scores)
     table = Table(title="Dice (95 % Hausdorff distance in mm)")
     table.add_column("site")
@@ -71,10 +75,10 @@ def scores_table(scores: Sequence[CaseScores]) -> Table:
     for name in [*pooled.dice, "mean"]:
         table.add_column(name, justify="right")
     sites = {site or NONE: summarise(part) for site, part in by_site(scores).items()}
-    for site, summary in {**sites, "pooled": pooled}.items():
+    for site, summary in {**sites, ALL_CASES: pooled}.items():
         cells = [f"{number(value)} ({number(summary.hd95[name], 1)})" for name, value in summary.dice.items()]
         table.add_row(
-            site, str(summary.cases), *cells, number(summary.mean_dice), style="bold" if site == "pooled" else None
+            site, str(summary.cases), *cells, number(summary.mean_dice), style="bold" if site == ALL_CASES else None
         )
     return table
 

@@ -1,4 +1,4 @@
-"""The description of a run: pydantic models that are read from YAML.
+"""The configuration of a run: pydantic models that are read from YAML.
 
 The fields' own defaults are the paper's values (arXiv 2407.21739). A run's ``preset`` replaces some of them.
 """
@@ -31,7 +31,7 @@ RESERVED_LABELS = ("background", "ignore")
 
 
 CONFIG_FORMAT = 1
-"""Format of a run's description. A new field with a default keeps it. A change in a field's meaning raises it."""
+"""Format of a run's configuration. A new field with a default keeps it. A change in a field's meaning raises it."""
 
 
 class StrictModel(BaseModel):
@@ -51,7 +51,7 @@ class Data(StrictModel):
     """CSV file that assigns cases to sites. It has the columns ``case`` and ``site``, and optionally ``split`` and
     ``subject``. Only the cases that it lists are used."""
     simulated_sites: Positive | None = None
-    """Number of simulated sites to deal the subjects out to, for data that come from one place."""
+    """Number of simulated sites among which the subjects are divided at random, for data that come from one place."""
     labels: dict[str, ClassValues]
     """Class name → value or values in the label maps. The order sets the class index, from 1."""
     site_labels: dict[str, dict[str, ClassValues | None]] = {}
@@ -61,7 +61,7 @@ class Data(StrictModel):
     unseen: list[str] = []
     """Sites that never train. The model that the other sites train is tested on their test cases."""
     test_fraction: Fraction = 0.2
-    """Share of each site's subjects that are held out for the test, if the data have no split of their own."""
+    """Share of each site's subjects that are held out for testing, if the data have no split of their own."""
     validation_fraction: Fraction = 0.15
     """Share of each site's training subjects that are held out for validation, if the split has no ``val``. At least one
     subject is held out, and none if the share is 0."""
@@ -91,7 +91,7 @@ class Samples(StrictModel):
     """Side of the network's square input in pixels; the backbone's default if not given."""
     axis: Literal["auto", "sagittal", "coronal", "axial"] = "auto"
     """Orientation of the slices: ``sagittal``, ``coronal``, ``axial``, or ``auto``, which cuts perpendicular to the axis
-    with the largest spacing, and to the last of several equal ones."""
+    with the largest spacing. Of several equal ones, the last counts."""
     clip: tuple[float, float] | None = None
     """Range that intensities are clipped to before scaling, such as [-80, 300] Hounsfield units for CT."""
     site_clip: dict[str, tuple[float, float]] = {}
@@ -106,7 +106,7 @@ class Samples(StrictModel):
     above it in channels 0 and 2 (``adjacent``). With two or three modalities, each fills one channel instead, and the
     second of two fills two."""
     modalities: Annotated[int, Field(ge=1, le=3)] = 1
-    """Number of modalities of every case. It is read from the data when a run begins."""
+    """Number of modalities of every case. It is read from the data when a run starts."""
     resize: Literal["stretch", "pad"] = "stretch"
     """How a slice becomes a square: ``stretch`` stretches it, ``pad`` scales its longer side and pads the shorter one."""
 
@@ -149,7 +149,7 @@ class Lora(StrictModel):
 
 
 class Training(StrictModel):
-    """One client's local training."""
+    """The local training of a client, which is one site, or all sites' pooled data in mode ``centralised``."""
 
     epochs: Positive = 1
     """Number of local epochs per round."""
@@ -163,8 +163,8 @@ class Training(StrictModel):
     checkpointing: bool = False
     """Whether the encoder uses gradient checkpointing, which saves memory and computes its forward pass twice."""
     empty_slices: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """Share of the slices without any class that an epoch shows, drawn again for every epoch. Slices with a class are
-    always shown."""
+    """Share of the slices without any class that an epoch uses, drawn again for every epoch. Slices with a class are
+    always used."""
     augment: Literal["paper", "gentle", "none"] = "paper"
     """Augmentation: the paper's strong one (``paper``), small changes that suit short runs (``gentle``), or ``none``.
     True and false stand for ``paper`` and ``none``."""
@@ -209,15 +209,15 @@ class Rounds(StrictModel):
     """The rounds of the federation."""
 
     count: Positive = 100
-    """Number of rounds of a run, at most."""
+    """Maximum number of rounds of a run."""
     weights: Literal["slices", "cases", "uniform"] | dict[str, Annotated[float, Field(ge=0)]] = "slices"
-    """Weight of a client in the mean: its share of the training slices or cases, the same for every client (``uniform``),
-    or a number for each site."""
+    """Weight of a client in the mean: its share of the training ``slices`` or ``cases``, the same for every client
+    (``uniform``), or a number for each site."""
     validate_every: Positive = 1
     """Number of rounds from one validation to the next. The last round is always validated."""
     patience: Positive | None = None
-    """Number of validations to wait for progress; without limit if not given. The run stops once the best Dice of that
-    many validations is not above the best before them by more than ``settled``."""
+    """Number of validations to wait for progress; no limit if not given. The run stops once the best Dice of this many
+    most recent validations exceeds the best Dice before them by no more than ``settled``."""
     settled: Annotated[float, Field(ge=0)] = 0.002
     """Largest rise in Dice that ``patience`` still counts as no progress."""
     min_sites: Positive = 2
@@ -238,11 +238,11 @@ class Compression(StrictModel):
     bits: Annotated[float, Field(gt=0, le=3)] = 1.5
     """Bits per number that the codec ``steps`` sends, on average."""
     feedback: bool = True
-    """Whether a site adds what a packet lost to its next one (error feedback)."""
+    """Whether a site adds what the codec lost in one packet to its next packet (error feedback)."""
 
 
 class ServerOptions(StrictModel):
-    """What the server does with the clients' mean."""
+    """What the server does with the mean of the clients' tensors."""
 
     optimizer: str = "none"
     """Server optimizer. ``none`` takes the mean as it is. ``fedavgm``, ``fedadam`` and ``fedyogi`` treat the step from
@@ -258,7 +258,7 @@ class ServerOptions(StrictModel):
 
 
 class Grid(StrictModel):
-    """Cells of ``flapsam bench``: every combination of these values. What is not given comes from the run itself."""
+    """Cells of ``flapsam bench``: every combination of these values. The run itself supplies what is not given."""
 
     strategies: list[str] | None = None
     """Strategies to compare; the run's own if not given."""
@@ -278,11 +278,11 @@ class RunConfig(StrictModel):
     """A whole run, as ``run.yaml`` describes it."""
 
     format: Literal[1] = CONFIG_FORMAT
-    """Number of the format of this description."""
+    """Format number of this configuration."""
     preset: str = "fast"
     """Set of values for the fields that are not given: ``paper`` or ``fast``."""
     seed: int = 0
-    """Seed from which every random choice follows."""
+    """Seed for every random choice."""
     data: Data
     samples: Samples = Samples()
     backbone: Backbone = Backbone()
@@ -307,12 +307,12 @@ class RunConfig(StrictModel):
     inference_batch: Positive | None = None
     """Number of slices per batch in validation and test; as many as fit into memory if not given."""
     device: str = "cpu"
-    """Device that computes: ``cpu``, ``cuda``, ``mps``, or ``auto``, which takes a GPU if there is one."""
+    """Device to compute on: ``cpu``, ``cuda``, ``mps``, or ``auto``, which takes a GPU if there is one."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the network. ``bf16`` runs it under autocast, while parameters and packets stay fp32."""
     threads: Positive | None = None
-    """Number of CPU threads per fit; all cores if not given. Results are bit-identical only for the same number of
-    threads."""
+    """Number of CPU threads that a site trains with; all cores if not given. Results are bit-identical only for the same
+    number of threads."""
     deterministic: bool = True
     """Whether to use only operations that return the same bits every time."""
     output: Path = Path("runs/run")

@@ -1,4 +1,4 @@
-"""A run's folder: the names of its files, the id of the run and its configuration."""
+"""A run's folder: the names of its files, the run's id and its configuration."""
 
 import json
 import uuid

@@ -339,7 +339,7 @@ def read_ledger(path: Path, *, whole_lines: bool = False) -> list[Event]:
 
     Args:
         path: the ledger's file.
-        whole_lines: whether to leave out an incomplete last line, because another process is still writing it.
+        whole_lines: whether to leave out an incomplete last line, which another process may still be writing.
 
     Raises:
         FlapsamError: the file is missing or damaged.

@@ -1,7 +1,8 @@
-"""Named sets of values for a run's fields. ``preset: fast`` in a configuration fills the fields that it does not give.
+"""Named sets of values for a run's fields. ``preset: fast`` in a configuration sets the fields that it does not give.
 
-``paper`` is arXiv 2407.21739 and its published code, which are the defaults of the fields themselves. ``fast`` reached the
-same Dice in the least measured time. ``benchmarks/results/training.md`` has the measurement of each value.
+``paper`` has the values of arXiv 2407.21739 and its published code, which are also the fields' own defaults. ``fast``
+reached the same Dice in the shortest time that we measured. ``benchmarks/results/training.md`` has the measurement of each
+value.
 """
 
 from collections.abc import Mapping
@@ -32,7 +33,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 
 def with_preset(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The tree of a configuration, with the preset's values where the tree has none."""
+    """A configuration as a tree of fields, with the preset's values where it gives none."""
     filled = dict(tree)
     for field, value in PRESETS[name].items():
         given = tree.get(field, {} if isinstance(value, Mapping) else value)

@@ -35,7 +35,7 @@ def read_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 
 def read_options(path: Path, model: type[Described], paths: Iterable[str] = (), overrides: Iterable[str] = ()) -> Described:
-    """Read a configuration of any kind, as ``read_config`` does that of a run.
+    """Read a configuration of any kind, as ``read_config`` does for a run.
 
     Args:
         path: the YAML file.
@@ -44,7 +44,7 @@ def read_options(path: Path, model: type[Described], paths: Iterable[str] = (), 
         overrides: assignments, as for ``read_config``.
 
     Raises:
-        FlapsamError: as ``read_config``.
+        FlapsamError: as for ``read_config``.
     """
     try:
         tree = yaml.safe_load(path.read_text())

@@ -36,8 +36,8 @@ def check_data(path: Path, run: RunConfig | None, values: list[int], observer: O
     Args:
         path: the data's folder.
         run: the configuration that says how the data are read and which label values are classes.
-        values: label values that may occur, if there is no run. Without them, the data's own description lists the values,
-            and where it does not, any value may occur.
+        values: label values that may occur, if there is no run. Without them, the values in the data's own description may
+            occur, or any value if it lists none.
         observer: follows the check.
 
     Returns:

@@ -37,13 +37,13 @@ def find_dataset(path: Path, layout: str = "auto") -> Dataset:
         if dataset.recognises(path):
             return dataset
     raise FlapsamError(
-        f"{path}: unknown layout; arrange the files as SITE/images/CASE.nii.gz and SITE/labels/CASE.nii.gz, or as in "
-        "`flapsam data list`"
+        f"{path}: unknown layout; arrange the files as SITE/images/CASE.nii.gz and SITE/labels/CASE.nii.gz, or in "
+        "another layout that `flapsam data list` shows"
     )
 
 
 def list_cases(path: Path, layout: str = "auto") -> CaseList:
-    """Read the cases of a folder, before a table or a seed assigns them to other sites.
+    """Read the cases of a folder as they are there, before a table or a seed assigns them to other sites.
 
     Raises:
         FlapsamError: as in ``find_dataset``, or the folder does not follow the layout.

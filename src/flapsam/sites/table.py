@@ -48,7 +48,7 @@ def found_by(rows: Sequence[Row], files: Callable[[Row], tuple[Path, Path]], rea
     Args:
         rows: the rows that ``read_table`` returns.
         files: returns the image and the label map of a row, whether these files exist or not.
-        reason: the end of the sentence about a missing file, which says what to do.
+        reason: end of the sentence about a missing file, saying what to do.
 
     Returns:
         The cases with both files, and one problem for each missing file.

@@ -13,7 +13,7 @@ ALL = slice(None)
 
 @dataclass(frozen=True)
 class Reply:
-    """One client's tensors, which need not be in memory."""
+    """A client's answer to a round, as tensors. They need not be in memory."""
 
     weight: float
     names: Collection[str]

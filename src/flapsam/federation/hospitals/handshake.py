@@ -21,7 +21,7 @@ REASONS: Mapping[str, str] = {
     "backbone": "it does not have the backbone's weights",
     "state": "it cannot read its saved state of the run; see the site's own log",
     "packet": "it refused the server's packet; see the site's own log",
-    "died": "its fit died, possibly because memory ran out",
+    "died": "its training process died, possibly because memory ran out",
     "error": "an unexpected error occurred; see the site's own log",
 }
 """Sentence for each code. A site reports a failure as a code only. The server turns the code into the sentence."""
@@ -33,9 +33,9 @@ VERSION_PATTERN = "[0-9A-Za-z.+!-]{1,32}"
 LIMIT = 1 << 20
 """Maximum size of a message in bytes."""
 LOCAL = ("output", "device", "threads", "bench")
-"""Fields of a run that each party sets for itself. They are never sent."""
+"""Fields of a run that each participant sets for itself. They are never sent."""
 LOCAL_DATA = ("path", "layout", "table", "simulated_sites", "sites", "unseen")
-"""Fields of ``data`` that each party sets for itself. They are never sent either."""
+"""Fields of ``data`` that each participant sets for itself. They are never sent either."""
 
 
 class SiteFailed(Exception):  # noqa: N818 (it is reported as a code)

@@ -15,7 +15,7 @@ class SiteData(StrictModel):
     """Where a site's volumes are."""
 
     path: Path
-    """A folder with ``images`` and ``labels``, or any layout of ``flapsam data list``."""
+    """A folder with ``images`` and ``labels``, or with any layout that ``flapsam data list`` shows."""
     layout: str = "auto"
     """Layout of the folder, as in a run's ``data.layout``."""
     table: Path | None = None
@@ -36,11 +36,13 @@ class SiteConfig(StrictModel):
     aggregators: list[str] | None = None
     """Aggregators that this site accepts. All by default."""
     max_rounds: Positive | None = None
-    """Number of rounds that this site accepts in a run, at most."""
+    """Maximum number of rounds that this site accepts in a run."""
     min_cases: Positive = 1
-    """Number of training cases below which the site takes part in no run, because a model of few cases reveals too much."""
+    """Number of training cases below which the site takes part in no run. A model trained on few cases reveals too much
+    about them."""
     metrics: bool = True
-    """Whether losses and validation Dice leave the site. The numbers of cases and slices always do."""
+    """Whether losses, validation Dice, and the steps and times of training leave the site. The numbers of cases and slices
+    always do."""
     weights: Checkpoint | None = None
     """Checkpoint of the backbone, if ``flapsam backbone get`` did not download it."""
     device: str = "cpu"

@@ -1,1 +1,1 @@
-"""Charts of the report. Each module turns a run's figures into a section with a chart and tables."""
+"""Charts of the report. Each module turns a run's data into a section with a chart and tables."""

@@ -17,7 +17,7 @@ WORDS = {"refused": "packet refused", "missing": "no answer", "excluded": "does 
 
 
 def attendance(answered: Series, troubles: Sequence[Trouble], rounds: int) -> Section | None:
-    """A chart of sites by rounds, and a table with the reasons of drop-outs; None if no site took part in a federation.
+    """A chart of sites by rounds, and a table with the reasons for drop-outs; None if no site took part in a federation.
 
     Args:
         answered: site → round → any number, for the rounds that the site answered.
@@ -27,7 +27,7 @@ def attendance(answered: Series, troubles: Sequence[Trouble], rounds: int) -> Se
     if not answered and not troubles:
         return None
     if not troubles:
-        text = f"Every site answered in every round ({len(answered)} sites, {rounds} rounds)."
+        text = f"Every site answered every round ({len(answered)} sites, {rounds} rounds)."
         return Section("attendance", "Drop-outs", text)
     sites = sorted({*answered, *(trouble.site for trouble in troubles)})
     figure = new_figure(max(WIDTH, 2 + 0.11 * rounds), 1.3 + 0.24 * len(sites))

@@ -85,7 +85,7 @@ def overlaid(series: Mapping[str, Series], mode: str, curve: Curve) -> Section |
 
 
 def dice_by_class(scores: Mapping[str, Sequence[CaseScores]], mode: str, subjects: Mapping[str, str]) -> Section | None:
-    """Test Dice of every run by class, and its paired difference to the first run; None if no run is tested.
+    """Test Dice of every run by class, and its paired difference from the first run; None if no run is tested.
 
     Args:
         scores: run → its test scores, which may be empty.
@@ -116,13 +116,13 @@ def dice_by_class(scores: Mapping[str, Sequence[CaseScores]], mode: str, subject
             difference = NONE if label == first else interval(_difference(cases, scores[first], name, subjects))
             common = len(_dices(cases, name).keys() & _dices(scores[first], name).keys())
             rows.append([label, name, str(len(_dices(cases, name))), number(_pooled(cases, name)), str(common), difference])
-    head = ["run", "class", "cases", "Dice", "cases in common", f"difference to {first}"]
+    head = ["run", "class", "cases", "Dice", "cases in common", f"difference from {first}"]
     means = ", ".join(f"{label} {number(_pooled(cases, 'mean'))}" for label, cases in scores.items())
-    caption = f"Test Dice, and paired differences to {first}"
+    caption = f"Test Dice, and paired differences from {first}"
     return Section(
         "test",
         "Test Dice",
-        f"Mean over all test cases. Differences to {first} are means over the cases in common, with 95 % "
+        f"Mean over all test cases. Differences from {first} are means over the cases in common, with 95 % "
         "intervals from a bootstrap over subjects.",
         [chart(figure, "Test Dice by class and run", f"Mean over the classes: {means}.")],
         [Table("differences-table", caption, head, rows, text_columns=2, opened=True)],

@@ -1,4 +1,4 @@
-"""Slices of the best, the median and the worst case of every site, with contours of truth and prediction."""
+"""Image strips: slices of the best, the median and the worst case of every site, with contours of truth and prediction."""
 
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Sequence
@@ -33,7 +33,7 @@ GAP = 0.02
 def strips(
     scores: Iterable[CaseScores], read: Callable[[CaseScores], CaseVolumes], samples: Samples, observer: Observer
 ) -> Section | None:
-    """Strips of the best, the median and the worst test case of every site; None if no case is tested.
+    """Image strips of the best, the median and the worst test case of every site; None if no case is tested.
 
     Args:
         scores: test scores of one mode.
@@ -45,7 +45,7 @@ def strips(
     if not chosen:
         return None
     drawn, missing = [], []
-    observer.begin("pictures of cases", len(chosen))
+    observer.begin("image strips", len(chosen))
     for rank, score in chosen:
         try:
             drawn.append(_strip(rank, score, read(score), samples))
@@ -60,7 +60,7 @@ def strips(
     )
     if missing:
         text += f" {len(missing)} of {len(chosen)} cases cannot be shown, for example {missing[0]}"
-    return Section("slices", "Cases in slices", text, strips=drawn)
+    return Section("slices", "Best, median and worst cases", text, strips=drawn)
 
 
 def chosen_cases(scores: Iterable[CaseScores]) -> list[tuple[str, CaseScores]]:

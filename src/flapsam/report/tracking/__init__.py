@@ -1,4 +1,4 @@
-"""Trackers, which write a run's figures for other software from the events of its ledger, during the run or afterwards.
+"""Trackers, which write a run's metrics for other software from the events of its ledger, during the run or afterwards.
 
 Trackers are chosen on the command line and not in the configuration, because they do not affect the run. The run's
 fingerprint therefore does not depend on them, and a resumed run may use other trackers. The ledger stays the only record.
@@ -81,7 +81,7 @@ class Tracking(Observer):
 
     @property
     def places(self) -> list[str]:
-        """How to look at the figures, one sentence per tracker."""
+        """How to look at the metrics, one sentence per tracker."""
         return [tracker.place for tracker in self.trackers.values()]
 
     def _add(self, event: Event) -> None:
@@ -100,7 +100,7 @@ class Tracking(Observer):
         except Exception as error:
             self.trackers.pop(name, None)
             reason, command = " ".join(str(error).split()), f"flapsam track {self.config.output} --to {name}"
-            self.say_so(f"{name} has failed and is left out from now on ({reason}); run {command} to write all figures")
+            self.say_so(f"{name} has failed and is left out from now on ({reason}); run {command} to write all metrics")
 
 
 @contextmanager
@@ -108,7 +108,7 @@ def tracked(observer: Observer, names: Sequence[str] | None, warn: Callable[[str
     """Add trackers to an observer.
 
     Args:
-        observer: follows the run, and prints at the end how to look at the figures.
+        observer: follows the run, and prints at the end how to look at the metrics.
         names: the trackers' names; no trackers if None or empty.
         warn: called with a sentence if a tracker fails.
 
@@ -127,18 +127,18 @@ def tracked(observer: Observer, names: Sequence[str] | None, warn: Callable[[str
     finally:
         tracking.close()
         for place in tracking.places:
-            observer.say(f"To see the figures: {place}")
+            observer.say(f"To see the metrics: {place}")
 
 
 def track_run(folder: Path, names: Sequence[str]) -> list[str]:
-    """Write a run's figures from its ledger.
+    """Write a run's metrics from its ledger.
 
     Args:
         folder: the run's folder. The run may still be unfinished.
         names: the trackers' names.
 
     Returns:
-        How to look at the figures, one sentence per tracker.
+        How to look at the metrics, one sentence per tracker.
 
     Raises:
         FlapsamError: as for ``tracker``, the folder holds no run, or a tracker fails.

@@ -12,7 +12,7 @@ from flapsam.run.reading import flat
 
 @dataclass(frozen=True)
 class Tracked:
-    """The run whose figures a tracker writes."""
+    """The run whose metrics a tracker writes."""
 
     run: str
     """The run's id."""
@@ -32,10 +32,10 @@ class Tracked:
 
 
 class Tracker(ABC):
-    """Writes the figures of one run. It always receives all points from the first, and must write none twice."""
+    """Writes the metrics of one run. It always receives every point from the first one on, and must write none twice."""
 
     place: str
-    """How to look at the figures: a command or an address."""
+    """How to look at the metrics: a command or an address."""
 
     @abstractmethod
     def __init__(self, run: Tracked) -> None: ...

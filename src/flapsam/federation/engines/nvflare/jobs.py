@@ -250,7 +250,7 @@ class RunFollower:
             with contextlib.suppress(Unreachable):
                 self.admin.ask(lambda session: session.do_app_command(job.identity, REGROUP, {}))
                 job.regrouped = True
-                self.observer.say(f"{', '.join(back)} has connected and takes part after this round.")
+                self.observer.say(f"{', '.join(back)}: connected, will take part after this round.")
 
     def _started(self, job: Job) -> list[JobStarted]:
         """The event that a job started with, in a list, which is empty before."""
@@ -273,7 +273,7 @@ class RunFollower:
             if not missing or (len(connected) >= enough and time.monotonic() - since > self.wait):
                 return connected
             if missing != reported:
-                limit = f" The run starts after {self.wait:g} s in any case." if len(connected) >= enough else ""
+                limit = f" The run starts without them after {self.wait:g} s." if len(connected) >= enough else ""
                 self.observer.say(f"Waiting for {', '.join(missing)}.{limit}")
                 reported = missing
             time.sleep(POLL_SECONDS)

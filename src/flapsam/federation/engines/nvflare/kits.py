@@ -328,10 +328,10 @@ AUTHORIZATION = {
 SITE_TEMPLATE = """\
 # Configuration of this site. No server can override it.
 data:
-  path: /path/to/our/volumes     # folder with images/ and labels/, or any layout of `flapsam data list`
+  path: /path/to/our/volumes     # folder with images/ and labels/, or any layout that `flapsam data list` shows
 state: state                     # folder for the state of runs, unpacked volumes, the log and the adapters
 min_cases: 10                    # with fewer training cases, this site takes part in no run
-metrics: true                    # false: losses and validation Dice do not leave this site
+metrics: true                    # false: losses, validation Dice, steps and times do not leave this site
 device: cpu                      # cpu, cuda, mps or auto
 # threads: 8                     # all cores by default
 # weights: sam_vit_b.pth         # checkpoint of the backbone, if `flapsam backbone get` did not download it
