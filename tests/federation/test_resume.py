@@ -12,7 +12,7 @@ import pytest
 from tests.helpers.ledgers import read_events
 from tests.helpers.sites import make_sites, write_run
 
-# FlexLoRA that, if a signal file is given, touches it while aggregating the second round and waits to be killed.
+# FlexLoRA that, if a signal file is given, touches it in the process's second aggregation and waits to be killed.
 PROGRAM = """
 import signal, sys, time
 from pathlib import Path
@@ -90,28 +90,19 @@ def assert_resumed_run_is_equal(uninterrupted: Path, config: Path) -> None:
     assert [entry[3] for entry in ledgers[0]] == pytest.approx([entry[3] for entry in ledgers[1]], rel=0.01)
 
 
-def test_a_run_killed_during_a_clients_fit_resumes(uninterrupted: Path, tmp_path: Path):
+def test_a_run_that_is_killed_twice_and_interrupted_resumes(uninterrupted: Path, tmp_path: Path):
+    """It is killed during a client's fit and while the server aggregates, and at last interrupted by the user."""
     config = write_run(tmp_path / "run.yaml", uninterrupted.parent / "data", **FIELDS)
     process = start(config)
     sites = tmp_path / "run" / "state" / "federated" / "sites"
     kill_when(process, (sites / "site_0" / "reply-000002.packet").exists)
     # The first site has answered round 2, and the second is still fitting.
     assert not (sites / "site_1" / "reply-000002.packet").exists()
-    assert_resumed_run_is_equal(uninterrupted, config)
-
-
-def test_a_run_killed_while_the_server_aggregates_resumes(uninterrupted: Path, tmp_path: Path):
-    config = write_run(tmp_path / "run.yaml", uninterrupted.parent / "data", **FIELDS)
-    process = start(config, signal_file=tmp_path / "aggregating")
+    process = start(config, "--resume", signal_file=tmp_path / "aggregating")
     kill_when(process, (tmp_path / "aggregating").exists)
     assert not (tmp_path / "run" / "adapter").exists()
-    assert_resumed_run_is_equal(uninterrupted, config)
-
-
-def test_a_run_interrupted_by_the_user_resumes(uninterrupted: Path, tmp_path: Path):
-    config = write_run(tmp_path / "run.yaml", uninterrupted.parent / "data", **FIELDS)
-    process = start(config, signal_file=tmp_path / "aggregating")
-    while not (tmp_path / "aggregating").exists():
+    process = start(config, "--resume", signal_file=tmp_path / "aggregating again")
+    while not (tmp_path / "aggregating again").exists():
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)

@@ -46,7 +46,7 @@ def test_workers_do_not_change_the_result(data: Path, tmp_path: Path):
 
 
 def test_a_run_whose_worker_died_ends_with_an_error_and_resumes(data: Path, tmp_path: Path):
-    config = read_config(write_run(tmp_path / "run.yaml", data, rounds={"count": 6}))
+    config = read_config(write_run(tmp_path / "run.yaml", data, rounds={"count": 3}))
     reply = tmp_path / "run/state/federated/sites/site_0/reply-000002.packet"
 
     def kill_a_worker() -> None:
@@ -58,7 +58,7 @@ def test_a_run_whose_worker_died_ends_with_an_error_and_resumes(data: Path, tmp_
     with pytest.raises(FlapsamError, match="a worker has died"):
         simulate(config, workers=2)
     simulate(config, workers=2, resume=True)
-    uninterrupted = run_with(tmp_path / "whole", data, 1, rounds={"count": 6})
+    uninterrupted = run_with(tmp_path / "whole", data, 1, rounds={"count": 3})
     assert adapter(tmp_path / "run") == adapter(uninterrupted)
 
 

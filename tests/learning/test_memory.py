@@ -38,7 +38,7 @@ data: {{path: data{sites}, labels: {{kidney: 1, tumour: 2}}}}
 samples: {{clip: [-150, 300], size: 64}}
 backbone: {{name: sam-tiny, weights: random}}
 training: {{window: 1, batch_size: 12, augment: false, empty_slices: 0}}
-rounds: {{count: 2, validate_every: 2}}
+rounds: {{count: 1}}
 threads: 1
 output: run{sites}
 """)
