@@ -163,8 +163,8 @@ def _cleaned(command: Message) -> Message:
 
 
 def _only_listed(self: Any, cmd_name: str) -> list[Any]:
-    """The commands of the coordinator with this name: none if the name is not listed."""
-    return CommandRegister.get_command_entries(self, cmd_name) if cmd_name in COORDINATOR_COMMANDS else []
+    """The commands of the coordinator with this name, with or without its scope: none if the name is not listed."""
+    return [entry for entry in CommandRegister.get_command_entries(self, cmd_name) if entry.name in COORDINATOR_COMMANDS]
 
 
 def _checking(deploy: Callable[..., Any]) -> Callable[..., Any]:

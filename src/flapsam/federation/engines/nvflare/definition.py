@@ -18,8 +18,8 @@ CONFIG: Mapping[str, str] = {
     SITE_PART: "config/config_fed_client.json",
 }
 """The only file of each part."""
-SIGNATURE = (NVFLARE_SIG_FILE, NVFLARE_SUBMITTER_CRT_FILE)
-"""The coordinator's signature, which NVFLARE adds to each part and which sites verify."""
+SIGNATURES = tuple(folder + name for folder in ("", "config/") for name in (NVFLARE_SIG_FILE, NVFLARE_SUBMITTER_CRT_FILE))
+"""The coordinator's signatures, which NVFLARE adds to each folder of a part and which sites verify."""
 DAMAGED = (ValueError, LookupError, TypeError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error)
 """What reading a damaged or hostile zip file of JSON can raise."""
 LARGEST = 1 << 20
@@ -100,7 +100,7 @@ def is_definition(packed: object, part: str) -> bool:
         with zipfile.ZipFile(io.BytesIO(packed)) as archive:
             files = [entry for entry in archive.infolist() if not entry.is_dir()]
             folders = {entry.filename for entry in archive.infolist() if entry.is_dir()}
-            known = {CONFIG[part], *SIGNATURE}
+            known = {CONFIG[part], *SIGNATURES}
             names = [entry.filename for entry in files]
             if not {*names} <= known or len(names) != len({*names}) or not folders <= {"config/"}:
                 return False

@@ -139,7 +139,8 @@ def needed(sender: Role, receiver: Role, content: str) -> bool:
 
 
 def content_of(message: Message) -> str | None:
-    """Describe a message: ``channel:topic`` of a request, the same after ``reply`` or ``stream``, or ``ack``.
+    """Describe a message: ``channel:topic`` of a request, the same after ``reply`` or ``stream``, or ``ack``
+    for the acknowledgement or the failure of a stream, which name the stream's own random number.
 
     Returns:
         The description, or None for a message that no process of flapsam sends.
@@ -152,9 +153,9 @@ def content_of(message: Message) -> str | None:
         return None
     if channel != STREAM_CHANNEL:
         return f"{channel}:{topic}"
-    if topic == STREAM_ACK_TOPIC:
+    if topic in (STREAM_ACK_TOPIC, STREAM_ERROR_TOPIC):
         return "ack"
-    if topic not in (STREAM_DATA_TOPIC, STREAM_ERROR_TOPIC):
+    if topic != STREAM_DATA_TOPIC:
         return None
     return f"stream {message.get_header(StreamHeaderKey.CHANNEL)}:{message.get_header(StreamHeaderKey.TOPIC)}"
 
