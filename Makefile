@@ -16,11 +16,11 @@ test: .venv/installed-dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(MAKE) --jobs=2 --output-sync=line --no-print-directory test-units test-hospitals
 
 test-units: .venv/installed-dev
-	$(BIN)/python -m pytest --ignore tests/federation/test_nvflare.py --numprocesses 2 --dist loadfile --cov --cov-report=
+	$(BIN)/python -m pytest --ignore tests/federation/test_nvflare.py --ignore tests/federation/test_engine_attacks.py --numprocesses 2 --dist loadfile --cov --cov-report=
 	@printf 'Coverage of src/flapsam, in percent: '; $(BIN)/coverage report --format=total
 
 test-hospitals: .venv/installed-dev
-	$(BIN)/python -m pytest tests/federation/test_nvflare.py
+	$(BIN)/python -m pytest tests/federation/test_nvflare.py tests/federation/test_engine_attacks.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -23,6 +23,8 @@ from tests.helpers.ledgers import read_events
 from tests.helpers.sites import make_sites, write_run
 
 RUN = "0" * 32
+SMALL = {"min_steps": 1}
+"""Bounds for the tests' few slices."""
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def config(tmp_path: Path) -> RunConfig:
 
 
 def site_config(folder: Path, **fields: object) -> SiteConfig:
-    tree = {"data": {"path": folder / "data" / "site_0"}, "state": folder / "state", "threads": 1, **fields}
+    tree = {"data": {"path": folder / "data" / "site_0"}, "state": folder / "state", "threads": 1, "bounds": SMALL, **fields}
     return SiteConfig.model_validate(tree)
 
 
@@ -51,10 +53,11 @@ def test_a_proposal_does_not_contain_the_servers_paths(config: RunConfig, tmp_pa
 
 
 def test_a_server_admits_a_sites_presence(config: RunConfig, tmp_path: Path):
-    """Three of five cases are for training, one for validation, one for testing. Validation slices count for the weight."""
+    """Three of five cases are for training, one for validation, one for testing. Validation slices count for the weight. All
+    counts are rounded to multiples of 5."""
     presence = read_message(Presence, SiteSide("site_0", site_config(tmp_path)).join(propose(config)))
-    assert presence.cases == {"train": 3, "val": 1, "test": 1}
-    assert (presence.training_cases, presence.training_slices, presence.modalities, presence.held) == (4, 24, 1, 0)
+    assert presence.cases == {"train": 5, "val": 5, "test": 5}
+    assert (presence.training_cases, presence.training_slices, presence.modalities, presence.held) == (5, 25, 1, 0)
     RunFolder(config.output).begin(config)
     server = ServerSide(config.output)
     server.admit("site_0", presence.model_dump_json().encode())

@@ -235,7 +235,12 @@ def test_check_finds_no_problem_at_a_site_that_is_ready(hospitals: Hospitals, tm
     output = hospitals.flapsam("check", hospitals.kit("site_a"), "--data", own, "--config", config, "--json")
     findings = json.loads(output[output.index("[") : output.rindex("]") + 1])
     assert all(finding["fine"] for finding in findings)
-    assert [finding["what"] for finding in findings] == ["certificate", "network", "data", "disk", "run", "memory"]
+    assert [finding["what"] for finding in findings] == [
+        *("certificate", "network", "data", "disk", "run"),
+        *["asks"] * 4,
+        "memory",
+    ]
+    assert "Leaves this site in each round" in findings[8]["about"]
 
 
 def test_a_certificate_from_another_federation_is_refused(hospitals: Hospitals, tmp_path: Path):

@@ -22,6 +22,10 @@ from tests.helpers.sites import make_site
 FLAPSAM = (sys.executable, "-c", "from flapsam import cli; cli.main()")
 
 
+BOUNDS: Mapping[str, object] = {"strategies": ["flap", "full"], "bounds": {"min_steps": 1}}
+"""What the sites allow, so that fits take seconds."""
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -136,7 +140,7 @@ class Hospitals:
     def start_site(self, site: str, environment: Mapping[str, str] | None = None, **own: object) -> None:
         """Start a site. ``own`` are further fields of its file."""
         path = self.folder / self.own / f"{site}.yaml"
-        fields = {"data": {"path": str(self.data / site)}, "state": str(self.state_of(site)), "threads": 1, **own}
+        fields = {"data": {"path": str(self.data / site)}, "state": str(self.state_of(site)), "threads": 1, **BOUNDS, **own}
         path.write_text(yaml.safe_dump(fields))
         environment = {**self.environment, **(environment or {})}
         self.start(site, "site", self.kit(site), "--data", path, environment=environment)

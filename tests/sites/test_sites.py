@@ -137,7 +137,7 @@ def test_weights_follow_slices_cases_or_given_numbers(tmp_path: Path):
     make_site(tmp_path / "b", 3, shape=(4, 4, 2))
     rows = [{"case": f"{s}_{i}", "site": s, "split": "train"} for s, i in (("a", 0), ("b", 0), ("b", 1), ("b", 2))]
     write_table(tmp_path, rows)
-    sizes = {site.name: training_size(site, config(tmp_path)) for site in read_sites(data(tmp_path), 0)}
+    sizes = {site.name: training_size(site.of("train"), config(tmp_path)) for site in read_sites(data(tmp_path), 0)}
     expected = {"slices": (0.5, 0.5), "cases": (0.25, 0.75), "uniform": (0.5, 0.5)}
     for kind, (a, b) in expected.items():
         assert client_shares(sizes, Rounds.model_validate({"weights": kind})) == pytest.approx({"a": a, "b": b})

@@ -176,7 +176,7 @@ def simulate(
     _check_cases(sites, training)
     _check_ranks(training, config)
     config = with_modalities(config, [case for site in sites for case in site.cases])
-    shares = client_shares({site.name: training_size(site, config) for site in training}, config.rounds)
+    shares = client_shares({site.name: training_size(site.of("train"), config) for site in training}, config.rounds)
     folder = RunFolder(config.output)
     run = _open_folder(folder, config, resume)
     with alone(folder.lock, wait=False):

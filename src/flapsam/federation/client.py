@@ -8,6 +8,7 @@ from torch import Tensor
 from flapsam.base.seeds import seed_for
 from flapsam.federation.agreement import SERVER, VALIDATION, Agreement, changed, cut, padded
 from flapsam.federation.packets import Contract, Header, PacketRefused, decode, encode, encode_lossy
+from flapsam.federation.shares import rounded
 from flapsam.federation.state import ClientState
 from flapsam.learning.inference import predict_stack
 from flapsam.learning.metrics import CaseScores, score_case, summarise
@@ -26,6 +27,18 @@ class ClientData:
     val: Sequence[PreparedCase]
 
 
+@dataclass(frozen=True)
+class Disclosure:
+    """What leaves a site besides its tensors."""
+
+    losses: bool = True
+    """Losses, steps and times of its fits."""
+    scores: bool = True
+    """Validation Dice."""
+    exact_counts: bool = True
+    """Exact numbers of slices, instead of rounded ones."""
+
+
 class Client:
     """A site's side of the algorithm."""
 
@@ -37,7 +50,8 @@ class Client:
         agreement: Agreement,
         state: ClientState,
         *,
-        reports_metrics: bool = True,
+        disclosure: Disclosure | None = None,
+        check: Callable[[int, int], None] = lambda number, steps: None,
     ) -> None:
         """Start a run, or resume it from the saved state.
 
@@ -47,9 +61,11 @@ class Client:
             config: the run's configuration.
             agreement: what was agreed with the server.
             state: the site's folder.
-            reports_metrics: whether the site sends losses and validation Dice.
+            disclosure: what leaves the site besides its tensors. Everything by default.
+            check: called before a fit, with the round's number and the steps done before. It may raise an error.
         """
-        self.reports_metrics = reports_metrics
+        self.disclosure = disclosure or Disclosure()
+        self.check = check
         self.network = network
         self.data = data
         self.config = config
@@ -84,12 +100,13 @@ class Client:
         if kept is not None:
             return kept
         metrics: dict[str, float | None] = {}
-        if self.reports_metrics and done > 0 and done % self.config.rounds.validate_every == 0:
+        if self.disclosure.scores and done > 0 and done % self.config.rounds.validate_every == 0:
             metrics |= self._scores()
         learner = Learner(self.network, self.config.training, self.config.rounds.count)
         moments = self.state.moments_before(number)
         if moments is not None:
             learner.load(moments)
+        self.check(number, learner.steps)
         if self.config.training.moments == "reset":
             learner.reset_moments()
         contract = self.agreement.up(self.data.site, number)
@@ -107,14 +124,14 @@ class Client:
         finite = all(tensor.isfinite().all() for tensor in result.values())
         if finite:
             learner.save(self.state.moments(number))
-        if self.reports_metrics:
+        if self.disclosure.losses:
             metrics |= {name: float(getattr(report, name)) for name in FIT_METRICS}
         header = Header(
             run=self.agreement.run,
             round=number,
             base=done,
             sender=self.data.site,
-            samples=report.slices,
+            samples=report.slices if self.disclosure.exact_counts else rounded(report.slices),
             metrics=metrics,
         )
         answer = self._answer(header, contract, start, result, keep_unsent=finite)
@@ -128,13 +145,13 @@ class Client:
             packets: the server's packets for this site, oldest first.
 
         Returns:
-            Dice of each class and their mean, with the prefix ``validation.``. Empty if the site sends no metrics.
+            Dice of each class and their mean, with the prefix ``validation.``. Empty if the site does not send it.
 
         Raises:
             PacketRefused: a packet is damaged or is not what was agreed.
         """
         self._receive(packets)
-        return self._scores() if self.reports_metrics else {}
+        return self._scores() if self.disclosure.scores else {}
 
     def _receive(self, packets: Iterable[bytes]) -> tuple[int, dict[str, Tensor]]:
         """Apply the packets and load the network; returns the rounds done and the global tensors at this site's rank."""

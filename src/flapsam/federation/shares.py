@@ -1,11 +1,11 @@
 """The share of each client in the mean."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from flapsam.base.errors import FlapsamError
 from flapsam.run.config import Rounds, RunConfig
-from flapsam.sites import Case, Site
+from flapsam.sites import Case
 from flapsam.volumes import read_geometry, slice_count
 
 
@@ -17,9 +17,22 @@ class TrainingSize:
     slices: int
 
 
-def training_size(site: Site, config: RunConfig) -> TrainingSize:
-    """Count a site's training cases and slices from the files' headers."""
-    cases = site.of("train")
+def rounded(count: int) -> int:
+    """Round a count to a multiple of 5, or from 100 to two significant digits, but not to 0 unless it is 0.
+
+    A hospital's counts leave it rounded, so that two runs do not tell whether one patient came between them.
+
+    Args:
+        count: a number of cases or slices.
+    """
+    if count <= 0:
+        return 0
+    step = 5 if count < 100 else 10 ** (len(str(count)) - 2)
+    return max((2 * count + step) // (2 * step), 1) * step
+
+
+def training_size(cases: Sequence[Case], config: RunConfig) -> TrainingSize:
+    """Count a site's training cases and their slices from the files' headers."""
     return TrainingSize(len(cases), sum(_slices(case, config) for case in cases))
 
 

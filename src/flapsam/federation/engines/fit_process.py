@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import cast
 
 from flapsam.federation.hospitals.handshake import REASONS, SiteFailed
+from flapsam.federation.hospitals.site_config import SiteConfig
 
 
 class FitProcess:
@@ -147,6 +148,7 @@ def main(name: str, site_config: Path, handle: int) -> None:
                 with failing_as("data"):
                     config = read_site_config(site_config)
                     _log_to(config.log)
+                    limit_memory(config)
                     locks.append(alone(config.lock))
                     side = SiteSide(name, config)
             # Packets are released as they are read, so that their memory is free for the fit.
@@ -158,6 +160,23 @@ def main(name: str, site_config: Path, handle: int) -> None:
         pipe.send_bytes(json.dumps([code, len(answer)]).encode())
         if not code:
             pipe.send_bytes(answer)
+
+
+def limit_memory(site: SiteConfig) -> None:
+    """Have the operating system refuse this process more memory than the site allows.
+
+    It is for Linux and for training on the processor: drivers of other devices reserve far more than they use.
+
+    Args:
+        site: the site's configuration.
+    """
+    if sys.platform != "linux" or site.device != "cpu":
+        return
+    import resource
+
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = min(int(site.memory_gib * 2**30), machine) if site.memory_gib else machine
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 def _end_with(parent: int) -> None:

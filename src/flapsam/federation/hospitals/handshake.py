@@ -16,6 +16,8 @@ REASONS: Mapping[str, str] = {
     "strategy": "its configuration does not allow the run's strategy",
     "aggregator": "its configuration does not allow the run's aggregator",
     "rounds": "its configuration allows fewer rounds than the run has",
+    "bounds": "its configuration does not allow the run's settings; see the site's own log",
+    "memory": "training needs more memory than its configuration allows",
     "cases": "it has fewer training cases than its configuration requires",
     "data": "its data or its configuration is invalid; see the site's own log",
     "backbone": "it does not have the backbone's weights",

@@ -1,13 +1,16 @@
 """A site's configuration: where its data are and what it allows a run to do. No server can override it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
-from flapsam.run.config import Checkpoint, Positive, StrictModel
+from flapsam.run.config import Checkpoint, Fraction, Positive, StrictModel
 from flapsam.run.reading import read_options
 
+SAFE_STRATEGIES = ("flap", "lora", "lora-decoder", "decoder", "partial-decoder")
+"""Strategies that a site accepts by default."""
 PATHS = ("data.path", "data.table", "weights", "state")
 
 
@@ -22,6 +25,44 @@ class SiteData(StrictModel):
     """CSV file with columns ``case`` and ``site``, and optionally ``split`` and ``subject``."""
     site: str | None = None
     """This site's name in the data, if the data hold several sites and call it differently."""
+    test_fraction: Fraction = 0.2
+    """Share of the subjects that are held out for testing, if the data have no split of their own. The site's first run
+    fixes the split; no run can change it."""
+    validation_fraction: Fraction = 0.15
+    """Share of the training subjects that are held out for validation, if the split has no ``val``."""
+    split_seed: int = 0
+    """Seed by which the split is drawn. With the run's seed and fractions, it is the split of ``flapsam simulate``."""
+
+
+class Bounds(StrictModel):
+    """What a run may ask of a site's training. The defaults suit sound runs.
+
+    Outside of them, a single answer can reveal a training slice: with one step on one slice, with moments that Adam does not
+    average, or with a loss so small that Adam's step is the gradient itself.
+    """
+
+    min_steps: Positive = 8
+    """Minimum number of training steps of a fit. A step counts by its learning rate as a share of the fit's highest one."""
+    max_epochs: Positive = 100
+    """Maximum number of local epochs in a round."""
+    max_batch_size: Positive = 256
+    """Maximum number of windows in a batch."""
+    max_learning_rate: Annotated[float, Field(gt=0)] = 0.1
+    """Maximum learning rate."""
+    max_weight_decay: Annotated[float, Field(ge=0)] = 1
+    """Maximum weight decay."""
+    min_betas: tuple[float, float] = (0.5, 0.9)
+    """Minimum decay rates β₁ and β₂ of AdamW's moments. Both must be below 1."""
+    loss_weights: tuple[float, float] = (0.1, 10)
+    """Range of the sum of the weights of cross-entropy and Dice, and of the weight of the foreground."""
+    max_proximal: Annotated[float, Field(ge=0)] = 10
+    """Maximum μ of FedProx."""
+    max_rank: Positive = 64
+    """Maximum rank of the adapters."""
+    max_size: Positive = 1024
+    """Maximum side of the network's input in pixels."""
+    max_classes: Positive = 32
+    """Maximum number of classes."""
 
 
 class SiteConfig(StrictModel):
@@ -31,24 +72,32 @@ class SiteConfig(StrictModel):
     """Where the site's volumes are."""
     state: Path = Path("state")
     """Folder for the state of runs, the unpacked volumes, the site's own log and its adapters."""
-    strategies: list[str] | None = None
-    """Strategies that this site accepts. All by default."""
+    strategies: Sequence[str] = SAFE_STRATEGIES
+    """Strategies that this site accepts. By default those that train neither the patch nor the position embeddings, whose
+    gradients reveal the images."""
     aggregators: list[str] | None = None
     """Aggregators that this site accepts. All by default."""
     max_rounds: Positive | None = None
-    """Maximum number of rounds that this site accepts in a run."""
+    """Maximum number of rounds that this site answers, counted over all runs in its state."""
     min_cases: Positive = 1
-    """Number of training cases below which the site takes part in no run. A model trained on few cases reveals too much
-    about them."""
+    """Number of cases that a fit must train on. Below it, the site takes part in no run. A model trained on few cases
+    reveals too much about them."""
+    min_validation_cases: Positive = 1
+    """Number of validation cases below which no Dice leaves the site."""
+    bounds: Bounds = Bounds()
+    """What a run may ask of the site's training."""
     metrics: bool = True
-    """Whether losses, validation Dice, and the steps and times of training leave the site. The numbers of cases and slices
-    always do."""
+    """Whether losses, validation Dice, and the steps and times of training leave the site. The rounded numbers of cases and
+    slices always do."""
     weights: Checkpoint | None = None
     """Checkpoint of the backbone, if ``flapsam backbone get`` did not download it."""
     device: str = "cpu"
     """Device to train on: ``cpu``, ``cuda``, ``mps`` or ``auto``."""
     threads: Positive | None = None
     """Number of threads to train with. All cores by default."""
+    memory_gib: Annotated[float, Field(gt=0)] | None = None
+    """Memory in GiB that training may take, enforced by the operating system on Linux with ``device: cpu``. All of the
+    machine's memory by default."""
     free_memory_gib: Annotated[float, Field(ge=0)] = 2
     """Free memory in GiB below which ``flapsam federation check`` reports a problem."""
 
@@ -56,6 +105,16 @@ class SiteConfig(StrictModel):
     def log(self) -> Path:
         """The site's own log. It never leaves the site."""
         return self.state / "site.log"
+
+    @property
+    def journal(self) -> Path:
+        """The site's own record of what runs asked of it and what left."""
+        return self.state / "journal.jsonl"
+
+    @property
+    def split(self) -> Path:
+        """The split that the site's first run has fixed."""
+        return self.state / "split.json"
 
     @property
     def lock(self) -> Path:

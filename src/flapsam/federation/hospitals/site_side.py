@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -10,9 +10,13 @@ from flapsam.adapters.store import save_adapter
 from flapsam.base.errors import FlapsamError
 from flapsam.base.files import write_text
 from flapsam.base.version import __version__
-from flapsam.federation.client import Client
+from flapsam.federation.client import Client, ClientData, Disclosure
+from flapsam.federation.hospitals.bounds import cases_used, refusals, steps_of
 from flapsam.federation.hospitals.handshake import Presence, Proposal, SiteFailed, read_message, version_in
+from flapsam.federation.hospitals.journal import Journal
 from flapsam.federation.hospitals.site_config import SiteConfig
+from flapsam.federation.hospitals.split import fixed_split
+from flapsam.federation.hospitals.words import in_words
 from flapsam.federation.packets import PacketRefused
 from flapsam.federation.preparation import (
     agree,
@@ -24,7 +28,7 @@ from flapsam.federation.preparation import (
     with_modalities,
     with_windows,
 )
-from flapsam.federation.shares import training_size
+from flapsam.federation.shares import rounded, training_size
 from flapsam.federation.state import ClientState
 from flapsam.run.config import RANDOM, RunConfig
 from flapsam.run.reading import validated
@@ -48,6 +52,9 @@ class SiteSide:
         """
         self.name = name
         self.site = site
+        self.run = ""
+        with failing_as("state"):
+            self.journal = Journal(site.journal)
 
     def join(self, message: bytes) -> bytes:
         """Take part in a run.
@@ -68,22 +75,23 @@ class SiteSide:
         with failing_as("configuration"):
             proposal = read_message(Proposal, message)
             config = self._own(proposal.config)
-        self._check_limits(config)
+            self.run = proposal.run
+            self.journal.write("asked", self.run, words=in_words(config, self.site))
+            self._check_bounds(config)
         with failing_as("backbone"):
             find_checkpoint(config.backbone)
         with failing_as("configuration"):
             config = resolve(config)
         with failing_as("data"):
             own = self.site.data
-            site = read_site(config.data, config.seed, self.name, own.site)
+            drawn = read_site(config.data, own.split_seed, self.name, own.site)
+            site = fixed_split(hold_out_validation(drawn, own.validation_fraction, own.split_seed), self.site.split)
             check_pairs([site])
-            size = training_size(site, config)
-            if size.cases < self.site.min_cases:
-                log.error("this site has %d training cases, min_cases is %d", size.cases, self.site.min_cases)
-                raise SiteFailed("cases")
+            # Validation cases count unless the data have a split of their own, as in a simulation.
+            size = training_size(site.of("train") if drawn.of("val") else site.of("train", "val"), config)
             config = with_modalities(config, site.cases)
-            site = hold_out_validation(site, config.data.validation_fraction, config.seed)
             data = prepare_site(site, config, self.site.state / "volumes")
+            self._check_cases(data, config)
         with failing_as("backbone"):
             assembled = assembled_for(config)
             self.network, self.origin = assembled.network, assembled.origin
@@ -92,19 +100,33 @@ class SiteSide:
             self.config = self._with_windows(config, self.network)
             agreement = agree(proposal.run, self.config, self.network)
             state = ClientState(self.folder / "site")
-            self.client = Client(self.network, data, self.config, agreement, state, reports_metrics=self.site.metrics)
+            self.client = Client(
+                self.network,
+                data,
+                self.config,
+                agreement,
+                state,
+                disclosure=Disclosure(
+                    losses=self.site.metrics,
+                    scores=self.site.metrics and len(data.val) >= self.site.min_validation_cases,
+                    exact_counts=False,
+                ),
+                check=self._check_fit,
+            )
             held = self.client.held
-        log.info("taking part in run %s with %d training cases, from round %d", proposal.run, size.cases, held + 1)
+        log.info("taking part in run %s with %d training cases, from round %d", self.run, len(data.train), held + 1)
         presence = Presence(
             contract=agreement.contract.hash,
             backbone=self.origin.checksum,
             modalities=self.config.samples.modalities,
-            cases={split: len(site.of(split)) for split in ("train", "val", "test")},
-            training_cases=size.cases,
-            training_slices=size.slices,
+            cases={split: rounded(len(site.of(split))) for split in ("train", "val", "test")},
+            training_cases=rounded(size.cases),
+            training_slices=rounded(size.slices),
             held=held,
         )
-        return presence.model_dump_json().encode()
+        answer = presence.model_dump_json().encode()
+        self.journal.write("joined", self.run, left=json.loads(answer))
+        return answer
 
     def fit(self, packets: Iterable[bytes]) -> bytes:
         """Run ``Client.fit``.
@@ -119,7 +141,11 @@ class SiteSide:
             SiteFailed: a packet was refused, or the fit failed.
         """
         with failing_as("error"):
-            return self.client.fit(packets)
+            self.fitted = False
+            answer = self.client.fit(packets)
+            if self.fitted:
+                self.journal.write("fit", self.run, round=self.client.held + 1, bytes=len(answer))
+            return answer
 
     def validate(self, packets: Iterable[bytes]) -> bytes:
         """Run ``Client.validate`` and save the adapter for the site's own use.
@@ -135,6 +161,12 @@ class SiteSide:
         """
         with failing_as("error"):
             scores = self.client.validate(packets)
+            done = self.run, self.client.held
+            # One answer a round, so that scores do not tell how other tensors would do.
+            if done not in self.journal.scores:
+                self._check_round(self.client.held)
+                self.journal.write("validated", self.run, round=self.client.held, left=scores)
+            scores = self.journal.scores[done]
             card = card_of(self.client.agreement.run, "federated", self.client.held, self.config, self.origin)
             names = self.client.agreement.contract.shapes
             save_adapter(self.folder / "adapter", card, tensors_of(self.network, names))
@@ -147,6 +179,9 @@ class SiteSide:
             raise FlapsamError("the proposed run has no data or no backbone")
         site, data = self.site, dict(tree["data"])
         data |= {"path": site.data.path, "layout": site.data.layout, "table": site.data.table}
+        # What decides which cases are used, and for what, is the site's own.
+        data |= {name: getattr(site.data, name) for name in ("test_fraction", "validation_fraction")}
+        data |= {"simulated_sites": None, "sites": None, "unseen": []}
         # The labels of other sites do not apply here.
         labels = data.get("site_labels")
         data["site_labels"] = {self.name: labels[self.name]} if isinstance(labels, dict) and self.name in labels else {}
@@ -156,20 +191,52 @@ class SiteSide:
         own = {"device": site.device, "threads": site.threads, "output": site.state, "modes": ["federated"]}
         return validated({**tree, **own, "data": data, "backbone": backbone}, RunConfig, "the proposed run")
 
-    def _check_limits(self, config: RunConfig) -> None:
+    def _check_bounds(self, config: RunConfig) -> None:
         """Check the run against the site's configuration, which no server can override."""
-        site = self.site
-        if site.strategies is not None and config.strategy not in site.strategies:
-            log.error("the run's strategy is %s, this site's strategies are %s", config.strategy, ", ".join(site.strategies))
-            raise SiteFailed("strategy")
-        if site.aggregators is not None and config.aggregator not in site.aggregators:
-            log.error(
-                "the run's aggregator is %s, this site's aggregators are %s", config.aggregator, ", ".join(site.aggregators)
+        refused = list(refusals(config, self.site))
+        used = self.journal.fits.total() - self.journal.fits[self.run]
+        if self.site.max_rounds is not None and used + config.rounds.count > self.site.max_rounds:
+            rest = f"max_rounds is {self.site.max_rounds}, of which other runs have used {used}"
+            refused.append(("rounds", f"the run has {config.rounds.count} rounds, {rest}"))
+        self._refuse(refused)
+
+    def _check_cases(self, data: ClientData, config: RunConfig) -> None:
+        """Check that a fit uses enough cases and takes enough steps, from its first round on."""
+        site, used = self.site, cases_used(data.train, config.training)
+        if used < site.min_cases:
+            self._refuse(
+                [("cases", f"this site has {used} training cases with a slice to train on, min_cases is {site.min_cases}")]
             )
-            raise SiteFailed("aggregator")
-        if site.max_rounds is not None and config.rounds.count > site.max_rounds:
-            log.error("the run has %d rounds, max_rounds is %d", config.rounds.count, site.max_rounds)
-            raise SiteFailed("rounds")
+        self._check_steps(data, config, 0)
+
+    def _check_steps(self, data: ClientData, config: RunConfig, done: int) -> None:
+        steps = steps_of(data.train, config.training, done, config.rounds.count)
+        if steps < self.site.bounds.min_steps:
+            self._refuse(
+                [("bounds", f"a fit has the effect of {steps:.1f} steps, this site requires {self.site.bounds.min_steps}")]
+            )
+
+    def _check_fit(self, number: int, steps: int) -> None:
+        """Check before a fit that the site may answer another round, and that the fit has enough steps."""
+        self._check_round(number)
+        used = self.journal.fits.total()
+        if self.site.max_rounds is not None and used >= self.site.max_rounds:
+            self._refuse([("rounds", f"max_rounds is {self.site.max_rounds}, and as many rounds have been answered")])
+        self._check_steps(self.client.data, self.config, steps)
+        self.fitted = True
+
+    def _check_round(self, number: int) -> None:
+        count = self.config.rounds.count
+        if number > count:
+            self._refuse([("rounds", f"the server asks for round {number}, but the run has {count} rounds")])
+
+    def _refuse(self, refused: Sequence[tuple[str, str]]) -> None:
+        """Write all reasons into the log and the journal, and report the first one's code, if there is one."""
+        for _, sentence in refused:
+            log.error("%s", sentence)
+        if refused:
+            self.journal.write("refused", self.run, reasons=[sentence for _, sentence in refused])
+            raise SiteFailed(refused[0][0])
 
     def _with_windows(self, config: RunConfig, network: Sam) -> RunConfig:
         """Resolve ``micro_batch: auto`` to a number, and keep it for the rest of the run."""
@@ -194,6 +261,15 @@ def failing_as(code: str) -> Iterator[None]:
     except FlapsamError as error:
         log.error("%s", error)
         raise SiteFailed(code) from error
+    except MemoryError as error:
+        log.error("out of memory; raise memory_gib, or free memory")
+        raise SiteFailed("memory") from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            log.exception("unexpected error")
+            raise SiteFailed("error") from error
+        log.error("out of memory; raise memory_gib, or free memory")
+        raise SiteFailed("memory") from error
     except Exception as error:
         log.exception("unexpected error")
         raise SiteFailed("error") from error

@@ -22,8 +22,9 @@ from flapsam.base.errors import FlapsamError
 from flapsam.base.files import make_folder
 from flapsam.base.version import __version__
 from flapsam.federation.engines.nvflare.executor import ALIVE, ANSWER, CODE, NUMBER, PACKETS, REGROUP, SECONDS, VERSION
+from flapsam.federation.engines.nvflare.intake import INTAKE
 from flapsam.federation.engines.nvflare.kits import HEARTBEAT_SECONDS
-from flapsam.federation.hospitals.handshake import GONE, LIMIT, REASONS, VERSION_PATTERN
+from flapsam.federation.hospitals.handshake import GONE, REASONS, VERSION_PATTERN
 from flapsam.federation.hospitals.server_side import ServerSide
 from flapsam.federation.packets import FRAMING_BYTES
 from flapsam.federation.rounds import Answer, Work
@@ -90,6 +91,7 @@ class Post:
         for site, data in requests:
             data[NUMBER] = self.number
             task = Task(name, data, timeout=0, after_task_sent_cb=forget_data, result_received_cb=self.controller.receive)
+            INTAKE.expect(site, self.number)
             self.controller.send(task, self.context, targets=[site])
             self.tasks[site] = task
         until = time.monotonic() + deadline
@@ -137,7 +139,6 @@ class FlapsamController(Controller):
         self.folder = folder
         self.arrivals = RunFolder(Path(folder)).arrivals
         self.arrived = itertools.count()
-        self.limit = LIMIT
         self.answers: queue.SimpleQueue[Received] = queue.SimpleQueue()
         self.regroup = False
         self.started = time.monotonic()
@@ -155,7 +156,7 @@ class FlapsamController(Controller):
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:  # noqa: D102
         server = ServerSide(Path(self.folder))
         # Data that do not compress grow slightly.
-        self.limit = int(1.01 * server.agreement.contract.tensor_bytes) + FRAMING_BYTES
+        INTAKE.limit = int(1.01 * server.agreement.contract.tensor_bytes) + FRAMING_BYTES
         shutil.rmtree(self.arrivals, ignore_errors=True)
         post = Post(self, fl_ctx, abort_signal)
         sites = sorted(client.name for client in fl_ctx.get_engine().get_clients())  # type: ignore[union-attr]
@@ -182,8 +183,10 @@ class FlapsamController(Controller):
         client_task.result = None
 
     def _keep(self, site: str, result: Shareable) -> None:
-        """Write an answer to disk and queue it."""
-        received, content = read_answer(site, result, self.limit)
+        """Write an answer to disk and queue it, if it was asked for."""
+        received, content = read_answer(site, result, INTAKE.limit)
+        if not INTAKE.take(site, received.number):
+            return
         if content is not None:
             path = make_folder(self.arrivals) / f"{next(self.arrived)}"
             content.tofile(path)

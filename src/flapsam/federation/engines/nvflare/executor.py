@@ -14,9 +14,11 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
+from flapsam.base.errors import FlapsamError
 from flapsam.base.version import __version__
 from flapsam.federation.engines.fit_process import FitProcess
 from flapsam.federation.hospitals.handshake import SiteFailed
+from flapsam.federation.hospitals.site_config import read_site_config
 
 ANSWER, CODE, SECONDS, NUMBER, PACKETS, VERSION = "answer", "code", "seconds", "number", "packets", "version"
 """Keys of the entries in requests and answers."""
@@ -38,10 +40,15 @@ class FlapsamExecutor(Executor):
     def __init__(self) -> None:
         super().__init__()
         self.ended = threading.Event()
+        self.reports_seconds = False
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:  # noqa: D102
         if event_type == EventType.START_RUN:
-            self.process = FitProcess(str(fl_ctx.get_identity_name()), Path(os.environ[SITE_CONFIG]))
+            config = Path(os.environ[SITE_CONFIG])
+            self.process = FitProcess(str(fl_ctx.get_identity_name()), config)
+            with suppress(FlapsamError):
+                # The fit process reports an invalid configuration.
+                self.reports_seconds = read_site_config(config).metrics
             self.process.start()
             threading.Thread(target=self._say_alive, args=(fl_ctx.get_engine(),), daemon=True).start()
         elif event_type == EventType.END_RUN:
@@ -69,7 +76,8 @@ class FlapsamExecutor(Executor):
             reply[CODE] = "error"
         finally:
             done.set()
-        reply[SECONDS] = time.perf_counter() - started
+        if self.reports_seconds:
+            reply[SECONDS] = time.perf_counter() - started
         return reply
 
     def _say_alive(self, engine: Any) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import logging
 import tempfile
 import time
@@ -16,6 +15,7 @@ from nvflare.fuel.flare_api.api_spec import AuthenticationError, AuthorizationEr
 from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
 from flapsam.base.errors import FlapsamError
+from flapsam.federation.engines.nvflare.definition import job_name, write_job
 from flapsam.federation.engines.nvflare.executor import REGROUP
 from flapsam.federation.engines.nvflare.kits import ADMINISTRATOR, Kit, read_kit
 from flapsam.federation.hospitals.handshake import GONE
@@ -36,7 +36,6 @@ from flapsam.run.ledger import (
 from flapsam.run.observer import Observer
 
 Result = TypeVar("Result")
-PACKAGE = "flapsam.federation.engines.nvflare"
 ATTEMPTS = 3
 """Number of jobs in a row that may fail without completing a round."""
 WAIT_SECONDS = 60.0
@@ -402,52 +401,3 @@ def _connection(folder: Path) -> Iterator[AdminLine]:
             yield admin
     except Unreachable as error:
         raise FlapsamError(f"the server at {kit.card.server} does not answer: {error}") from error
-
-
-def job_name(run: str) -> str:
-    """Name that all jobs of a run share."""
-    return f"flapsam-{run[:12]}"
-
-
-def write_job(folder: Path, run: str, output: Path, sites: Sequence[str], min_sites: int) -> Path:
-    """Write the definition of a job.
-
-    A job is configuration only. It names one class of the installed package for the server and one for the sites.
-
-    Args:
-        folder: folder to write into.
-        run: the run's id.
-        output: the run's folder at the server. It is not sent to the sites.
-        sites: sites that take part.
-        min_sites: number of sites that the job needs to start.
-
-    Returns:
-        The definition's folder.
-    """
-    controller = {"path": f"{PACKAGE}.controller.FlapsamController", "args": {"folder": str(output.absolute())}}
-    executor = {"path": f"{PACKAGE}.executor.FlapsamExecutor", "args": {}}
-    parts = {
-        "meta.json": {
-            "name": job_name(run),
-            "resource_spec": {},
-            "min_clients": min(min_sites, len(sites)),
-            "deploy_map": {"server": ["server"], "site": list(sites)},
-        },
-        "server/config/config_fed_server.json": {
-            "format_version": 2,
-            "server": {"task_request_interval": 0.1},
-            "workflows": [{"id": "flapsam", **controller}],
-            "components": [],
-        },
-        "site/config/config_fed_client.json": {
-            "format_version": 2,
-            "executors": [{"tasks": ["join", "fit", "validate"], "executor": executor}],
-            "components": [],
-        },
-    }
-    definition = folder / job_name(run)
-    for name, tree in parts.items():
-        path = definition / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(tree, indent=1))
-    return definition

@@ -330,14 +330,16 @@ SITE_TEMPLATE = """\
 data:
   path: /path/to/our/volumes     # folder with images/ and labels/, or any layout that `flapsam data list` shows
 state: state                     # folder for the state of runs, unpacked volumes, the log and the adapters
-min_cases: 10                    # with fewer training cases, this site takes part in no run
+min_cases: 10                    # with fewer cases to train on, this site takes part in no run
+min_validation_cases: 3          # with fewer validation cases, no Dice leaves this site
 metrics: true                    # false: losses, validation Dice, steps and times do not leave this site
 device: cpu                      # cpu, cuda, mps or auto
 # threads: 8                     # all cores by default
 # weights: sam_vit_b.pth         # checkpoint of the backbone, if `flapsam backbone get` did not download it
 
-# Uncomment these to accept only some strategies and aggregators, and fewer rounds:
+# Uncomment these to accept only some strategies and aggregators, a number of rounds over all runs, and so much memory:
 # strategies: [flap, lora]
 # aggregators: [flexlora-aligned, fedavg]
 # max_rounds: 100
+# memory_gib: 16
 """

@@ -1,14 +1,16 @@
 """A server or a site in the foreground. NVFLARE runs as a child process, and all that it starts ends with this one."""
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import psutil
 from cryptography.x509.oid import NameOID
@@ -20,6 +22,9 @@ from flapsam.federation.engines.nvflare.kits import FEW_DAYS, HEARTBEAT_SECONDS,
 from flapsam.federation.hospitals.site_config import read_site_config
 
 LOG, OUTPUT = "log.txt", "output.txt"
+MODULE = "flapsam.federation.engines.nvflare.process"
+SOCKETS = "FLAPSAM_SOCKETS"
+"""Environment variable with the folder for the sockets between a participant's processes. Only its user may enter it."""
 NEWS = (
     (r"Server started", "The server is up."),
     (r"Successfully registered client", "Connected to the server."),
@@ -27,6 +32,7 @@ NEWS = (
     (r"Re-activate the client: (\S+) at", "{0} is back."),
     (r"Client Name:(\S+) left", "{0} has left."),
     (r"BYOC not permitted", "Refused: a job that brings its own code."),
+    (r"dropped from (\S+): (.+)", "Refused from {0}: {1}."),
     (r"Component '(\S+)' at .* is not in allow_list", "Refused: a job that names {0}, which this kit does not allow."),
     (r"authenticated as '(\S+)' but claimed endpoint '(\S+)'", "Refused: {0}'s certificate, used as {1}."),
     (r"failed to verify client identity", "Refused: a connection whose certificate does not match its name."),
@@ -81,13 +87,21 @@ def _run_nvflare(kit: Kit, environment: Mapping[str, str], say: Callable[[str], 
     say(f"{kit.card.name} of {kit.card.federation}, server {kit.card.server}. Log: {logs[0]}. Press Ctrl-C to stop.")
     if kit.days_left < FEW_DAYS:
         say(f"The certificate expires in {kit.days_left} days. Ask the coordinator for a new kit.")
-    with (kit.folder / OUTPUT).open("ab") as output:
-        process = subprocess.Popen(
-            command(kit), stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
-        )
     # SIGTERM, from systemd or a script, stops it as Ctrl-C does. SIGINT is set too, because background jobs ignore it.
     for ending in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ending, signal.default_int_handler)
+    with contextlib.ExitStack() as opened:
+        # In the system's folder for temporary files, because the path of a Unix socket has at most 107 bytes.
+        sockets = opened.enter_context(tempfile.TemporaryDirectory(prefix="flapsam-"))
+        output = opened.enter_context((kit.folder / OUTPUT).open("ab"))
+        return _watch(kit, {**environment, SOCKETS: sockets}, output, news)
+
+
+def _watch(kit: Kit, environment: Mapping[str, str], output: BinaryIO, news: "News") -> int:
+    """Run NVFLARE's process and report its news. Returns as ``_run_nvflare`` does."""
+    process = subprocess.Popen(
+        command(kit), stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
+    )
     since = time.monotonic()
     try:
         while process.poll() is None:
@@ -134,10 +148,9 @@ def command(kit: Kit) -> list[str]:
     """Command that starts NVFLARE for a server's or a site's kit."""
     organisation = kit.certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)[0].value
     site = kit.card.role == "site"
-    module = "client.client_train" if site else "server.server_train"
     own = [f"uid={kit.card.name}", f"heart_beat_interval={HEARTBEAT_SECONDS // 5}"] if site else []
     return [
-        *(sys.executable, "-u", "-m", f"nvflare.private.fed.app.{module}", "-m", str(kit.folder)),
+        *(sys.executable, "-u", "-m", MODULE, kit.card.role, "-m", str(kit.folder)),
         *("-s", "fed_client.json" if site else "fed_server.json"),
         *("--set", "secure_train=true", f"org={organisation}", "config_folder=config", *own),
     ]

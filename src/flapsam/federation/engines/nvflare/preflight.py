@@ -16,6 +16,7 @@ from flapsam.federation.hospitals.handshake import REASONS, Presence, Proposal, 
 from flapsam.federation.hospitals.run_config import read_federated_config
 from flapsam.federation.hospitals.site_config import SiteConfig, read_site_config
 from flapsam.federation.hospitals.site_side import SiteSide
+from flapsam.federation.hospitals.words import in_words
 from flapsam.learning.memory import free_bytes, training_bytes
 from flapsam.run.config import ClassValues, Data, RunConfig
 from flapsam.run.observer import Observer
@@ -123,7 +124,11 @@ def _data(name: str, site: SiteConfig, run: RunConfig | None, observer: Observer
 def _rehearsal(name: str, site: SiteConfig, run: RunConfig, free: float) -> Iterator[Finding]:
     """Rehearse a run up to its first fit, with a temporary state."""
     with tempfile.TemporaryDirectory() as folder:
-        side = SiteSide(name, site.model_copy(update={"state": Path(folder)}))
+        rehearsed = site.model_copy(update={"state": Path(folder)})
+        for own, copy in ((site.journal, rehearsed.journal), (site.split, rehearsed.split)):
+            if own.exists():
+                shutil.copy(own, copy)
+        side = SiteSide(name, rehearsed)
         errors: list[str] = []
         listener = _Listener(errors)
         logger = logging.getLogger("flapsam")
@@ -139,6 +144,8 @@ def _rehearsal(name: str, site: SiteConfig, run: RunConfig, free: float) -> Iter
         size = f"{presence.training_cases} training cases, {presence.training_slices} slices"
         yield Finding("run", True, f"takes part with {size}, backbone {presence.backbone[:12]}…")
         config = side.config
+        for sentence in in_words(config, site):
+            yield Finding("asks", True, sentence)
         needed = training_bytes(side.network, config.training, config.precision) / 2**30
         yield Finding("memory", needed < free, f"a step needs {needed:.1f} GiB, {free:.1f} GiB free on {site.device}")
 

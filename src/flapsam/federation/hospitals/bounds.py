@@ -1,0 +1,74 @@
+"""What a run may ask of a site: the run's configuration is compared with the bounds of the site's own."""
+
+from collections.abc import Iterator, Sequence
+
+from flapsam.federation.hospitals.site_config import SiteConfig
+from flapsam.learning.prepared import PreparedCase
+from flapsam.learning.training import batches_per_epoch, learning_rate
+from flapsam.run.config import RunConfig, Training
+
+
+def refusals(config: RunConfig, site: SiteConfig) -> Iterator[tuple[str, str]]:
+    """Compare a run with a site's bounds.
+
+    Args:
+        config: the run's configuration.
+        site: the site's configuration.
+
+    Yields:
+        For each bound that the run exceeds, a code of ``REASONS`` and a sentence for the site's own log.
+    """
+    if config.strategy not in site.strategies:
+        yield "strategy", f"the run's strategy is {config.strategy}, this site's strategies are {', '.join(site.strategies)}"
+    if site.aggregators is not None and config.aggregator not in site.aggregators:
+        allowed = ", ".join(site.aggregators)
+        yield "aggregator", f"the run's aggregator is {config.aggregator}, this site's aggregators are {allowed}"
+    for name, value, low, high in _ranges(config, site):
+        if not low <= value <= high:
+            yield "bounds", f"the run's {name} is {value:g}, this site allows {low:g} to {high:g}"
+
+
+def _ranges(config: RunConfig, site: SiteConfig) -> Iterator[tuple[str, float, float, float]]:
+    """Name, value and range of everything that has bounds."""
+    training, bounds = config.training, site.bounds
+    below_one = 1 - 1e-6
+    yield "training.epochs", training.epochs, 1, bounds.max_epochs
+    yield "training.batch_size", training.batch_size, 1, bounds.max_batch_size
+    yield "training.learning_rate", training.learning_rate, 0, bounds.max_learning_rate
+    yield "training.weight_decay", training.weight_decay, 0, bounds.max_weight_decay
+    yield "training.betas[0]", training.betas[0], bounds.min_betas[0], below_one
+    yield "training.betas[1]", training.betas[1], bounds.min_betas[1], below_one
+    yield "sum of training.cross_entropy and training.dice", training.cross_entropy + training.dice, *bounds.loss_weights
+    yield "training.foreground_weight", training.foreground_weight, *bounds.loss_weights
+    yield "training.proximal", training.proximal, 0, bounds.max_proximal
+    yield "lora.rank", config.lora.rank, 1, bounds.max_rank
+    yield "samples.size", config.samples.size or 1, 1, bounds.max_size
+    yield "number of classes", len(config.data.classes), 1, bounds.max_classes
+
+
+def cases_used(cases: Sequence[PreparedCase], options: Training) -> int:
+    """Number of cases of which a fit is certain to use a slice.
+
+    Args:
+        cases: the training cases.
+        options: the run's training options. With ``empty_slices`` below 1, slices without any class may not be used.
+    """
+    return sum(case.slices > 0 and (options.empty_slices == 1 or len(case.occupied) > 0) for case in cases)
+
+
+def steps_of(cases: Sequence[PreparedCase], options: Training, done: int, rounds: int) -> float:
+    """Number of steps of a fit, each counted by its learning rate as a share of the highest one.
+
+    A schedule that falls to 0 at once would otherwise make one step out of many. A fit whose learning rate is 0 throughout
+    reveals nothing and counts in full.
+
+    Args:
+        cases: the training cases.
+        options: the run's training options.
+        done: number of steps that the client has done in earlier rounds.
+        rounds: number of rounds of the run.
+    """
+    batches = batches_per_epoch(cases, options)
+    rates = [learning_rate(done + step, batches, options, rounds) for step in range(options.epochs * batches)]
+    highest = max(rates, default=0)
+    return sum(rates) / highest if highest > 0 else float(len(rates))

@@ -1,0 +1,30 @@
+"""What a run asks of a site, in plain words, for the people who decide whether the site takes part."""
+
+from flapsam.federation.hospitals.site_config import SiteConfig
+from flapsam.run.config import RunConfig
+from flapsam.sam import strategy
+
+
+def in_words(config: RunConfig, site: SiteConfig) -> list[str]:
+    """Describe a run to a site.
+
+    Args:
+        config: the run's configuration, completed with what is the site's own.
+        site: the site's configuration.
+
+    Returns:
+        Sentences: what is trained, on what, for how long, and what leaves the site.
+    """
+    training, rounds = config.training, config.rounds
+    chosen = strategy(config.strategy)
+    trained = ["low-rank adapters"] * chosen.lora + [f"SAM's parameters {', '.join(chosen.trains)}"] * bool(chosen.trains)
+    epochs = f"{training.epochs} epoch" + "s" * (training.epochs > 1)
+    left = "the trained tensors, and the numbers of cases and slices, rounded"
+    if site.metrics:
+        left += "; losses, validation Dice, steps and times"
+    return [
+        f"Train {' and '.join(trained)} (strategy {config.strategy}) of {config.backbone.name}.",
+        f"Learn to segment {', '.join(config.data.classes)} from this site's training cases.",
+        f"Take part in up to {rounds.count} rounds of {epochs} each, with a learning rate of {training.learning_rate:g}.",
+        f"Leaves this site in each round: {left}. Codec: {config.compression.codec}, aggregator: {config.aggregator}.",
+    ]

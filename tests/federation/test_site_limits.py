@@ -1,0 +1,261 @@
+"""What a site's own file limits, whatever the server asks: settings, cases, rounds, split, scores and memory."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flapsam.base.errors import FlapsamError
+from flapsam.federation.agreement import SERVER, cut
+from flapsam.federation.hospitals.bounds import cases_used, refusals, steps_of
+from flapsam.federation.hospitals.handshake import Proposal, SiteFailed
+from flapsam.federation.hospitals.journal import Journal
+from flapsam.federation.hospitals.site_config import SAFE_STRATEGIES, SiteConfig
+from flapsam.federation.hospitals.site_side import SiteSide
+from flapsam.federation.hospitals.split import fixed_split
+from flapsam.federation.packets import Header, encode
+from flapsam.federation.preparation import assembled_for, resolve
+from flapsam.federation.shares import rounded
+from flapsam.learning.prepared import PreparedCase
+from flapsam.run.config import RunConfig, Training
+from flapsam.run.reading import read_config
+from flapsam.sam import travelling_state
+from flapsam.sam.strategies import STRATEGIES
+from flapsam.sites import Case, Site
+from tests.helpers.reconstruction import ATTACK, make_volumes, proposal_of, site_of
+from tests.helpers.sites import make_sites, write_run
+
+RUN = "0" * 32
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> RunConfig:
+    return resolve(read_config(write_run(tmp_path / "run.yaml", make_sites(tmp_path / "data", cases=5))))
+
+
+def site_config(folder: Path, **fields: Any) -> SiteConfig:
+    tree = {"data": {"path": folder / "data" / "site_0"}, "state": folder / "state", "threads": 1}
+    return SiteConfig.model_validate({**tree, "bounds": {"min_steps": 1}, **fields})
+
+
+def joined(config: RunConfig, site: SiteConfig, run: str = RUN) -> SiteSide:
+    side = SiteSide("site_0", site)
+    side.join(Proposal.of(run, config).model_dump_json().encode())
+    return side
+
+
+def packet(side: SiteSide, number: int) -> bytes:
+    """A packet with the initial tensors as the result of round ``number``."""
+    agreement, rank = side.client.agreement, side.client.rank
+    if number == 0:
+        return encode(Header(run=agreement.run, round=0, base=0, sender=SERVER), agreement.nothing(rank), {})
+    header = Header(run=agreement.run, round=number, base=None, sender=SERVER)
+    return encode(header, agreement.from_server(header, rank), cut(agreement.start, rank))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("training.epochs", 101),
+        ("training.batch_size", 257),
+        ("training.learning_rate", 0.11),
+        ("training.weight_decay", 1.1),
+        ("training.betas", (0.4, 0.999)),
+        ("training.betas", (0.9, 0.8)),
+        ("training.betas", (1.0, 0.999)),
+        ("training.cross_entropy", 10),
+        ("training.foreground_weight", 11.0),
+        ("training.foreground_weight", 0.01),
+        ("training.proximal", 11.0),
+        ("lora.rank", 65),
+        ("samples.size", 1025),
+        ("data.labels", {f"class_{number}": number for number in range(1, 34)}),
+        ("training.learning_rate", float("inf")),
+        ("training.cross_entropy", float("inf")),
+    ],
+)
+def test_a_setting_outside_of_the_bounds_is_refused(field: str, value: Any, config: RunConfig, tmp_path: Path):
+    part, name = field.split(".")
+    changed = getattr(config, part).model_copy(update={name: value})
+    found = list(refusals(config.model_copy(update={part: changed}), site_config(tmp_path)))
+    assert [code for code, _ in found] == ["bounds"]
+    assert name in found[0][1] or "classes" in found[0][1]
+    assert not list(refusals(config, site_config(tmp_path)))
+
+
+def test_no_strategy_that_is_safe_by_default_trains_patch_or_position_embeddings(config: RunConfig):
+    for strategy in STRATEGIES:
+        trained = travelling_state(assembled_for(config.model_copy(update={"strategy": strategy})).network)
+        embeddings = [
+            tensor for tensor in trained if any(part in tensor for part in ("patch_embed", "pos_embed", "rel_pos"))
+        ]
+        assert bool(embeddings) != (strategy in SAFE_STRATEGIES), strategy
+
+
+def case(slices: int, occupied: int) -> PreparedCase:
+    return PreparedCase("a", "s", frozenset({1}), slices, frozenset(range(occupied)), (0.0, 1.0), None, Path())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("cases", "empty_slices", "used"),
+    [
+        ([case(4, 1), case(4, 0)], 1.0, 2),
+        ([case(4, 1), case(4, 0)], 0.99, 1),
+        ([case(4, 0), case(0, 0)], 1.0, 1),
+        ([], 1.0, 0),
+    ],
+)
+def test_only_cases_that_a_fit_is_certain_to_use_count(cases: list[PreparedCase], empty_slices: float, used: int):
+    assert cases_used(cases, Training(empty_slices=empty_slices)) == used
+
+
+@pytest.mark.parametrize(
+    ("fields", "done", "steps"),
+    [
+        # Twelve slices in batches of three: four steps an epoch, all at the highest rate.
+        ({"schedule_power": 0}, 1, 4),
+        ({"schedule_power": 0, "epochs": 2}, 1, 8),
+        # Warm-up over four steps: rates 1, 1, 2 and 3 quarters of the highest, which is that of the last step, 3.
+        ({"warmup_steps": 4}, 0, 7 / 3),
+        # The last step of the warm-up and the one after it have the highest rate. Then the rate is 0.
+        ({"schedule_power": 1e9}, 1, 2),
+        # The schedule is over: nothing is learned.
+        ({"schedule_power": 1, "schedule_epochs": 1}, 100, 4),
+    ],
+)
+def test_steps_count_by_their_learning_rate(fields: dict, done: int, steps: float):
+    options = Training.model_validate({"batch_size": 3, "window": 1, "warmup_steps": 1, **fields})
+    assert steps_of([case(12, 12)], options, done, rounds=1) == pytest.approx(steps, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(0, 0), (1, 5), (7, 5), (8, 10), (52, 50), (53, 55), (99, 100), (104, 100), (105, 110), (12345, 12000)],
+)
+def test_counts_are_rounded(count: int, expected: int):
+    assert rounded(count) == expected
+
+
+def test_the_first_run_fixes_the_split(config: RunConfig, tmp_path: Path):
+    """Neither another seed, other fractions nor a choice of sites changes it, and no case moves when cases are added."""
+    joined(config, site_config(tmp_path))
+    path = tmp_path / "state" / "split.json"
+    first = json.loads(path.read_text())
+    assert sorted(first.values()) == ["test", "train", "train", "train", "val"]
+    data = config.data.model_copy(
+        update={"test_fraction": 0.9, "validation_fraction": 0.9, "simulated_sites": 5, "sites": ["x"]}
+    )
+    side = joined(config.model_copy(update={"data": data, "seed": 7}), site_config(tmp_path), run="1" * 32)
+    assert json.loads(path.read_text()) == first
+    assert len(side.client.data.train) == 3 and len(side.client.data.val) == 1
+
+
+def test_new_cases_join_the_split_of_their_subject(tmp_path: Path):
+    def site(*cases: tuple[str, str, str]) -> Site:
+        return Site("s", tuple(Case(name, "s", subject, Path(), Path(), split) for name, subject, split in cases))  # type: ignore[arg-type]
+
+    path = tmp_path / "split.json"
+    fixed_split(site(("a", "A", "train"), ("b", "B", "test")), path)
+    changed = fixed_split(site(("a", "A", "test"), ("a2", "A", "val"), ("b", "B", "train"), ("c", "C", "val")), path)
+    assert [case.split for case in changed.cases] == ["train", "train", "test", "val"]
+    for damaged in ("[]", "{", '{"a": "all"}', '{"a": 1}', '{"a": []}'):
+        path.write_text(damaged)
+        with pytest.raises(FlapsamError, match="cannot read the split"):
+            fixed_split(site(("a", "A", "train")), path)
+
+
+def test_rounds_are_counted_over_all_runs_and_only_those_of_the_run_are_answered(config: RunConfig, tmp_path: Path):
+    site = site_config(tmp_path, max_rounds=3)
+    side = joined(config, site)
+    first = side.fit(iter([packet(side, 0)]))
+    assert side.fit(iter([packet(side, 0)])) == first
+    side.fit(iter([packet(side, 1)]))
+    with pytest.raises(SiteFailed, match="rounds"):
+        side.fit(iter([packet(side, 2)]))
+    # Two of three rounds are used, and the next run has two.
+    with pytest.raises(SiteFailed, match="rounds"):
+        joined(config, site, run="1" * 32)
+    entries = [json.loads(line) for line in site.journal.read_text().splitlines()]
+    assert [entry["what"] for entry in entries] == ["asked", "joined", "fit", "fit", "refused", "asked", "refused"]
+    assert "max_rounds is 3, of which other runs have used 2" in entries[-1]["reasons"][0]
+
+
+def test_scores_leave_once_a_round_and_only_of_enough_cases(config: RunConfig, tmp_path: Path):
+    side = joined(config, site_config(tmp_path))
+    first = side.validate(iter([packet(side, 1)]))
+    side.client._scores = lambda: {"validation.mean": 0.123}
+    assert side.validate(iter([])) == first and json.loads(first)
+    few = joined(config, site_config(tmp_path, state=tmp_path / "few", min_validation_cases=2))
+    assert json.loads(few.validate(iter([packet(few, 1)]))) == {}
+    with pytest.raises(SiteFailed, match="rounds"):
+        side.validate(iter([packet(side, 2), packet(side, 3)]))
+
+
+def test_a_journal_survives_a_crash_and_a_damaged_one_is_named(tmp_path: Path):
+    path = tmp_path / "journal.jsonl"
+    Journal(path).write("fit", RUN, round=1, bytes=10)
+    with path.open("a") as file:
+        file.write('{"what": "fit", "run"')
+    journal = Journal(path)
+    journal.write("fit", RUN, round=2, bytes=10)
+    assert Journal(path).fits == {RUN: 2}
+    path.write_text("{}\n")
+    with pytest.raises(FlapsamError, match="cannot read this journal"):
+        Journal(path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_the_operating_system_limits_the_memory_of_a_fit():
+    program = """
+from flapsam.federation.engines.fit_process import limit_memory
+from flapsam.federation.hospitals.site_config import SiteConfig
+limit_memory(SiteConfig.model_validate({"data": {"path": "x"}, "memory_gib": 0.5}))
+bytearray(100 << 20)
+try:
+    bytearray(600 << 20)
+except MemoryError:
+    print("refused")
+"""
+    outcome = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert outcome.stdout == "refused\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "own", "code"),
+    [
+        ({}, {}, "strategy"),
+        ({"strategy": "attention"}, {}, "strategy"),
+        ({}, {"strategies": ["full"]}, "bounds"),
+        ({"learning_rate": 0.1}, {"strategies": ["full"]}, "bounds"),
+        ({"learning_rate": 0.1, "betas": (0.5, 0.9)}, {"strategies": ["full"]}, "bounds"),
+        # All settings are within their bounds. What is left of the attack is one slice, or one step that has an effect.
+        (
+            {"learning_rate": 0.1, "betas": (0.5, 0.9), "cross_entropy": 0.1, "schedule_power": 7},
+            {"strategies": ["full"]},
+            "bounds",
+        ),
+        (
+            {"learning_rate": 0.1, "betas": (0.5, 0.9), "cross_entropy": 0.1, "empty_slices": 1.0},
+            {"strategies": ["full"]},
+            "bounds",
+        ),
+        (
+            {
+                "learning_rate": 0.1,
+                "betas": (0.5, 0.9),
+                "cross_entropy": 0.1,
+                "labels": {"background": [1, 2], "lesion": 99},
+            },
+            {"strategies": ["full"], "min_cases": 2},
+            "cases",
+        ),
+    ],
+)
+def test_a_server_that_asks_for_a_training_slice_is_refused(changes: dict, own: dict, code: str, tmp_path: Path):
+    side = site_of(make_volumes(tmp_path / "data", 6), tmp_path / "state", metrics=False, **own)
+    with pytest.raises(SiteFailed) as refusal:
+        side.join(proposal_of({**ATTACK, **changes}))
+    assert str(refusal.value) == code
