@@ -10,7 +10,14 @@ from flapsam import __version__
 from flapsam.base.errors import FlapsamError
 from flapsam.federation.agreement import SERVER
 from flapsam.federation.engines.fit_process import FitProcess
-from flapsam.federation.hospitals.handshake import REASONS, Presence, Proposal, SiteFailed, read_message
+from flapsam.federation.hospitals.handshake import (
+    REASONS,
+    Presence,
+    Proposal,
+    SiteFailed,
+    agreed_modalities,
+    read_message,
+)
 from flapsam.federation.hospitals.server_side import ServerSide
 from flapsam.federation.hospitals.site_config import SiteConfig, read_site_config
 from flapsam.federation.hospitals.site_side import SiteSide
@@ -57,8 +64,10 @@ def test_a_server_admits_a_sites_presence(config: RunConfig, tmp_path: Path):
     assert (presence.training_cases, presence.training_slices, presence.modalities, presence.held) == (4, 24, 1, 0)
     RunFolder(config.output).begin(config)
     server = ServerSide(config.output)
-    server.admit("site_0", presence.model_dump_json().encode())
-    assert server.held == {"site_0": 0}
+    for site in ("site_0", "site_1"):
+        server.admit(site, presence.model_dump_json().encode())
+    server.open()
+    assert server.held == {"site_0": 0, "site_1": 0}
 
 
 @pytest.mark.parametrize(
@@ -163,8 +172,12 @@ def test_a_typo_in_a_site_file_is_named_in_the_error(tmp_path: Path):
         ({"version": "9.9"}, f"it runs flapsam 9.9, the server runs {__version__}"),
         ({"backbone": "f" * 64}, "its backbone differs: checksum ffffffffffff…"),
         ({"contract": "f" * 64}, "its initial tensors differ from the server's"),
-        ({"modalities": 2}, "its images have 2 modalities, the other sites' have 1"),
+        ({"modalities": 2}, "its images have 2 modalities, most sites' have 1"),
         ({"cases": {"all": 3}}, "the presence message is invalid"),
+        ({"cases": {"train": 3, "val": 1}}, "the presence message is invalid"),
+        ({"cases": {"train": "3", "val": 1, "test": 1}}, "the presence message is invalid"),
+        ({"modalities": True}, "the presence message is invalid"),
+        ({"training_cases": 10**8}, "the presence message is invalid"),
         ({"training_slices": 0}, "the presence message is invalid"),
         ({"held": -1}, "the presence message is invalid"),
         ({"note": "x"}, "the presence message is invalid"),
@@ -185,14 +198,39 @@ def test_a_server_excludes_a_site_that_differs_and_says_why(change: dict, reason
     }
     server.admit("site_0", json.dumps(valid).encode())
     server.admit("site_1", json.dumps({**valid, **change}).encode())
-    assert list(server.held) == ["site_0"]
-    excluded = read_events(config.output)[-1]
-    assert (excluded["event"], excluded["site"]) == ("excluded", "site_1") and reason in excluded["reason"]
     # Only a site's first presence message counts, so its weight cannot grow later.
     server.admit("site_0", json.dumps({**valid, "training_slices": 10**9}).encode())
-    assert server.known["site_0"].slices == 24
     with pytest.raises(FlapsamError, match=r"too few sites take part: 1 of at least 2 \(rounds\.min_sites\)"):
         server.open()
+    assert list(server.held) == ["site_0"]
+    (excluded,) = read_events(config.output, "excluded")
+    assert excluded["site"] == "site_1" and reason in excluded["reason"]
+    assert server.known["site_0"].slices == 24
+
+
+@pytest.mark.parametrize(
+    ("counts", "configured", "agreed"),
+    [((3, 1, 1), 1, 1), ((1, 3, 3), 1, 3), ((2, 1), 1, 1), ((2, 1), 2, 2), ((2, 3), 1, 2), ((), 2, 2)],
+)
+def test_most_sites_decide_about_modalities_whoever_answers_first(counts: tuple, configured: int, agreed: int):
+    assert agreed_modalities(counts, configured) == agreed_modalities(counts[::-1], configured) == agreed
+
+
+def test_the_first_site_to_answer_decides_nothing_and_a_false_count_counts_in_part(config: RunConfig, tmp_path: Path):
+    """24 slices at two sites, so at most 240 of the third site's count. The shares are 24, 24 and 240 of 288."""
+    RunFolder(config.output).begin(config)
+    valid = read_message(Presence, SiteSide("site_0", site_config(tmp_path)).join(propose(config)))
+    server = ServerSide(config.output)
+    server.admit("liar", valid.model_copy(update={"modalities": 3}).model_dump_json().encode())
+    for site in ("site_0", "site_1"):
+        server.admit(site, valid.model_dump_json().encode())
+    server.admit("boaster", valid.model_copy(update={"training_slices": 10**10}).model_dump_json().encode())
+    server.open()
+    assert server.held == {"boaster": 0, "site_0": 0, "site_1": 0}
+    assert [event["site"] for event in read_events(config.output, "excluded")] == ["liar"]
+    assert server.server.shares == pytest.approx({"boaster": 240 / 288, "site_0": 24 / 288, "site_1": 24 / 288})
+    (bound,) = read_events(config.output, "bounded")
+    assert (bound["site"], bound["claimed"], bound["counted"]) == ("boaster", 10**10, 240)
 
 
 def test_configured_weights_are_normalised_over_the_sites_that_take_part(config: RunConfig, tmp_path: Path):
@@ -213,16 +251,31 @@ def test_a_server_creates_nothing_in_a_folder_without_a_run(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "answer", [b"", b"[]", b"{", b'{"validation.mean": 2}', b'{"validation.spy": 0.5}', b'{"validation.mean": "x"}']
-)
+WRONG_SCORES = [
+    b"",
+    b"[]",
+    b"{",
+    b'{"validation.mean": 2}',
+    b'{"validation.spy": 0.5}',
+    b'{"validation.mean": "x"}',
+    b'{"validation.mean": 0.5}',
+    b'{"validation.mean": "0.5", "validation.ball": "0.5", "validation.core": "0.5"}',
+    b'{"validation.mean": true, "validation.ball": true, "validation.core": true}',
+    b'{"validation.mean": NaN, "validation.ball": NaN, "validation.core": NaN}',
+]
+"""Not JSON, not a mapping, out of range, unknown or missing names, text, and what only looks like numbers."""
+
+
+@pytest.mark.parametrize("answer", WRONG_SCORES)
 def test_invalid_scores_are_ignored(answer: bytes, config: RunConfig):
     RunFolder(config.output).begin(config)
     server = ServerSide(config.output)
     assert server.read_scores(answer) is None
-    assert server.read_scores(b'{"validation.mean": 0.5, "validation.ball": null}') == {
+    assert server.read_scores(b"{}") == {}
+    assert server.read_scores(b'{"validation.mean": 0.5, "validation.ball": null, "validation.core": 1}') == {
         "validation.mean": 0.5,
         "validation.ball": None,
+        "validation.core": 1,
     }
 
 

@@ -91,7 +91,7 @@ class SiteSide:
         with failing_as("state"):
             self.config = self._with_windows(config, self.network)
             agreement = agree(proposal.run, self.config, self.network)
-            state = ClientState(self.folder / "site")
+            state = ClientState(self.folder / "site", self.config.rounds.keep)
             self.client = Client(self.network, data, self.config, agreement, state, reports_metrics=self.site.metrics)
             held = self.client.held
         log.info("taking part in run %s with %d training cases, from round %d", proposal.run, size.cases, held + 1)
