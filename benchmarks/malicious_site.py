@@ -63,7 +63,7 @@ from flapsam.sites import label_map, read_site
 RESULTS = HERE / "results" / "malicious_site.json"
 TABLE = HERE / "results" / "malicious_site.md"
 LIAR = "liar"
-SHAPE, CASES, ROUNDS = (40, 40, 6), 6, 6
+SHAPE, CASES, ROUNDS = (40, 40, 6), 10, 6
 SIZE, RANK = 64, 8
 ALLOWED = 0.02
 """Dice that an attack may cost."""
@@ -117,6 +117,7 @@ def configuration(folder: Path, fields: dict[str, Any]) -> RunConfig:
         "lora.rank": RANK,
         "rounds.count": ROUNDS,
         "rounds.patience": 3,
+        "data.test_fraction": 0.5,
         "training.batch_size": 4,
         "training.warmup_steps": 4,
         "threads": 1,
