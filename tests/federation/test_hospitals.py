@@ -1,6 +1,7 @@
 """A site that is asked to take part: what it contributes, what it refuses, and what it keeps to itself."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from flapsam import __version__
 from flapsam.base.errors import FlapsamError
 from flapsam.federation.agreement import SERVER
 from flapsam.federation.engines.fit_process import FitProcess
+from flapsam.federation.going_back import go_back
 from flapsam.federation.hospitals.handshake import (
     REASONS,
     Presence,
@@ -23,6 +25,9 @@ from flapsam.federation.hospitals.site_config import SiteConfig, read_site_confi
 from flapsam.federation.hospitals.site_side import SiteSide
 from flapsam.federation.packets import Header, decode, encode
 from flapsam.federation.preparation import resolve
+from flapsam.federation.rounds import Answer, Work
+from flapsam.federation.server import UNKNOWN
+from flapsam.federation.state import ClientState
 from flapsam.run.config import RunConfig
 from flapsam.run.folder import RunFolder
 from flapsam.run.reading import read_config
@@ -243,6 +248,48 @@ def test_configured_weights_are_normalised_over_the_sites_that_take_part(config:
         server.admit(site, SiteSide(site, file).join(propose(config)))
     server.open()
     assert server.server.shares == {"site_0": 0.75, "site_1": 0.25}
+
+
+def test_a_run_goes_back_and_an_absent_site_is_not_left_with_a_dropped_result(tmp_path: Path):
+    """site_2 was away when round 2 was repeated. It still holds the first result of round 2, and gets the new one."""
+    fields = {"rounds": {"count": 2, "keep": 1}, "compression": {"codec": "steps"}, "aggregator": "fedavg"}
+    config = resolve(read_config(write_run(tmp_path / "run.yaml", make_sites(tmp_path / "data", sites=3), **fields)))
+    folder = RunFolder(config.output)
+    run = folder.begin(config)
+
+    def server_with(*sites: str) -> tuple[ServerSide, dict[str, SiteSide]]:
+        server, sides = ServerSide(config.output), {}
+        for site in sites:
+            own = site_config(tmp_path, data={"path": tmp_path / "data" / site}, state=tmp_path / site)
+            sides[site] = SiteSide(site, own)
+            server.admit(site, sides[site].join(server.proposal))
+        server.open()
+        return server, sides
+
+    def train(*sites: str) -> ServerSide:
+        server, sides = server_with(*sites)
+
+        def carry(work: Work) -> Iterator[Answer]:
+            for site, side in sides.items():
+                packets = iter(server.packets(site))
+                if work == "fit":
+                    yield Answer(site, 0, fitted=side.fit(packets))
+                else:
+                    yield Answer(site, 0, scores=server.read_scores(side.validate(packets)))
+
+        assert server.train(carry, lambda: False)
+        return server
+
+    everyone = ("site_0", "site_1", "site_2")
+    first = train(*everyone).server.tensors
+    go_back(folder, 2)
+    without = train("site_0", "site_1").server.tensors
+    assert not all(torch.equal(without[name], first[name]) for name in first)
+    server, sides = server_with(*everyone)
+    assert server.present["site_2"].held == 2 and server.held["site_2"] == UNKNOWN
+    sides["site_2"].validate(iter(server.packets("site_2")))
+    held = ClientState(tmp_path / "site_2" / "runs" / run / "site").held()
+    assert held is not None and all(torch.equal(held[1][name], without[name]) for name in without)
 
 
 def test_a_server_creates_nothing_in_a_folder_without_a_run(tmp_path: Path):
