@@ -49,7 +49,7 @@ from flapsam.federation.compression import CODECS
 from flapsam.federation.hospitals.server_side import ServerSide
 from flapsam.federation.hospitals.site_config import SiteConfig
 from flapsam.federation.hospitals.site_side import SiteSide
-from flapsam.federation.packets import ENTRY, MAGIC, decode
+from flapsam.federation.packets import ENTRY, MAGIC, checksum, decode
 from flapsam.federation.preparation import resolve
 from flapsam.federation.rounds import Answer, Work
 from flapsam.learning.prepared import prepare
@@ -126,7 +126,40 @@ def configuration(folder: Path, fields: dict[str, Any]) -> RunConfig:
     return resolve(read_config(path, [f"{field}={json.dumps(value)}" for field, value in values.items()]))
 
 
-class Sabotaged(SiteSide):
+class Lazy(SiteSide):
+    """A site that trains only if it has not been sent the same tensors in the same rounds of another cell.
+
+    Where an attack is left out, the other sites train as without it, so their packets are known.
+    """
+
+    cache: dict[str, bytes]
+    """Checksum of all that a site was sent so far → its packet."""
+    seen = ""
+    waiting: list[list[bytes]]
+    """Packets of the rounds that it has not trained yet."""
+    trained: tuple[int, dict[str, Tensor]]
+    """The round whose result it held when it trained last, and these tensors."""
+
+    def join(self, message: bytes) -> bytes:
+        answer = super().join(message)
+        self.trained = (0, dict(self.client.agreement.start))
+        return answer
+
+    def fit(self, packets: Any) -> bytes:
+        self.waiting = [*getattr(self, "waiting", []), list(packets)]
+        _, start = self.client._receive(self.waiting[-1])
+        self.seen = sha256(f"{self.seen} {self.name} {checksum(start)}".encode()).hexdigest()
+        if self.seen not in self.cache:
+            if len(self.waiting) > 1:
+                # It has received rounds that it must train first, from the tensors that it held before them.
+                self.client.state.hold(*self.trained)
+            while self.waiting:
+                self.cache[self.seen] = super().fit(self.waiting.pop(0))
+            self.trained = self.client.state.held() or self.trained
+        return self.cache[self.seen]
+
+
+class Sabotaged(Lazy):
     """A site that lies."""
 
     attack: str
@@ -188,18 +221,22 @@ def huge(entry: Tensor) -> Tensor:
     return entry.sign() * min(1e30, torch.finfo(entry.dtype).max)
 
 
-def run(attack: str, honest: int, fields: dict[str, Any], folder: Path) -> dict[str, Any]:
+def run(attack: str, honest: int, fields: dict[str, Any], folder: Path, cache: dict[str, bytes]) -> dict[str, Any]:
     """Run a federation and return the honest sites' test Dice by case, its rounds, and what the ledger says of the liar."""
     names = [f"site_{number}" for number in range(honest)]
     make_data(folder / "data", [*names, LIAR])
     config = configuration(folder, fields)
-    RunFolder(config.output).begin(config)
+    begun = RunFolder(config.output)
+    begun.begin(config)
+    # The same id in every cell, so that packets are the same, too.
+    begun.environment.write_text(json.dumps({**begun.read_environment(), "run": "0" * 32}))
     server = ServerSide(config.output)
-    sides: dict[str, SiteSide] = {}
+    sides: dict[str, Lazy] = {}
     for name in names if attack == NONE else [LIAR, *names]:
         site = {"data": {"path": folder / "data" / name}, "state": folder / "state" / name, "threads": 1, "min_cases": 1}
-        sides[name] = (Sabotaged if name == LIAR else SiteSide)(name, SiteConfig.model_validate(site))
-        if isinstance(side := sides[name], Sabotaged):
+        side = sides[name] = (Sabotaged if name == LIAR else Lazy)(name, SiteConfig.model_validate(site))
+        side.cache = cache
+        if isinstance(side, Sabotaged):
             side.attack = attack
         server.admit(name, side.join(server.proposal))
     server.open()
@@ -247,15 +284,15 @@ def key(attack: str, column: str) -> str:
     return f"{attack}, {column}"
 
 
-def compute(attack: str, column: str) -> dict[str, Any]:
-    """Run one cell."""
+def compute(attack: str, column: str, cache: dict[str, bytes]) -> dict[str, Any]:
+    """Run one cell. ``cache`` belongs to the column."""
     fields = dict(COLUMNS[column])
     if attack == NONE and column in ROBUST:
         fields |= {"aggregator": "fedavg", "rounds.weights": "uniform"}
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            cell = run(attack, SITES.get(column, 2), fields, Path(folder))
+            cell = run(attack, SITES.get(column, 2), fields, Path(folder), cache)
         except FlapsamError as error:
             cell = {"ended": str(error)}
     return {**cell, "seconds": round(time.perf_counter() - began)}
@@ -328,7 +365,10 @@ def main() -> None:
     cells = read_cells(RESULTS)
     end = time.monotonic() + 60 * given.minutes
     columns = ["flexlora-aligned", *(name for name in COLUMNS if name != "flexlora-aligned")]
-    work = {key(attack, name): partial(compute, attack, name) for name in columns for attack in (NONE, *ATTACKS)}
+    caches: dict[str, dict[str, bytes]] = {name: {} for name in columns}
+    plain = [attack for attack in ATTACKS if attack not in POISONS]
+    order = [(attack, name) for some in ((NONE, *plain), POISONS) for name in columns for attack in some]
+    work = {key(attack, name): partial(compute, attack, name, caches[name]) for attack, name in order}
     for name, cell in work.items():
         if name not in cells and given.only in name and time.monotonic() < end:
             cells[name] = cell()
