@@ -356,6 +356,28 @@ def test_malicious_clients_cannot_move_a_tensor_beyond_the_honest_range(name: st
         assert (result[tensor_name] <= honest.amax(dim=0)).all() and (result[tensor_name] >= honest.amin(dim=0)).all()
 
 
+BORNE = {
+    # A fifth at either end, rounded down.
+    "trimmed-mean": {1: 0, 2: 0, 3: 0, 4: 0, 5: 1, 9: 1, 10: 2, 14: 2, 15: 3},
+    # All but the middle one or two.
+    "median": {1: 0, 2: 0, 3: 1, 4: 1, 5: 2, 6: 2, 7: 3},
+}
+"""Aggregator → number of sites → number of false ones among them that it bears."""
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_a_robust_aggregator_bears_as_many_false_sites_as_it_says_and_not_one_more(name: str):
+    """The false sites claim a thousand times the weight, and send all the same large number."""
+    previous = {"w": torch.zeros(3)}
+    assert name in BORNE or all(aggregator(name, RANK).bears(count) is None for count in range(1, 20))
+    for count, borne in BORNE.get(name, {}).items():
+        assert aggregator(name, RANK).bears(count) == borne
+        for liars in (borne, borne + 1):
+            sent = [{"w": torch.full((3,), 1e9)}] * liars + [{"w": torch.ones(3)}] * (count - liars)
+            result = aggregate(name, sent, [1000.0] * liars + [1.0] * (count - liars), previous)
+            assert bool((result["w"] == 1).all()) == (liars == borne)
+
+
 def test_lora_fair_keeps_all_tensors_if_a_is_0():
     previous = {n: torch.zeros_like(t) if n.endswith(A) else t for n, t in globals_before().items()}
     result = aggregate("lora-fair", [previous] * 2, [1, 1], previous)

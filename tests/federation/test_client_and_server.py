@@ -1,6 +1,7 @@
 """The server's and the clients' state, without an engine."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from flapsam.federation.aggregation import aggregator
 from flapsam.federation.agreement import SERVER, Agreement
 from flapsam.federation.packets import Contract, Header, PacketRefused, decode, encode
 from flapsam.federation.rounds import settled
-from flapsam.federation.server import Server
+from flapsam.federation.server import UNKNOWN, Server
 from flapsam.federation.server_optimizers import SERVER_OPTIMIZERS, server_step
 from flapsam.federation.state import ClientState, ServerState
 from flapsam.run.config import Compression, ServerOptions
@@ -27,8 +28,10 @@ def make_server(folder: Path, run: str = "r", codec: str = "fp32") -> Server:
     return Server(agreement(run, codec), {"a": 0.25, "b": 0.75}, ServerState(folder))
 
 
-def reply(sender: str, value: float, *, run: str = "r", number: int = 1, contract: Contract | None = None) -> bytes:
-    header = Header(run=run, round=number, base=number - 1, sender=sender)
+def reply(
+    sender: str, value: float, *, run: str = "r", number: int = 1, contract: Contract | None = None, **fields: Any
+) -> bytes:
+    header = Header(run=run, round=number, base=number - 1, sender=sender, **fields)
     return encode(header, contract or agreement().contract, {"w": torch.full((2,), value)})
 
 
@@ -74,6 +77,10 @@ REFUSED = {
     "early": (reply("a", 1.0, number=2), "it answers round 2, but the current round is 1"),
     "other contract": (reply("a", 1.0, contract=Contract({"w": (2,)})), "another contract"),
     "not a number": (reply("a", float("nan")), "NaN"),
+    "Dice above 1": (reply("a", 1.0, metrics={"validation.mean": 1.5}), "a Dice is a number between 0 and 1"),
+    "negative loss": (reply("a", 1.0, metrics={"loss": -1.0}), "its loss is not a number between 0 and 1e\\+12"),
+    "too many steps": (reply("a", 1.0, metrics={"steps": 1e300}), "its steps is not a number"),
+    "own metric": (reply("a", 1.0, metrics={"spy": 1.0}), "a metric that was not asked for"),
 }
 
 
@@ -193,12 +200,35 @@ def test_a_site_with_a_smaller_rank_exchanges_part_of_each_adapter(tmp_path: Pat
 
 
 def test_a_run_is_settled_when_its_best_score_no_longer_rises():
-    rising, flat = [0.1, 0.5, 0.6, 0.7], [0.1, 0.5, None, 0.501, 0.4]
+    rising, flat = [{"a": 0.1}, {"a": 0.5}, {"a": 0.6}, {"a": 0.7}], [{"a": v} for v in (0.1, 0.5, None, 0.501, 0.4)]
     assert not settled(rising, 2, 0.002)
     assert settled(flat, 2, 0.002)
     assert not settled(flat, 2, 0.0005)
     assert not settled(flat, None, 0.002)
-    assert not settled([0.5, 0.5], 2, 0.0)
+    assert not settled([{"a": 0.5}, {"a": 0.5}], 2, 0.0)
+    assert not settled([], 1, 0.0) and not settled([{"a": None}] * 9, 1, 0.0)
+
+
+RISING, FLAT = (0.1, 0.3, 0.5, 0.7), (0.5, 0.5, 0.5, 0.5)
+LIES = {"always 1": (1, 1, 1, 1), "suddenly 1": (0, 0, 0, 1), "suddenly 0": (1, 0, 0, 0), "nothing": (None,) * 4}
+
+
+@pytest.mark.parametrize("lie", LIES.values(), ids=LIES)
+@pytest.mark.parametrize(("honest", "over"), [((RISING, RISING), False), ((FLAT, FLAT), True)], ids=["rising", "flat"])
+def test_a_false_dice_neither_ends_nor_prolongs_a_run(honest: tuple, over: bool, lie: tuple):
+    """The medians of the values in the rounds would be 0.1, 0.3, 0.5, 0.5 if the first site were flat from the second on."""
+    curves = dict(zip("abc", (*honest, lie), strict=True))
+    validation = [{site: curve[number] for site, curve in curves.items()} for number in range(4)]
+    assert settled(validation, 1, 0.002) == over
+
+
+@pytest.mark.parametrize(
+    ("curves", "over"),
+    [((FLAT, RISING), False), ((FLAT, FLAT), True), ((FLAT, FLAT, RISING), True), ((FLAT, FLAT, RISING, RISING), False)],
+)
+def test_more_than_half_of_the_sites_must_have_settled(curves: tuple, over: bool):
+    validation = [{str(site): curve[number] for site, curve in enumerate(curves)} for number in range(4)]
+    assert settled(validation, 1, 0.002) == over
 
 
 # Computed by hand for two rounds with the same Δ = 2: θ = 1, mean 3, η = 0.5, β₁ = 0.9, β₂ = 0.99, τ = 0.1.
@@ -233,6 +263,44 @@ def test_a_client_keeps_its_last_reply_and_moments(tmp_path: Path):
     assert newest is not None and newest.read_bytes() == b"3"
     assert state.moments_before(3) is None
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_client_keeps_what_a_repeated_round_needs_and_no_reply_to_another_start(tmp_path: Path):
+    state = ClientState(tmp_path, keep=2)
+    for number in (1, 2, 3, 4, 5):
+        state.moments(number).write_bytes(b"%d" % number)
+        state.commit(number, b"reply %d" % number, origin="aa")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *(f"moments-00000{number}.safetensors" for number in (3, 4, 5)),
+        "reply-000005-aa.packet",
+    ]
+    assert (state.reply(5, "aa"), state.reply(5, "bb"), state.reply(4, "aa")) == (b"reply 5", None, None)
+    # Round 4 is repeated, so what came of it and of later rounds is dropped.
+    state.forget_from(4)
+    newest = state.moments_before(9)
+    assert newest is not None and newest.read_bytes() == b"3"
+
+
+def test_a_reply_of_an_earlier_version_is_still_sent(tmp_path: Path):
+    ClientState(tmp_path).commit(2, b"reply")
+    assert ClientState(tmp_path).reply(2, "aa") == b"reply"
+
+
+def test_a_state_of_an_earlier_version_resumes(tmp_path: Path):
+    """It kept the mean of the sites' Dice, which now stands for each site."""
+    server = make_server(tmp_path)
+    server._commit(1, server.globals, server.held, {}, [None, 0.5])  # type: ignore[list-item]
+    assert make_server(tmp_path).validation == [{"a": None, "b": None}, {"a": 0.5, "b": 0.5}]
+
+
+def test_a_site_that_may_hold_a_dropped_result_gets_all_tensors(tmp_path: Path):
+    server = make_server(tmp_path, codec="topk")
+    for number in (1, 2):
+        server.receive(change("a", number, [4.0, 0.0]), "a")
+        server.close_round()
+    (packet,) = server.packets("a", UNKNOWN)
+    header, received = opened(packet, "topk")
+    assert (header.base, received["w"].tolist()) == (None, [8.0, 0.0])
 
 
 def test_moments_survive_a_round_that_saves_none(tmp_path: Path):

@@ -1,6 +1,7 @@
 """A site that is asked to take part: what it contributes, what it refuses, and what it keeps to itself."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,23 @@ from flapsam import __version__
 from flapsam.base.errors import FlapsamError
 from flapsam.federation.agreement import SERVER
 from flapsam.federation.engines.fit_process import FitProcess
-from flapsam.federation.hospitals.handshake import REASONS, Presence, Proposal, SiteFailed, read_message
+from flapsam.federation.going_back import go_back
+from flapsam.federation.hospitals.handshake import (
+    REASONS,
+    Presence,
+    Proposal,
+    SiteFailed,
+    agreed_modalities,
+    read_message,
+)
 from flapsam.federation.hospitals.server_side import ServerSide
 from flapsam.federation.hospitals.site_config import SiteConfig, read_site_config
 from flapsam.federation.hospitals.site_side import SiteSide
 from flapsam.federation.packets import Header, decode, encode
 from flapsam.federation.preparation import resolve
+from flapsam.federation.rounds import Answer, Work
+from flapsam.federation.server import UNKNOWN
+from flapsam.federation.state import ClientState
 from flapsam.run.config import RunConfig
 from flapsam.run.folder import RunFolder
 from flapsam.run.reading import read_config
@@ -60,8 +72,10 @@ def test_a_server_admits_a_sites_presence(config: RunConfig, tmp_path: Path):
     assert (presence.training_cases, presence.training_slices, presence.modalities, presence.held) == (5, 25, 1, 0)
     RunFolder(config.output).begin(config)
     server = ServerSide(config.output)
-    server.admit("site_0", presence.model_dump_json().encode())
-    assert server.held == {"site_0": 0}
+    for site in ("site_0", "site_1"):
+        server.admit(site, presence.model_dump_json().encode())
+    server.open()
+    assert server.held == {"site_0": 0, "site_1": 0}
 
 
 @pytest.mark.parametrize(
@@ -166,8 +180,12 @@ def test_a_typo_in_a_site_file_is_named_in_the_error(tmp_path: Path):
         ({"version": "9.9"}, f"it runs flapsam 9.9, the server runs {__version__}"),
         ({"backbone": "f" * 64}, "its backbone differs: checksum ffffffffffff…"),
         ({"contract": "f" * 64}, "its initial tensors differ from the server's"),
-        ({"modalities": 2}, "its images have 2 modalities, the other sites' have 1"),
+        ({"modalities": 2}, "its images have 2 modalities, most sites' have 1"),
         ({"cases": {"all": 3}}, "the presence message is invalid"),
+        ({"cases": {"train": 3, "val": 1}}, "the presence message is invalid"),
+        ({"cases": {"train": "3", "val": 1, "test": 1}}, "the presence message is invalid"),
+        ({"modalities": True}, "the presence message is invalid"),
+        ({"training_cases": 10**8}, "the presence message is invalid"),
         ({"training_slices": 0}, "the presence message is invalid"),
         ({"held": -1}, "the presence message is invalid"),
         ({"note": "x"}, "the presence message is invalid"),
@@ -188,14 +206,39 @@ def test_a_server_excludes_a_site_that_differs_and_says_why(change: dict, reason
     }
     server.admit("site_0", json.dumps(valid).encode())
     server.admit("site_1", json.dumps({**valid, **change}).encode())
-    assert list(server.held) == ["site_0"]
-    excluded = read_events(config.output)[-1]
-    assert (excluded["event"], excluded["site"]) == ("excluded", "site_1") and reason in excluded["reason"]
     # Only a site's first presence message counts, so its weight cannot grow later.
     server.admit("site_0", json.dumps({**valid, "training_slices": 10**9}).encode())
-    assert server.known["site_0"].slices == 24
     with pytest.raises(FlapsamError, match=r"too few sites take part: 1 of at least 2 \(rounds\.min_sites\)"):
         server.open()
+    assert list(server.held) == ["site_0"]
+    (excluded,) = read_events(config.output, "excluded")
+    assert excluded["site"] == "site_1" and reason in excluded["reason"]
+    assert server.known["site_0"].slices == 24
+
+
+@pytest.mark.parametrize(
+    ("counts", "configured", "agreed"),
+    [((3, 1, 1), 1, 1), ((1, 3, 3), 1, 3), ((2, 1), 1, 1), ((2, 1), 2, 2), ((2, 3), 1, 2), ((), 2, 2)],
+)
+def test_most_sites_decide_about_modalities_whoever_answers_first(counts: tuple, configured: int, agreed: int):
+    assert agreed_modalities(counts, configured) == agreed_modalities(counts[::-1], configured) == agreed
+
+
+def test_the_first_site_to_answer_decides_nothing_and_a_false_count_counts_in_part(config: RunConfig, tmp_path: Path):
+    """24 slices at two sites, so at most 240 of the third site's count. The shares are 24, 24 and 240 of 288."""
+    RunFolder(config.output).begin(config)
+    valid = read_message(Presence, SiteSide("site_0", site_config(tmp_path)).join(propose(config)))
+    server = ServerSide(config.output)
+    server.admit("liar", valid.model_copy(update={"modalities": 3}).model_dump_json().encode())
+    for site in ("site_0", "site_1"):
+        server.admit(site, valid.model_dump_json().encode())
+    server.admit("boaster", valid.model_copy(update={"training_slices": 10**10}).model_dump_json().encode())
+    server.open()
+    assert server.held == {"boaster": 0, "site_0": 0, "site_1": 0}
+    assert [event["site"] for event in read_events(config.output, "excluded")] == ["liar"]
+    assert server.server.shares == pytest.approx({"boaster": 240 / 288, "site_0": 24 / 288, "site_1": 24 / 288})
+    (bound,) = read_events(config.output, "bounded")
+    assert (bound["site"], bound["claimed"], bound["counted"]) == ("boaster", 10**10, 240)
 
 
 def test_configured_weights_are_normalised_over_the_sites_that_take_part(config: RunConfig, tmp_path: Path):
@@ -210,22 +253,79 @@ def test_configured_weights_are_normalised_over_the_sites_that_take_part(config:
     assert server.server.shares == {"site_0": 0.75, "site_1": 0.25}
 
 
+def test_a_run_goes_back_and_an_absent_site_is_not_left_with_a_dropped_result(tmp_path: Path):
+    """site_2 was away when round 2 was repeated. It still holds the first result of round 2, and gets the new one."""
+    fields = {"rounds": {"count": 2, "keep": 1}, "compression": {"codec": "steps"}, "aggregator": "fedavg"}
+    config = resolve(read_config(write_run(tmp_path / "run.yaml", make_sites(tmp_path / "data", sites=3), **fields)))
+    folder = RunFolder(config.output)
+    run = folder.begin(config)
+
+    def server_with(*sites: str) -> tuple[ServerSide, dict[str, SiteSide]]:
+        server, sides = ServerSide(config.output), {}
+        for site in sites:
+            own = site_config(tmp_path, data={"path": tmp_path / "data" / site}, state=tmp_path / site)
+            sides[site] = SiteSide(site, own)
+            server.admit(site, sides[site].join(server.proposal))
+        server.open()
+        return server, sides
+
+    def train(*sites: str) -> ServerSide:
+        server, sides = server_with(*sites)
+
+        def carry(work: Work) -> Iterator[Answer]:
+            for site, side in sides.items():
+                packets = iter(server.packets(site))
+                if work == "fit":
+                    yield Answer(site, 0, fitted=side.fit(packets))
+                else:
+                    yield Answer(site, 0, scores=server.read_scores(side.validate(packets)))
+
+        assert server.train(carry, lambda: False)
+        return server
+
+    everyone = ("site_0", "site_1", "site_2")
+    first = train(*everyone).server.tensors
+    go_back(folder, 2)
+    without = train("site_0", "site_1").server.tensors
+    assert not all(torch.equal(without[name], first[name]) for name in first)
+    server, sides = server_with(*everyone)
+    assert server.present["site_2"].held == 2 and server.held["site_2"] == UNKNOWN
+    sides["site_2"].validate(iter(server.packets("site_2")))
+    held = ClientState(tmp_path / "site_2" / "runs" / run / "site").held()
+    assert held is not None and all(torch.equal(held[1][name], without[name]) for name in without)
+
+
 def test_a_server_creates_nothing_in_a_folder_without_a_run(tmp_path: Path):
     with pytest.raises(FlapsamError, match="there is no run here"):
         ServerSide(tmp_path / "elsewhere")
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "answer", [b"", b"[]", b"{", b'{"validation.mean": 2}', b'{"validation.spy": 0.5}', b'{"validation.mean": "x"}']
-)
+WRONG_SCORES = [
+    b"",
+    b"[]",
+    b"{",
+    b'{"validation.mean": 2}',
+    b'{"validation.spy": 0.5}',
+    b'{"validation.mean": "x"}',
+    b'{"validation.mean": 0.5}',
+    b'{"validation.mean": "0.5", "validation.ball": "0.5", "validation.core": "0.5"}',
+    b'{"validation.mean": true, "validation.ball": true, "validation.core": true}',
+    b'{"validation.mean": NaN, "validation.ball": NaN, "validation.core": NaN}',
+]
+"""Not JSON, not a mapping, out of range, unknown or missing names, text, and what only looks like numbers."""
+
+
+@pytest.mark.parametrize("answer", WRONG_SCORES)
 def test_invalid_scores_are_ignored(answer: bytes, config: RunConfig):
     RunFolder(config.output).begin(config)
     server = ServerSide(config.output)
     assert server.read_scores(answer) is None
-    assert server.read_scores(b'{"validation.mean": 0.5, "validation.ball": null}') == {
+    assert server.read_scores(b"{}") == {}
+    assert server.read_scores(b'{"validation.mean": 0.5, "validation.ball": null, "validation.core": 1}') == {
         "validation.mean": 0.5,
         "validation.ball": None,
+        "validation.core": 1,
     }
 
 

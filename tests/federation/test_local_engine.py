@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from flapsam.adapters.store import read_card, read_tensors
 from flapsam.experiments.simulation import simulate
@@ -19,22 +20,33 @@ from tests.helpers.command import flapsam
 from tests.helpers.ledgers import read_events
 from tests.helpers.sites import make_sites, write_run
 
+ENOUGH = {"median": 3, "trimmed-mean": 5}
+"""Aggregator → number of sites that it needs; two are enough for the others."""
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_sites(tmp_path_factory.mktemp("data"), sites=2, cases=4)
 
 
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_sites(tmp_path_factory.mktemp("many"), sites=5, cases=4)
+
+
 @pytest.mark.parametrize("name", AGGREGATORS)
-def test_every_aggregator_runs_with_mixed_ranks_and_saves_a_complete_adapter(name: str, data: Path, tmp_path: Path, capfd):
+def test_every_aggregator_runs_with_mixed_ranks_and_saves_a_complete_adapter(name: str, many: Path, tmp_path: Path, capfd):
     """``predict`` rebuilds the network from the adapter's folder and returns the same label maps as the run."""
-    config = write_run(tmp_path / "run.yaml", data, aggregator=name, site_ranks={"site_1": 1}, rounds={"count": 3})
-    outcome = flapsam(capfd, "simulate", config, "--json")
+    sites = [f"site_{number}" for number in range(ENOUGH.get(name, 2))]
+    config = write_run(tmp_path / "run.yaml", many, aggregator=name, site_ranks={"site_1": 1}, rounds={"count": 3})
+    outcome = flapsam(capfd, "simulate", config, "--set", f"data.sites={sites}", "--json")
     assert outcome.code == 0, outcome.err
     run = tmp_path / "run"
-    assert [event["site"] for event in read_events(run, "fit")] == ["site_0", "site_1"] * 3
+    assert [event["site"] for event in read_events(run, "fit")] == sites * 3
+    borne = [(event["sites"], event["borne"]) for event in read_events(run, "borne")]
+    assert borne == ([(len(sites), 1)] if name in ENOUGH else [])
     assert not read_events(run, "refused")
-    outcome = flapsam(capfd, "predict", run, data, "--split", "test", "-o", tmp_path / "out", "--threads", "1", "--json")
+    outcome = flapsam(capfd, "predict", run, many, "--split", "test", "-o", tmp_path / "out", "--threads", "1", "--json")
     assert outcome.code == 0, outcome.err
     for path in map(Path, json.loads(outcome.out)["written"]):
         assert path.read_bytes() == (run / "predictions/federated" / path.relative_to(tmp_path / "out")).read_bytes()
@@ -94,6 +106,35 @@ def test_a_settled_run_ends(data: Path, tmp_path: Path):
     assert [event["round"] for event in read_events(run, "round")] == [1, 2, 3]
     assert [(event["site"], event["round"]) for event in read_events(run, "delivery")] == [("site_0", 3), ("site_1", 3)]
     assert read_card(run / "adapter").rounds == 3
+
+
+def test_a_run_that_goes_back_ends_with_the_same_bits(data: Path, tmp_path: Path, capfd):
+    """With packets that lose bits, so what earlier rounds left unsent counts, too."""
+    fields = {"rounds": {"count": 3, "keep": 1}, "compression": {"codec": "steps"}}
+    path = write_run(tmp_path / "run.yaml", data, **fields)
+    config, run = read_config(path), tmp_path / "run"
+    simulate(config)
+    outcome = flapsam(capfd, "simulate", path, "--from-round", "2")
+    assert outcome.code == 2 and "possible rounds: 3, 4" in outcome.err
+    before, events = read_tensors(run / "adapter"), read_events(run)
+    simulate(config, from_round=3)
+    after = read_tensors(run / "adapter")
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    (back,) = read_events(run, "went_back")
+    assert (back["round"], back["federation"]) == (3, "federated")
+
+    def told(events: list[dict]) -> list[tuple]:
+        fields = ("event", "round", "site", "case", "loss", "dice")
+        return [tuple(str(event.get(field)) for field in fields) for event in events if event["event"] != "went_back"]
+
+    assert sorted(told(read_events(run))) == sorted(told(events))
+
+
+def test_an_aggregator_that_bears_no_false_site_is_refused(data: Path, tmp_path: Path, capfd):
+    outcome = flapsam(capfd, "simulate", write_run(tmp_path / "run.yaml", data, aggregator="median"))
+    assert outcome.code == 2
+    assert "median bears no false site among 2 sites; use at least 3 sites" in outcome.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_fedprox_stays_closer_to_the_start_of_the_round(data: Path, tmp_path: Path):

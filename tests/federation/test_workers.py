@@ -47,10 +47,10 @@ def test_workers_do_not_change_the_result(data: Path, tmp_path: Path):
 
 def test_a_run_whose_worker_died_ends_with_an_error_and_resumes(data: Path, tmp_path: Path):
     config = read_config(write_run(tmp_path / "run.yaml", data, rounds={"count": 3}))
-    reply = tmp_path / "run/state/federated/sites/site_0/reply-000002.packet"
+    site = tmp_path / "run/state/federated/sites/site_0"
 
     def kill_a_worker() -> None:
-        while not reply.exists():
+        while not any(site.glob("reply-000002-*")):
             time.sleep(0.005)
         multiprocessing.active_children()[0].kill()
 

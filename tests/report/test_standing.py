@@ -92,7 +92,12 @@ def test_troubles_are_counted(config: RunConfig):
     refused = event("refused", 25, federation="federated", round=3, site="b", reason="not finite", bytes_up=7)
     excluded = event("excluded", 26, federation="federated", site="c", reason="another version")
     standing = Standing(config, [*LEDGER, refused, excluded])
-    assert {kind: len(events) for kind, events in standing.troubles.items()} == {"refused": 1, "missing": 0, "excluded": 1}
+    assert {kind: len(events) for kind, events in standing.troubles.items()} == {
+        "refused": 1,
+        "left_out": 0,
+        "missing": 0,
+        "excluded": 1,
+    }
     cohort = standing.cohorts[TOGETHER]
     assert cohort.sites["b"].trouble == refused
     assert cohort.bytes_up == 507

@@ -13,16 +13,21 @@ from tests.helpers.ledgers import read_events
 
 TIME = "2026-01-01T12:00:00+00:00"
 FEDERATED = {"federation": "federated", "round": 1}
+BORNE = {"federation": "federated", "aggregator": "median"}
 LINES: list[dict[str, Any]] = [
     {"event": "site", "site": "a", "cases": {"train": 3, "val": 1, "test": 2}},
     {"event": "micro_batch", "windows": 4},
     {"event": "job", "federation": "federated", "job": "7", "sites": ["a", "b"]},
     {"event": "job_end", "federation": "federated", "job": "7", "outcome": "stopped", "reason": "too few sites"},
     {"event": "excluded", "federation": "federated", "site": "b", "reason": "another version"},
+    {"event": "bounded", "federation": "federated", "site": "b", "unit": "slices", "claimed": 9000, "counted": 240},
+    {"event": "borne", **BORNE, "sites": 5, "borne": 2, "least": 2, "borne_of_least": 0},
+    {"event": "went_back", **FEDERATED},
     {"event": "fit", **FEDERATED, "site": "a", "bytes_down": 10, "bytes_up": 100, "slices": 9, "loss": None, "steps": 3.0},
     {"event": "validation", "federation": "local/a", "round": 1, "site": "a", "dice": {"mean": 0.5, "ball": None}},
     {"event": "round", **FEDERATED, "seconds": 10.5, "aggregation_seconds": 0.25},
     {"event": "refused", **FEDERATED, "site": "b", "reason": "not finite", "bytes_up": 7},
+    {"event": "left_out", **FEDERATED, "site": "b", "reason": "its change is 1e+30 times the others'"},
     {"event": "missing", **FEDERATED, "site": "b", "reason": "it is gone", "work": "validate"},
     {"event": "delivery", **FEDERATED, "site": "a", "bytes_down": 20},
     {"event": "test", "federation": "centralised", "site": "a", "case": "c", "dice": {"ball": 0.5}, "hd95": {"ball": None}},
@@ -30,6 +35,7 @@ LINES: list[dict[str, Any]] = [
     {"event": "end"},
 ]
 """One event of each kind, as all versions so far have written it."""
+MISSING = next(line for line in LINES if line["event"] == "missing")
 
 
 def test_every_kind_of_event_has_a_line():
@@ -79,10 +85,51 @@ def test_a_truncated_line_is_removed_and_no_event_is_written_twice(tmp_path: Pat
 
 def test_failures_may_repeat_but_the_end_may_not(tmp_path: Path):
     ledger = Ledger(tmp_path / "events.jsonl")
-    (missing,) = parse_events([json.dumps({**LINES[9], "time": TIME})])
+    (missing,) = parse_events([json.dumps({**MISSING, "time": TIME})])
     for event in (missing, missing, RunEnded(), RunEnded()):
         ledger.write(event)
     assert [event["event"] for event in read_events(tmp_path)] == ["missing", "missing", "end"]
+
+
+def test_going_back_moves_what_will_be_written_again_and_keeps_the_rest(tmp_path: Path):
+    kinds = {
+        "kept": ["site 0 a", "fit 1 a", "fit 1 b", "validation 0 a", "round 1 ", "local fit 2 a"],
+        "dropped": [
+            "validation 1 a",
+            "fit 2 a",
+            "refused 2 b",
+            "left_out 3 b",
+            "round 2 ",
+            "delivery 3 a",
+            "test a",
+            "end",
+        ],
+    }
+    by_kind = {line["event"]: line for line in LINES}
+
+    def event(text: str) -> Event:
+        words = text.removeprefix("local ").split()
+        line = {**by_kind[words[0]], "time": TIME}
+        if len(words) > 1:
+            line |= {"round": int(words[1])} if "round" in line else {}
+            line |= {"site": words[-1]} if "site" in line else {}
+        if "federation" in line:
+            line["federation"] = "local/a" if text.startswith("local") else "federated"
+        (parsed,) = parse_events([json.dumps(line)])
+        return parsed
+
+    ledger = Ledger(tmp_path / "events.jsonl")
+    kept, dropped = ([event(text) for text in kinds[kind]] for kind in ("kept", "dropped"))
+    for line in [*kept, *dropped]:
+        ledger.write(line)
+    ledger.go_back(TOGETHER, 2)
+    assert read_ledger(tmp_path / "events.jsonl")[:-1] == kept
+    assert ledger.events()[-1].as_json() | {"time": ""} == {**FEDERATED, "event": "went_back", "time": "", "round": 2}
+    assert read_ledger(tmp_path / "events-dropped.jsonl") == dropped
+    # They can be written again, unlike those that were kept.
+    for line in [*kept, *dropped]:
+        ledger.write(line)
+    assert Ledger(ledger.path).events() == [*kept, ledger.events()[len(kept)], *dropped]
 
 
 def test_bytes_are_summed_by_cohort_and_direction():

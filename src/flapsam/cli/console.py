@@ -40,6 +40,10 @@ Assignments = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Change a field, such as rounds.count=5. Repeatable."),
 ]
+FromRound = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Repeat the run from round N on. Drops what it has done since."),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Number of threads. All cores by default.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")]
 Size = Annotated[int | None, typer.Option(min=1, help="Side of the network's square input in pixels.")]

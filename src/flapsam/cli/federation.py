@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from flapsam.base.errors import FlapsamError
-from flapsam.cli.console import Assignments, Json, Quiet, Track, interruptible, out, print_json, say, warn
+from flapsam.cli.console import Assignments, FromRound, Json, Quiet, Track, interruptible, out, print_json, say, warn
 
 app = typer.Typer(
     help="""Train between hospitals, over mutual TLS.
@@ -101,6 +101,7 @@ def run(
     kit: CoordinatorKit = COORDINATOR,
     assignments: Assignments = None,
     wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for missing sites before starting without them.")] = 60,
+    from_round: FromRound = None,
     track: Track = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -114,7 +115,7 @@ def run(
     configuration = read_federated_config(config, assignments or [])
     advice = "The run continues at the server. Run the same command to follow it, or flapsam federation stop to stop it."
     with interruptible(advice) as shown, tracked(shown, track or [], warn) as observer:
-        adapter = follow(configuration, kit, observer, wait=wait)
+        adapter = follow(configuration, kit, observer, wait=wait, from_round=from_round)
     if as_json:
         print_json({"adapter": str(adapter)})
     else:

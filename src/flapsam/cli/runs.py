@@ -8,6 +8,7 @@ import typer
 from flapsam.base.errors import FlapsamError
 from flapsam.cli.console import (
     Assignments,
+    FromRound,
     Json,
     Quiet,
     Track,
@@ -77,6 +78,7 @@ def simulate(
     config: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Configuration of the run.")],
     assignments: Assignments = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was stopped.")] = False,
+    from_round: FromRound = None,
     workers: Annotated[int, typer.Option(min=1, help="Number of sites that train in parallel.")] = 1,
     track: Track = None,
     quiet: Quiet = False,
@@ -92,7 +94,7 @@ def simulate(
     configuration = read_config(config, assignments or [])
     advice = f"Finished work is in {configuration.output}; add --resume to continue."
     with interruptible(advice) as shown, tracked(shown, track or [], warn) as observer:
-        results = run(configuration, resume=resume, workers=workers, observer=observer)
+        results = run(configuration, resume=resume, from_round=from_round, workers=workers, observer=observer)
     if as_json:
         print_json(results.as_json())
     else:

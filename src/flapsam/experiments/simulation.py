@@ -23,9 +23,11 @@ from flapsam.base.errors import FlapsamError
 from flapsam.base.files import alone, write_text
 from flapsam.federation.aggregation import aggregator
 from flapsam.federation.agreement import Agreement
+from flapsam.federation.borne import check_borne, false_sites_borne
 from flapsam.federation.client import Client, ClientData
 from flapsam.federation.engines.local import run_rounds
 from flapsam.federation.engines.workers import Workers
+from flapsam.federation.going_back import go_back
 from flapsam.federation.preparation import (
     agree,
     agree_alone,
@@ -147,6 +149,7 @@ def simulate(
     config: RunConfig,
     *,
     resume: bool = False,
+    from_round: int | None = None,
     workers: int = 1,
     sites: Sequence[Site] | None = None,
     observer: Observer | None = None,
@@ -156,6 +159,7 @@ def simulate(
     Args:
         config: the run's configuration.
         resume: whether to resume the run in ``config.output`` from where it stopped.
+        from_round: resume it from before this federated round instead, and drop everything since.
         workers: number of sites that train in parallel, each on ``config.threads`` threads, or on an equal share of all
             cores if that is None. The result depends on the number of threads, not on the number of workers.
         sites: the sites of ``config.data``, if they have been read before.
@@ -177,9 +181,15 @@ def simulate(
     _check_ranks(training, config)
     config = with_modalities(config, [case for site in sites for case in site.cases])
     shares = client_shares({site.name: training_size(site.of("train"), config) for site in training}, config.rounds)
+    if "federated" in config.modes:
+        check_borne(config, sum(share > 0 for share in shares.values()))
+    elif from_round is not None:
+        raise FlapsamError("--from-round: this run has no federated rounds; add federated to modes, or leave the option out")
     folder = RunFolder(config.output)
-    run = _open_folder(folder, config, resume)
+    run = _open_folder(folder, config, resume or from_round is not None)
     with alone(folder.lock, wait=False):
+        if from_round is not None:
+            go_back(folder, from_round)
         prepared = prepare(config, run, sites, shares, observer)
         for part in prepared.trainings:
             rounds = train(prepared, part, workers, observer)
@@ -246,10 +256,14 @@ def train(prepared: Prepared, training: CohortTraining, workers: int, observer: 
     server = Server(
         agreement,
         prepared.shares if together else {data.site: 1.0 for data in training.clients},
-        ServerState(prepared.folder.server_state(cohort)),
+        ServerState(prepared.folder.server_state(cohort), config.rounds.keep),
         options=config.server if together else None,
         seed=config.seed,
+        max_change=config.rounds.max_change,
+        classes=config.data.classes,
     )
+    if together and (event := false_sites_borne(config, sum(share > 0 for share in prepared.shares.values()), least=1)):
+        prepared.ledger.write(event)
     description = (config, agreement, training.clients, prepared.folder.client_states(cohort))
     clients = list(_clients(network, *description).values())
     side_by_side = min(workers, len(clients)) > 1
@@ -364,7 +378,8 @@ def _clients(
     network: Sam, config: RunConfig, agreement: Agreement, data: Sequence[ClientData], folder: Path
 ) -> dict[str, Client]:
     """Site → client. All clients share the network."""
-    return {part.site: Client(network, part, config, agreement, ClientState(folder / part.site)) for part in data}
+    keep = config.rounds.keep
+    return {part.site: Client(network, part, config, agreement, ClientState(folder / part.site, keep)) for part in data}
 
 
 def _own_clients(config: RunConfig, agreement: Agreement, data: Sequence[ClientData], folder: Path) -> dict[str, Client]:

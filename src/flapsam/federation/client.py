@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flapsam.base.seeds import seed_for
 from flapsam.federation.agreement import SERVER, VALIDATION, Agreement, changed, cut, padded
-from flapsam.federation.packets import Contract, Header, PacketRefused, decode, encode, encode_lossy
+from flapsam.federation.packets import Contract, Header, PacketRefused, checksum, decode, encode, encode_lossy
 from flapsam.federation.shares import rounded
 from flapsam.federation.state import ClientState
 from flapsam.learning.inference import predict_stack
@@ -96,9 +96,11 @@ class Client:
         """
         done, start = self._receive(packets)
         number = done + 1
-        kept = self.state.reply(number)
+        origin = checksum(start)[:16]
+        kept = self.state.reply(number, origin)
         if kept is not None:
             return kept
+        self.state.forget_from(number)
         metrics: dict[str, float | None] = {}
         if self.disclosure.scores and done > 0 and done % self.config.rounds.validate_every == 0:
             metrics |= self._scores()
@@ -135,7 +137,7 @@ class Client:
             metrics=metrics,
         )
         answer = self._answer(header, contract, start, result, keep_unsent=finite)
-        self.state.commit(number, answer)
+        self.state.commit(number, answer, origin)
         return answer
 
     def validate(self, packets: Iterable[bytes]) -> dict[str, float | None]:

@@ -79,11 +79,8 @@ class Contract:
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], compression: Compression | None = None) -> "Contract":
         """The contract of a run that starts from these tensors."""
-        digest = hashlib.sha256()
-        for _, tensor in sorted(tensors.items()):
-            digest.update(tensor.contiguous().numpy().tobytes())
         shapes = {name: tuple(tensor.shape) for name, tensor in sorted(tensors.items())}
-        return cls(shapes, compression or Compression(), digest.hexdigest())
+        return cls(shapes, compression or Compression(), checksum(tensors))
 
     def part(self, names: Collection[str]) -> "Contract":
         """The contract of a packet that holds only these tensors."""
@@ -109,6 +106,14 @@ class Contract:
     def coder(self) -> Codec:
         """The codec that ``compression`` names."""
         return codec(self.compression)
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the numbers of these tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for _, tensor in sorted(tensors.items()):
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def encode(header: Header, contract: Contract, tensors: Mapping[str, Tensor], seed: int = 0) -> bytes:

@@ -1,17 +1,31 @@
 """The rounds of a run, whatever the engine: packets out, answers in, aggregation, and an event in the ledger for each."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
+from statistics import median_high
 from typing import Any, Literal
 
 from flapsam.base.errors import FlapsamError
 from flapsam.federation.agreement import VALIDATION
 from flapsam.federation.packets import PacketRefused
+from flapsam.federation.reported import is_amount, read_scores
 from flapsam.federation.server import Server
 from flapsam.learning.training import FIT_METRICS
 from flapsam.run.config import Rounds
-from flapsam.run.ledger import AnswerMissing, AnswerRefused, Cohort, Delivered, Event, Fitted, RoundClosed, Validated
+from flapsam.run.ledger import (
+    AnswerLeftOut,
+    AnswerMissing,
+    AnswerRefused,
+    Cohort,
+    Delivered,
+    Event,
+    Fitted,
+    RoundClosed,
+    Validated,
+)
 
 Work = Literal["fit", "validate"]
 Scores = Mapping[str, float | None]
@@ -38,6 +52,8 @@ Carry = Callable[[Work], Iterable[Answer]]
 """An engine: it brings every site its packets and yields each answer once, as it arrives."""
 Record = Callable[[Event], object]
 """Writes an event to the ledger."""
+REFUSALS = 3
+"""Number of refused answers of a site in a round after which its further answers are dropped, unread and unrecorded."""
 
 
 def rounds(server: Server, cohort: Cohort, options: Rounds, carry: Carry, record: Record) -> Iterator[int]:
@@ -54,22 +70,31 @@ def rounds(server: Server, cohort: Cohort, options: Rounds, carry: Carry, record
         The number of rounds done, after each round.
 
     Raises:
-        FlapsamError: fewer sites than ``options.min_sites`` answered. The round is not closed and has to be run again.
+        FlapsamError: fewer usable answers than ``options.min_sites`` arrived. The round is not closed and has to be run
+            again.
     """
     while server.rounds_done < options.count and not settled(server.validation, options.patience, options.settled):
         number = server.rounds_done + 1
         started = time.perf_counter()
+        refused: Counter[str] = Counter()
+        missing: set[str] = set()
         for answer in carry("fit"):
-            if answer.missing:
-                record(AnswerMissing(cohort=cohort, round=number, site=answer.site, reason=answer.missing))
-            else:
-                _receive(server, cohort, number, answer, record)
+            site = answer.site
+            if answer.missing and site not in missing:
+                missing.add(site)
+                record(AnswerMissing(cohort=cohort, round=number, site=site, reason=answer.missing))
+            elif not answer.missing and refused[site] < REFUSALS:
+                refused[site] += not _receive(server, cohort, number, answer, record)
         aggregating = time.perf_counter()
         answered = len(server.state.replied())
         if answered < options.min_sites:
             few = f"too few sites answered: {answered} of at least {options.min_sites} (rounds.min_sites)"
             raise FlapsamError(f"round {number}: {few}; see the ledger for the reasons")
-        server.close_round()
+
+        def leave_out(site: str, reason: str, number: int = number) -> None:
+            record(AnswerLeftOut(cohort=cohort, round=number, site=site, reason=reason))
+
+        server.close_round(options.min_sites, leave_out)
         closed = time.perf_counter()
         record(RoundClosed(cohort=cohort, round=number, seconds=closed - started, aggregation_seconds=closed - aggregating))
         yield number
@@ -85,41 +110,66 @@ def deliver(server: Server, cohort: Cohort, carry: Carry, record: Record) -> Non
         record: writes an event to the ledger.
     """
     number = server.rounds_done
+    answered: set[str] = set()
     for answer in carry("validate"):
-        if answer.missing:
-            record(AnswerMissing(cohort=cohort, round=number, site=answer.site, work="validate", reason=answer.missing))
+        site = answer.site
+        if site in answered or site not in server.shares:
+            continue
+        answered.add(site)
+        missing = answer.missing
+        try:
+            scores = read_scores(answer.scores or {}, server.classes)
+        except ValueError as error:
+            scores, missing = {}, missing or str(error)
+        if missing:
+            record(AnswerMissing(cohort=cohort, round=number, site=site, work="validate", reason=missing))
         else:
-            _record_validation(cohort, number, answer.site, answer.scores or {}, record)
-            record(Delivered(cohort=cohort, round=number, site=answer.site, bytes_down=answer.bytes_down))
+            _record_validation(cohort, number, site, scores, record)
+            record(Delivered(cohort=cohort, round=number, site=site, bytes_down=answer.bytes_down))
 
 
-def settled(validation: Sequence[float | None], patience: int | None, gain: float) -> bool:
-    """Whether validation Dice has stopped rising.
+def settled(validation: Sequence[Mapping[str, float | None]], patience: int | None, gain: float) -> bool:
+    """Whether validation Dice has stopped rising at more than half of the sites that report it.
 
-    It has if the best of the last ``patience`` values exceeds the best value before them by at most ``gain``.
+    At a site it has if the best of its last ``patience`` values exceeds its best value before them by at most ``gain``. Each
+    site is judged by its own values, and then the median over the sites is taken. The median of the values themselves would
+    not do, because a site that reports 1 and then 0 can move it from the best honest site's curve to the worst one's.
 
     Args:
-        validation: mean Dice of each validation, oldest first. None where there was none.
+        validation: mean Dice by site in each validation, oldest first. None where a site reported none.
         patience: number of validations to look back on. None: validation never settles.
         gain: largest rise in Dice that does not yet count as progress.
     """
-    known = [value for value in validation if value is not None]
-    return patience is not None and len(known) > patience and max(known[-patience:]) <= max(known[:-patience]) + gain
+    if patience is None:
+        return False
+    rises = []
+    for site in {site for scores in validation for site in scores}:
+        known = [value for scores in validation if (value := scores.get(site)) is not None]
+        if len(known) > patience:
+            rises.append(max(known[-patience:]) - max(known[:-patience]))
+        elif known:
+            rises.append(inf)
+    # Of an even number, the upper one, because a run ends by itself at the last round, but must not be ended too soon.
+    return bool(rises) and median_high(rises) <= gain
 
 
-def _receive(server: Server, cohort: Cohort, number: int, answer: Answer, record: Record) -> None:
+def _receive(server: Server, cohort: Cohort, number: int, answer: Answer, record: Record) -> bool:
+    """Pass an answer on to the server. Returns whether it was accepted."""
     site, size = answer.site, len(answer.fitted)
     try:
+        if not is_amount(answer.seconds):
+            raise PacketRefused("the seconds that came with it are invalid")
         header = server.receive(answer.fitted, site)
     except PacketRefused as refusal:
         record(AnswerRefused(cohort=cohort, round=number, site=site, reason=str(refusal), bytes_up=size))
-        return
+        return False
     _record_validation(cohort, number - 1, site, header.metrics, record)
     reported: dict[str, Any] = {name: header.metrics.get(name) for name in FIT_METRICS}
     if answer.seconds is not None:
         reported["site_seconds"] = answer.seconds
     reported |= {"bytes_down": answer.bytes_down, "bytes_up": size, "slices": header.samples}
     record(Fitted(cohort=cohort, round=number, site=site, **reported))
+    return True
 
 
 def _record_validation(cohort: Cohort, number: int, site: str, metrics: Scores, record: Record) -> None:

@@ -3,18 +3,24 @@
 Engines only carry the bytes, so a simulation on a laptop and a federation of hospitals do the same arithmetic.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from flapsam.base.errors import FlapsamError
 from flapsam.base.seeds import seed_for
+from flapsam.federation.aggregation import Reply
 from flapsam.federation.agreement import SERVER, VALIDATION, Agreement, changed, cut
 from flapsam.federation.packets import Contract, Header, PacketRefused, decode, encode, encode_lossy
+from flapsam.federation.reported import check_metrics
+from flapsam.federation.screening import norm, too_large
 from flapsam.federation.server_optimizers import server_step
 from flapsam.federation.state import ServerState
-from flapsam.learning.metrics import mean
 from flapsam.run.config import ServerOptions
+
+UNKNOWN = -1
+"""Round of a site whose tensors are not known. It is before the start, for which there is no packet."""
 
 
 class Server:
@@ -33,6 +39,8 @@ class Server:
         *,
         options: ServerOptions | None = None,
         seed: int = 0,
+        max_change: float | None = None,
+        classes: Collection[str] | None = None,
     ) -> None:
         """Start a run, or resume it from the saved state.
 
@@ -42,6 +50,8 @@ class Server:
             state: the server's folder.
             options: what the server does with the clients' mean.
             seed: the run's seed, from which the codec's rounding is seeded.
+            max_change: how many times as large as the others' change a site's change may be. None: any size is accepted.
+            classes: the run's classes, whose validation Dice sites may report. None: any names are accepted.
 
         Raises:
             FlapsamError: the state is damaged or belongs to another run.
@@ -51,6 +61,8 @@ class Server:
         self.state = state
         self.options = options or ServerOptions()
         self.seed = seed
+        self.max_change = max_change
+        self.classes = classes
         ranks = {agreement.aggregator.rank, *agreement.ranks.values()}
         self.streams = {str(rank): rank for rank in sorted(ranks)}
         """Name of a stream → rank. Sites of the same rank get the same packets, one stream."""
@@ -65,11 +77,17 @@ class Server:
             self.globals = groups["global"]
             self.held = {stream: groups.get(f"held-{stream}", {}) for stream in self.streams}
             self.moments = {kind: groups[kind] for kind in ("m", "v") if kind in groups}
-            self.validation: list[float | None] = metadata["validation"]
+            # Earlier versions kept the mean over the sites.
+            self.validation: list[dict[str, float | None]] = [
+                scores if isinstance(scores, dict) else dict.fromkeys(shares, scores) for scores in metadata["validation"]
+            ]
             state.forget_replies()
 
     def packets(self, site: str, held: int) -> list[bytes]:
-        """The packets for a site at round ``held``: every packet since, or one with all tensors if that is smaller."""
+        """The packets for a site at round ``held``: every packet since, or one with all tensors if that is smaller.
+
+        A site whose tensors are not known is at round ``UNKNOWN`` and gets all of them.
+        """
         rank, agreement = self.agreement.rank(site), self.agreement
         header = Header(run=agreement.run, round=self.rounds_done, base=self.rounds_done, sender=SERVER)
         if held == self.rounds_done and (agreement.remembers or held == 0):
@@ -97,6 +115,11 @@ class Server:
             PacketRefused: the answer cannot be used. The round continues without it.
         """
         agreement, number = self.agreement, self.rounds_done + 1
+        # These are refused unread, because a site may send any number of answers that nobody asked for.
+        if site not in self.shares:
+            raise PacketRefused(f"{site!r} is not a site of this run")
+        if site in self.state.replied():
+            raise PacketRefused(f"{site} has already answered this round")
 
         def agreed(header: Header) -> Contract:
             if header.run != agreement.run:
@@ -107,46 +130,78 @@ class Server:
                 raise PacketRefused(f"its sender is {header.sender!r}, but it came from {site!r}")
             if header.round != number or header.base != self.rounds_done:
                 raise PacketRefused(f"it answers round {header.round}, but the current round is {number}")
-            if site in self.state.replied():
-                raise PacketRefused(f"{site} has already answered this round")
             return agreement.up(site, number)
 
         header, part = decode(packet, agreed, agreement.contract.tensor_bytes)
-        for name, value in header.metrics.items():
-            if name.startswith(VALIDATION) and value is not None and not 0 <= value <= 1:
-                raise PacketRefused(f"its validation Dice of {value} is not between 0 and 1")
-        tensors = changed(cut(self.globals, agreement.rank(site)), part, agreement.lossless)
-        metadata = {"validation": header.metrics.get(f"{VALIDATION}mean")}
+        try:
+            check_metrics(header.metrics, self.classes)
+        except ValueError as error:
+            raise PacketRefused(str(error)) from error
+        start = cut(self.globals, agreement.rank(site))
+        tensors = changed(start, part, agreement.lossless)
+        change = norm(tensor - start[name] if agreement.lossless else tensor for name, tensor in part.items())
+        metadata = {"validation": header.metrics.get(f"{VALIDATION}mean"), "change": change}
         self.state.keep_reply(site, {name: tensors[name] for name in part}, metadata)
         return header
 
-    def close_round(self) -> int:
+    def close_round(self, least: int = 1, on_left_out: Callable[[str, str], object] = lambda site, reason: None) -> int:
         """Aggregate the round's replies, in the order of the sites' names.
+
+        A reply whose change is far larger than the others' is left out. So are the largest changes, one after another, as
+        long as the result is not finite.
+
+        Args:
+            least: number of replies that must be left to aggregate.
+            on_left_out: called with each site that is left out, and the reason.
 
         Returns:
             The number of rounds done.
 
         Raises:
-            FlapsamError: no site with a weight above 0 answered.
+            FlapsamError: too few replies are left, or none of them has a weight above 0.
         """
         number = self.rounds_done + 1
-        kept = [self.state.reply(site, self.shares[site]) for site in self.state.replied()]
-        replies = [reply for reply, _ in kept]
-        if not any(reply.weight > 0 for reply in replies):
-            raise FlapsamError(f"round {number}: no site with a weight above 0 answered; see the ledger for the reasons")
-        result = self.agreement.aggregator.aggregate(replies, self.globals, number)
-        result, moments = server_step(self.globals, result, self.moments, self.options)
+        kept = {site: self.state.reply(site, self.shares[site]) for site in self.state.replied()}
+        changes = {site: metadata["change"] for site, (reply, metadata) in kept.items() if reply.weight > 0}
+        bad = too_large(changes, self.max_change)
+        while True:
+            for site, reason in bad.items():
+                on_left_out(site, reason)
+                del kept[site], changes[site]
+            if not changes:
+                raise FlapsamError(f"round {number}: no site with a weight above 0 answered; see the ledger for the reasons")
+            if len(kept) < least:
+                few = f"too few answers are usable: {len(kept)} of at least {least} (rounds.min_sites)"
+                raise FlapsamError(f"round {number}: {few}; see the ledger for the reasons")
+            outcome = self._aggregated([reply for reply, _ in kept.values()], number)
+            if outcome is not None:
+                break
+            bad = {max(changes, key=changes.__getitem__): "with it, the round's result is not finite"}
+        result, moments = outcome
         held = dict(self.held)
         packets = {}
         for stream, rank in self.streams.items():
             packets[stream], held[stream] = self._packet(stream, rank, number, result)
         # An answer brings the validation scores of the round before.
-        validation = [*self.validation, mean(metadata["validation"] for _, metadata in kept)]
+        validation = [*self.validation, {site: metadata["validation"] for site, (_, metadata) in kept.items()}]
         self._commit(number, result, held, moments, validation, packets)
         for stream in self.streams:
             # Beyond this size, one packet with all tensors is smaller than the chain of packets.
             self.state.forget_packets(stream, self.agreement.contract.tensor_bytes if self.agreement.remembers else 0)
         return number
+
+    def _aggregated(
+        self, replies: Sequence[Reply], number: int
+    ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]] | None:
+        """The global tensors and the server's moments after a round; None if they are not finite."""
+        try:
+            result = self.agreement.aggregator.aggregate(replies, self.globals, number)
+        except torch._C._LinAlgError:
+            # A decomposition of numbers that are not finite does not converge.
+            return None
+        result, moments = server_step(self.globals, result, self.moments, self.options)
+        finite = all(tensor.isfinite().all() for part in (result, *moments.values()) for tensor in part.values())
+        return (result, moments) if finite else None
 
     def _packet(self, stream: str, rank: int, number: int, tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, Tensor]]:
         """The packet that brings the new global tensors to the sites of a rank, and what these sites hold then."""
@@ -172,7 +227,7 @@ class Server:
         tensors: dict[str, Tensor],
         held: Mapping[str, Mapping[str, Tensor]],
         moments: Mapping[str, Mapping[str, Tensor]],
-        validation: list[float | None],
+        validation: list[dict[str, float | None]],
         packets: Mapping[str, bytes] | None = None,
     ) -> None:
         groups = {"global": tensors, **moments}

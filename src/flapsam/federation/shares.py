@@ -1,7 +1,9 @@
 """The share of each client in the mean."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import median_low
+from typing import TypeVar
 
 from flapsam.base.errors import FlapsamError
 from flapsam.run.config import Rounds, RunConfig
@@ -15,6 +17,9 @@ class TrainingSize:
 
     cases: int
     slices: int
+
+
+Size = TypeVar("Size", bound=TrainingSize)
 
 
 def rounded(count: int) -> int:
@@ -61,6 +66,23 @@ def client_shares(sizes: Mapping[str, TrainingSize], options: Rounds) -> dict[st
     if total <= 0:
         raise FlapsamError("rounds.weights: every site's share is 0; check these weights and the sites' training cases")
     return {name: weight / total for name, weight in raw.items()}
+
+
+def bounded(sizes: Mapping[str, Size], options: Rounds) -> dict[str, Size]:
+    """Cut off what a site claims to have beyond ``options.max_weight`` times the lower median of the sites.
+
+    Args:
+        sizes: each site's training data, by name, as the site itself reports it.
+        options: the rounds' options. Only the count that ``weights`` uses is bounded.
+
+    Returns:
+        The same sizes, with the counts that are too large replaced.
+    """
+    kind, most = options.weights, options.max_weight
+    if most is None or kind not in ("slices", "cases") or not sizes:
+        return dict(sizes)
+    limit = int(most * median_low(getattr(size, kind) for size in sizes.values()))
+    return {name: replace(size, **{kind: limit}) if getattr(size, kind) > limit else size for name, size in sizes.items()}
 
 
 def _slices(case: Case, config: RunConfig) -> int:

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from flapsam.base.errors import FlapsamError
-from flapsam.base.files import make_folder, write_bytes, written_whole
+from flapsam.base.files import make_folder, write_bytes, write_text, written_whole
 from flapsam.federation.aggregation import Reply
 
 Groups = Mapping[str, Mapping[str, Tensor]]
@@ -24,8 +24,15 @@ Groups = Mapping[str, Mapping[str, Tensor]]
 class ServerState:
     """The server's folder: the global tensors, packets that sites may still need, and the replies of the current round."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, keep: int = 0) -> None:
+        """Use a folder, which need not exist yet.
+
+        Args:
+            folder: the folder.
+            keep: number of older global tensors to keep, so that the run can go back to them.
+        """
         self.folder = folder
+        self.keep = keep
 
     def newest(self) -> tuple[int, dict[str, dict[str, Tensor]], dict[str, Any]] | None:
         """The number of rounds done, the tensors, and the metadata kept with them. None before the start.
@@ -33,14 +40,39 @@ class ServerState:
         Raises:
             FlapsamError: the file is damaged.
         """
-        files = sorted(self.folder.glob("round-*.safetensors"))
-        if not files:
+        done = self.rounds()
+        if not done:
             return None
-        groups, metadata = _read(files[-1])
-        return int(files[-1].stem.removeprefix("round-")), groups, metadata
+        groups, metadata = _read(self._round(done[-1]))
+        return done[-1], groups, metadata
+
+    def rounds(self) -> list[int]:
+        """Numbers of the rounds whose result is kept, oldest first; 0 stands for the start."""
+        return sorted(int(path.stem.removeprefix("round-")) for path in self.folder.glob("round-*.safetensors"))
+
+    def go_back(self, done: int) -> None:
+        """Drop everything later than the result of round ``done``, which must be kept."""
+        mark = self._went_back
+        write_text(mark, str(done if self.shared is None else min(done, self.shared)))
+        # The newest first, so that a crash in between leaves the state of a round.
+        for number in reversed(self.rounds()):
+            if number > done:
+                self._round(number).unlink()
+        for path in self.folder.glob("packet-*"):
+            if int(path.name.rpartition("-")[2]) > done:
+                path.unlink()
+        self.forget_replies()
+
+    @property
+    def shared(self) -> int | None:
+        """The last round whose result is the same as before the run went back; None if it never did.
+
+        A site may hold a later result that the run has dropped, under a number that has been used again since.
+        """
+        return int(self._went_back.read_text()) if self._went_back.exists() else None
 
     def commit(self, number: int, groups: Groups, about: Mapping[str, Any], packets: Mapping[str, bytes]) -> None:
-        """Save the result of a round, and drop older tensors and the round's replies.
+        """Save the result of a round, and drop the round's replies and all older tensors but those of ``keep`` rounds.
 
         Args:
             number: the number of rounds done.
@@ -50,11 +82,9 @@ class ServerState:
         """
         for stream, packet in packets.items():
             write_bytes(self._packet(stream, number), packet)
-        target = self.folder / f"round-{number:06d}.safetensors"
-        _write(target, groups, about)
-        for path in self.folder.glob("round-*.safetensors"):
-            if path != target:
-                path.unlink()
+        _write(self._round(number), groups, about)
+        for older in self.rounds()[: -1 - self.keep]:
+            self._round(older).unlink()
         self.forget_replies()
 
     def packet(self, stream: str, number: int) -> bytes | None:
@@ -103,6 +133,13 @@ class ServerState:
         for path in self.replied().values():
             path.unlink()
 
+    def _round(self, number: int) -> Path:
+        return self.folder / f"round-{number:06d}.safetensors"
+
+    @property
+    def _went_back(self) -> Path:
+        return self.folder / "went-back"
+
     def _packet(self, stream: str, number: int) -> Path:
         return self.folder / f"packet-{stream}-{number:06d}"
 
@@ -115,10 +152,21 @@ class ServerState:
 
 
 class ClientState:
-    """A site's folder: the tensors it received and, from its last round, Adam's moments, unsent changes and the reply."""
+    """A site's folder: the tensors it received, the reply of its last round, and Adam's moments and unsent changes.
 
-    def __init__(self, folder: Path) -> None:
+    A reply belongs to a round and to its ``origin``, the global tensors that the site was sent. If the run goes back and a
+    round is repeated from other tensors, the site trains again.
+    """
+
+    def __init__(self, folder: Path, keep: int = 0) -> None:
+        """Use a folder, which need not exist yet.
+
+        Args:
+            folder: the folder.
+            keep: number of rounds before the last one whose moments and unsent changes are kept, too.
+        """
         self.folder = folder
+        self.keep = keep
 
     def moments(self, round_number: int) -> Path:
         """Make the folder and return the file for the moments after a round."""
@@ -127,12 +175,12 @@ class ClientState:
 
     def moments_before(self, round_number: int) -> Path | None:
         """The newest moments from before a round. They can be several rounds old, because a site may have missed some."""
-        return self._before("moments", round_number)
+        return next(iter(self._before("moments", round_number)[-1:]), None)
 
     def unsent_before(self, round_number: int) -> dict[str, Tensor]:
         """The changes that earlier rounds left unsent."""
-        path = self._before("unsent", round_number)
-        return _read(path)[0].get("", {}) if path else {}
+        paths = self._before("unsent", round_number)
+        return _read(paths[-1])[0].get("", {}) if paths else {}
 
     def keep_unsent(self, round_number: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep the changes that a round leaves unsent."""
@@ -150,24 +198,32 @@ class ClientState:
         """Keep the result of a round as this site received it."""
         _write(self.folder / "held.safetensors", {"": tensors}, {"round": round_number})
 
-    def reply(self, round_number: int) -> bytes | None:
-        """The site's reply to a round, or None if that was not its last."""
-        return _bytes(self._reply(round_number))
+    def reply(self, round_number: int, origin: str = "") -> bytes | None:
+        """The site's reply to a round, or None if that was not its last or began with other tensors."""
+        # Earlier versions did not note what a reply began with.
+        return _bytes(self._reply(round_number, origin)) or _bytes(self._reply(round_number))
 
-    def commit(self, round_number: int, reply: bytes) -> None:
+    def forget_from(self, round_number: int) -> None:
+        """Drop the moments and unsent changes of a round and of all later ones, which are about to be repeated."""
+        for kind in ("moments", "unsent"):
+            for path in set(self._all(kind)) - set(self._before(kind, round_number)):
+                path.unlink()
+
+    def commit(self, round_number: int, reply: bytes, origin: str = "") -> None:
         """Keep the reply to a round, and drop files that are no longer needed."""
-        write_bytes(self._reply(round_number), reply)
-        keep = {self._reply(round_number), *self._all("moments")[-1:], *self._all("unsent")[-1:]}
+        target = self._reply(round_number, origin)
+        write_bytes(target, reply)
+        newest = -1 - self.keep
+        keep = {target, *self._all("moments")[newest:], *self._all("unsent")[newest:]}
         for path in (*self._all("moments"), *self._all("unsent"), *self._all("reply")):
             if path not in keep:
                 path.unlink()
 
-    def _reply(self, round_number: int) -> Path:
-        return self.folder / f"reply-{round_number:06d}.packet"
+    def _reply(self, round_number: int, origin: str = "") -> Path:
+        return self.folder / f"reply-{round_number:06d}{'-' if origin else ''}{origin}.packet"
 
-    def _before(self, kind: str, round_number: int) -> Path | None:
-        earlier = [path for path in self._all(kind) if path.name < f"{kind}-{round_number:06d}"]
-        return earlier[-1] if earlier else None
+    def _before(self, kind: str, round_number: int) -> list[Path]:
+        return [path for path in self._all(kind) if path.name < f"{kind}-{round_number:06d}"]
 
     def _all(self, kind: str) -> list[Path]:
         return sorted(self.folder.glob(f"{kind}-*"))

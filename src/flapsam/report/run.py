@@ -86,7 +86,7 @@ class Run:
 
     @property
     def troubles(self) -> list[Trouble]:
-        """Refused packets, missing answers and excluded sites."""
+        """Refused packets, answers left out, missing answers and excluded sites."""
         return [event for event in self.events if isinstance(event, Trouble)]
 
     def rounds(self, mode: str) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 from flapsam.run.config import Mode, RunConfig
 from flapsam.run.ledger import (
+    AnswerLeftOut,
     AnswerMissing,
     AnswerRefused,
     Cases,
@@ -29,9 +30,9 @@ from flapsam.run.ledger import (
 
 RECENT = 5
 """Number of the newest rounds, or of a site's newest fits, whose median predicts how long the next one takes."""
-TROUBLES = ("refused", "missing", "excluded")
+TROUBLES = ("refused", "left_out", "missing", "excluded")
 """Kinds of ``Trouble``."""
-InRound = Fitted | Validated | AnswerRefused | AnswerMissing
+InRound = Fitted | Validated | AnswerRefused | AnswerLeftOut | AnswerMissing
 """Events of the current round."""
 
 
@@ -160,7 +161,7 @@ class Standing:
             case SiteJoined():
                 self.cases[event.site] = event.cases
                 self._plan()
-            case AnswerRefused() | AnswerMissing() | SiteExcluded():
+            case AnswerRefused() | AnswerLeftOut() | AnswerMissing() | SiteExcluded():
                 self.troubles[event.event].append(event)
             case JobStarted():
                 self.stopped = ""
@@ -285,7 +286,7 @@ class Standing:
                 site.seconds = event.seconds or event.site_seconds
                 if site.seconds is not None:
                     self._fits[site.name] = [*self._fits.get(site.name, [])[1 - RECENT :], site.seconds]
-            case AnswerRefused() | AnswerMissing() | SiteExcluded():
+            case AnswerRefused() | AnswerLeftOut() | AnswerMissing() | SiteExcluded():
                 standing.bytes_up += event.bytes_up if isinstance(event, AnswerRefused) else 0
                 standing.site(event.site).trouble = event
             case Delivered():

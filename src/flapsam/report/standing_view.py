@@ -10,7 +10,19 @@ from rich.text import Text
 from flapsam.report.run import TITLES
 from flapsam.report.standing import CohortStanding, SiteStanding, Standing
 from flapsam.report.units import NONE, duration, number, size
-from flapsam.run.ledger import AnswerMissing, AnswerRefused, Event, JobEnded, RoundClosed, RoundEvent, SiteExcluded
+from flapsam.run.ledger import (
+    AnswerLeftOut,
+    AnswerMissing,
+    AnswerRefused,
+    CountBounded,
+    Event,
+    FalseSitesBorne,
+    JobEnded,
+    RoundClosed,
+    RoundEvent,
+    SiteExcluded,
+    WentBack,
+)
 
 FEW = 12
 """Largest number of sites that are shown one by one. If there are more, they are only counted."""
@@ -47,10 +59,20 @@ def event_line(event: Event, standing: CohortStanding | None) -> str:
     match event:
         case AnswerRefused():
             return f"round {event.round}: the packet of {event.site} was refused: {event.reason}"
+        case AnswerLeftOut():
+            return f"round {event.round}: the answer of {event.site} was left out: {event.reason}"
         case AnswerMissing():
             return f"round {event.round}: no answer from {event.site}: {event.reason}"
         case SiteExcluded():
             return f"{event.site} does not take part: {event.reason}"
+        case CountBounded():
+            return f"{event.site} claims {event.claimed} {event.unit}, of which {event.counted} count (rounds.max_weight)"
+        case FalseSitesBorne():
+            text = f"{event.aggregator} bears {event.borne} false of {event.sites} sites"
+            fewer = f"; in a round with only {event.least} answers, {event.borne_of_least}"
+            return text + (fewer if event.least < event.sites else "")
+        case WentBack():
+            return f"{event.cohort}: went back to the state before round {event.round}"
         case JobEnded():
             return event.reason
         case RoundClosed() if standing is not None:
@@ -143,7 +165,12 @@ def activity_line(standing: Standing, at: datetime, locked: bool) -> str:
 
 def trouble_lines(standing: Standing) -> list[str]:
     """One line each about refused packets, missing answers and excluded sites, if there are any."""
-    names = {"refused": "packets refused", "missing": "answers missing", "excluded": "site exclusions"}
+    names = {
+        "refused": "packets refused",
+        "left_out": "answers left out",
+        "missing": "answers missing",
+        "excluded": "site exclusions",
+    }
     lines = []
     for kind, events in standing.troubles.items():
         if events:
@@ -182,7 +209,7 @@ def _activity(site: SiteStanding, standing: CohortStanding, working: Mapping[str
     if site.name in working:
         return WORKS[working[site.name]], "cyan"
     if site.trouble is not None:
-        return f"{site.trouble.event}: {site.trouble.reason}", "red"
+        return f"{site.trouble.event.replace('_', ' ')}: {site.trouble.reason}", "red"
     if site.delivered:
         return "has the result", "green"
     if site.round > standing.rounds or (site.round == standing.rounds == standing.planned):

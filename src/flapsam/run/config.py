@@ -216,10 +216,21 @@ class Rounds(StrictModel):
     validate_every: Positive = 1
     """Number of rounds from one validation to the next. The last round is always validated."""
     patience: Positive | None = None
-    """Number of validations to wait for progress; no limit if not given. The run stops once the best Dice of this many
-    most recent validations exceeds the best Dice before them by no more than ``settled``."""
+    """Number of validations to wait for progress; no limit if not given. A site has settled once its best Dice of this many
+    most recent validations exceeds its best Dice before them by no more than ``settled``. The run stops once more than
+    half of the sites that report their Dice have settled."""
     settled: Annotated[float, Field(ge=0)] = 0.002
     """Largest rise in Dice that ``patience`` still counts as no progress."""
+    max_change: Annotated[float, Field(ge=1)] | None = 10.0
+    """How many times as large as the others' change a site's change may be. The size is the Euclidean norm of what a round
+    changed in the site's tensors, and the others' is the lower median over the sites that answered. A larger change is left
+    out of the round. null switches this check off."""
+    max_weight: Annotated[float, Field(ge=1)] | None = 10.0
+    """Between hospitals, how many times the lower median of the sites' slices or cases a site can count for, whatever it
+    claims to have. It applies to ``weights: slices`` and ``weights: cases``. null switches this bound off."""
+    keep: Annotated[int, Field(ge=0, le=100)] = 3
+    """Number of rounds that ``--from-round`` can repeat. For each, the server keeps the global tensors from before it, and
+    each site keeps its optimizer's moments."""
     min_sites: Positive = 2
     """Between hospitals, the number of sites that must answer before a round is closed. The mean of a single site's
     tensors would reveal them to all."""

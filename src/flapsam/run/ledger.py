@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from flapsam.base.errors import FlapsamError
+from flapsam.base.files import write_text
 from flapsam.run.config import Mode
 
 
@@ -53,6 +54,8 @@ class Cohort:
 
 TOGETHER = Cohort("federated")
 """The cohort of all sites of a run."""
+DROPPED = "events-dropped.jsonl"
+"""File beside the ledger with the events of rounds that a run dropped when it went back."""
 
 
 def _cohort(value: Any) -> Any:
@@ -150,6 +153,43 @@ class SiteExcluded(CohortEvent):
     repeats = True
 
 
+class CountBounded(CohortEvent):
+    """Between hospitals: a site claims so many slices or cases that only a part of them counts in the mean."""
+
+    event: Literal["bounded"] = "bounded"
+    site: str
+    unit: Literal["slices", "cases"]
+    claimed: int
+    counted: int
+
+    repeats = True
+
+
+class FalseSitesBorne(CohortEvent):
+    """How many sites may send anything without moving the result beyond what the other sites sent."""
+
+    event: Literal["borne"] = "borne"
+    aggregator: str
+    sites: int
+    """Number of sites that take part."""
+    borne: int
+    """Number of false sites among them that the aggregator bears in a round that all sites answer."""
+    least: int
+    """Least number of answers with which a round is closed."""
+    borne_of_least: int
+    """Number of false sites that the aggregator bears in a round with this many answers."""
+
+    repeats = True
+
+
+class WentBack(RoundEvent):
+    """The run went back to the state before a round. The events of the rounds from then on are in another file."""
+
+    event: Literal["went_back"] = "went_back"
+
+    repeats = True
+
+
 class Fitted(RoundEvent):
     """A site has answered a round with its packet. Metrics that it does not report are None."""
 
@@ -194,6 +234,16 @@ class AnswerRefused(RoundEvent):
     site: str
     reason: str
     bytes_up: int = 0
+
+    repeats = True
+
+
+class AnswerLeftOut(RoundEvent):
+    """A site's packet was valid, but the server has left it out of the round, because it would have spoilt the result."""
+
+    event: Literal["left_out"] = "left_out"
+    site: str
+    reason: str
 
     repeats = True
 
@@ -253,7 +303,7 @@ class LabelMapWritten(EventBase):
     repeats = True
 
 
-Trouble = AnswerRefused | AnswerMissing | SiteExcluded
+Trouble = AnswerRefused | AnswerLeftOut | AnswerMissing | SiteExcluded
 """Events that say, with a reason, why a site does not count in a round or does not take part in the run."""
 Event = Annotated[
     SiteJoined
@@ -261,10 +311,14 @@ Event = Annotated[
     | JobStarted
     | JobEnded
     | SiteExcluded
+    | CountBounded
+    | FalseSitesBorne
+    | WentBack
     | Fitted
     | Validated
     | RoundClosed
     | AnswerRefused
+    | AnswerLeftOut
     | AnswerMissing
     | Delivered
     | CaseTested
@@ -316,7 +370,7 @@ class Ledger:
         before = self.path.stat().st_size
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(event.as_json()) + "\n")
+                file.write(_line(event))
         except OSError:
             # A full disk may have taken a part of the line, and the next line must not be appended to that part.
             os.truncate(self.path, before)
@@ -324,6 +378,36 @@ class Ledger:
         self._events.append(event)
         self._known.add(event.identity)
         self.on_event(event)
+
+    def go_back(self, cohort: Cohort, number: int) -> None:
+        """Move every event that a repetition of the rounds from ``number`` on will write again to ``events-dropped.jsonl``.
+
+        Args:
+            cohort: the cohort whose rounds are repeated.
+            number: the first round that is repeated.
+        """
+        with self.path.with_name(DROPPED).open("a", encoding="utf-8") as file:
+            file.writelines(_line(event) for event in self._events if _is_repeated(event, cohort, number))
+        self._events = [event for event in self._events if not _is_repeated(event, cohort, number)]
+        write_text(self.path, "".join(map(_line, self._events)))
+        self._known = {event.identity for event in self._events}
+        self.write(WentBack(cohort=cohort, round=number))
+
+
+def _is_repeated(event: Event, cohort: Cohort, number: int) -> bool:
+    """Whether a repetition of a cohort's rounds from ``number`` on writes this event again."""
+    if isinstance(event, RunEnded):
+        return True
+    if not isinstance(event, CohortEvent) or event.cohort != cohort or isinstance(event, WentBack):
+        return False
+    if isinstance(event, Validated):
+        # A site scores a round's result when it answers the next round.
+        return event.round >= number - 1
+    return isinstance(event, Delivered | CaseTested) or (isinstance(event, RoundEvent) and event.round >= number)
+
+
+def _line(event: Event) -> str:
+    return json.dumps(event.as_json()) + "\n"
 
 
 def bytes_sent(events: Iterable[Event], cohort: Cohort) -> tuple[int, int]:

@@ -56,6 +56,17 @@ class Aggregator(ABC):
         """
         return self.up(name, number)
 
+    def bears(self, count: int) -> int | None:
+        """Number of clients that may send anything without moving a number beyond the range of what the others sent.
+
+        Args:
+            count: number of clients with a weight above 0.
+
+        Returns:
+            That number, or None if the aggregator is not made to bear any.
+        """
+        return None
+
     def aggregate(self, replies: Sequence[Reply], previous: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
         """Aggregate the replies of a round.
 

@@ -28,6 +28,13 @@ class TrimmedMean(FedAvg):
         """Number of clients dropped at either end, out of ``count``."""
         return int(SHARE * count)
 
+    def bears(self, count: int) -> int:
+        """As many as are dropped at either end: a false value is among these, or lies between two honest ones.
+
+        The clients' weights have no part in it, so a client cannot claim a larger say.
+        """
+        return self.dropped(count)
+
     def average(self, name: str, replies: Sequence[Reply], previous: Mapping[str, Tensor]) -> Tensor:
         """The trimmed mean of one tensor over the clients that sent it, a few rows at a time."""
         senders = [reply for reply in replies if name in reply.names]

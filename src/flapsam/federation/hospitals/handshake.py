@@ -1,14 +1,15 @@
 """The JSON messages that server and site exchange before the first round. Every message is validated before it is used."""
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from flapsam.base.errors import FlapsamError
 from flapsam.base.version import __version__
-from flapsam.run.config import RANDOM, RunConfig
+from flapsam.run.config import RANDOM, SPLITS, RunConfig, Split
 
 REASONS: Mapping[str, str] = {
     "version": "it runs another version of flapsam",
@@ -34,6 +35,8 @@ HEX = r"^[0-9a-f]{32}$"
 VERSION_PATTERN = "[0-9A-Za-z.+!-]{1,32}"
 LIMIT = 1 << 20
 """Maximum size of a message in bytes."""
+MOST_CASES, MOST_SLICES = 10**7, 10**10
+"""Largest numbers of cases and slices that a site may claim to have."""
 LOCAL = ("output", "device", "threads", "bench")
 """Fields of a run that each participant sets for itself. They are never sent."""
 LOCAL_DATA = ("path", "layout", "table", "simulated_sites", "sites", "unseen")
@@ -85,24 +88,30 @@ class Presence(Message):
     """Checksum of the frozen weights."""
     modalities: Annotated[int, Field(ge=1, le=3)]
     """Number of modalities of the site's images."""
-    cases: dict[Annotated[str, Field(pattern=r"^(train|val|test)$")], Annotated[int, Field(ge=0, lt=1 << 31)]]
-    """Number of cases by split."""
-    training_cases: Annotated[int, Field(ge=1, lt=1 << 31)]
+    cases: dict[Split, Annotated[int, Field(ge=0, le=MOST_CASES)]]
+    """Number of cases of every split."""
+    training_cases: Annotated[int, Field(ge=1, le=MOST_CASES)]
     """Number of training cases, before validation cases are held out."""
-    training_slices: Annotated[int, Field(ge=1, lt=1 << 53)]
+    training_slices: Annotated[int, Field(ge=1, le=MOST_SLICES)]
     """Number of slices in these training cases."""
     held: Annotated[int, Field(ge=0, lt=1 << 31)]
     """Round of the newest global tensors that the site has received; 0 before the first."""
 
+    @field_validator("cases")
+    @classmethod
+    def _complete(cls, value: dict[Split, int]) -> dict[Split, int]:
+        if len(value) != len(SPLITS):
+            raise ValueError(f"give a number for each of {', '.join(SPLITS)}")
+        return value
 
-def differences(presence: Presence, contract: str, backbone: str, modalities: int | None) -> str:
+
+def differences(presence: Presence, contract: str, backbone: str) -> str:
     """Describe what keeps a site from taking part. The text is empty if nothing does.
 
     Args:
         presence: the site's answer.
         contract: hash of the server's contract.
         backbone: checksum of the server's backbone.
-        modalities: number of modalities at the other sites, if known.
     """
     reasons = []
     if presence.version != __version__:
@@ -111,9 +120,18 @@ def differences(presence: Presence, contract: str, backbone: str, modalities: in
         reasons.append(f"its backbone differs: checksum {presence.backbone[:12]}…, the server's {backbone[:12]}…")
     elif presence.contract != contract:
         reasons.append("its initial tensors differ from the server's; compare the versions of torch and transformers")
-    if modalities is not None and presence.modalities != modalities:
-        reasons.append(f"its images have {presence.modalities} modalities, the other sites' have {modalities}")
     return "; ".join(reasons)
+
+
+def agreed_modalities(counts: Iterable[int], configured: int) -> int:
+    """The number of modalities of most sites. Of equally frequent numbers, the configured one, or else the smallest.
+
+    Args:
+        counts: number of modalities at each site.
+        configured: ``samples.modalities`` of the run.
+    """
+    votes = Counter(counts)
+    return min(votes, key=lambda number: (-votes[number], number != configured, number), default=configured)
 
 
 def read_message(kind: type["Proposal"] | type["Presence"], data: bytes) -> Any:

@@ -9,17 +9,35 @@ from flapsam.adapters.card import write_model_card
 from flapsam.adapters.store import save_adapter
 from flapsam.base.errors import FlapsamError
 from flapsam.base.files import alone, write_text
-from flapsam.federation.agreement import VALIDATION
-from flapsam.federation.hospitals.handshake import REASONS, Presence, Proposal, differences, read_message
+from flapsam.federation.borne import false_sites_borne
+from flapsam.federation.hospitals.handshake import (
+    REASONS,
+    Presence,
+    Proposal,
+    agreed_modalities,
+    differences,
+    read_message,
+)
 from flapsam.federation.packets import HEADER_BYTES
 from flapsam.federation.preparation import agree, assembled_for, card_of
+from flapsam.federation.reported import read_scores
 from flapsam.federation.rounds import Carry, deliver, rounds
-from flapsam.federation.server import Server
-from flapsam.federation.shares import TrainingSize, client_shares
+from flapsam.federation.server import UNKNOWN, Server
+from flapsam.federation.shares import TrainingSize, bounded, client_shares
 from flapsam.federation.state import ServerState
 from flapsam.run.config import RunConfig
 from flapsam.run.folder import RunFolder
-from flapsam.run.ledger import TOGETHER, Delivered, Event, Fitted, Ledger, RunEnded, SiteExcluded, SiteJoined
+from flapsam.run.ledger import (
+    TOGETHER,
+    CountBounded,
+    Delivered,
+    Event,
+    Fitted,
+    Ledger,
+    RunEnded,
+    SiteExcluded,
+    SiteJoined,
+)
 from flapsam.run.reading import read_config
 
 
@@ -56,30 +74,28 @@ class ServerSide:
         self.agreement = agree(self.run, self.config, assembled.network)
         self.proposal = Proposal.of(self.run, self.config).model_dump_json().encode()
         self.known = self._read_known()
+        self.present: dict[str, Presence] = {}
+        """Each site's first valid answer to the proposal."""
         self.held: dict[str, int] = {}
         """Sites that take part, each with the last round that its tensors are known to include."""
 
     def admit(self, site: str, answer: bytes) -> None:
-        """Let a site take part, or record in the ledger why it does not.
+        """Let a site take part, or record in the ledger why it does not. Only its first answer counts.
 
         Args:
             site: the site's name, from the certificate that came with the answer.
             answer: the site's presence message.
         """
+        if site in self.present:
+            return
         try:
             presence: Presence = read_message(Presence, answer)
         except FlapsamError as error:
             return self.exclude(site, str(error))
-        modalities = next((size.modalities for size in self.known.values()), None)
-        reason = differences(presence, self.agreement.contract.hash, self.origin.checksum, modalities)
+        reason = differences(presence, self.agreement.contract.hash, self.origin.checksum)
         if reason:
             return self.exclude(site, reason)
-        if site not in self.known:
-            size = SiteSize(presence.training_cases, presence.training_slices, presence.modalities)
-            self.known = dict(sorted({**self.known, site: size}.items()))
-            write_text(self.folder.joined, json.dumps({name: asdict(size) for name, size in self.known.items()}))
-        self.held[site] = presence.held
-        self.ledger.write(SiteJoined(site=site, cases=presence.cases))
+        self.present[site] = presence
 
     def exclude(self, site: str, reason: str) -> None:
         """Record that a site does not take part.
@@ -96,17 +112,31 @@ class ServerSide:
         Raises:
             FlapsamError: too few sites take part, or the saved state is damaged.
         """
+        self._join()
         if len(self.held) < self.config.rounds.min_sites:
             few = f"{len(self.held)} of at least {self.config.rounds.min_sites} (rounds.min_sites)"
             raise FlapsamError(f"too few sites take part: {few}; see the ledger for the reasons")
-        state = ServerState(self.folder.server_state(TOGETHER))
         options = self.config.rounds
+        state = ServerState(self.folder.server_state(TOGETHER), options.keep)
+        if state.shared is not None:
+            # A later number may stand for a result that the run dropped when it went back.
+            self.held = {site: held if held <= state.shared else UNKNOWN for site, held in self.held.items()}
         if isinstance(options.weights, dict):
             # The weights are for all sites of the federation, and some may not have joined yet.
             weights = {name: weight for name, weight in options.weights.items() if name in self.known}
             options = options.model_copy(update={"weights": weights})
-        shares = client_shares(self.known, options)
-        self.server = Server(self.agreement, shares, state, options=self.config.server, seed=self.config.seed)
+        shares = client_shares(self._bounded(), options)
+        self.server = Server(
+            self.agreement,
+            shares,
+            state,
+            options=self.config.server,
+            seed=self.config.seed,
+            max_change=options.max_change,
+            classes=self.config.data.classes,
+        )
+        if event := false_sites_borne(self.config, sum(shares[site] > 0 for site in self.held), options.min_sites):
+            self.ledger.write(event)
         self.agreement = self.server.agreement = self.agreement.without_start()
 
     def packets(self, site: str) -> list[bytes]:
@@ -115,12 +145,9 @@ class ServerSide:
 
     def read_scores(self, answer: bytes) -> dict[str, float | None] | None:
         """Read a site's validation Dice from JSON. None if the JSON is invalid."""
-        names = {VALIDATION + name for name in ("mean", *self.config.data.classes)}
         try:
-            scores = json.loads(answer[:HEADER_BYTES])
-            valid = scores.keys() <= names and all(value is None or 0 <= float(value) <= 1 for value in scores.values())
-            return scores if valid else None
-        except (ValueError, TypeError, AttributeError, RecursionError):
+            return read_scores(json.loads(answer[:HEADER_BYTES]), self.config.data.classes)
+        except (ValueError, RecursionError):
             return None
 
     def train(self, carry: Carry, stopped: Callable[[], bool]) -> bool:
@@ -153,9 +180,37 @@ class ServerSide:
             self.held[event.site] = self.server.rounds_done
         self.ledger.write(event)
 
+    def _join(self) -> None:
+        """Let those sites take part whose images have as many modalities as most sites' images have."""
+        sizes = {
+            site: SiteSize(presence.training_cases, presence.training_slices, presence.modalities)
+            for site, presence in self.present.items()
+        }
+        counts = {**{site: size.modalities for site, size in self.known.items()}, **{s: sizes[s].modalities for s in sizes}}
+        self._modalities = agreed_modalities(counts.values(), self.config.samples.modalities)
+        for site, presence in sorted(self.present.items()):
+            if presence.modalities != self._modalities:
+                own, most = presence.modalities, self._modalities
+                self.exclude(site, f"its images have {own} modalities, most sites' have {most}")
+                continue
+            if site not in self.known:
+                self.known = dict(sorted({**self.known, site: sizes[site]}.items()))
+            self.held[site] = presence.held
+            self.ledger.write(SiteJoined(site=site, cases=dict(presence.cases)))
+        write_text(self.folder.joined, json.dumps({name: asdict(size) for name, size in self.known.items()}))
+
+    def _bounded(self) -> dict[str, SiteSize]:
+        """The sites' sizes, of which implausibly large ones count only in part."""
+        sizes = bounded(self.known, self.config.rounds)
+        unit = self.config.rounds.weights
+        for site, size in sizes.items():
+            if size != self.known[site] and unit in ("slices", "cases"):
+                claimed, counted = getattr(self.known[site], unit), getattr(size, unit)
+                self.ledger.write(CountBounded(cohort=TOGETHER, site=site, unit=unit, claimed=claimed, counted=counted))
+        return sizes
+
     def _with_modalities(self) -> RunConfig:
-        modalities = next(iter(self.known.values())).modalities
-        samples = self.config.samples.model_copy(update={"modalities": modalities})
+        samples = self.config.samples.model_copy(update={"modalities": self._modalities})
         return self.config.model_copy(update={"samples": samples})
 
     def _read_known(self) -> Mapping[str, SiteSize]:

@@ -99,7 +99,7 @@ class SiteSide:
         with failing_as("state"):
             self.config = self._with_windows(config, self.network)
             agreement = agree(proposal.run, self.config, self.network)
-            state = ClientState(self.folder / "site")
+            state = ClientState(self.folder / "site", self.config.rounds.keep)
             self.client = Client(
                 self.network,
                 data,

@@ -12,8 +12,14 @@ LOOKS = {
     "answered": {"color": MUTED, "marker": "s", "linestyle": "none", "markersize": 3.5},
     "missing": {"color": SERIES[1], "marker": "X", "linestyle": "none", "markersize": 8},
     "refused": {"color": SERIES[5], "marker": "D", "linestyle": "none", "markersize": 6},
+    "left_out": {"color": SERIES[3], "marker": "v", "linestyle": "none", "markersize": 7},
 }
-WORDS = {"refused": "packet refused", "missing": "no answer", "excluded": "does not take part"}
+WORDS = {
+    "refused": "packet refused",
+    "left_out": "answer left out",
+    "missing": "no answer",
+    "excluded": "does not take part",
+}
 
 
 def attendance(answered: Series, troubles: Sequence[Trouble], rounds: int) -> Section | None:
@@ -21,7 +27,7 @@ def attendance(answered: Series, troubles: Sequence[Trouble], rounds: int) -> Se
 
     Args:
         answered: site → round → any number, for the rounds that the site answered.
-        troubles: refused packets, missing answers and excluded sites.
+        troubles: refused packets, answers left out, missing answers and excluded sites.
         rounds: number of rounds done.
     """
     if not answered and not troubles:
@@ -43,16 +49,16 @@ def attendance(answered: Series, troubles: Sequence[Trouble], rounds: int) -> Se
     axes.set_ylim(len(sites) - 0.4, -0.6)
     axes.set_xlabel("round")
     axes.spines["left"].set_color(INK)
-    legend(figure, list(LOOKS.items()))
+    legend(figure, [(kind.replace("_", " "), look) for kind, look in LOOKS.items()])
     counts = {kind: sum(trouble.event == kind for trouble in troubles) for kind in WORDS}
     summary = ", ".join(f"{count} × {WORDS[kind]}" for kind, count in counts.items() if count)
     rows = [_row(trouble) for trouble in troubles]
     return Section(
         "attendance",
         "Drop-outs",
-        f"{summary}. A round continues without the sites that do not answer and without refused packets.",
+        f"{summary}. A round continues without the sites that do not answer and without the answers that are not used.",
         [chart(figure, "Answers by site and round", summary)],
-        [Table("attendance-table", "Drop-outs and refused packets", ["event", "site", "time", "reason", "round"], rows, 4)],
+        [Table("attendance-table", "Drop-outs and unused answers", ["event", "site", "time", "reason", "round"], rows, 4)],
     )
 
 

@@ -15,6 +15,7 @@ from nvflare.fuel.flare_api.api_spec import AuthenticationError, AuthorizationEr
 from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
 from flapsam.base.errors import FlapsamError
+from flapsam.base.files import alone
 from flapsam.federation.engines.nvflare.definition import job_name, write_job
 from flapsam.federation.engines.nvflare.executor import REGROUP
 from flapsam.federation.engines.nvflare.kits import ADMINISTRATOR, Kit, read_kit
@@ -315,7 +316,9 @@ class RunFollower:
         return any(isinstance(event, RunEnded) for event in self.events)
 
 
-def run(config: RunConfig, kit: Path, observer: Observer, *, wait: float = WAIT_SECONDS) -> Path:
+def run(
+    config: RunConfig, kit: Path, observer: Observer, *, wait: float = WAIT_SECONDS, from_round: int | None = None
+) -> Path:
     """Start a run, or resume the one in its folder, and follow it to its end.
 
     Args:
@@ -323,6 +326,7 @@ def run(config: RunConfig, kit: Path, observer: Observer, *, wait: float = WAIT_
         kit: folder of the coordinator's kit.
         observer: follows the run.
         wait: seconds to wait for missing sites. After that, the run starts as soon as enough are connected.
+        from_round: resume the run from before this round, and drop everything since.
 
     Returns:
         The adapter's folder.
@@ -331,6 +335,8 @@ def run(config: RunConfig, kit: Path, observer: Observer, *, wait: float = WAIT_
         FlapsamError: the kit or the configuration is invalid, the run was stopped, or it makes no progress.
     """
     # Imported here, because it takes seconds to load and the other commands do not need it.
+    from flapsam.federation.borne import check_borne
+    from flapsam.federation.going_back import go_back
     from flapsam.federation.preparation import resolve
 
     coordinator = read_kit(kit, "coordinator")
@@ -339,6 +345,12 @@ def run(config: RunConfig, kit: Path, observer: Observer, *, wait: float = WAIT_
     if unknown:
         sites = ", ".join(coordinator.card.sites)
         raise FlapsamError(f"data.sites: unknown site '{unknown[0]}'; the sites of this federation are {sites}")
+    check_borne(config, len(config.data.sites or coordinator.card.sites))
+    if from_round is not None:
+        folder = RunFolder(config.output)
+        folder.resume(config)
+        with alone(folder.lock, wait=False):
+            go_back(folder, from_round)
     with AdminLine(coordinator) as admin:
         return RunFollower(config, admin, observer, wait).follow()
 
