@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flapsam.base.errors import FlapsamError
+from flapsam.base.files import make_folder
 from flapsam.report.run import read_run
 from flapsam.report.tracking.points import Points
 from flapsam.report.tracking.tracker import Tracked, Tracker
@@ -63,6 +64,8 @@ class Tracking(Observer):
         folder = RunFolder(config.output)
         run = folder.read_environment()["run"]
         self.points = Points(config)
+        # The trackers make their own files, which other users of the machine must not read either.
+        make_folder(folder.tracker("").parent)
         for name, kind in self.kinds.items():
             target = Tracked(run, config, folder.tracker(name))
             self._try(name, lambda name=name, kind=kind, target=target: self.trackers.update({name: kind(target)}))
