@@ -7,6 +7,7 @@ import numpy as np
 from flapsam.adapters.store import read_card
 from flapsam.adapters.trained import Trained, find_trained
 from flapsam.base.errors import FlapsamError
+from flapsam.base.names import spelling
 from flapsam.learning.metrics import CaseScores, score_case
 from flapsam.run.config import Data
 from flapsam.run.observer import Observer
@@ -82,7 +83,8 @@ def _label_maps(folder: Path) -> dict[tuple[str, ...], Path]:
     for path in sorted(folder.rglob("*")):
         folders = path.relative_to(folder).parent.parts
         if is_image(path) and not {"images", "probabilities"} & set(folders):
-            label_maps[(*(part for part in folders if part != "labels"), case_name(path))] = path
+            names = (*(part for part in folders if part != "labels"), case_name(path))
+            label_maps[tuple(map(spelling, names))] = path
     return label_maps
 
 

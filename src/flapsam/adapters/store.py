@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flapsam.base.errors import FlapsamError, too_new
+from flapsam.base.escaping import one_line
 from flapsam.base.files import write_text, written_whole
+from flapsam.base.names import Named, Names
 from flapsam.base.version import __version__
 from flapsam.run.config import RANDOM, Backbone, Checkpoint, ClassValues, Lora, OutputPart, Samples
 from flapsam.sam import Sam, adapted_weights, architecture, assemble, load_travelling, lora_config, strategy
@@ -66,8 +68,8 @@ class AdapterCard(BaseModel):
     frozen: list[OutputPart]
     backbone: BackboneCard
     samples: Samples
-    classes: list[str]
-    labels: dict[str, ClassValues]
+    classes: Names
+    labels: Named[ClassValues]
     """Values of each class in the training labels. Predictions hold 1, 2, … in the order of ``classes``."""
     licence: str
     """SPDX identifier, or ``unknown``."""
@@ -121,7 +123,10 @@ def read_card(folder: Path) -> AdapterCard:
     try:
         return AdapterCard.model_validate(_upgrade(description))
     except ValidationError as error:
-        raise FlapsamError(f"{path}: not an adapter's description that flapsam {__version__} can read") from error
+        field, reason = ".".join(map(str, error.errors()[0]["loc"])), error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise FlapsamError(
+            f"{path}: not an adapter's description that flapsam {__version__} can read; {one_line(f'{field}: {reason}')}"
+        ) from error
 
 
 def _upgrade(description: Any) -> Any:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from flapsam.base.names import Name
 from flapsam.run.config import Checkpoint, Positive, StrictModel
 from flapsam.run.reading import read_options
 
@@ -20,7 +21,7 @@ class SiteData(StrictModel):
     """Layout of the folder, as in a run's ``data.layout``."""
     table: Path | None = None
     """CSV file with columns ``case`` and ``site``, and optionally ``split`` and ``subject``."""
-    site: str | None = None
+    site: Name | None = None
     """This site's name in the data, if the data hold several sites and call it differently."""
 
 
