@@ -64,9 +64,9 @@ class Tracking(Observer):
         folder = RunFolder(config.output)
         run = folder.read_environment()["run"]
         self.points = Points(config)
-        # The trackers make their own files, which other users of the machine must not read either.
-        make_folder(folder.tracker("").parent)
         for name, kind in self.kinds.items():
+            # Trackers write their files without asking for this mode, so the folder around them keeps other users out.
+            make_folder(folder.tracker(name).parent)
             target = Tracked(run, config, folder.tracker(name))
             self._try(name, lambda name=name, kind=kind, target=target: self.trackers.update({name: kind(target)}))
         for event in events:

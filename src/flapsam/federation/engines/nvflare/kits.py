@@ -242,7 +242,8 @@ def _build(federation: FederationFile, authority: Path, folder: Path) -> None:
             Provisioner(work, builders, None).provision(project)
         kits = workspace / "prod_00"
         if not kits.exists():
-            raise FlapsamError(f"NVFLARE could not make the kits: {' '.join(printed.getvalue().split())[-300:]}")
+            reason = printed.getvalue().strip().rpartition("\n")[2]
+            raise FlapsamError(f"NVFLARE could not make the kits: {reason[-300:]}")
         (authority / "state" / "cert.json").chmod(0o600)
         for name in (SERVER, COORDINATOR, *federation.sites):
             shutil.move(kits / _subject(name, federation), folder / name)
