@@ -137,7 +137,7 @@ ENTRIES: dict[str, tuple[Callable[[Path, str], None], str]] = {
     "nnU-Net": (in_nnunets_list, r"dataset\.json: 'dataset\."),
     "pairs": (in_a_pair, r"dataset\.json, training, entry 0: '"),
     "configuration": (in_a_configuration, r"run\.yaml: 'data\.labels\."),
-    "adapter": (in_an_adapter, r"flapsam\.json: .* classes\.1: '"),
+    "adapter": (in_an_adapter, r"flapsam\.json: .*'classes\.1': '"),
 }
 
 

@@ -11,6 +11,7 @@ from flapsam.base.names import spelling
 from flapsam.learning.metrics import CaseScores, score_case
 from flapsam.run.config import Data
 from flapsam.run.observer import Observer
+from flapsam.run.reading import validated
 from flapsam.sites import Case, label_map
 from flapsam.sites.pairs import check_geometry
 from flapsam.volumes import case_name, is_image, read_label
@@ -91,7 +92,9 @@ def _label_maps(folder: Path) -> dict[tuple[str, ...], Path]:
 def _data(trained: Trained | None, labels: Path) -> Data | None:
     if trained is None:
         return None
-    return trained.run.data if trained.run else Data(path=labels, labels=read_card(trained.folder).labels)
+    if trained.run:
+        return trained.run.data
+    return validated({"path": labels, "labels": read_card(trained.folder).labels}, Data, str(trained.folder))
 
 
 def _values(pairs: list[tuple[tuple[str, ...], Path, Path]], labels: Path) -> Data:

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flapsam.base.errors import FlapsamError, too_new
-from flapsam.base.escaping import one_line
 from flapsam.base.files import write_text, written_whole
 from flapsam.base.names import Named, Names
 from flapsam.base.version import __version__
 from flapsam.run.config import RANDOM, Backbone, Checkpoint, ClassValues, Lora, OutputPart, Samples
+from flapsam.run.reading import described
 from flapsam.sam import Sam, adapted_weights, architecture, assemble, load_travelling, lora_config, strategy
 from flapsam.sam.sources import source
 from flapsam.sam.strategies import OUTPUT
@@ -116,16 +116,15 @@ def read_card(folder: Path) -> AdapterCard:
         description = json.loads(path.read_text())
     except OSError as error:
         raise FlapsamError(f"{folder}: not an adapter, because {CARD} is missing") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FlapsamError(f"{path}: not an adapter's description, because it is not valid JSON") from error
     if problem := too_new(description.get("format") if isinstance(description, dict) else None, CARD_FORMAT):
         raise FlapsamError(f"{path}: {problem}")
     try:
         return AdapterCard.model_validate(_upgrade(description))
     except ValidationError as error:
-        field, reason = ".".join(map(str, error.errors()[0]["loc"])), error.errors()[0]["msg"].removeprefix("Value error, ")
         raise FlapsamError(
-            f"{path}: not an adapter's description that flapsam {__version__} can read; {one_line(f'{field}: {reason}')}"
+            f"{path}: not an adapter's description that flapsam {__version__} can read: {described(error)}"
         ) from error
 
 

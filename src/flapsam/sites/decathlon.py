@@ -112,7 +112,7 @@ def place(path: Path, file: str, entry: str) -> Path:
         entry: the entry, for the error message.
 
     Raises:
-        FlapsamError: the path leads out of the data's folder.
+        FlapsamError: the path leads out of the data's folder, or cannot be one.
     """
     target = path / file
     roots = (path, path.absolute(), path.resolve())
@@ -120,6 +120,10 @@ def place(path: Path, file: str, entry: str) -> Path:
         raise FlapsamError(
             f"{entry}: '{one_line(file[:200])}' is not a path inside the data's folder; move the file there or correct it"
         )
+    try:
+        target.exists()
+    except OSError as error:
+        raise FlapsamError(f"{entry}: '{file[:200]}' cannot be used ({error.strerror}); correct it") from error
     return target
 
 

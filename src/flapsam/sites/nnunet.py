@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field
 
 from flapsam.base.errors import FlapsamError
+from flapsam.base.escaping import one_line
 from flapsam.base.names import Named
 from flapsam.run.config import ClassValues, as_values
 from flapsam.sites.case import Case, CaseList
@@ -50,8 +51,9 @@ def read(path: Path) -> CaseList:
     description = read_description(path, Description)
     ending = description.file_ending
     if ending not in (".nii.gz", ".nii"):
+        written = one_line(ending[:20])
         raise FlapsamError(
-            f"{path / DESCRIPTION}: the files end in {ending}, but flapsam reads NIfTI; convert them to .nii.gz"
+            f"{path / DESCRIPTION}: the files end in {written}, but flapsam reads NIfTI; convert them to .nii.gz"
         )
     listed: dict[str, tuple[list[Path], Path]] = {}
     if description.dataset is not None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flapsam.base.errors import FlapsamError
+from flapsam.base.escaping import one_line
 from flapsam.base.names import as_name, check_distinct, clash, folded
 from flapsam.run.config import SPLITS
 from flapsam.sites.case import Case, CaseList
@@ -45,7 +46,8 @@ def read_table(table: Path) -> list[Row]:
             raise FlapsamError(f"{table}, line {number}: at site {row['site']}, case {clash(seen[key], row['case'])}")
         seen[key] = row["case"]
         if row.get("split") and row["split"] not in SPLITS:
-            raise FlapsamError(f"{table}: case {row['case']} has the unknown split '{row['split']}'; use train, val or test")
+            split = one_line(row["split"][:20])
+            raise FlapsamError(f"{table}: case {row['case']} has the unknown split '{split}'; use train, val or test")
     check_distinct(dict.fromkeys(row["site"] for row in rows), f"{table}, column site")
     return rows
 
