@@ -47,6 +47,10 @@ def test_the_run_folder_is_complete(run: Path):
     }
 
 
+def test_only_the_owner_can_read_the_run(run: Path):
+    assert [path for path in (run, *run.rglob("*")) if path.stat().st_mode & 0o077] == []
+
+
 def _tested(run: Path) -> list[str]:
     """The one test case of each site."""
     return [f"{e['case']}.nii.gz" for e in read_events(run) if e["event"] == "test"][:2]

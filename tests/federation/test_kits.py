@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 from cryptography import x509
 from cryptography.x509.oid import NameOID
 
+from flapsam.base.errors import FlapsamError
 from tests.helpers.command import flapsam
 
 if importlib.util.find_spec("nvflare") is None:
@@ -61,6 +63,39 @@ def test_only_their_owner_can_read_kits(kits: Path):
         *kits.glob("server/**/*"),
     ]:
         assert path.stat().st_mode & 0o077 == 0, path
+
+
+@pytest.mark.parametrize(("name", "key", "mode"), [("hospital_a", "client", 0o640), ("server", "server", 0o604)])
+def test_a_kit_whose_key_others_can_read_is_refused(name: str, key: str, mode: int, kits: Path, tmp_path: Path, capfd):
+    shutil.copytree(kits / name, tmp_path / "my kit")
+    path = tmp_path / "my kit" / "startup" / f"{key}.key"
+    path.chmod(mode)
+    outcome = flapsam(capfd, "federation", "server" if name == "server" else "check", tmp_path / "my kit")
+    assert outcome.code == 2 and len(outcome.err.splitlines()) == 1
+    assert f"Error: {path}: other users of this machine can read this private key" in outcome.err
+    command = outcome.err.rpartition("run: ")[2]
+    assert command == f"chmod -R go-rwx '{tmp_path}/my kit'\n"
+    subprocess.run(command, shell=True, check=True)
+    assert read_kit(tmp_path / "my kit", "server", "site").card.name == name
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        {"name": "../x"},
+        {"name": "a\nExecStart=x"},
+        {"federation": "a\nb"},
+        {"server": "no port"},
+        {"sites": ["a", "A"]},
+        {"name": 1},
+    ],
+    ids=str,
+)
+def test_a_kit_with_a_false_description_is_refused(card: dict, kits: Path, tmp_path: Path):
+    shutil.copytree(kits / "hospital_a", tmp_path / "kit")
+    (tmp_path / "kit" / "kit.json").write_text(json.dumps(read(kits / "hospital_a" / "kit.json") | card))
+    with pytest.raises(FlapsamError, match="not a start-up kit"):
+        read_kit(tmp_path / "kit", "site")
 
 
 @pytest.mark.parametrize("name", ["server", "hospital_a", "hospital_b"])
@@ -119,9 +154,12 @@ def test_a_systemd_unit_restarts_a_participant(kits: Path, capfd):
     [
         ({"sites": []}, "'sites'"),
         ({"sites": ["a b"]}, "'a b' is not a valid site name"),
-        ({"sites": ["../x"]}, "'../x' is not a valid site name"),
+        ({"sites": ["../x"]}, "'../x' cannot be a name, because it contains a slash"),
         ({"sites": ["server"]}, "'server' is not a valid site name"),
+        ({"sites": ["Authority"]}, "'Authority' is not a valid site name"),
         ({"sites": ["a", "a"]}, "'a' is listed twice"),
+        ({"sites": ["a", "A"]}, "'a' and 'A' count as the same name"),
+        ({"server": {"host": "../x"}}, "'server.host': '../x' cannot be a name"),
         ({"server": {"host": "x", "port": 0}}, "'server.port'"),
         ({"server": {}}, "'server.host' is missing"),
         ({"name": "../x"}, "'name'"),

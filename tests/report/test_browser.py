@@ -18,7 +18,7 @@ from playwright.sync_api import Browser
 from flapsam.report.page import write_report
 from flapsam.report.scene import nifti_of
 from flapsam.report.serving import ViewServer
-from flapsam.report.viewing import image_server, run_server
+from flapsam.report.viewing import image_server, opened, run_server
 from flapsam.run.observer import Observer
 from flapsam.volumes import Volume
 from tests.helpers.browser import needs_browser, open_browser, watch
@@ -194,6 +194,19 @@ def test_the_viewer_shows_an_image_and_its_label_map(browser: Browser, tmp_path:
         assert watched.page.locator("header li").all_inner_texts() == ["value 1", "value 2"]
         audit = Axe().run(watched.page)
         assert audit.violations_count == 0, audit.generate_report()
+
+
+def test_the_browsers_arguments_do_not_reveal_the_viewers_address(browser: Browser, tmp_path: Path, monkeypatch):
+    server, address = run_server(make_run(tmp_path), None, 0, Observer())
+    arguments: list[str] = []
+    monkeypatch.setattr("webbrowser.open", arguments.append)
+    with serving(server), opened(address):
+        (argument,) = arguments
+        watched = watch(browser)
+        watched.page.goto(argument)
+        watched.page.wait_for_url(address)
+        assert watched.page.locator("#gain-table").count() == 1
+    assert server.token not in argument
 
 
 def picture(page) -> np.ndarray:

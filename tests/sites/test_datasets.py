@@ -255,7 +255,7 @@ def test_data_with_sites_refuse_simulated_sites(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "not valid JSON"), ("[]", "is missing; add it or choose another"), ('{"training": [1]}', "must list pairs")],
+    [("{", "not valid JSON"), ("[]", "must be a mapping"), ('{"training": [1]}', "'training.0': must be a mapping")],
 )
 def test_a_broken_description_is_refused(text: str, message: str, tmp_path: Path):
     (tmp_path / "dataset.json").write_text(text)

@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from flapsam.adapters.store import CARD, AdapterCard
+from flapsam.base.escaping import markdown
 from flapsam.base.files import write_text
 from flapsam.learning.metrics import CaseScores, Summary, by_site, scores_of, summarise
 from flapsam.run.config import SPLITS
@@ -43,7 +46,7 @@ def model_card(card: AdapterCard, cohort: Cohort, events: Sequence[Event]) -> st
         "centralised": f"on the pooled data of {_count(len(cases), 'site')}",
     }[card.mode]
     rank = f" at rank {card.lora.rank}" if strategy(card.strategy).lora else ""
-    classes = _listed(card.classes)
+    classes = _listed([markdown(name) for name in card.classes])
     parts = [
         _head(card),
         f"# Segmentation of {classes}",
@@ -73,13 +76,14 @@ def model_card(card: AdapterCard, cohort: Cohort, events: Sequence[Event]) -> st
 
 
 def _head(card: AdapterCard) -> str:
-    tags = "\n".join(f"- {tag}" for tag in ("medical", "image-segmentation", "segment-anything", "federated-learning"))
-    base = f"base_model: {card.backbone.name}\n" if "/" in card.backbone.name else ""
-    return f"---\nlicense: {card.licence.lower()}\nlibrary_name: flapsam\n{base}tags:\n{tags}\n---"
+    base = {"base_model": card.backbone.name} if "/" in card.backbone.name else {}
+    tags = ["medical", "image-segmentation", "segment-anything", "federated-learning"]
+    head = {"license": card.licence.lower(), "library_name": "flapsam", **base, "tags": tags}
+    return f"---\n{yaml.safe_dump(head, sort_keys=False)}---"
 
 
 def _values(card: AdapterCard) -> str:
-    return _listed([f"{value} for {name}" for value, name in enumerate(["background", *card.classes])])
+    return _listed([f"{value} for {name}" for value, name in enumerate(["background", *map(markdown, card.classes)])])
 
 
 def _count(number: int, noun: str) -> str:
@@ -96,13 +100,14 @@ def _listed(names: Sequence[str]) -> str:
 def _sites(cases: dict[str, Cases], scores: Sequence[CaseScores], classes: Sequence[str]) -> str:
     summaries = {site: summarise(part) for site, part in by_site(scores).items()}
     rows = [
-        [site, *(str(counts[split]) for split in SPLITS), *_dice(summaries.get(site), classes)]
+        [markdown(site), *(str(counts[split]) for split in SPLITS), *_dice(summaries.get(site), classes)]
         for site, counts in cases.items()
     ]
     if len(rows) > 1:
         total = [str(sum(counts[split] for counts in cases.values())) for split in SPLITS]
         rows.append(["all sites", *total, *_dice(summarise(scores), classes)])
-    head = ["Site", "Training cases", "Validation cases", "Test cases", *(f"Dice, {name}" for name in classes), "Mean Dice"]
+    dice = [f"Dice, {markdown(name)}" for name in classes]
+    head = ["Site", "Training cases", "Validation cases", "Test cases", *dice, "Mean Dice"]
     rule = ["---", *("---:" for _ in head[1:])]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *rows])
 
@@ -118,12 +123,12 @@ def _limits(card: AdapterCard, cases: dict[str, Cases], scores: Sequence[CaseSco
         f"The adapter was trained on {training_cases} from {_count(len(cases), 'site')}. "
         "Expect lower scores elsewhere, on other scanners and patients."
     ]
-    small = [site for site, counts in cases.items() if counts["test"] < FEW_CASES]
+    small = [markdown(site) for site, counts in cases.items() if counts["test"] < FEW_CASES]
     if small and scores:
         limits.append(f"Scores are uncertain at sites with fewer than {FEW_CASES} test cases: {_listed(small)}.")
     for name, value in summarise(scores).dice.items():
         if value is not None and value < 0.5:
-            limits.append(f"The mean Dice of {name} is only {value:.3f}. Much of it is missed or wrong.")
+            limits.append(f"The mean Dice of {markdown(name)} is only {value:.3f}. Much of it is missed or wrong.")
     neighbours = "with only the two" if card.samples.channels == "adjacent" else "without"
     limits.append(f"Slices are segmented one at a time, {neighbours} neighbouring slices as context.")
     if card.backbone.weights == "random":
@@ -143,5 +148,5 @@ def _details(card: AdapterCard) -> dict[str, str]:
         "Backbone": f"`{card.backbone.name}`, weights `{card.backbone.weights}`, SHA-256 of the frozen tensors "
         f"`{card.backbone.checksum}`",
         "Run": f"`{card.run}`, trained with flapsam {card.flapsam}; `{CARD}` describes the adapter in full",
-        "Licence": card.licence,
+        "Licence": markdown(card.licence),
     }

@@ -7,9 +7,11 @@ import numpy as np
 from flapsam.adapters.store import read_card
 from flapsam.adapters.trained import Trained, find_trained
 from flapsam.base.errors import FlapsamError
+from flapsam.base.names import spelling
 from flapsam.learning.metrics import CaseScores, score_case
 from flapsam.run.config import Data
 from flapsam.run.observer import Observer
+from flapsam.run.reading import validated
 from flapsam.sites import Case, label_map
 from flapsam.sites.pairs import check_geometry
 from flapsam.volumes import case_name, is_image, read_label
@@ -82,14 +84,17 @@ def _label_maps(folder: Path) -> dict[tuple[str, ...], Path]:
     for path in sorted(folder.rglob("*")):
         folders = path.relative_to(folder).parent.parts
         if is_image(path) and not {"images", "probabilities"} & set(folders):
-            label_maps[(*(part for part in folders if part != "labels"), case_name(path))] = path
+            names = (*(part for part in folders if part != "labels"), case_name(path))
+            label_maps[tuple(map(spelling, names))] = path
     return label_maps
 
 
 def _data(trained: Trained | None, labels: Path) -> Data | None:
     if trained is None:
         return None
-    return trained.run.data if trained.run else Data(path=labels, labels=read_card(trained.folder).labels)
+    if trained.run:
+        return trained.run.data
+    return validated({"path": labels, "labels": read_card(trained.folder).labels}, Data, str(trained.folder))
 
 
 def _values(pairs: list[tuple[tuple[str, ...], Path, Path]], labels: Path) -> Data:

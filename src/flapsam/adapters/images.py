@@ -10,8 +10,9 @@ from pathlib import Path
 from flapsam.adapters.store import read_card
 from flapsam.adapters.trained import Trained
 from flapsam.base.errors import FlapsamError
+from flapsam.base.names import NameRefused, as_name, folded
 from flapsam.run.config import Split
-from flapsam.sites import find_dataset, read_sites
+from flapsam.sites import list_cases, read_sites
 from flapsam.volumes import Series, Source, case_name, find_series, is_dicom, is_image, source_at
 
 LIST = ".txt"
@@ -62,7 +63,7 @@ def find_images(
         jobs += _listed(path, modalities, series, output) if path.suffix == LIST else _at(path, modalities, series, output)
     if not jobs:
         raise FlapsamError(f"{', '.join(map(str, paths))}: no NIfTI, NRRD, MetaImage or DICOM image found")
-    return _apart(jobs)
+    return _apart([_named(job) for job in jobs])
 
 
 def images_of_split(folder: Path, trained: Trained, split: Split) -> list[Job]:
@@ -80,7 +81,7 @@ def images_of_split(folder: Path, trained: Trained, split: Split) -> list[Job]:
         data = trained.run.data.model_copy(update={"path": folder})
         cases = [case for site in read_sites(data, trained.run.seed) for case in site.cases]
     else:
-        cases = find_dataset(folder).read(folder).cases
+        cases = list_cases(folder).cases
         if any(case.split is None for case in cases):
             raise FlapsamError(
                 f"{folder}: its cases have no split; give the run's folder instead of the adapter's, or leave out --split"
@@ -169,12 +170,20 @@ def _fits(series: Series, pattern: str) -> bool:
     return any(fnmatchcase(text.lower(), pattern.lower()) for text in (series.description, series.number, series.uid))
 
 
+def _named(job: Job) -> Job:
+    """The same job, with a fault if the path of its label map contains something that is not a name."""
+    try:
+        return replace(job, stem=Path(*(as_name(part, str(job.image)) for part in job.stem.parts)))
+    except NameRefused as refusal:
+        return replace(job, fault=job.fault or str(refusal))
+
+
 def _apart(jobs: list[Job]) -> list[Job]:
     """The same jobs, with a fault in every job whose label map would overwrite that of an earlier job."""
-    first: dict[Path, Job] = {}
+    first: dict[str, Job] = {}
     result = []
     for job in jobs:
-        earlier = first.setdefault(job.stem, job)
+        earlier = first.setdefault(folded(str(job.stem)), job)
         if earlier is not job and not job.fault:
             job = replace(job, fault=f"{job.image}: its label map would overwrite that of {earlier.image}; rename one image")
         result.append(job)

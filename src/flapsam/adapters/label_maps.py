@@ -21,6 +21,7 @@ from flapsam.adapters.images import Job
 from flapsam.adapters.model import Model
 from flapsam.adapters.trained import Trained
 from flapsam.base.errors import FlapsamError
+from flapsam.base.escaping import csv_cell
 from flapsam.base.files import check_writable, write_text
 from flapsam.base.prefetch import ahead
 from flapsam.base.version import __version__
@@ -183,8 +184,8 @@ def _recorded(outcome: Outcome, ledger: Ledger, output: Path, method: str) -> Ou
     )
     try:
         ledger.write(event)
-    except OSError as error:
-        return _withdrawn(outcome, f"{outcome.job.image}: cannot write {ledger.path} ({error.strerror})")
+    except FlapsamError as error:
+        return _withdrawn(outcome, f"{outcome.job.image}: {error}")
     return outcome
 
 
@@ -238,7 +239,8 @@ def _write_volumes(output: Path, ledger: Ledger, classes: Sequence[str]) -> None
     """Write a table with one row for every image that was ever segmented into this folder."""
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
-    rows.writerow(["case", "image", "label_map", *(f"{name} (ml)" for name in classes)])
+    rows.writerow(["case", "image", "label_map", *(csv_cell(f"{name} (ml)") for name in classes)])
     for case, event in sorted(_newest(ledger).items()):
-        rows.writerow([case, event.image, event.written[0], *(event.ml.get(name, "") for name in classes)])
+        texts = [csv_cell(text) for text in (case, event.image, event.written[0])]
+        rows.writerow([*texts, *(event.ml.get(name, "") for name in classes)])
     write_text(output / VOLUMES, table.getvalue())

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from flapsam.base.errors import FlapsamError, too_new
 from flapsam.base.files import write_text, written_whole
+from flapsam.base.names import Named, Names
 from flapsam.base.version import __version__
 from flapsam.run.config import RANDOM, Backbone, Checkpoint, ClassValues, Lora, OutputPart, Samples
+from flapsam.run.reading import described
 from flapsam.sam import Sam, adapted_weights, architecture, assemble, load_travelling, lora_config, strategy
 from flapsam.sam.sources import source
 from flapsam.sam.strategies import OUTPUT
@@ -66,8 +68,8 @@ class AdapterCard(BaseModel):
     frozen: list[OutputPart]
     backbone: BackboneCard
     samples: Samples
-    classes: list[str]
-    labels: dict[str, ClassValues]
+    classes: Names
+    labels: Named[ClassValues]
     """Values of each class in the training labels. Predictions hold 1, 2, … in the order of ``classes``."""
     licence: str
     """SPDX identifier, or ``unknown``."""
@@ -114,14 +116,16 @@ def read_card(folder: Path) -> AdapterCard:
         description = json.loads(path.read_text())
     except OSError as error:
         raise FlapsamError(f"{folder}: not an adapter, because {CARD} is missing") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FlapsamError(f"{path}: not an adapter's description, because it is not valid JSON") from error
     if problem := too_new(description.get("format") if isinstance(description, dict) else None, CARD_FORMAT):
         raise FlapsamError(f"{path}: {problem}")
     try:
         return AdapterCard.model_validate(_upgrade(description))
     except ValidationError as error:
-        raise FlapsamError(f"{path}: not an adapter's description that flapsam {__version__} can read") from error
+        raise FlapsamError(
+            f"{path}: not an adapter's description that flapsam {__version__} can read: {described(error)}"
+        ) from error
 
 
 def _upgrade(description: Any) -> Any:

@@ -42,7 +42,8 @@ def download(
     Raises:
         FlapsamError: there is no connection, the server refuses, the disk is too small, or the checksum differs.
     """
-    make_folder(target.parent)
+    # Unlike everything else, weights and public data may be shared with other users of the machine.
+    make_folder(target.parent, 0o777)
     part = target.with_name(target.name + ".part")
     received = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={received}-"} if received else {})

@@ -1,7 +1,12 @@
-"""Writing files so that a reader never sees an incomplete one."""
+"""Writing files so that a reader never sees an incomplete one, and other users of the machine never see any.
+
+Images, updates and label maps belong to patients. All files and folders are therefore made for their owner alone, whatever
+the umask is. The permissions of folders that exist already are left as they are.
+"""
 
 import errno
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +17,10 @@ from flapsam.base.errors import FlapsamError
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 """Errors of a file system without locks. Work there continues without a lock."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk without space."""
+FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+"""Errors of a disk or folder without permission."""
 
 
 @contextmanager
@@ -32,12 +41,16 @@ def written_whole(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
+        # The file has this mode already, unless a library has replaced it.
+        temporary.chmod(0o600)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
-    except OSError as error:
-        raise FlapsamError(f"{path}: cannot be written ({error.strerror or error})") from error
+    except Exception as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        raise FlapsamError(f"{path}: cannot be written ({reason})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -53,14 +66,20 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def make_folder(path: Path) -> Path:
+def make_folder(path: Path, mode: int = 0o700) -> Path:
     """Create the folder ``path`` with its parents, and return it.
+
+    Args:
+        path: the folder.
+        mode: permissions of the folders that do not exist yet.
 
     Raises:
         FlapsamError: the folder cannot be created.
     """
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        for folder in reversed((path, *path.parents)):
+            if not folder.is_dir():
+                folder.mkdir(mode, exist_ok=True)
     except OSError as error:
         raise FlapsamError(f"{path}: cannot create this folder ({error.strerror}); choose another output folder") from error
     return path
@@ -90,7 +109,7 @@ def alone(path: Path, *, wait: bool = True) -> IO[bytes]:
     import fcntl
 
     make_folder(path.parent)
-    file = path.open("wb")
+    file = open(path, "wb", opener=private)  # noqa: SIM115 (the caller closes it)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError as error:
@@ -118,7 +137,25 @@ def is_locked(path: Path) -> bool:
     return False
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def private(path: str, flags: int) -> int:
+    """An opener for ``open``, which creates files for their owner alone."""
+    return os.open(path, flags, 0o600)
+
+
+def disk_problem(error: OSError) -> str | None:
+    """A sentence about a full or read-only disk, or None if the error has another reason."""
+    place = f"{error.filename}: " if error.filename else ""
+    if error.errno in FULL:
+        return f"{place}cannot be written ({error.strerror}); free some space or choose another folder"
+    if error.errno in FORBIDDEN:
+        return f"{place}cannot be used ({error.strerror}); check its permissions or choose another folder"
+    return None
+
+
+def _reason(error: Exception) -> str | None:
+    """The operating system's reason why a file cannot be written, or None if the error has another reason."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    # Safetensors, which is written in Rust, names the number of the error only.
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return os.strerror(int(number[1])) if number and not isinstance(error, FlapsamError) else None

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from flapsam.base.errors import FlapsamError
+from flapsam.base.files import disk_problem
 from flapsam.base.version import __version__
 from flapsam.cli import backbone, compare, data, federation, machine, results, runs, segment
 from flapsam.cli.console import out, show_error
@@ -27,11 +28,17 @@ app.add_typer(federation.app, name="federation")
 
 
 def main() -> None:
-    """Run the command line. A user's error is reported in one sentence, with exit code 2."""
+    """Run the command line. A user's error, or a full or read-only disk, is reported in one sentence, with exit code 2."""
     try:
         app()
     except FlapsamError as error:
         show_error(str(error))
+        sys.exit(2)
+    except OSError as error:
+        sentence = disk_problem(error)
+        if sentence is None:
+            raise
+        show_error(sentence)
         sys.exit(2)
 
 

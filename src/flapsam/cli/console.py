@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from flapsam.base.escaping import one_line
+
 if TYPE_CHECKING:
     from flapsam.report.progress import ConsoleObserver
 
@@ -62,8 +64,8 @@ Checkpoint = Annotated[
 
 
 def say(text: str, *, to: Console = out) -> None:
-    """Print a sentence as it is, without interpreting markup, adding colours or breaking lines."""
-    to.print(text, highlight=False, markup=False, soft_wrap=True)
+    """Print a sentence as it is, on one line, without interpreting markup or control characters or adding colours."""
+    to.print(one_line(text), highlight=False, markup=False, soft_wrap=True)
 
 
 def warn(text: str) -> None:

@@ -1,5 +1,6 @@
 """Commands that show a run's results: ``report``, ``view``, ``track``."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -58,16 +59,14 @@ def view(
     browser: Annotated[bool, typer.Option(help="Open the address in a browser.")] = True,
 ) -> None:
     """View volumes and their label maps in a browser. Only this machine can connect, and Ctrl-C stops the server."""
-    from flapsam.report.viewing import view_server
+    from flapsam.report.viewing import opened, view_server
 
     with interruptible("The viewer is closed.") as observer:
         server, address = view_server(path, case, prediction, truth, trained, port, observer)
-        say(f"Open {address}\nOnly this machine can reach it. Press Ctrl-C to stop.")
-        if browser:
-            import webbrowser
-
-            webbrowser.open(address)
-        server.run()
+        say(f"Open {address}")
+        say("Only this machine can reach it. Press Ctrl-C to stop.")
+        with opened(address) if browser else nullcontext():
+            server.run()
 
 
 @app.command()

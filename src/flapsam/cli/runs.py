@@ -45,7 +45,8 @@ def demo(
         say(shlex.join(["flapsam", *command]))
         if code := flapsam.main(command, standalone_mode=False):
             raise typer.Exit(code)
-    say(f"\nTo look at the cases in three planes and in 3-D: flapsam view {folder / 'run'}")
+    out.print()
+    say(f"To look at the cases in three planes and in 3-D: flapsam view {folder / 'run'}")
 
 
 @app.command()
@@ -67,8 +68,9 @@ def init(
     if as_json:
         return print_json({"run": str(output), **asdict(estimate)})
     out.print(output.read_text(), highlight=False, markup=False, soft_wrap=True, end="")
+    out.print()
     say(
-        f"\nWrote {output} for {seen.cases} cases; training will take about {minutes(estimate.seconds)} here. "
+        f"Wrote {output} for {seen.cases} cases; training will take about {minutes(estimate.seconds)} here. "
         f"Next: flapsam simulate {output}"
     )
 

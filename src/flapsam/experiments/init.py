@@ -22,7 +22,7 @@ from flapsam.learning.memory import windows_that_fit
 from flapsam.learning.training import Learner, loss_of
 from flapsam.run.config import ClassValues, Data, RunConfig
 from flapsam.run.observer import Observer
-from flapsam.run.reading import read_config
+from flapsam.run.reading import read_config, validated
 from flapsam.sam import Sam, assemble_run
 from flapsam.sites import Site, find_dataset, read_sites
 from flapsam.sites.pairs import read_files
@@ -136,7 +136,7 @@ def look(path: Path, observer: Observer) -> Look:
     """
     dataset = find_dataset(path)
     labels: dict[str, ClassValues] = dict(dataset.labels(path))
-    sites = read_sites(Data(path=path, labels=labels or {"any": 1}), 0)
+    sites = read_sites(validated({"path": path, "labels": labels or {"any": 1}}, Data, str(path)), 0)
     cases = [case for site in sites for case in site.cases]
     spacings, shapes, lows, inside, occupied = [], [], [], [], []
     values: set[int] = set()

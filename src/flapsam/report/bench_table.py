@@ -8,8 +8,10 @@ from dataclasses import asdict
 
 from rich.table import Table
 
+from flapsam.base.escaping import csv_cell, markdown
 from flapsam.base.files import write_text
 from flapsam.experiments.bench import Bench, RowSummary
+from flapsam.report.tables import as_text
 from flapsam.report.units import NONE, interval, number
 
 MISSING = "missing"
@@ -34,7 +36,7 @@ def bench_table(bench: Bench) -> Table:
     for column in shown:
         table.add_column(column, justify="right" if column else "left", min_width=0 if column else 24)
     for row in rows:
-        table.add_row(*(row[column] for column in shown))
+        table.add_row(*(as_text(row[column]) for column in shown))
     return table
 
 
@@ -88,13 +90,14 @@ def _mib(count: float | None) -> str:
 
 def _markdown(lines: Sequence[dict[str, str]]) -> str:
     columns = list(lines[0])
-    head = [f"| {' | '.join(columns)} |", "|---" + "|---:" * (len(columns) - 1) + "|"]
-    return "\n".join(head + [f"| {' | '.join(line.values())} |" for line in lines])
+    rows = [f"| {' | '.join(map(markdown, cells))} |" for cells in (columns, *(line.values() for line in lines))]
+    return "\n".join([rows[0], "|---" + "|---:" * (len(columns) - 1) + "|", *rows[1:]])
 
 
 def _csv(lines: Sequence[dict[str, str]]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(lines[0]))
-    writer.writeheader()
-    writer.writerows(lines)
+    writer = csv.writer(text)
+    writer.writerow(map(csv_cell, lines[0]))
+    # Only the first column holds names. The others hold numbers, some with a sign and an interval.
+    writer.writerows([csv_cell(name), *values] for name, *values in (line.values() for line in lines))
     return text.getvalue()

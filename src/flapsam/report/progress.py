@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn
 from rich.text import Text
 
+from flapsam.base.escaping import one_line
 from flapsam.report.standing import CohortStanding, Standing
 from flapsam.report.standing_view import bytes_line, dice_line, end_line, event_line, sites_view
 from flapsam.report.units import duration, rate
@@ -55,7 +56,7 @@ class ConsoleObserver(Observer):
         self.live.stop()
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(one_line(text), highlight=False, markup=False, soft_wrap=True)
 
     def opened(self, config: RunConfig, events: Sequence[Event]) -> None:
         with self.lock:
@@ -64,7 +65,7 @@ class ConsoleObserver(Observer):
     def begin(self, title: str, steps: int, done: int = 0) -> None:
         with self.lock:
             self._clear()
-            self.bar.add_task(escape(title), total=steps or None, completed=done, pace="")
+            self.bar.add_task(escape(one_line(title)), total=steps or None, completed=done, pace="")
             (self.task,) = self.bar.tasks
             self.title = title
         if not self.draws:

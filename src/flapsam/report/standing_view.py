@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from flapsam.base.escaping import one_line
 from flapsam.report.run import TITLES
 from flapsam.report.standing import CohortStanding, SiteStanding, Standing
 from flapsam.report.units import NONE, duration, number, size
@@ -108,7 +109,7 @@ def sites_view(standing: CohortStanding, working: Mapping[str, str]) -> Renderab
     table.add_column("Dice", justify="right")
     for site in sorted(standing.sites.values(), key=lambda site: site.name):
         text, style = _activity(site, standing, working)
-        table.add_row(Text(site.name), Text(text, style=style), number(site.loss), number(site.dice))
+        table.add_row(Text(site.name), Text(one_line(text), style=style), number(site.loss), number(site.dice))
     return table
 
 
@@ -121,15 +122,15 @@ def standing_view(standing: Standing, title: str, at: datetime, locked: bool) ->
         at: the current time.
         locked: whether a process is known to be running it.
     """
-    parts: list[RenderableType] = [Text(title, style="bold"), Text(activity_line(standing, at, locked))]
+    parts: list[RenderableType] = [Text(one_line(title), style="bold"), Text(activity_line(standing, at, locked))]
     if standing.cohorts:
         parts.append(_modes(standing))
     cohort = standing.under_way
     if cohort is not None and not standing.ended and (sites := sites_view(cohort, {})) is not None:
         parts += [Text(f"{cohort.cohort}, round {min(cohort.rounds + 1, cohort.planned)}:"), sites]
-    parts += [Text(line) for line in trouble_lines(standing)]
+    parts += [Text(one_line(line)) for line in trouble_lines(standing)]
     if standing.stopped and not standing.ended:
-        parts.append(Text(f"stopped: {standing.stopped}"))
+        parts.append(Text(one_line(f"stopped: {standing.stopped}")))
     left = standing.seconds_left(at)
     if left is not None and not standing.ended:
         parts.append(Text(f"time left for the rounds: about {duration(left)} at the current pace"))

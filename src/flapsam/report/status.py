@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.live import Live
 
+from flapsam.base.escaping import one_line
 from flapsam.base.files import is_locked
 from flapsam.report.run import read_run
 from flapsam.report.standing import Standing
@@ -70,7 +71,7 @@ def watch(folder: Path, console: Console) -> None:
         return
 
     def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.print(one_line(text), highlight=False, markup=False, soft_wrap=True)
 
     for line in [activity_line(status.standing, now(), status.locked), *trouble_lines(status.standing)]:
         say(line)

@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 from rich.table import Table
+from rich.text import Text
 
+from flapsam.base.escaping import one_line
 from flapsam.experiments.simulation import Results
 from flapsam.federation.traffic import RunTraffic, StrategyTraffic
 from flapsam.learning.memory import StepMemory
@@ -39,7 +41,7 @@ def dice_table(results: Results) -> Table:
         row = [name, str(summary.cases), *(number(sites[site].mean_dice) for sites in summaries.values())]
         if compared:
             row.append(_gain(summaries["federated"][site], summaries["local"][site]))
-        table.add_row(*row, style="bold" if site == "pooled" else None)
+        table.add_row(*map(as_text, row), style="bold" if site == "pooled" else None)
     return table
 
 
@@ -50,7 +52,7 @@ def class_table(modes: dict[str, Summary]) -> Table:
         table.add_column(column, justify="right" if column in ("Dice", "HD95 (mm)") else "left")
     for mode, summary in modes.items():
         for name, value in summary.dice.items():
-            table.add_row(mode, name, number(value), number(summary.hd95[name], 1))
+            table.add_row(mode, as_text(name), number(value), number(summary.hd95[name], 1))
     return table
 
 
@@ -73,12 +75,16 @@ def scores_table(scores: Sequence[CaseScores]) -> Table:
     table.add_column("site")
     table.add_column("cases", justify="right")
     for name in [*pooled.dice, "mean"]:
-        table.add_column(name, justify="right")
+        table.add_column(as_text(name), justify="right")
     sites = {site or NONE: summarise(part) for site, part in by_site(scores).items()}
     for site, summary in {**sites, ALL_CASES: pooled}.items():
         cells = [f"{number(value)} ({number(summary.hd95[name], 1)})" for name, value in summary.dice.items()]
         table.add_row(
-            site, str(summary.cases), *cells, number(summary.mean_dice), style="bold" if site == ALL_CASES else None
+            as_text(site),
+            str(summary.cases),
+            *cells,
+            number(summary.mean_dice),
+            style="bold" if site == ALL_CASES else None,
         )
     return table
 
@@ -121,10 +127,15 @@ def plain_table(rows: Sequence[Mapping[str, str]]) -> Table:
     """A table of rows that share their keys, which are the head."""
     table = Table()
     for column in rows[0]:
-        table.add_column(column, overflow="fold")
+        table.add_column(as_text(column), overflow="fold")
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*map(as_text, row.values()))
     return table
+
+
+def as_text(text: str) -> Text:
+    """A cell that shows the text as it is, without interpreting markup or control characters."""
+    return Text(one_line(text))
 
 
 def _gain(federated: Summary, local: Summary) -> str:

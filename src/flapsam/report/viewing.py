@@ -1,12 +1,16 @@
 """The two things that ``flapsam view`` opens: a run with its report, or a single image."""
 
-from collections.abc import Sequence
+import tempfile
+import webbrowser
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from flapsam.adapters.store import read_card
 from flapsam.adapters.trained import find_trained
 from flapsam.base.errors import FlapsamError
-from flapsam.report.page import report_page
+from flapsam.base.files import write_text
+from flapsam.report.page import pages, report_page
 from flapsam.report.run import read_run
 from flapsam.report.scene import scene_of, scenes_of
 from flapsam.report.serving import ViewServer
@@ -48,6 +52,23 @@ def view_server(
         raise FlapsamError(f"{path}: there is no run here, so no case {case}; give a run's folder, or an image without CASE")
     label_maps = [(name, file) for name, file in (("prediction", prediction), ("truth", truth)) if file]
     return image_server(path, label_maps, trained, port)
+
+
+@contextmanager
+def opened(address: str) -> Iterator[None]:
+    """Open an address in a browser while the block runs.
+
+    The address is a secret, and every user of the machine can read the arguments of a browser's process. The browser is
+    therefore given a file that only its user can read, and that leads to the address.
+
+    Args:
+        address: the address to open.
+    """
+    with tempfile.TemporaryDirectory(prefix="flapsam-") as folder:
+        page = Path(folder) / "view.html"
+        write_text(page, pages().get_template("redirect.html").render(address=address))
+        webbrowser.open(page.as_uri())
+        yield
 
 
 def run_server(folder: Path, case: str | None, port: int, observer: Observer) -> tuple[ViewServer, str]:

@@ -6,14 +6,17 @@ The fields' own defaults are the paper's values (arXiv 2407.21739). A run's ``pr
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from flapsam.base.errors import too_new
+from flapsam.base.names import Name, Named, as_name
 from flapsam.run.presets import PRESETS, with_preset
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 ClassValues = int | list[int]
+VariantName = Annotated[str, AfterValidator(lambda name: as_name(name) if name else name)]
+"""Name of a variant in a bench. The run without changes has none."""
 Mode = Literal["federated", "local", "centralised"]
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[str, ...] = get_args(Split)
@@ -52,13 +55,13 @@ class Data(StrictModel):
     ``subject``. Only the cases that it lists are used."""
     simulated_sites: Positive | None = None
     """Number of simulated sites among which the subjects are divided at random, for data that come from one place."""
-    labels: dict[str, ClassValues]
+    labels: Named[ClassValues]
     """Class name → value or values in the label maps. The order sets the class index, from 1."""
-    site_labels: dict[str, dict[str, ClassValues | None]] = {}
+    site_labels: Named[Named[ClassValues | None]] = {}
     """Site → class name → values that differ from ``labels`` at that site. A class set to null is not annotated there."""
-    sites: list[str] | None = None
+    sites: list[Name] | None = None
     """Sites that take part; all of them if not given."""
-    unseen: list[str] = []
+    unseen: list[Name] = []
     """Sites that never train. The model that the other sites train is tested on their test cases."""
     test_fraction: Fraction = 0.2
     """Share of each site's subjects that are held out for testing, if the data have no split of their own."""
@@ -94,7 +97,7 @@ class Samples(StrictModel):
     with the largest spacing. Of several equal ones, the last counts."""
     clip: tuple[float, float] | None = None
     """Range that intensities are clipped to before scaling, such as [-80, 300] Hounsfield units for CT."""
-    site_clip: dict[str, tuple[float, float]] = {}
+    site_clip: Named[tuple[float, float]] = {}
     """Site → range that replaces ``clip`` at that site."""
     clip_percentile: Annotated[float, Field(gt=0, le=100)] | None = None
     """Percentile of a volume's intensities above which they are clipped, such as 99 for MRI with bright spots."""
@@ -210,7 +213,7 @@ class Rounds(StrictModel):
 
     count: Positive = 100
     """Maximum number of rounds of a run."""
-    weights: Literal["slices", "cases", "uniform"] | dict[str, Annotated[float, Field(ge=0)]] = "slices"
+    weights: Literal["slices", "cases", "uniform"] | Named[Annotated[float, Field(ge=0)]] = "slices"
     """Weight of a client in the mean: its share of the training ``slices`` or ``cases``, the same for every client
     (``uniform``), or a number for each site."""
     validate_every: Positive = 1
@@ -281,7 +284,7 @@ class Grid(StrictModel):
     """Seeds, one repetition each; the run's own if not given. Differences are paired by seed, too."""
     leave_one_out: bool = False
     """Whether each site in turn is left out of training and tested on, in mode ``federated`` only."""
-    variants: dict[str, dict[str, Any]] = {"": {}}
+    variants: dict[VariantName, dict[str, Any]] = {"": {}}
     """Name of a variant → fields with other values, such as ``rank 4: {lora.rank: 4}``."""
 
 
@@ -310,7 +313,7 @@ class RunConfig(StrictModel):
     """How the server aggregates the sites' tensors, such as ``fedavg`` or ``flexlora``."""
     server: ServerOptions = ServerOptions()
     compression: Compression = Compression()
-    site_ranks: dict[str, Positive] = {}
+    site_ranks: Named[Positive] = {}
     """Site → rank of its adapters, for sites where it is smaller than ``lora.rank``."""
     modes: Annotated[list[Mode], Field(min_length=1)] = ["federated"]
     """Models to train: one by all sites together (``federated``), one by each site alone (``local``), or one on the

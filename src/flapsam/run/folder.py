@@ -132,7 +132,7 @@ class RunFolder:
             raise FlapsamError(
                 f"{self.path}: there is no run here; give a folder that flapsam simulate or flapsam federation run wrote"
             ) from error
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise FlapsamError(f"{path}: cannot read the id of the run; restore this file or start a new run") from error
         if problem := too_new(metadata["format"], FOLDER_FORMAT):
             raise FlapsamError(f"{path}: {problem}")

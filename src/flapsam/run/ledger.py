@@ -21,7 +21,8 @@ from pydantic import (
 )
 
 from flapsam.base.errors import FlapsamError
-from flapsam.base.files import write_text
+from flapsam.base.files import private, write_text
+from flapsam.base.names import Name, as_name
 from flapsam.run.config import Mode
 
 
@@ -49,7 +50,7 @@ class Cohort:
         mode, slash, site = name.partition("/")
         if (mode == "local") != bool(slash and site) or mode not in ("federated", "local", "centralised"):
             raise ValueError(f"'{name}' is not a cohort; expected federated, centralised or local/SITE")
-        return cls(mode, site or None)
+        return cls(mode, as_name(site) if site else None)
 
 
 TOGETHER = Cohort("federated")
@@ -111,7 +112,7 @@ class SiteJoined(EventBase):
     """A site takes part, with a number of cases in each split."""
 
     event: Literal["site"] = "site"
-    site: str
+    site: Name
     cases: Cases
 
 
@@ -127,7 +128,7 @@ class JobStarted(CohortEvent):
 
     event: Literal["job"] = "job"
     job: str
-    sites: list[str]
+    sites: list[Name]
 
     repeats = True
 
@@ -147,7 +148,7 @@ class SiteExcluded(CohortEvent):
     """A site does not take part."""
 
     event: Literal["excluded"] = "excluded"
-    site: str
+    site: Name
     reason: str
 
     repeats = True
@@ -194,7 +195,7 @@ class Fitted(RoundEvent):
     """A site has answered a round with its packet. Metrics that it does not report are None."""
 
     event: Literal["fit"] = "fit"
-    site: str
+    site: Name
     bytes_down: int
     bytes_up: int
     slices: int
@@ -214,7 +215,7 @@ class Validated(RoundEvent):
     """A site has scored a round's model on its validation cases."""
 
     event: Literal["validation"] = "validation"
-    site: str
+    site: Name
     dice: dict[str, float | None]
     """Class → Dice, and ``mean`` over the classes."""
 
@@ -231,7 +232,7 @@ class AnswerRefused(RoundEvent):
     """The server has refused a site's packet. The round continues without it."""
 
     event: Literal["refused"] = "refused"
-    site: str
+    site: Name
     reason: str
     bytes_up: int = 0
 
@@ -252,7 +253,7 @@ class AnswerMissing(RoundEvent):
     """A site has not answered a request."""
 
     event: Literal["missing"] = "missing"
-    site: str
+    site: Name
     reason: str
     work: Literal["fit", "validate"] = "fit"
 
@@ -263,7 +264,7 @@ class Delivered(RoundEvent):
     """A site has received the result of the last round."""
 
     event: Literal["delivery"] = "delivery"
-    site: str
+    site: Name
     bytes_down: int
 
 
@@ -271,8 +272,8 @@ class CaseTested(CohortEvent):
     """A test case has been scored."""
 
     event: Literal["test"] = "test"
-    site: str
-    case: str
+    site: Name
+    case: Name
     dice: dict[str, float | None]
     hd95: dict[str, float | None]
     """Class → 95 % Hausdorff distance in mm."""
@@ -350,7 +351,7 @@ class Ledger:
                 whole = path.read_bytes()
                 os.truncate(path, whole.rfind(b"\n") + 1)
                 self._events = read_ledger(path)
-            path.touch()
+            path.touch(0o600)
         except OSError as error:
             raise FlapsamError(f"{path}: cannot write the ledger ({error.strerror})") from error
         self._known = {event.identity for event in self._events}
@@ -364,17 +365,21 @@ class Ledger:
         return event.identity in self._known
 
     def write(self, event: Event) -> None:
-        """Append an event, unless it was written before and its kind never repeats."""
+        """Append an event, unless it was written before and its kind never repeats.
+
+        Raises:
+            FlapsamError: the event cannot be written. The ledger is as before.
+        """
         if self.holds(event) and not event.repeats:
             return
         before = self.path.stat().st_size
         try:
-            with self.path.open("a", encoding="utf-8") as file:
+            with open(self.path, "a", encoding="utf-8", opener=private) as file:
                 file.write(_line(event))
-        except OSError:
+        except OSError as error:
             # A full disk may have taken a part of the line, and the next line must not be appended to that part.
             os.truncate(self.path, before)
-            raise
+            raise FlapsamError(f"{self.path}: cannot be written ({error.strerror or error})") from error
         self._events.append(event)
         self._known.add(event.identity)
         self.on_event(event)

@@ -8,15 +8,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from flapsam.base.errors import FlapsamError
-from flapsam.run.config import RunConfig, StrictModel
+from flapsam.base.escaping import one_line
+from flapsam.run.config import RunConfig
 
 PATHS = ("data.path", "data.table", "backbone.weights", "output")
 """Fields of ``RunConfig`` that are paths."""
 
-Described = TypeVar("Described", bound=StrictModel)
+Described = TypeVar("Described", bound=BaseModel)
+
+SHOWN = 200
+"""Number of characters of a field's name that a message shows."""
+NAMED = 3
+"""Number of faults that a message lists. If there are more, they are only counted."""
 
 
 def read_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -50,7 +56,7 @@ def read_options(path: Path, model: type[Described], paths: Iterable[str] = (), 
         tree = yaml.safe_load(path.read_text())
     except OSError as error:
         raise FlapsamError(f"{path}: cannot read the configuration ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise FlapsamError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise FlapsamError(f"{path}: a configuration is a mapping of fields; see the README for an example")
@@ -70,7 +76,14 @@ def validated(tree: Any, model: type[Described], where: str) -> Described:
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        raise FlapsamError(f"{where}: {'; '.join(_describe(problem) for problem in error.errors())}") from error
+        raise FlapsamError(f"{where}: {described(error)}") from error
+
+
+def described(error: ValidationError) -> str:
+    """What is wrong with the fields of a model, in one line."""
+    problems = [_describe(problem) for problem in error.errors()]
+    more = [f"{len(problems) - NAMED} more"] if len(problems) > NAMED else []
+    return "; ".join([*problems[:NAMED], *more])
 
 
 def write_config(config: RunConfig) -> str:
@@ -154,10 +167,13 @@ def _put(tree: dict[str, Any], field: str, value: Any, where: str) -> None:
 
 
 def _describe(problem: Any) -> str:
-    field = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("function-", "constrained")))
+    kinds = ("function-", "constrained", "[key]")
+    field = one_line(".".join(str(part) for part in problem["loc"] if not str(part).startswith(kinds))[:SHOWN])
     if problem["type"] == "extra_forbidden":
         return f"unknown key '{field}'; remove it or correct its spelling"
     if problem["type"] == "missing":
         return f"'{field}' is missing"
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "model_type":
+        message = "must be a mapping of fields"
     return f"'{field}': {message}" if field else message

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from flapsam.base.errors import FlapsamError
 from flapsam.run.config import ClassValues, Data, RunConfig
 from flapsam.run.observer import Observer
+from flapsam.run.reading import validated
 from flapsam.sites import Case, LabelMap, Site, find_dataset, label_map, read_found
 from flapsam.sites.pairs import check_geometry
 from flapsam.volumes import Volume, read_image, read_label
@@ -51,7 +52,7 @@ def check_data(path: Path, run: RunConfig | None, values: list[int], observer: O
         data = run.data.model_copy(update={"path": path})
     else:
         labels = labels or dict(find_dataset(path).labels(path))
-        data = Data(path=path, labels=labels or {"any": 1})
+        data = validated({"path": path, "labels": labels or {"any": 1}}, Data, str(path))
     sites, problems = read_found(data, run.seed if run else 0)
     observer.begin("cases", sum(len(site.cases) for site in sites))
     checked = check_sites(sites, problems, data if run or labels else None, observer.step)

@@ -57,7 +57,7 @@ def fetch_data(name: str, folder: Path, observer: Observer) -> Path:
     place = folder / dataset.download.folder
     if place.exists():
         raise FlapsamError(f"{place}: already exists; remove it to download it again")
-    make_folder(folder)
+    make_folder(folder, 0o777)
     archive = folder / dataset.download.url.rsplit("/", 1)[-1]
     download(dataset.download.url, archive, md5=dataset.download.md5, on_bytes=watched(observer, name))
     observer.end()

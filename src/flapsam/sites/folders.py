@@ -8,6 +8,7 @@ If that table exists, only its cases are used.
 from pathlib import Path
 
 from flapsam.base.errors import FlapsamError
+from flapsam.base.names import clash, spelling
 from flapsam.sites.case import CaseList
 from flapsam.sites.dataset import Dataset
 from flapsam.sites.table import Row, found_by, read_table
@@ -20,7 +21,7 @@ def read(path: Path) -> CaseList:
     """Read all cases of the folder, or those in ``sites.csv``.
 
     Raises:
-        FlapsamError: there are no images, or the table is wrong.
+        FlapsamError: there are no images, two files have the same name, or the table is wrong.
     """
     images, labels = _files(path, "images"), _files(path, "labels")
     if not images:
@@ -44,9 +45,15 @@ def read(path: Path) -> CaseList:
 
 def _files(path: Path, folder: str) -> dict[tuple[str, str], Path]:
     """Files in every site's ``folder`` (images or labels), by site and case."""
-    parts = [part for part in (path / folder,) if part.is_dir()] if _is_one_site(path) else sorted(path.glob(f"*/{folder}"))
-    files = (file for part in parts for file in sorted(part.iterdir()) if is_nifti(file))
-    return {(file.parent.parent.name, case_name(file)): file for file in files}
+    parts = [path / folder] if _is_one_site(path) else sorted(path.glob(f"[!.]*/{folder}"))
+    files: dict[tuple[str, str], Path] = {}
+    for file in (file for part in parts if part.is_dir() for file in sorted(part.iterdir()) if is_nifti(file)):
+        # A path such as "." has no name of its own.
+        key = spelling(file.parent.parent.absolute().name), spelling(case_name(file))
+        if key in files:
+            raise FlapsamError(f"{file}: {clash(case_name(files[key]), case_name(file))}")
+        files[key] = file
+    return files
 
 
 def _is_one_site(path: Path) -> bool:

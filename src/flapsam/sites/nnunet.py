@@ -6,38 +6,65 @@ If ``dataset.json`` has the key ``dataset``, the paths under it replace the two 
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
 
 from flapsam.base.errors import FlapsamError
-from flapsam.run.config import ClassValues
+from flapsam.base.escaping import one_line
+from flapsam.base.names import Named
+from flapsam.run.config import ClassValues, as_values
 from flapsam.sites.case import Case, CaseList
 from flapsam.sites.dataset import Dataset
-from flapsam.sites.decathlon import DESCRIPTION, SITE, glance, plain, read_description
+from flapsam.sites.decathlon import DESCRIPTION, SITE, class_names, glance, place, read_description
 
 NUMBER = len("_0000")
+
+
+class Files(BaseModel):
+    """The files of a case."""
+
+    images: Annotated[list[str], Field(min_length=1)]
+    label: str
+
+
+class Description(BaseModel):
+    """The keys of ``dataset.json`` that list the files."""
+
+    file_ending: str
+    channel_names: dict[str, Any] | list[Any] = {}
+    dataset: Named[Files] | None = None
+
+
+class Labels(BaseModel):
+    """The key of ``dataset.json`` that names the classes."""
+
+    labels: dict[str, ClassValues]
 
 
 def read(path: Path) -> CaseList:
     """Read all training cases as cases of one site.
 
     Raises:
-        FlapsamError: ``dataset.json`` cannot be read, or the files are not NIfTI.
+        FlapsamError: ``dataset.json`` cannot be read, the files are not NIfTI, or a path leads out of the data's folder.
     """
-    description = read_description(path, "file_ending")
-    ending = description["file_ending"]
+    description = read_description(path, Description)
+    ending = description.file_ending
     if ending not in (".nii.gz", ".nii"):
+        written = one_line(ending[:20])
         raise FlapsamError(
-            f"{path / DESCRIPTION}: the files end in {ending}, but flapsam reads NIfTI; convert them to .nii.gz"
+            f"{path / DESCRIPTION}: the files end in {written}, but flapsam reads NIfTI; convert them to .nii.gz"
         )
     listed: dict[str, tuple[list[Path], Path]] = {}
-    if "dataset" in description:
-        for name, files in description["dataset"].items():
-            listed[name] = [_place(path, image) for image in files["images"]], _place(path, files["label"])
+    if description.dataset is not None:
+        for name, files in description.dataset.items():
+            listed[name] = [_place(path, image, name) for image in files.images], _place(path, files.label, name)
     else:
         for image in sorted((path / "imagesTr").glob(f"[!._]*_[0-9][0-9][0-9][0-9]{ending}")):
             name = image.name[: -len(ending) - NUMBER]
             listed.setdefault(name, ([], path / "labelsTr" / f"{name}{ending}"))[0].append(image)
     cases, problems = [], []
-    modalities = len(description.get("channel_names", {})) or None
+    modalities = len(description.channel_names) or None
     for name, (images, label) in sorted(listed.items()):
         missing = [file for file in (*images, label) if not file.exists()]
         problems += [f"{file}: this file of case {name} is missing; add it or remove the case" for file in missing]
@@ -56,25 +83,26 @@ def labels(path: Path) -> Mapping[str, ClassValues]:
     """Class → label value or values, without the background but with ``ignore``.
 
     Raises:
-        FlapsamError: regions overlap, so that a value belongs to several classes.
+        FlapsamError: ``dataset.json`` cannot be read, the name of a class is refused, or regions overlap, so that a value
+            belongs to several classes.
     """
     classes: dict[str, ClassValues] = {}
     seen: set[int] = set()
-    for name, value in read_description(path, "labels")["labels"].items():
-        values = [int(v) for v in value] if isinstance(value, list) else [int(value)]
-        if values == [0]:
-            continue
+    written = {name: value for name, value in read_description(path, Labels).labels.items() if value not in (0, [0])}
+    for name, value in zip(class_names(path, written), written.values(), strict=True):
+        values = as_values(value)
         if seen & set(values):
             raise FlapsamError(
                 f"{path / DESCRIPTION}: regions overlap; assign every label value to one class in data.labels"
             )
         seen |= set(values)
-        classes[plain(name)] = values[0] if len(values) == 1 else values
+        classes[name] = values[0] if len(values) == 1 else values
     return classes
 
 
-def _place(path: Path, file: str) -> Path:
-    return path / os.path.expandvars(file)
+def _place(path: Path, file: str, case: str) -> Path:
+    # nnU-Net allows environment variables in these paths.
+    return place(path, os.path.expandvars(file), f"{path / DESCRIPTION}, dataset, {case}")
 
 
 DATASET = Dataset(

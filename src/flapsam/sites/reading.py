@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from flapsam.base.errors import FlapsamError, choose
+from flapsam.base.names import NameRefused, as_name, check_distinct, clash, folded
 from flapsam.base.seeds import seed_for
 from flapsam.run.config import Data
 from flapsam.sites import decathlon, fed_ixi, fed_kits19, fed_prostate, folders, hippocampus, nnunet
@@ -45,10 +46,27 @@ def find_dataset(path: Path, layout: str = "auto") -> Dataset:
 def list_cases(path: Path, layout: str = "auto") -> CaseList:
     """Read the cases of a folder as they are there, before a table or a seed assigns them to other sites.
 
+    A case whose name or site's name is refused, or is that of another case, becomes a problem.
+
     Raises:
-        FlapsamError: as in ``find_dataset``, or the folder does not follow the layout.
+        FlapsamError: as in ``find_dataset``, or the folder does not follow the layout, or two sites have one name.
     """
-    return find_dataset(path, layout).read(path)
+    found = find_dataset(path, layout).read(path)
+    problems = list(found.problems)
+    cases: dict[tuple[str, str], Case] = {}
+    for case in found.cases:
+        try:
+            case = replace(case, name=as_name(case.name, str(case.image)), site=as_name(case.site, str(case.image)))
+        except NameRefused as refusal:
+            problems.append(str(refusal))
+            continue
+        key = folded(case.site), folded(case.name)
+        if key in cases:
+            problems.append(f"{case.image}: at site {case.site}, case {clash(cases[key].name, case.name)}")
+        else:
+            cases[key] = case
+    check_distinct(dict.fromkeys(case.site for case in cases.values()), str(path))
+    return CaseList(list(cases.values()), problems)
 
 
 def read_sites(data: Data, seed: int, found: CaseList | None = None) -> list[Site]:

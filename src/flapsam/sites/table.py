@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from flapsam.base.errors import FlapsamError
+from flapsam.base.escaping import one_line
+from flapsam.base.names import as_name, check_distinct, clash, folded
 from flapsam.run.config import SPLITS
 from flapsam.sites.case import Case, CaseList
 
@@ -19,26 +21,34 @@ def read_table(table: Path) -> list[Row]:
     """Read the rows of a table.
 
     Raises:
-        FlapsamError: the file is not CSV, a column is missing, a case is listed twice, or a split is unknown.
+        FlapsamError: the file is not CSV, a column is missing, a case or a site has no valid name, a case is listed twice,
+            or a split is unknown.
     """
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            # The number of a row's last line, which an editor shows.
+            numbered = [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise FlapsamError(f"{table}: cannot be read as CSV; check that the file exists and is UTF-8 text") from error
+    rows = [row for _, row in numbered]
     missing = {"case", "site"} - set(rows[0] if rows else ())
     if missing:
         raise FlapsamError(
             f"{table}: column {', '.join(sorted(missing))} is missing; the columns are case,site[,split,subject]"
         )
-    seen = set()
-    for row in rows:
-        key = (row["site"], row["case"])
+    seen: dict[tuple[str, str], str] = {}
+    for number, row in numbered:
+        for column in ("case", "site"):
+            row[column] = as_name(row[column] or "", f"{table}, line {number}, {column}")
+        key = (folded(row["site"]), folded(row["case"]))
         if key in seen:
-            raise FlapsamError(f"{table}: case {key[1]} of site {key[0]} is listed twice; remove one row")
-        seen.add(key)
+            raise FlapsamError(f"{table}, line {number}: at site {row['site']}, case {clash(seen[key], row['case'])}")
+        seen[key] = row["case"]
         if row.get("split") and row["split"] not in SPLITS:
-            raise FlapsamError(f"{table}: case {key[1]} has the unknown split '{row['split']}'; use train, val or test")
+            split = one_line(row["split"][:20])
+            raise FlapsamError(f"{table}: case {row['case']} has the unknown split '{split}'; use train, val or test")
+    check_distinct(dict.fromkeys(row["site"] for row in rows), f"{table}, column site")
     return rows
 
 

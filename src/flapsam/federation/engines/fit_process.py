@@ -10,8 +10,9 @@ import time
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+from flapsam.base.escaping import one_line
 from flapsam.federation.hospitals.handshake import REASONS, SiteFailed
 from flapsam.federation.hospitals.site_config import SiteConfig
 
@@ -187,9 +188,23 @@ def _end_with(parent: int) -> None:
 
 
 def _log_to(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    line = "%(asctime)s %(levelname)s %(message)s"
-    logging.basicConfig(filename=path, level=logging.INFO, format=line, force=True)
+    from flapsam.base.files import make_folder
+
+    make_folder(path.parent)
+    # The umask that ``main`` has set keeps the file private.
+    handler = logging.FileHandler(path)
+    handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.INFO, force=True)
+
+
+class OneLine(logging.Formatter):
+    """Writes each message on one line, so that text from other participants cannot look like a line of its own."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: D102, N802
+        return one_line(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: D102, N802
+        return "\n".join(f"    {one_line(line)}" for line in super().formatException(ei).splitlines())
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from flapsam.base.names import Name
 from flapsam.run.config import Checkpoint, Fraction, Positive, StrictModel
 from flapsam.run.reading import read_options
 
@@ -23,7 +24,7 @@ class SiteData(StrictModel):
     """Layout of the folder, as in a run's ``data.layout``."""
     table: Path | None = None
     """CSV file with columns ``case`` and ``site``, and optionally ``split`` and ``subject``."""
-    site: str | None = None
+    site: Name | None = None
     """This site's name in the data, if the data hold several sites and call it differently."""
     test_fraction: Fraction = 0.2
     """Share of the subjects that are held out for testing, if the data have no split of their own. The site's first run

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flapsam.base.errors import FlapsamError
+from flapsam.base.files import make_folder
 from flapsam.report.run import read_run
 from flapsam.report.tracking.points import Points
 from flapsam.report.tracking.tracker import Tracked, Tracker
@@ -65,7 +66,7 @@ class Tracking(Observer):
         self.points = Points(config)
         for name, kind in self.kinds.items():
             target = Tracked(run, config, folder.tracker(name))
-            self._try(name, lambda name=name, kind=kind, target=target: self.trackers.update({name: kind(target)}))
+            self._try(name, lambda name=name, kind=kind, target=target: self._start(name, kind, target))
         for event in events:
             self._add(event)
         self._all(lambda tracker: tracker.flush())
@@ -83,6 +84,11 @@ class Tracking(Observer):
     def places(self) -> list[str]:
         """How to look at the metrics, one sentence per tracker."""
         return [tracker.place for tracker in self.trackers.values()]
+
+    def _start(self, name: str, kind: Callable[[Tracked], Tracker], target: Tracked) -> None:
+        # Trackers' files may be readable for everyone, so the folder around them keeps other users out.
+        make_folder(target.folder.parent)
+        self.trackers[name] = kind(target)
 
     def _add(self, event: Event) -> None:
         self.ended = self.ended or isinstance(event, RunEnded)

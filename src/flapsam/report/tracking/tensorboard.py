@@ -1,6 +1,7 @@
 """TensorBoard tracker, with one folder per cohort and one per site in it, so that a chart shows the curve of all sites."""
 
 import shutil
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ class TensorBoard(Tracker):
     """Writes event files. The files of a resumed run are written again from its first event."""
 
     def __init__(self, run: Tracked) -> None:
+        threading.excepthook = _without_tensorboard
         self.run = run
         self.place = f"tensorboard --logdir {run.folder}"
         shutil.rmtree(run.folder, ignore_errors=True)
@@ -51,3 +53,9 @@ class TensorBoard(Tracker):
         for summary in hparams(fields, {"validation_dice/mean": 0.0, "test_dice/mean": 0.0}):
             assert writer.file_writer is not None
             writer.file_writer.add_summary(summary)
+
+
+def _without_tensorboard(error: threading.ExceptHookArgs) -> None:
+    """Print the traceback of a thread, unless it is TensorBoard's, whose ``flush`` raises the same error again."""
+    if not type(error.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(error)

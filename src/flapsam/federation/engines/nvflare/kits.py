@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from flapsam.base.errors import FlapsamError
 from flapsam.base.files import make_folder, write_text
+from flapsam.base.names import Name, Names, folded
 from flapsam.base.version import __version__
 from flapsam.run.config import StrictModel
 from flapsam.run.reading import read_options
@@ -48,7 +50,7 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 class ServerPlace(StrictModel):
     """Address of the server."""
 
-    host: str
+    host: Name
     """Host name or IP address at which sites reach the server."""
     port: Port = 8002
     """Port for the sites, the only one that must be open to them."""
@@ -63,18 +65,16 @@ class FederationFile(StrictModel):
     """Name of the federation."""
     server: ServerPlace
     """Address of the server."""
-    sites: Annotated[list[str], Field(min_length=1)]
+    sites: Annotated[Names, Field(min_length=1)]
     """Names of the sites."""
 
     @field_validator("sites")
     @classmethod
     def _valid(cls, value: list[str]) -> list[str]:
         for name in value:
-            if name_check(name, "client")[0] or name in (SERVER, COORDINATOR, AUTHORITY) or len(name) > 60:
+            # NVFLARE allows fewer names than flapsam.
+            if name_check(name, "client")[0] or folded(name) in (SERVER, COORDINATOR, AUTHORITY) or len(name) > 60:
                 raise ValueError(f"'{name}' is not a valid site name; use at most 60 letters, digits, _ and -")
-        repeated = sorted({name for name in value if value.count(name) > 1})
-        if repeated:
-            raise ValueError(f"'{repeated[0]}' is listed twice")
         return sorted(value)
 
 
@@ -83,12 +83,12 @@ class KitCard(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    federation: str
+    federation: Name
     role: Role
-    name: str
-    server: str
+    name: Name
+    server: Annotated[str, Field(pattern=r"^\S+:\d{1,5}$")]
     """Address of the server as ``host:port``."""
-    sites: list[str] = []
+    sites: Names = []
     """Sites of the federation. Empty in a site's kit, which does not name the others."""
     flapsam: str = __version__
     """Version of flapsam that made the kit."""
@@ -128,9 +128,11 @@ def read_kit(folder: Path, *roles: Role) -> Kit:
         roles: roles that the kit may have.
 
     Raises:
-        FlapsamError: the folder is not a kit, the kit has another role, or its certificate has expired.
+        FlapsamError: the folder is not a kit, other users can read its private key, the kit has another role, or its
+            certificate has expired.
     """
     path = folder / KIT
+    _check_private(folder)
     try:
         kit = Kit(folder.absolute(), KitCard.model_validate_json(path.read_text()))
     except (OSError, ValueError) as error:
@@ -144,6 +146,16 @@ def read_kit(folder: Path, *roles: Role) -> Kit:
             f"{kit.card.name})"
         )
     return kit
+
+
+def _check_private(folder: Path) -> None:
+    """Refuse a kit whose private key other users of the machine can read."""
+    for key in folder.glob("startup/*.key"):
+        if key.stat().st_mode & 0o077:
+            raise FlapsamError(
+                f"{key}: other users of this machine can read this private key; get a new kit if they may have copied it, "
+                f"otherwise run: chmod -R go-rwx {shlex.quote(str(folder))}"
+            )
 
 
 def provision(path: Path, output: Path, renew: Sequence[str] = ()) -> list[Kit]:
@@ -230,7 +242,8 @@ def _build(federation: FederationFile, authority: Path, folder: Path) -> None:
             Provisioner(work, builders, None).provision(project)
         kits = workspace / "prod_00"
         if not kits.exists():
-            raise FlapsamError(f"NVFLARE could not make the kits: {' '.join(printed.getvalue().split())[-300:]}")
+            reason = printed.getvalue().strip().rpartition("\n")[2]
+            raise FlapsamError(f"NVFLARE could not make the kits: {reason[-300:]}")
         (authority / "state" / "cert.json").chmod(0o600)
         for name in (SERVER, COORDINATOR, *federation.sites):
             shutil.move(kits / _subject(name, federation), folder / name)

@@ -1,0 +1,31 @@
+"""What other users of the machine can see of the viewer's address, which is its only secret."""
+
+import threading
+import urllib.request
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import numpy as np
+
+from flapsam.report.viewing import image_server, opened
+from tests.helpers.sites import SHAPE, save
+
+
+def test_a_browser_finds_the_address_in_a_file_that_only_its_user_can_read(tmp_path: Path, monkeypatch):
+    server, address = image_server(save(np.ones(SHAPE, np.float32), tmp_path / "image.nii.gz"), [], None, 0)
+    arguments: list[str] = []
+    monkeypatch.setattr("webbrowser.open", arguments.append)
+    with opened(address):
+        (argument,) = arguments
+        page = Path(unquote(urlsplit(argument).path))
+        assert argument.startswith("file:///") and server.token not in argument
+        assert (page.parent.stat().st_mode & 0o777, page.stat().st_mode & 0o777) == (0o700, 0o600)
+        text = page.read_text()
+        assert f'<meta http-equiv="refresh" content="0; url={address}">' in text
+    assert not page.exists()
+    threading.Thread(target=server.run, daemon=True).start()
+    try:
+        with urllib.request.urlopen(address) as answer:
+            assert "image.nii.gz" in answer.read().decode()
+    finally:
+        server.close()
