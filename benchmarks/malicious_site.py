@@ -99,7 +99,8 @@ def make_data(folder: Path, names: Sequence[str]) -> None:
         grid = np.meshgrid(*[np.arange(size) for size in SHAPE], indexing="ij")
         for case in range(CASES):
             centre = [rng.uniform(0.35, 0.65) * size for size in SHAPE]
-            away = sum(((axis - c) / (0.35 * size)) ** 2 for axis, c, size in zip(grid, centre, SHAPE, strict=True))
+            offsets = [(axis - middle) / (0.35 * size) for axis, middle, size in zip(grid, centre, SHAPE, strict=True)]
+            away = np.square(offsets).sum(axis=0)
             label = (away < 1).astype(np.uint8) + (away < 0.3).astype(np.uint8)
             image = (60 * label + rng.normal(0, 30, SHAPE)).astype(np.float32)
             for kind, array in (("images", image), ("labels", label)):
@@ -373,8 +374,8 @@ def main() -> None:
         if name not in cells and given.only in name and time.monotonic() < end:
             cells[name] = cell()
             write_cells(RESULTS, cells)
-            write_text(TABLE, table(cells))
             print(f"{name}: {shown(cells, *name.split(', ', 1))}, {cells[name]['seconds']} s", flush=True)
+    write_text(TABLE, table(cells))
     print(table(cells))
 
 

@@ -196,7 +196,7 @@ class Server:
         """The global tensors and the server's moments after a round; None if they are not finite."""
         try:
             result = self.agreement.aggregator.aggregate(replies, self.globals, number)
-        except torch._C._LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined] (documented, but not exported)
             # A decomposition of numbers that are not finite does not converge.
             return None
         result, moments = server_step(self.globals, result, self.moments, self.options)

@@ -196,7 +196,7 @@ class ServerSide:
             if site not in self.known:
                 self.known = dict(sorted({**self.known, site: sizes[site]}.items()))
             self.held[site] = presence.held
-            self.ledger.write(SiteJoined(site=site, cases=dict(presence.cases)))
+            self.ledger.write(SiteJoined(site=site, cases={str(split): count for split, count in presence.cases.items()}))
         write_text(self.folder.joined, json.dumps({name: asdict(size) for name, size in self.known.items()}))
 
     def _bounded(self) -> dict[str, SiteSize]:
