@@ -68,7 +68,7 @@ def test_no_process_listens_to_other_users_of_the_machine(hospitals: Hospitals):
         family += family[0].children(recursive=True)
         listening = {c.laddr.port for process in family for c in process.net_connections("tcp") if c.status == "LISTEN"}
         ports[name] = listening
-        folders |= {Path(c.laddr).parent for process in family for c in process.net_connections("unix") if c.laddr}
+        folders |= {Path(str(c.laddr)).parent for process in family for c in process.net_connections("unix") if c.laddr}
     assert ports == {"server": {hospitals.port, hospitals.admin_port}, "site_a": set(), "site_b": set()}
     assert folders
     for folder in folders:

@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -137,7 +138,7 @@ def test_a_name_of_no_cell_has_no_cell(name: object):
     assert Cell.named(name) is None
 
 
-def zipped(files: dict[str, object]) -> bytes:
+def zipped(files: Mapping[str, object]) -> bytes:
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         for name, content in files.items():

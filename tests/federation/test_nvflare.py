@@ -29,7 +29,8 @@ from tests.helpers.sites import load, write_run
 if importlib.util.find_spec("nvflare") is None:
     pytest.skip("flapsam[nvflare] is not installed", allow_module_level=True)
 
-from flapsam.federation.engines.nvflare.jobs import AdminLine, write_job
+from flapsam.federation.engines.nvflare.definition import write_job
+from flapsam.federation.engines.nvflare.jobs import AdminLine
 from flapsam.federation.engines.nvflare.kits import read_kit
 
 pytestmark = pytest.mark.timeout(600)

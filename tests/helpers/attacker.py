@@ -2,7 +2,7 @@
 
     python -m tests.helpers.attacker site|server KIT ANSWERS.json PARTICIPANT …
 
-It sends every question to each participant at once, and writes one line for each answer: [question, answer].
+It sends all questions at once, and writes one line for each: [question, whether in the server's name, answer].
 """
 
 import importlib
@@ -51,7 +51,6 @@ CHANNELS = (
     ("no_such_channel", "x"),
 )
 """Channels and topics of NVFLARE, and one that it does not have."""
-MARK = "python -c \"open('{}', 'w')\""
 TIMEOUT = 5.0
 
 
@@ -104,50 +103,57 @@ def attack(cell: Any, answers: Path, targets: list[str]) -> None:
     lines = []
     with ThreadPoolExecutor(64) as pool:
         lies = [{"lie": "server"} if lie else {} for _, lie in every]
-        for (question, lie), answer in zip(
-            every, pool.map(lambda one: ask(cell, one[0][0], one[1], answers), zip(every, lies, strict=True)), strict=True
-        ):
-            lines.append(json.dumps([question, bool(lie), answer]))
+        asked = [pool.submit(ask, cell, question, lie, answers) for (question, _), lie in zip(every, lies, strict=True)]
+        for (question, lie), answer in zip(every, asked, strict=True):
+            lines.append(json.dumps([question, bool(lie), answer.result()]))
     part = answers.with_suffix(".part")
     part.write_text("\n".join(lines))
     part.rename(answers)
 
 
+def in_a_site(answers: Path, targets: list[str]) -> None:
+    """Have the site attack once it has its connections."""
+    import nvflare.private.fed.client.admin as admin
+
+    begin = admin.FedAdminAgent.__init__
+
+    def with_attack(self: Any, *arguments: Any, **options: Any) -> None:
+        begin(self, *arguments, **options)
+        threading.Thread(target=attack, args=(self.cell, answers, targets), daemon=True).start()
+
+    admin.FedAdminAgent.__init__ = with_attack
+
+
+def in_a_server(answers: Path, targets: list[str]) -> None:
+    """Have the server attack once its sites are connected."""
+    import nvflare.private.fed.server.server_engine as server_engine
+
+    begin = server_engine.ServerEngine.__init__
+
+    def with_attack(self: Any, server: Any, *arguments: Any, **options: Any) -> None:
+        begin(self, server, *arguments, **options)
+
+        def wait() -> None:
+            while not getattr(server, "cell", None) or len(server.client_manager.get_clients()) < len(targets):
+                time.sleep(0.5)
+            attack(server.cell, answers, targets)
+
+        threading.Thread(target=wait, daemon=True).start()
+
+    server_engine.ServerEngine.__init__ = with_attack
+
+
 def main() -> None:
     role, folder, answers, *targets = sys.argv[1:]
-    kit = read_kit(Path(folder), role)
+    kit = read_kit(Path(folder), "server" if role == "server" else "site")
     if role == "server":
-        import nvflare.private.fed.server.server_engine as server_engine
-
         _place_storage(kit)
-        begin = server_engine.ServerEngine.__init__
-
-        def with_attack(self: Any, server: Any, *arguments: Any, **options: Any) -> None:
-            begin(self, server, *arguments, **options)
-
-            def wait() -> None:
-                while not getattr(server, "cell", None) or len(server.client_manager.get_clients()) < len(targets):
-                    time.sleep(0.5)
-                attack(server.cell, Path(answers), targets)
-
-            threading.Thread(target=wait, daemon=True).start()
-
-        server_engine.ServerEngine.__init__ = with_attack
-    else:
-        import nvflare.private.fed.client.admin as admin
-
-        begin = admin.FedAdminAgent.__init__
-
-        def with_attack(self: Any, *arguments: Any, **options: Any) -> None:
-            begin(self, *arguments, **options)
-            threading.Thread(target=attack, args=(self.cell, Path(answers), targets), daemon=True).start()
-
-        admin.FedAdminAgent.__init__ = with_attack
+    (in_a_server if role == "server" else in_a_site)(Path(answers), targets)
     module = importlib.import_module(MAINS[role])
     line = command(kit)
     sys.argv = [line[3], *line[5:]]
     arguments = module.parse_arguments()
-    sys.exit(MainProcessMonitor.run(main_func=module.main, run_dir=arguments.workspace, args=arguments))
+    MainProcessMonitor.run(main_func=module.main, run_dir=arguments.workspace, args=arguments)
 
 
 if __name__ == "__main__":
