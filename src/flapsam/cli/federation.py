@@ -12,7 +12,7 @@ from flapsam.cli.console import Assignments, FromRound, Json, Quiet, Track, inte
 app = typer.Typer(
     help="""Train between hospitals, over mutual TLS.
 
-    WARNING: all participants must trust each other fully. Today, a participant can read the others' files.""",
+    WARNING: federate only with participants whom you trust. See the threat model in docs/federation.md.""",
     no_args_is_help=True,
 )
 
