@@ -153,7 +153,8 @@ def content_of(message: Message) -> str | None:
         return None
     if channel != STREAM_CHANNEL:
         return f"{channel}:{topic}"
-    if topic in (STREAM_ACK_TOPIC, STREAM_ERROR_TOPIC):
+    # With an error in it, a piece of a stream only ends that stream.
+    if topic in (STREAM_ACK_TOPIC, STREAM_ERROR_TOPIC) or message.get_header(StreamHeaderKey.ERROR_MSG):
         return "ack"
     if topic != STREAM_DATA_TOPIC:
         return None
@@ -222,7 +223,9 @@ def _is_too_large(origin: Cell, content: str, message: Message) -> bool:
     # The definition of a job arrives at the server in one piece.
     limit = REQUEST_BYTES + (INTAKE.limit if content.startswith("stream return_only:") else 0)
     name = message.get_header(MessageHeaderKey.ORIGIN)
-    open_streams = sum(sender == name for sender, _ in list(RxTask.rx_task_map))
+    # NVFLARE keeps streams that are over for a while.
+    tasks = [task for (sender, _), task in list(RxTask.rx_task_map.items()) if sender == name]
+    open_streams = sum(not (task.completed or task.failed) for task in tasks)
     return not isinstance(size, int) or not 0 < size <= limit or open_streams > STREAMS
 
 
