@@ -225,7 +225,7 @@ def test_most_sites_decide_about_modalities_whoever_answers_first(counts: tuple,
 
 
 def test_the_first_site_to_answer_decides_nothing_and_a_false_count_counts_in_part(config: RunConfig, tmp_path: Path):
-    """24 slices at two sites, so at most 240 of the third site's count. The shares are 24, 24 and 240 of 288."""
+    """24 slices at two sites count as 25, so at most 250 of the third count. The shares are 25, 25 and 250 of 300."""
     RunFolder(config.output).begin(config)
     valid = read_message(Presence, SiteSide("site_0", site_config(tmp_path)).join(propose(config)))
     server = ServerSide(config.output)
@@ -236,9 +236,9 @@ def test_the_first_site_to_answer_decides_nothing_and_a_false_count_counts_in_pa
     server.open()
     assert server.held == {"boaster": 0, "site_0": 0, "site_1": 0}
     assert [event["site"] for event in read_events(config.output, "excluded")] == ["liar"]
-    assert server.server.shares == pytest.approx({"boaster": 240 / 288, "site_0": 24 / 288, "site_1": 24 / 288})
+    assert server.server.shares == pytest.approx({"boaster": 250 / 300, "site_0": 25 / 300, "site_1": 25 / 300})
     (bound,) = read_events(config.output, "bounded")
-    assert (bound["site"], bound["claimed"], bound["counted"]) == ("boaster", 10**10, 240)
+    assert (bound["site"], bound["claimed"], bound["counted"]) == ("boaster", 10**10, 250)
 
 
 def test_configured_weights_are_normalised_over_the_sites_that_take_part(config: RunConfig, tmp_path: Path):
