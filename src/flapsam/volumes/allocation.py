@@ -83,36 +83,41 @@ def room(what: Path | str, shape: tuple[int, ...], dtype: DTypeLike, order: Lite
             else:
                 file.truncate(size)
         except OSError as error:
-            raise _no_room(what, size) from error
+            raise no_room(what, size) from error
         return np.memmap(file, dtype, "r+", shape=shape, order=order)
 
 
 def shared(what: object, size: int) -> IO[bytes]:
     """Make a file without a name for voxels that pass from one process to another.
 
-    Up to ``IN_MEMORY``, it is in memory, else in the folder for temporary files. It takes room only as it is written.
+    Up to ``IN_MEMORY``, it is in memory, else in the folder for temporary files. It is empty at first.
 
     Args:
         what: the image for the error message.
-        size: size of the file in bytes.
+        size: size in bytes that the file will have.
 
     Raises:
         FlapsamError: the disk has too little space.
     """
     try:
         if size <= IN_MEMORY and hasattr(os, "memfd_create"):
-            file: IO[bytes] = os.fdopen(os.memfd_create("voxels"), "r+b")
+            file: IO[bytes] = os.fdopen(os.memfd_create("voxels"), "r+b", buffering=0)
         else:
             if size > shutil.disk_usage(tempfile.gettempdir()).free:
-                raise _no_room(what, size)
-            file = tempfile.TemporaryFile()  # noqa: SIM115 (it is returned open)
-        file.truncate(size)
+                raise no_room(what, size)
+            file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (it is returned open)
     except OSError as error:
-        raise _no_room(what, size) from error
+        raise no_room(what, size) from error
     return file
 
 
-def _no_room(what: object, size: int) -> FlapsamError:
+def no_room(what: object, size: int) -> FlapsamError:
+    """The error for voxels of ``size`` bytes that do not fit onto the disk.
+
+    Args:
+        what: the image for the message.
+        size: size of the voxels in bytes.
+    """
     return FlapsamError(
         f"{what}: its voxels take {_readable(size)}, more than {tempfile.gettempdir()} has room for; "
         "set TMPDIR to a folder on a larger disk"

@@ -109,18 +109,18 @@ def open_series(series: Series) -> Opened:
     whole = all(p.slope.is_integer() and p.intercept.is_integer() for p in planes)
     kinds = [kind for kind in (np.int16, np.int32) if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max]
 
-    def fill(array: NDArray) -> None:
-        for index, (plane, pixels) in enumerate(zip(planes, _pixels(planes), strict=True)):
+    def parts() -> Iterator[NDArray]:
+        for plane, pixels in zip(planes, _pixels(planes), strict=True):
             if pixels.shape != (plane.rows, plane.columns):
                 raise FlapsamError(
                     f"{plane.file}: its pixel data have shape {pixels.shape}, but its header says "
                     f"{(plane.rows, plane.columns)}; export it again"
                 )
             scaled = pixels if (plane.slope, plane.intercept) == (1, 0) else pixels * plane.slope + plane.intercept
-            array[:, :, index] = scaled.T
+            yield scaled.T[..., None]
 
     dtype = np.dtype(kinds[0] if whole and kinds else np.float32)
-    return Opened((first.columns, first.rows, len(planes)), dtype, affine, fill)
+    return Opened((first.columns, first.rows, len(planes)), dtype, affine, parts)
 
 
 def sorted_planes(series: Series) -> list[Plane]:

@@ -1,6 +1,7 @@
 """Reading and writing NRRD and MetaImage files."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,17 +66,18 @@ def open_itk(path: Path) -> Opened:
         raise FlapsamError(f"{path}: voxels are of type {kind}; convert the file to one plain number per voxel")
     check_memory(path, math.prod(shape) * stored.itemsize)
 
-    def fill(array: NDArray) -> None:
+    def parts() -> Iterator[NDArray]:
         try:
             image = reader.Execute()
         except RuntimeError as error:
             raise FlapsamError(
                 f"{path}: the voxels cannot be read, because the file is truncated or damaged; copy or export it again"
             ) from error
-        array[...] = sitk.GetArrayViewFromImage(image).transpose()
+        for slice_ in sitk.GetArrayViewFromImage(image):
+            yield slice_.T[..., None]
 
     dtype = np.dtype(np.float32) if stored.kind == "f" else stored
-    return Opened(shape, dtype, check_affine(affine_of(reader), path), fill)
+    return Opened(shape, dtype, check_affine(affine_of(reader), path), parts)
 
 
 def affine_of(image: "SimpleITK.Image | SimpleITK.ImageFileReader") -> NDArray[np.float64]:

@@ -5,7 +5,7 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -192,16 +192,16 @@ def open_nifti(path: Path, *, modalities: bool = True) -> Opened:
     dtype = np.dtype(np.float32) if scaled or stored.kind == "f" else stored.newbyteorder("=")
     step = max(CHUNK // (stored.itemsize * math.prod(image.shape[:-1])), 1)
 
-    def fill(array: NDArray) -> None:
+    def parts() -> Iterator[NDArray]:
         try:
-            for start in range(0, array.shape[-1], step):
-                array[..., start : start + step] = proxy[..., start : start + step]
+            for start in range(0, image.shape[-1], step):
+                yield proxy[..., start : start + step]
         except BROKEN as error:
             raise FlapsamError(
                 f"{path}: the voxels cannot be read, because the file is truncated or damaged; copy or export it again"
             ) from error
 
-    return Opened(image.shape, dtype, image.affine, fill)
+    return Opened(image.shape, dtype, image.affine, parts)
 
 
 def _open_volume(path: Path) -> Opened:

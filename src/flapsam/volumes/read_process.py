@@ -7,6 +7,7 @@ name, which both processes map. Threads that read at the same time have a proces
 
 import atexit
 import json
+import math
 import mmap
 import os
 import pickle
@@ -28,7 +29,7 @@ from flapsam.base.errors import FlapsamError
 from flapsam.volumes.allocation import shared
 from flapsam.volumes.limits import limit, without_core_dumps
 from flapsam.volumes.opened import Opened
-from flapsam.volumes.volume import Volume, check_finite
+from flapsam.volumes.volume import Volume
 
 Image = TypeVar("Image")
 
@@ -83,7 +84,7 @@ def look_apart(function: Callable[[Image], Any], image: Image, size: int = 0) ->
     reply, _ = _ask(function, image, size, voxels=False)
     if "value" in reply:
         return reply["value"]
-    return Opened(tuple(reply["shape"]), np.dtype(reply["dtype"]), np.array(reply["affine"]), lambda array: None)
+    return Opened(tuple(reply["shape"]), np.dtype(reply["dtype"]), np.array(reply["affine"]), lambda: iter(()))
 
 
 _idle: list["_ReadProcess"] = []
@@ -145,7 +146,9 @@ class _ReadProcess:
             if not reply.pop("voxels", False):
                 return reply, None
             with os.fdopen(recv_handle(self.pipe), "r+b") as file:
-                memory = mmap.mmap(file.fileno(), 0)
+                size = math.prod(reply["shape"]) * np.dtype(reply["dtype"]).itemsize
+                # Pages that are mapped at once take far less time than one by one.
+                memory = mmap.mmap(file.fileno(), size, mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
         except (EOFError, OSError) as error:
             raise _Died(self._cause()) from error
         return reply, np.ndarray(tuple(reply["shape"]), np.dtype(reply["dtype"]), memory, order="F")
@@ -227,9 +230,8 @@ def _filled(opened: Opened, image: Path | Any, size: int) -> IO[bytes]:
     limit(size + opened.size)
     file = shared(image, opened.size)
     try:
-        array = np.memmap(file, opened.dtype, "r+", shape=opened.shape, order="F")
-        opened.fill(array)
-        check_finite(array, image)
+        opened.write(file, image)
+        file.flush()
     except BaseException:
         file.close()
         raise
