@@ -6,11 +6,13 @@ modality, ``CASE_0000.nii.gz``, ``CASE_0001.nii.gz``, …, and lists them withou
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from flapsam.base.errors import FlapsamError
+from flapsam.base.files import exists, read_text
 from flapsam.run.config import ClassValues
 from flapsam.sites.case import Case, CaseList
 from flapsam.sites.dataset import Dataset
@@ -30,20 +32,20 @@ def read(path: Path) -> CaseList:
         FlapsamError: ``dataset.json`` cannot be read or does not list pairs.
     """
     cases, problems = [], []
-    for pair in read_description(path, "training")["training"]:
-        try:
-            image, label = path / pair["image"], path / pair["label"]
-        except (TypeError, KeyError) as error:
+    pairs = read_description(path, "training")["training"]
+    for pair in pairs if isinstance(pairs, list) else [pairs]:
+        if not isinstance(pair, dict) or not all(isinstance(pair.get(key), str) and pair[key] for key in ("image", "label")):
             raise FlapsamError(
                 f"{path / DESCRIPTION}: 'training' must list pairs; write each as "
                 '{"image": "imagesTr/CASE.nii.gz", "label": "labelsTr/CASE.nii.gz"}'
-            ) from error
+            )
+        image, label = path / pair["image"], path / pair["label"]
         name = case_name(image)
-        images = [image] if image.exists() else sorted(image.parent.glob(f"{name}_[0-9][0-9][0-9][0-9].nii.gz"))
-        if images and label.exists():
+        images = [image] if exists(image) else _numbered(image.parent, name)
+        if images and exists(label):
             cases.append(Case(name, SITE, name, images[0], label, other_images=tuple(images[1:])))
-        for exists, file, kind in ((images, image, "image"), (label.exists(), label, "label map")):
-            if not exists:
+        for there, file, kind in ((images, image, "image"), (exists(label), label, "label map")):
+            if not there:
                 problems.append(
                     f"{file}: the {kind} of case {name} is missing; add it or remove the case from {DESCRIPTION}"
                 )
@@ -53,7 +55,33 @@ def read(path: Path) -> CaseList:
 def labels(path: Path) -> Mapping[str, ClassValues]:
     """Class → label value, without the background."""
     names = read_description(path, "training").get("labels", {})
-    return {plain(name): int(value) for value, name in names.items() if int(value) != 0}
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise bad_labels(path)
+    values = {name: label_value(path, value) for value, name in names.items()}
+    return {plain(name): value for name, value in values.items() if value}
+
+
+def label_value(path: Path, value: Any) -> int:
+    """A label value of ``dataset.json``.
+
+    Raises:
+        FlapsamError: it is not a whole number from 0 on.
+    """
+    text = str(value)
+    if isinstance(value, bool) or not isinstance(value, (int, str)) or not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII):
+        raise bad_labels(path)
+    return int(text)
+
+
+def bad_labels(path: Path) -> FlapsamError:
+    """The error for 'labels' that are not names with whole numbers."""
+    return FlapsamError(f"{path / DESCRIPTION}: 'labels' must give each class a name and a whole number; correct it")
+
+
+def _numbered(folder: Path, name: str) -> list[Path]:
+    """The files of a case with one file per modality."""
+    pattern = re.compile(rf"{re.escape(name)}_[0-9]{{4}}\.nii\.gz")
+    return sorted(file for file in folder.iterdir() if pattern.fullmatch(file.name)) if exists(folder / ".") else []
 
 
 def read_description(path: Path, wanted: str) -> dict[str, Any]:
@@ -64,10 +92,10 @@ def read_description(path: Path, wanted: str) -> dict[str, Any]:
     """
     file = path / DESCRIPTION
     try:
-        description = json.loads(file.read_text())
+        description = json.loads(read_text(file))
     except OSError as error:
         raise FlapsamError(f"{file}: cannot be read ({error.strerror}); the layouts msd and nnunet need it") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FlapsamError(f"{file}: not valid JSON ({error}); fix or restore the file") from error
     if not isinstance(description, dict) or wanted not in description:
         raise FlapsamError(f"{file}: the key '{wanted}' is missing; add it or choose another data.layout")
@@ -77,8 +105,8 @@ def read_description(path: Path, wanted: str) -> dict[str, Any]:
 def glance(path: Path) -> dict[str, Any]:
     """The contents of ``dataset.json``, or an empty dictionary if it is missing or cannot be read."""
     try:
-        description = json.loads((path / DESCRIPTION).read_text())
-    except (OSError, ValueError):
+        description = json.loads(read_text(path / DESCRIPTION))
+    except (FlapsamError, OSError, ValueError, RecursionError):
         return {}
     return description if isinstance(description, dict) else {}
 

@@ -6,12 +6,14 @@ If ``dataset.json`` has the key ``dataset``, the paths under it replace the two 
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from flapsam.base.errors import FlapsamError
+from flapsam.base.files import exists
 from flapsam.run.config import ClassValues
 from flapsam.sites.case import Case, CaseList
 from flapsam.sites.dataset import Dataset
-from flapsam.sites.decathlon import DESCRIPTION, SITE, glance, plain, read_description
+from flapsam.sites.decathlon import DESCRIPTION, SITE, bad_labels, glance, label_value, plain, read_description
 
 NUMBER = len("_0000")
 
@@ -23,23 +25,23 @@ def read(path: Path) -> CaseList:
         FlapsamError: ``dataset.json`` cannot be read, or the files are not NIfTI.
     """
     description = read_description(path, "file_ending")
-    ending = description["file_ending"]
+    ending = str(description["file_ending"])
     if ending not in (".nii.gz", ".nii"):
         raise FlapsamError(
             f"{path / DESCRIPTION}: the files end in {ending}, but flapsam reads NIfTI; convert them to .nii.gz"
         )
     listed: dict[str, tuple[list[Path], Path]] = {}
     if "dataset" in description:
-        for name, files in description["dataset"].items():
-            listed[name] = [_place(path, image) for image in files["images"]], _place(path, files["label"])
+        listed = _listed(path, description["dataset"])
     else:
         for image in sorted((path / "imagesTr").glob(f"[!._]*_[0-9][0-9][0-9][0-9]{ending}")):
             name = image.name[: -len(ending) - NUMBER]
             listed.setdefault(name, ([], path / "labelsTr" / f"{name}{ending}"))[0].append(image)
     cases, problems = [], []
-    modalities = len(description.get("channel_names", {})) or None
+    channels = description.get("channel_names", {})
+    modalities = len(channels) or None if isinstance(channels, (dict, list)) else None
     for name, (images, label) in sorted(listed.items()):
-        missing = [file for file in (*images, label) if not file.exists()]
+        missing = [file for file in (*images, label) if not exists(file)]
         problems += [f"{file}: this file of case {name} is missing; add it or remove the case" for file in missing]
         if modalities is not None and len(images) != modalities:
             problems.append(
@@ -60,8 +62,13 @@ def labels(path: Path) -> Mapping[str, ClassValues]:
     """
     classes: dict[str, ClassValues] = {}
     seen: set[int] = set()
-    for name, value in read_description(path, "labels")["labels"].items():
-        values = [int(v) for v in value] if isinstance(value, list) else [int(value)]
+    names = read_description(path, "labels")["labels"]
+    if not isinstance(names, dict):
+        raise bad_labels(path)
+    for name, value in names.items():
+        values = [label_value(path, v) for v in value] if isinstance(value, list) else [label_value(path, value)]
+        if not values:
+            raise bad_labels(path)
         if values == [0]:
             continue
         if seen & set(values):
@@ -71,6 +78,20 @@ def labels(path: Path) -> Mapping[str, ClassValues]:
         seen |= set(values)
         classes[plain(name)] = values[0] if len(values) == 1 else values
     return classes
+
+
+def _listed(path: Path, dataset: Any) -> dict[str, tuple[list[Path], Path]]:
+    """The images and the label map of each case under the key ``dataset``."""
+    listed = {}
+    for name, files in dataset.items() if isinstance(dataset, dict) else [("", None)]:
+        images, label = (files.get("images"), files.get("label")) if isinstance(files, dict) else (None, None)
+        if not isinstance(images, list) or not images or not all(isinstance(file, str) for file in (*images, label)):
+            raise FlapsamError(
+                f"{path / DESCRIPTION}: case '{name}' under 'dataset' has no images or no label; write each as "
+                '"CASE": {"images": ["imagesTr/CASE_0000.nii.gz"], "label": "labelsTr/CASE.nii.gz"}'
+            )
+        listed[name] = [_place(path, image) for image in images], _place(path, label)
+    return listed
 
 
 def _place(path: Path, file: str) -> Path:

@@ -1,11 +1,13 @@
 """Tables that assign cases to sites, with the columns ``case,site`` and optionally ``split`` and ``subject``."""
 
 import csv
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from flapsam.base.errors import FlapsamError
+from flapsam.base.files import exists, read_text
 from flapsam.run.config import SPLITS
 from flapsam.sites.case import Case, CaseList
 
@@ -22,15 +24,21 @@ def read_table(table: Path) -> list[Row]:
         FlapsamError: the file is not CSV, a column is missing, a case is listed twice, or a split is unknown.
     """
     try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+        reader = csv.DictReader(io.StringIO(read_text(table, "utf-8-sig"), newline=""))
+        rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise FlapsamError(f"{table}: cannot be read as CSV; check that the file exists and is UTF-8 text") from error
-    missing = {"case", "site"} - set(rows[0] if rows else ())
+    missing = {"case", "site"} - set(reader.fieldnames or ())
     if missing:
         raise FlapsamError(
             f"{table}: column {', '.join(sorted(missing))} is missing; the columns are case,site[,split,subject]"
         )
+    if not rows:
+        raise FlapsamError(f"{table}: there are no rows below the header; add a row for each case")
+    for number, row in enumerate(rows, start=2):
+        # A row with too many cells has them under None, and one with too few has None in them.
+        if None in row or not row["case"] or not row["site"]:
+            raise FlapsamError(f"{table}: row {number} has a cell too few or too many; give it a case and a site")
     seen = set()
     for row in rows:
         key = (row["site"], row["case"])
@@ -57,9 +65,9 @@ def found_by(rows: Sequence[Row], files: Callable[[Row], tuple[Path, Path]], rea
     for row in rows:
         image, label = files(row)
         for path, kind in ((image, "image"), (label, "label map")):
-            if not path.exists():
+            if not exists(path):
                 problems.append(f"{path}: the {kind} of case {row['case']} of site {row['site']} is missing; {reason}")
-        if image.exists() and label.exists():
+        if exists(image) and exists(label):
             split = row.get("split") or None
             cases.append(Case(row["case"], row["site"], row.get("subject") or row["case"], image, label, split))
     return CaseList(sorted(cases, key=lambda case: (case.site, case.name)), problems)

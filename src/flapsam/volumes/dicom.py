@@ -10,6 +10,9 @@ from flapsam.volumes.read_process import look_apart, read_apart
 from flapsam.volumes.series import Series
 from flapsam.volumes.volume import Volume
 
+FILE = 2**16
+"""Bytes that a file counts for beside its size, because opening it takes time."""
+
 
 def find_series(folder: Path, files: Sequence[Path]) -> list[Series]:
     """Group the files of a folder into image series. Other objects, such as reports, are left out.
@@ -22,7 +25,7 @@ def find_series(folder: Path, files: Sequence[Path]) -> list[Series]:
     unreadable: list[Path] = []
     for file in files:
         try:
-            identity = look_apart(identify, file, size_of(file))
+            identity = look_apart(identify, file, size_of(file) + FILE)
         except FlapsamError:
             unreadable.append(file)
             continue
@@ -50,4 +53,4 @@ def read_series(series: Series) -> Volume:
         FlapsamError: a file is damaged, has no pixel data or no position in space, or holds colours. Or slices are
             missing, unevenly spaced or twice at the same position, or differ in size or direction.
     """
-    return read_apart(open_series, series, size_of(*series.files))
+    return read_apart(open_series, series, size_of(*series.files) + FILE * len(series.files))

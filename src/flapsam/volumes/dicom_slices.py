@@ -26,6 +26,8 @@ from flapsam.volumes.volume import check_affine
 if TYPE_CHECKING:
     from pydicom import Dataset
 
+LIBRARIES = ("pydicom", "pydicom.encaps", "pydicom.pixels.utils", "jpeg_ls", "gdcm", "numpy.ma")
+"""Packages that reading a series needs, which a reading process loads beforehand."""
 EVEN = 0.02
 """Tolerance for the distance between slices, as a share of the median distance."""
 ASIDE = 0.2

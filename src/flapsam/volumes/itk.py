@@ -1,6 +1,7 @@
 """Reading and writing NRRD and MetaImage files."""
 
 import math
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,10 @@ from flapsam.volumes.volume import Volume, check_affine
 if TYPE_CHECKING:
     import SimpleITK
 
+LIBRARIES = ("SimpleITK",)
+"""Packages that reading an image needs, which a reading process loads beforehand."""
+BROKEN = (EOFError, ValueError, OSError, zlib.error)
+"""Exceptions that reading voxels raises for damaged files."""
 NRRD = (".nrrd", ".nhdr")
 META = (".mha", ".mhd")
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -46,7 +51,7 @@ def open_itk(path: Path) -> Opened:
     """
     import SimpleITK as sitk
 
-    (check_nrrd if path.name.endswith(NRRD) else check_meta)(path)
+    place = (check_nrrd if path.name.endswith(NRRD) else check_meta)(path)
     reader = sitk.ImageFileReader()
     # Otherwise ITK would choose by the content, and parse a header that was not checked.
     reader.SetImageIO("NrrdImageIO" if path.name.endswith(NRRD) else "MetaImageIO")
@@ -66,10 +71,18 @@ def open_itk(path: Path) -> Opened:
         raise FlapsamError(f"{path}: voxels are of type {kind}; convert the file to one plain number per voxel")
     check_memory(path, math.prod(shape) * stored.itemsize)
 
+    if place is not None and place.size != stored.itemsize:
+        raise FlapsamError(
+            f"{path}: voxels are of type {kind}, but the file stores {place.size} bytes each; export it again"
+        )
+
     def parts() -> Iterator[NDArray]:
         try:
+            if place is not None:
+                yield from place.parts(shape, stored)
+                return
             image = reader.Execute()
-        except RuntimeError as error:
+        except (RuntimeError, *BROKEN) as error:
             raise FlapsamError(
                 f"{path}: the voxels cannot be read, because the file is truncated or damaged; copy or export it again"
             ) from error

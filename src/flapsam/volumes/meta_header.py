@@ -18,6 +18,7 @@ from flapsam.volumes.header_text import (
     sizes,
     whole,
 )
+from flapsam.volumes.stored import Stored
 
 BYTES = {
     **dict.fromkeys(("MET_CHAR", "MET_UCHAR"), 1),
@@ -35,8 +36,11 @@ CHANNELS = 64
 LAST = "ElementDataFile"
 
 
-def check_meta(path: Path) -> None:
+def check_meta(path: Path) -> Stored | None:
     """Check the header of a file, and that the voxels that it promises can be in the file, or in the file that it names.
+
+    Returns:
+        Where the voxels are stored, or None if only ITK can read them, because they are text.
 
     Raises:
         FlapsamError: there is no such file, or its header is not one that ITK reads without harm.
@@ -69,7 +73,7 @@ def check_meta(path: Path) -> None:
     for name, value in fields.items():
         if not checks[name](value):
             raise broken(path, f"'{value[:100]}' is not a valid value of the field '{name}'")
-    _check_data(path, fields, axes, end)
+    return _check_data(path, fields, axes, end)
 
 
 def _checks(axes: int) -> dict[str, Check]:
@@ -120,15 +124,27 @@ def _checks(axes: int) -> dict[str, Check]:
     }
 
 
-def _check_data(path: Path, fields: dict[str, str], axes: int, end: int) -> None:
+def _check_data(path: Path, fields: dict[str, str], axes: int, end: int) -> Stored | None:
     voxels = math.prod(sizes(fields["DimSize"], axes) or []) * int(fields.get("ElementNumberOfChannels", 1))
     claimed = voxels * BYTES[fields["ElementType"]]
     detached = None if fields[LAST].upper() == "LOCAL" else data_file(path, fields[LAST])
     stored = (detached or path).stat().st_size - (0 if detached else end)
-    compressed = fields.get("CompressedData", "false").lower() in ("true", "1")
-    binary = fields.get("BinaryData", "true").lower() in ("true", "1")
-    if max(int(fields.get("HeaderSize", 0)), 0) > stored or int(fields.get("CompressedDataSize", 0)) > stored:
+    compressed, binary = _is_true(fields, "CompressedData"), _is_true(fields, "BinaryData", "true")
+    skipped = int(fields.get("HeaderSize", 0))
+    if max(skipped, 0) > stored or int(fields.get("CompressedDataSize", 0)) > stored:
         raise broken(path, "it promises more bytes than the file has")
+    if skipped and not (detached and binary and not compressed):
+        raise broken(path, "the field 'HeaderSize' is only for plain voxels in another file")
+    orders = {_is_true(fields, name) for name in ("ElementByteOrderMSB", "BinaryDataByteOrderMSB") if name in fields}
+    if len(orders) > 1:
+        raise broken(path, "it contradicts itself about the order of bytes")
     if not binary and not compressed:
-        claimed = 2 * voxels - 1
-    check_claim(path, claimed, compressed=compressed, stored=stored)
+        check_claim(path, 2 * voxels - 1, compressed=False, stored=stored)
+        return None
+    check_claim(path, claimed, compressed=compressed, stored=stored - max(skipped, 0))
+    offset = stored - claimed if skipped < 0 else skipped
+    return Stored(detached or path, offset if detached else end, BYTES[fields["ElementType"]], True in orders, compressed)
+
+
+def _is_true(fields: dict[str, str], name: str, default: str = "false") -> bool:
+    return fields.get(name, default).lower() in ("true", "1")

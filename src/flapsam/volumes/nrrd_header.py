@@ -21,6 +21,7 @@ from flapsam.volumes.header_text import (
     sizes,
     whole,
 )
+from flapsam.volumes.stored import Stored
 
 _NAMES = {
     1: "signed char,int8,int8_t,uchar,unsigned char,uint8,uint8_t",
@@ -47,8 +48,11 @@ SHORTEST = {"raw": 1.0, "ascii": 2.0, "text": 2.0, "txt": 2.0, "hex": 2.0}
 COMPRESSED = ("gzip", "gz")
 
 
-def check_nrrd(path: Path) -> None:
+def check_nrrd(path: Path) -> Stored | None:
     """Check the header of a file, and that the voxels that it promises can be in the file, or in the file that it names.
+
+    Returns:
+        Where the voxels are stored, or None if only ITK can read them, because they are text.
 
     Raises:
         FlapsamError: there is no such file, or its header is not one that ITK reads without harm.
@@ -68,7 +72,7 @@ def check_nrrd(path: Path) -> None:
     for name, value in fields.items():
         if not checks[name](value):
             raise broken(path, f"'{value[:100]}' is not a valid value of the field '{name}'")
-    _check_data(path, fields, axes, end)
+    return _check_data(path, fields, axes, end)
 
 
 def _fields(path: Path, lines: list[str]) -> dict[str, str]:
@@ -146,7 +150,7 @@ def _checks(axes: int, space: int) -> dict[str, Check]:
     }
 
 
-def _check_data(path: Path, fields: dict[str, str], axes: int, end: int) -> None:
+def _check_data(path: Path, fields: dict[str, str], axes: int, end: int) -> Stored | None:
     voxels = math.prod(sizes(fields["sizes"], axes) or [])
     size, encoding = BYTES[fields["type"].lower()], fields["encoding"].lower()
     if size > 1 and "endian" not in fields and encoding not in ("ascii", "text", "txt"):
@@ -158,4 +162,8 @@ def _check_data(path: Path, fields: dict[str, str], axes: int, end: int) -> None
         raise broken(path, "it skips more than the file has")
     text = encoding in ("ascii", "text", "txt")
     least = voxels if encoding in COMPRESSED else math.ceil(voxels * SHORTEST[encoding])
-    check_claim(path, (least if text else least * size), compressed=encoding in COMPRESSED, stored=stored + text)
+    compressed = encoding in COMPRESSED
+    check_claim(path, (least if text else least * size), compressed=compressed, stored=stored + text)
+    if skipped or "byteskip" in fields or encoding not in ("raw", *COMPRESSED):
+        return None
+    return Stored(detached or path, 0 if detached else end, size, fields.get("endian", "").lower() == "big", compressed)

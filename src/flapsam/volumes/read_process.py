@@ -6,6 +6,7 @@ name, which both processes map. Threads that read at the same time have a proces
 """
 
 import atexit
+import importlib
 import json
 import math
 import mmap
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 
 from flapsam.base.errors import FlapsamError
 from flapsam.volumes.allocation import shared
-from flapsam.volumes.limits import limit, without_core_dumps
+from flapsam.volumes.limits import limit, without_core_dumps, without_time_limit
 from flapsam.volumes.opened import Opened
 from flapsam.volumes.volume import Volume
 
@@ -53,6 +54,10 @@ main(int(sys.argv[2]))
 
 class _Died(Exception):  # noqa: N818 (it becomes a sentence)
     """The process ended while it read an image. The message says how."""
+
+    def __init__(self, how: str, *, slow: bool = False) -> None:
+        super().__init__(how)
+        self.slow = slow
 
 
 def read_apart(opener: Callable[[Image], Opened], image: Image, size: int) -> Volume:
@@ -105,7 +110,7 @@ def _ask(
         except _Died as death:
             process.stop()
             # An earlier image may have damaged the process's memory, so this one gets a new process before it is blamed.
-            if fresh:
+            if fresh or death.slow:
                 raise FlapsamError(f"{image}: it cannot be read, because {death}; copy or export it again") from death
             continue
         except BaseException:
@@ -141,7 +146,7 @@ class _ReadProcess:
         try:
             self.pipe.send_bytes(request)
             if not self.pipe.poll(seconds):
-                raise _Died(f"reading it takes more than {seconds:.0f} seconds")
+                raise _Died(f"reading it takes more than {seconds:.0f} seconds", slow=True)
             reply = json.loads(self.pipe.recv_bytes())
             if not reply.pop("voxels", False):
                 return reply, None
@@ -150,7 +155,7 @@ class _ReadProcess:
                 # Pages that are mapped at once take far less time than one by one.
                 memory = mmap.mmap(file.fileno(), size, mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
         except (EOFError, OSError) as error:
-            raise _Died(self._cause()) from error
+            raise self._death() from error
         return reply, np.ndarray(tuple(reply["shape"]), np.dtype(reply["dtype"]), memory, order="F")
 
     def stop(self) -> None:
@@ -158,19 +163,17 @@ class _ReadProcess:
         self.process.wait()
         self.pipe.close()
 
-    def _cause(self) -> str:
+    def _death(self) -> _Died:
         try:
             code = self.process.wait(10)
         except subprocess.TimeoutExpired:
-            return "the process that read it fell silent"
-        if code == -signal.SIGXCPU:
-            return "reading it takes far longer than its size allows"
-        if code == -signal.SIGBUS:
-            return "the disk for its voxels is full or the file changed meanwhile"
+            return _Died("the process that read it fell silent")
+        if code == -signal.SIGPROF:
+            return _Died("reading it takes far longer than its size allows", slow=True)
         if code == -signal.SIGKILL:
-            return "the system ended the process that read it, perhaps because memory ran out"
+            return _Died("the system ended the process that read it, perhaps because memory ran out")
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return f"the process that read it crashed ({name}), as damaged files can make it"
+        return _Died(f"the process that read it crashed ({name}), as damaged files can make it")
 
 
 @atexit.register
@@ -208,6 +211,9 @@ def main(handle: int) -> None:
 
 
 def _answer(function: Callable, image: Any, size: int, voxels: bool) -> tuple[dict[str, Any], IO[bytes] | None]:
+    # Loading libraries takes time and memory of its own.
+    for library in getattr(sys.modules[function.__module__], "LIBRARIES", ()):
+        importlib.import_module(library)
     limit(size)
     try:
         result = function(image)
@@ -221,6 +227,8 @@ def _answer(function: Callable, image: Any, size: int, voxels: bool) -> tuple[di
         message = f"{image}: reading it takes far more memory than its size allows; copy or export it again"
     except Exception as error:
         message = f"{image}: it cannot be read ({type(error).__name__}: {error}); copy or export it again"
+    finally:
+        without_time_limit()
     message = " ".join(message.split())
     return {"error": message if len(message) <= LONGEST else f"{message[:LONGEST]} …"}, None
 
