@@ -40,7 +40,7 @@ from flapsam.base.files import write_text
 
 RESULTS = HERE / "results" / "fuzz.json"
 SECONDS, MEMORY, DISK = 2, 512 * 2**20, 64 * 2**20
-HANGS = 60
+HANGS = 240
 """Seconds after which a command counts as dead."""
 COUNTS = ("mutations", "read", "refused", "process_died", "died", "traceback", "slow", "memory", "disk")
 SINGLE = """
