@@ -221,7 +221,17 @@ def nifti(data: bytes, rng: random.Random) -> bytes:
     content = np.frombuffer(data[:348], nibabel.Nifti1Header.template_dtype).copy()
     for _ in range(rng.choice((1, 1, 2))):
         field = rng.choice(
-            ("dim", "dim", "datatype", "bitpix", "pixdim", "vox_offset", "scl_slope", "scl_inter", *content.dtype.names)
+            (
+                "dim",
+                "dim",
+                "datatype",
+                "bitpix",
+                "pixdim",
+                "vox_offset",
+                "scl_slope",
+                "scl_inter",
+                *(content.dtype.names or ()),
+            )
         )
         values = content[0][field] if content.dtype[field].shape else content[field]
         if values.dtype.kind in "iuf":

@@ -84,8 +84,10 @@ def _listed(path: Path, dataset: Any) -> dict[str, tuple[list[Path], Path]]:
     """The images and the label map of each case under the key ``dataset``."""
     listed = {}
     for name, files in dataset.items() if isinstance(dataset, dict) else [("", None)]:
-        images, label = (files.get("images"), files.get("label")) if isinstance(files, dict) else (None, None)
-        if not isinstance(images, list) or not images or not all(isinstance(file, str) for file in (*images, label)):
+        files = files if isinstance(files, dict) else {}
+        images, label = files.get("images"), files.get("label")
+        named = isinstance(images, list) and images and all(isinstance(file, str) for file in images)
+        if not named or not isinstance(label, str):
             raise FlapsamError(
                 f"{path / DESCRIPTION}: case '{name}' under 'dataset' has no images or no label; write each as "
                 '"CASE": {"images": ["imagesTr/CASE_0000.nii.gz"], "label": "labelsTr/CASE.nii.gz"}'

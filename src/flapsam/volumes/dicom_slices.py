@@ -84,13 +84,14 @@ def identify(file: Path) -> tuple[str, str, str, int] | None:
 def _header(file: Path, fields: list[str] | None = None) -> tuple["Dataset", int]:
     """A file's header, or some of its fields, and the position of the pixel data in the file."""
     import pydicom
+    from pydicom.errors import InvalidDicomError
 
     check_file(file)
     try:
         with file.open("rb") as opened:
             header = pydicom.dcmread(opened, stop_before_pixels=True, specific_tags=fields)  # type: ignore[arg-type]
             return header, opened.tell()
-    except (pydicom.errors.InvalidDicomError, *BROKEN) as error:
+    except (InvalidDicomError, *BROKEN) as error:
         raise _unreadable(file) from error
 
 
@@ -254,8 +255,9 @@ def _pixels(planes: Sequence[Plane]) -> Iterator[NDArray]:
 
 def _has_no_pixels(file: Path) -> bool:
     import pydicom
+    from pydicom.errors import InvalidDicomError
 
     try:
         return not any(field in pydicom.dcmread(file, defer_size=1024) for field in ("PixelData", "FloatPixelData"))
-    except (pydicom.errors.InvalidDicomError, *BROKEN):
+    except (InvalidDicomError, *BROKEN):
         return False

@@ -201,7 +201,7 @@ def open_nifti(path: Path, *, modalities: bool = True) -> Opened:
                 f"{path}: the voxels cannot be read, because the file is truncated or damaged; copy or export it again"
             ) from error
 
-    return Opened(image.shape, dtype, image.affine, parts)
+    return Opened(image.shape, dtype, check_affine(image.affine, path), parts)
 
 
 def _open_volume(path: Path) -> Opened:
