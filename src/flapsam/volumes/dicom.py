@@ -1,17 +1,19 @@
 """Finding and reading DICOM series: files in any order, with one slice per file or all slices in one file."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from flapsam.base.errors import FlapsamError
 from flapsam.base.files import size_of
-from flapsam.volumes.dicom_slices import identify, open_series
+from flapsam.volumes.dicom_slices import Identity, identify, identify_each, open_series
 from flapsam.volumes.read_process import look_apart, read_apart
 from flapsam.volumes.series import Series
 from flapsam.volumes.volume import Volume
 
 FILE = 2**16
 """Bytes that a file counts for beside its size, because opening it takes time."""
+BATCH = 100
+"""Number of files that a reading process looks at in one go."""
 
 
 def find_series(folder: Path, files: Sequence[Path]) -> list[Series]:
@@ -23,13 +25,11 @@ def find_series(folder: Path, files: Sequence[Path]) -> list[Series]:
     slice_files: dict[tuple[str, str, str], list[Path]] = {}
     whole_files: list[Series] = []
     unreadable: list[Path] = []
-    for file in files:
-        try:
-            identity = look_apart(identify, file, size_of(file) + FILE)
-        except FlapsamError:
-            unreadable.append(file)
-            continue
+    for file, identity in _identities(files):
         if identity is None:
+            continue
+        if isinstance(identity, str):
+            unreadable.append(file)
             continue
         uid, number, description, frames = identity
         if not uid:
@@ -46,6 +46,24 @@ def find_series(folder: Path, files: Sequence[Path]) -> list[Series]:
     return sorted(sliced, key=lambda series: (series.number.zfill(8), series.uid)) + whole_files
 
 
+def _identities(files: Sequence[Path]) -> Iterator[tuple[Path, Identity | str | None]]:
+    """What ``identify_each`` returns, for many files at once, or for each alone if one of them ends the process."""
+    for start in range(0, len(files), BATCH):
+        batch = files[start : start + BATCH]
+        try:
+            yield from zip(batch, look_apart(identify_each, batch, _size(batch)), strict=True)
+        except FlapsamError:
+            for file in batch:
+                try:
+                    yield file, look_apart(identify, file, _size([file]))
+                except FlapsamError as error:
+                    yield file, str(error)
+
+
+def _size(files: Sequence[Path]) -> int:
+    return size_of(*files) + FILE * len(files)
+
+
 def read_series(series: Series) -> Volume:
     """Read a series, as integers if slope and intercept are whole, else as float32.
 
@@ -53,4 +71,4 @@ def read_series(series: Series) -> Volume:
         FlapsamError: a file is damaged, has no pixel data or no position in space, or holds colours. Or slices are
             missing, unevenly spaced or twice at the same position, or differ in size or direction.
     """
-    return read_apart(open_series, series, size_of(*series.files) + FILE * len(series.files))
+    return read_apart(open_series, series, _size(series.files))

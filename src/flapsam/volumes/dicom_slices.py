@@ -63,7 +63,23 @@ class Plane:
     thickness: float
 
 
-def identify(file: Path) -> tuple[str, str, str, int] | None:
+Identity = tuple[str, str, str, int]
+"""UID, number and description of a file's series, and its number of frames."""
+
+
+def identify_each(files: Sequence[Path]) -> list[Identity | str | None]:
+    """What ``identify`` returns for each file, or the message of its error."""
+    return [_tried(file) for file in files]
+
+
+def _tried(file: Path) -> Identity | str | None:
+    try:
+        return identify(file)
+    except FlapsamError as error:
+        return str(error)
+
+
+def identify(file: Path) -> Identity | None:
     """UID, number and description of a file's series, and its number of frames. None if it is not an image.
 
     Raises:

@@ -98,7 +98,11 @@ _idle: list["_ReadProcess"] = []
 def _ask(
     function: Callable[[Image], Any], image: Image, size: int, *, voxels: bool
 ) -> tuple[dict[str, Any], NDArray | None]:
-    request = pickle.dumps((function, image, size, voxels))
+    folder = ""
+    with suppress(OSError):
+        # The process has the working directory of its start, but relative paths mean the one of now.
+        folder = str(Path.cwd())
+    request = pickle.dumps((folder, function, image, size, voxels))
     while True:
         # Threads may run this at the same time, and each takes a process of its own.
         try:
@@ -200,9 +204,11 @@ def main(handle: int) -> None:
     pipe = Connection(handle)
     while True:
         try:
-            function, image, size, voxels = pickle.loads(pipe.recv_bytes())
+            folder, function, image, size, voxels = pickle.loads(pipe.recv_bytes())
         except EOFError:
             return
+        with suppress(OSError):
+            os.chdir(folder)
         reply, file = _answer(function, image, size, voxels)
         pipe.send_bytes(json.dumps(reply).encode())
         if file is not None:
