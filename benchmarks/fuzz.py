@@ -459,6 +459,14 @@ def save_seg(folder: Path) -> None:
     (folder / "a.nii.gz").unlink()
 
 
+def read_seg(folder: Path) -> None:
+    """Read the frames of the segmentation, which is not an image for ``find_series``."""
+    from flapsam.volumes import Series, read_image
+
+    read_dicom(folder)
+    read_image(Series(folder, tuple(sorted(folder.iterdir())), whole_file=True))
+
+
 def read_dicom(folder: Path) -> None:
     """Read the series of a folder."""
     from flapsam.volumes import find_series, is_dicom, read_image
@@ -672,7 +680,7 @@ TARGETS: dict[str, Target] = {
     "DICOM, JPEG 2000": Target(save_dicom(JPEG_2000), read_dicom, share=0.5),
     "DICOM, frames": Target(save_dicom(frames=True), read_dicom),
     "DICOM, frames, RLE": Target(save_dicom(RLE, frames=True), read_dicom),
-    "DICOM SEG": Target(save_seg, read_dicom, share=0.5),
+    "DICOM SEG": Target(save_seg, read_seg, share=0.5),
     "dataset.json, msd": Target(save_data("msd"), read_data("msd"), "dataset.json"),
     "dataset.json, nnunet": Target(save_data("nnunet"), read_data("nnunet"), "dataset.json"),
     "sites.csv": Target(save_data("folders"), read_data("folders"), "sites.csv"),
