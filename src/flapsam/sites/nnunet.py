@@ -86,13 +86,12 @@ def _listed(path: Path, dataset: Any) -> dict[str, tuple[list[Path], Path]]:
     for name, files in dataset.items() if isinstance(dataset, dict) else [("", None)]:
         files = files if isinstance(files, dict) else {}
         images, label = files.get("images"), files.get("label")
-        named = isinstance(images, list) and images and all(isinstance(file, str) for file in images)
-        if not named or not isinstance(label, str):
+        if not isinstance(images, list) or not images or not all(isinstance(file, str) for file in [*images, label]):
             raise FlapsamError(
                 f"{path / DESCRIPTION}: case '{name}' under 'dataset' has no images or no label; write each as "
                 '"CASE": {"images": ["imagesTr/CASE_0000.nii.gz"], "label": "labelsTr/CASE.nii.gz"}'
             )
-        listed[name] = [_place(path, image) for image in images], _place(path, label)
+        listed[name] = [_place(path, image) for image in images], _place(path, str(label))
     return listed
 
 
