@@ -28,6 +28,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,7 @@ def tree(data: bytes, rng: random.Random) -> bytes:
     for _ in range(rng.choice((1, 1, 2, 3))):
         *parents, last = rng.choice(nodes(content, ())) or (None,)
         if last is None:
-            content = rng.choice(VALUES)
+            content = deepcopy(rng.choice(VALUES))
             break
         place = content
         for key in parents:
@@ -197,7 +198,7 @@ def tree(data: bytes, rng: random.Random) -> bytes:
         elif kind == 2 and isinstance(place[last], (list, str)):
             place[last] = place[last] * rng.choice((0, 2, 100))
         else:
-            place[last] = rng.choice(VALUES)
+            place[last] = deepcopy(rng.choice(VALUES))
         if not isinstance(content, (dict, list)) or not content:
             break
     return json.dumps(content).encode() if rng.random() < 0.9 else yaml.safe_dump(content).encode()

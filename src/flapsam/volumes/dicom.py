@@ -10,7 +10,7 @@ from flapsam.volumes.read_process import look_apart, read_apart
 from flapsam.volumes.series import Series
 from flapsam.volumes.volume import Volume
 
-FILE = 2**16
+FILE = 2**14
 """Bytes that a file counts for beside its size, because opening it takes time."""
 BATCH = 100
 """Number of files that a reading process looks at in one go."""
