@@ -85,6 +85,25 @@ def test_a_wrong_table_is_refused(rows: list[dict[str, str]], message: str, tmp_
         read_sites(data(tmp_path), 0)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "column case, site is missing"),
+        ("case,site\n", "there are no rows below the header"),
+        ("case,site\nsite_0_0\n", "row 2 has a cell too few or too many"),
+        ("case,site\nsite_0_0,site_0\nsite_0_1,site_0,train\n", "row 3 has a cell too few or too many"),
+        ("case,site\n,site_0\n", "row 2 has a cell too few or too many"),
+        (f"case,site\n{'a' * 300},site_0\n", "is missing; add it or remove the case"),
+        (f"case,site\n{'a' * 200_000},site_0\n", "cannot be read as CSV"),
+    ],
+)
+def test_a_table_with_too_few_or_too_many_cells_is_refused(text: str, message: str, tmp_path: Path):
+    make_sites(tmp_path, sites=1, cases=2)
+    (tmp_path / "sites.csv").write_text(text)
+    with pytest.raises(FlapsamError, match=message):
+        read_sites(data(tmp_path), 0)
+
+
 def test_a_missing_label_map_is_refused(tmp_path: Path):
     make_sites(tmp_path, sites=1, cases=2)
     (tmp_path / "site_0" / "labels" / "site_0_1.nii.gz").unlink()

@@ -10,6 +10,7 @@ from pathlib import Path
 from flapsam.adapters.store import read_card
 from flapsam.adapters.trained import Trained
 from flapsam.base.errors import FlapsamError
+from flapsam.base.files import exists, read_text
 from flapsam.base.names import NameRefused, as_name, folded
 from flapsam.run.config import Split
 from flapsam.sites import list_cases, read_sites
@@ -96,12 +97,12 @@ def images_of_split(folder: Path, trained: Trained, split: Split) -> list[Job]:
 
 def _listed(path: Path, modalities: int, series: str | None, output: Path | None) -> Iterator[Job]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise FlapsamError(f"{path}: cannot read this list; write one path per line, in UTF-8") from error
     for line in filter(None, (line.strip() for line in lines)):
         listed = path.parent / line
-        if listed.exists():
+        if exists(listed):
             yield from _at(listed, modalities, series, output)
         else:
             yield Job(listed, Path(case_name(listed)), fault=f"{listed}: no such file or folder; correct {path.name}")

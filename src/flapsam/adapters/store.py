@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flapsam.base.errors import FlapsamError, too_new
-from flapsam.base.files import write_text, written_whole
+from flapsam.base.files import check_file, read_text, write_text, written_whole
 from flapsam.base.names import Named, Names
 from flapsam.base.version import __version__
 from flapsam.run.config import RANDOM, Backbone, Checkpoint, ClassValues, Lora, OutputPart, Samples
@@ -113,7 +113,7 @@ def read_card(folder: Path) -> AdapterCard:
     """
     path = folder / CARD
     try:
-        description = json.loads(path.read_text())
+        description = json.loads(read_text(path))
     except OSError as error:
         raise FlapsamError(f"{folder}: not an adapter, because {CARD} is missing") from error
     except (ValueError, RecursionError) as error:
@@ -160,6 +160,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     for path in (folder / PEFT_WEIGHTS, folder / PLAIN_WEIGHTS):
         try:
             if path.exists():
+                check_file(path)
                 tensors |= {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(path).items()}
         except (SafetensorError, OSError) as error:
             raise FlapsamError(f"{path}: cannot be read; is it truncated?") from error

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees an incomplete one, and other users of the machine never see any.
+"""Writing files so that a reader never sees an incomplete one, and reading only what is a file.
 
 Images, updates and label maps belong to patients. All files and folders are therefore made for their owner alone, whatever
 the umask is. The permissions of folders that exist already are left as they are.
@@ -7,6 +7,7 @@ the umask is. The permissions of folders that exist already are left as they are
 import errno
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,54 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a disk without space."""
 FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 """Errors of a disk or folder without permission."""
+TEXT_BYTES = 64 * 2**20
+"""Largest size in bytes of a text file that is read at once."""
+
+
+def check_file(path: Path) -> None:
+    """Check that there is a file at ``path``. A pipe would block its reader for ever, and a device may never end.
+
+    Raises:
+        FlapsamError: there is nothing, or something that is not a file.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FlapsamError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise FlapsamError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
+        raise FlapsamError(f"{path}: this is {kind}, but a file is needed; replace it")
+
+
+def exists(path: Path) -> bool:
+    """Whether there is something at ``path``. Names that no file can have do not raise, unlike with ``Path.exists``."""
+    try:
+        path.stat()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def size_of(*paths: Path) -> int:
+    """Size of the files that exist, in bytes."""
+    return sum(path.stat().st_size for path in paths if exists(path))
+
+
+def read_text(path: Path, encoding: str = "utf-8") -> str:
+    """Read a text file.
+
+    Raises:
+        FlapsamError: there is something at ``path`` that is not a file, or the file is far too large.
+        OSError: the file is missing or cannot be read.
+        UnicodeDecodeError: it is not text in this encoding.
+    """
+    if exists(path):
+        check_file(path)
+        if path.stat().st_size > TEXT_BYTES:
+            raise FlapsamError(f"{path}: the file is far too large for text; replace it")
+    return path.read_text(encoding)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from flapsam.base.errors import FlapsamError
 from flapsam.base.escaping import one_line
+from flapsam.base.files import exists, read_text
 from flapsam.run.config import RunConfig
 
 PATHS = ("data.path", "data.table", "backbone.weights", "output")
@@ -53,10 +54,10 @@ def read_options(path: Path, model: type[Described], paths: Iterable[str] = (), 
         FlapsamError: as for ``read_config``.
     """
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(read_text(path))
     except OSError as error:
         raise FlapsamError(f"{path}: cannot read the configuration ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError, AttributeError, LookupError) as error:
         raise FlapsamError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise FlapsamError(f"{path}: a configuration is a mapping of fields; see the README for an example")
@@ -143,7 +144,7 @@ def _make_relative(tree: dict[str, Any], field: str, folder: Path) -> None:
         tree = tree.get(parent) if isinstance(tree.get(parent), dict) else {}  # type: ignore[assignment]
     value = tree.get(last)
     # The value may also be the name of a backbone instead of a file.
-    if isinstance(value, str) and (last != "weights" or Path(value).suffix or (folder / value).exists()):
+    if isinstance(value, str) and (last != "weights" or Path(value).suffix or exists(folder / value)):
         tree[last] = os.path.normpath(folder / value)
 
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from flapsam.base.errors import FlapsamError
 from flapsam.base.escaping import one_line
+from flapsam.base.files import exists, read_text
 from flapsam.base.names import as_name, check_distinct
 from flapsam.run.config import ClassValues
 from flapsam.run.reading import validated
@@ -62,11 +63,11 @@ def read(path: Path) -> CaseList:
         entry = f"{path / DESCRIPTION}, training, entry {number}"
         image, label = place(path, pair.image, entry), place(path, pair.label, entry)
         name = as_name(case_name(image), entry)
-        images = [image] if image.exists() else sorted(image.parent.glob(f"{escape(name)}_[0-9][0-9][0-9][0-9].nii.gz"))
-        if images and label.exists():
+        images = [image] if exists(image) else sorted(image.parent.glob(f"{escape(name)}_[0-9][0-9][0-9][0-9].nii.gz"))
+        if images and exists(label):
             cases.append(Case(name, SITE, name, images[0], label, other_images=tuple(images[1:])))
-        for exists, file, kind in ((images, image, "image"), (label.exists(), label, "label map")):
-            if not exists:
+        for there, file, kind in ((images, image, "image"), (exists(label), label, "label map")):
+            if not there:
                 problems.append(
                     f"{file}: the {kind} of case {name} is missing; add it or remove the case from {DESCRIPTION}"
                 )
@@ -95,7 +96,7 @@ def read_description(path: Path, parts: type[Part]) -> Part:
     """
     file = path / DESCRIPTION
     try:
-        description = json.loads(file.read_text())
+        description = json.loads(read_text(file))
     except OSError as error:
         raise FlapsamError(f"{file}: cannot be read ({error.strerror}); the layouts msd and nnunet need it") from error
     except (ValueError, RecursionError) as error:
@@ -130,8 +131,8 @@ def place(path: Path, file: str, entry: str) -> Path:
 def glance(path: Path) -> dict[str, Any]:
     """The contents of ``dataset.json``, or an empty dictionary if it is missing or cannot be read."""
     try:
-        description = json.loads((path / DESCRIPTION).read_text())
-    except (OSError, ValueError, RecursionError):
+        description = json.loads(read_text(path / DESCRIPTION))
+    except (FlapsamError, OSError, ValueError, RecursionError):
         return {}
     return description if isinstance(description, dict) else {}
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 
 from flapsam.base.errors import FlapsamError
 from flapsam.base.escaping import one_line
+from flapsam.base.files import exists
 from flapsam.base.names import Named
 from flapsam.run.config import ClassValues, as_values
 from flapsam.sites.case import Case, CaseList
@@ -66,7 +67,7 @@ def read(path: Path) -> CaseList:
     cases, problems = [], []
     modalities = len(description.channel_names) or None
     for name, (images, label) in sorted(listed.items()):
-        missing = [file for file in (*images, label) if not file.exists()]
+        missing = [file for file in (*images, label) if not exists(file)]
         problems += [f"{file}: this file of case {name} is missing; add it or remove the case" for file in missing]
         if modalities is not None and len(images) != modalities:
             problems.append(

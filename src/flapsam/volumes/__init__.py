@@ -1,7 +1,7 @@
 """Reading and writing images: the file formats, and the volume with its position in space."""
 
 from flapsam.volumes.allocation import room
-from flapsam.volumes.dicom import Series, find_series, is_dicom
+from flapsam.volumes.dicom import find_series
 from flapsam.volumes.formats import (
     FORMATS,
     Source,
@@ -16,6 +16,7 @@ from flapsam.volumes.formats import (
 from flapsam.volumes.legend import COLOURS, Legend, itk_snap, legend_of
 from flapsam.volumes.nifti import count_modalities, is_nifti, read_geometry, write_label_like, write_volume
 from flapsam.volumes.objects import labels_like, volume_of
+from flapsam.volumes.series import Series, is_dicom
 from flapsam.volumes.volume import (
     CANONICAL_AXES,
     Geometry,

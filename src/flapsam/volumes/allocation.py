@@ -2,9 +2,10 @@
 
 import math
 import os
+import shutil
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
 import psutil
@@ -18,18 +19,19 @@ DEFLATE = 1032
 """Highest compression ratio of zlib's format."""
 
 
-def check_claim(path: Path, claimed: int, *, compressed: bool) -> None:
+def check_claim(path: Path, claimed: int, *, compressed: bool, stored: int | None = None) -> None:
     """Check that a file is large enough for the voxels that its header promises.
 
     Args:
         path: the file.
         claimed: number of bytes of all voxels, uncompressed.
         compressed: whether the file stores the voxels with zlib's compression.
+        stored: number of bytes that the file stores the voxels in. By default, the size of the file.
 
     Raises:
         FlapsamError: the file is too small.
     """
-    size = path.stat().st_size
+    size = path.stat().st_size if stored is None else stored
     if claimed > size * (DEFLATE if compressed else 1):
         raise FlapsamError(
             f"{path}: its header promises {_readable(claimed)} of voxels, but the file has only {_readable(size)}, so it is "
@@ -81,11 +83,45 @@ def room(what: Path | str, shape: tuple[int, ...], dtype: DTypeLike, order: Lite
             else:
                 file.truncate(size)
         except OSError as error:
-            raise FlapsamError(
-                f"{what}: its voxels take {_readable(size)}, more than {tempfile.gettempdir()} has room for; "
-                "set TMPDIR to a folder on a larger disk"
-            ) from error
+            raise no_room(what, size) from error
         return np.memmap(file, dtype, "r+", shape=shape, order=order)
+
+
+def shared(what: object, size: int) -> IO[bytes]:
+    """Make a file without a name for voxels that pass from one process to another.
+
+    Up to ``IN_MEMORY``, it is in memory, else in the folder for temporary files. It is empty at first.
+
+    Args:
+        what: the image for the error message.
+        size: size in bytes that the file will have.
+
+    Raises:
+        FlapsamError: the disk has too little space.
+    """
+    try:
+        if size <= IN_MEMORY and hasattr(os, "memfd_create"):
+            file: IO[bytes] = os.fdopen(os.memfd_create("voxels"), "r+b", buffering=0)
+        else:
+            if size > shutil.disk_usage(tempfile.gettempdir()).free:
+                raise no_room(what, size)
+            file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (it is returned open)
+    except OSError as error:
+        raise no_room(what, size) from error
+    return file
+
+
+def no_room(what: object, size: int) -> FlapsamError:
+    """The error for voxels of ``size`` bytes that do not fit onto the disk.
+
+    Args:
+        what: the image for the message.
+        size: size of the voxels in bytes.
+    """
+    return FlapsamError(
+        f"{what}: its voxels take {_readable(size)}, more than {tempfile.gettempdir()} has room for; "
+        "set TMPDIR to a folder on a larger disk"
+    )
 
 
 def _readable(size: int) -> str:

@@ -5,15 +5,14 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import pydicom
 from numpy.typing import NDArray
-from pydicom.sr.codedict import codes
 
 from flapsam.base.errors import FlapsamError
 from flapsam.base.files import written_whole
 from flapsam.base.version import __version__
-from flapsam.volumes.dicom import Series, sorted_planes
+from flapsam.volumes.dicom_slices import sorted_planes
 from flapsam.volumes.legend import Legend, Segment
+from flapsam.volumes.series import Series
 
 
 def write_dicom_seg(labels: NDArray, series: Series, path: Path, legend: Legend) -> None:
@@ -31,6 +30,7 @@ def write_dicom_seg(labels: NDArray, series: Series, path: Path, legend: Legend)
         FlapsamError: the series lacks attributes of the patient or the study that a segmentation must have.
     """
     import highdicom
+    import pydicom
 
     planes = sorted_planes(series)
     files = list(dict.fromkeys(plane.file for plane in planes))
@@ -71,6 +71,7 @@ def write_dicom_seg(labels: NDArray, series: Series, path: Path, legend: Legend)
 
 def _description(segment: Segment):
     import highdicom
+    from pydicom.sr.codedict import codes
 
     words = "".join(part.capitalize() for part in segment.name.replace("_", " ").replace("-", " ").split())
     try:

@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 
 from flapsam.base.errors import FlapsamError
 from flapsam.volumes import nifti
-from flapsam.volumes.dicom import Series, find_series, is_dicom, read_series
+from flapsam.volumes.dicom import find_series, read_series
 from flapsam.volumes.dicom_seg import write_dicom_seg
 from flapsam.volumes.itk import META, NRRD, read_itk, write_meta_like, write_nrrd_like
 from flapsam.volumes.legend import Legend
+from flapsam.volumes.series import Series, is_dicom
 from flapsam.volumes.volume import Volume, same_geometry
 
 Source = Path | Series

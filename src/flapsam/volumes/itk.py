@@ -1,6 +1,8 @@
 """Reading and writing NRRD and MetaImage files."""
 
 import math
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,18 +10,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flapsam.base.errors import FlapsamError
-from flapsam.base.files import written_whole
-from flapsam.volumes.allocation import check_claim, check_memory, room
+from flapsam.base.files import size_of, written_whole
+from flapsam.volumes.allocation import check_memory
 from flapsam.volumes.legend import Legend
-from flapsam.volumes.volume import Volume, check_affine, check_finite
+from flapsam.volumes.meta_header import check_meta
+from flapsam.volumes.nrrd_header import check_nrrd
+from flapsam.volumes.opened import Opened
+from flapsam.volumes.read_process import read_apart
+from flapsam.volumes.volume import Volume, check_affine
 
 if TYPE_CHECKING:
     import SimpleITK
 
+LIBRARIES = ("SimpleITK",)
+"""Packages that reading an image needs, which a reading process loads beforehand."""
+BROKEN = (EOFError, ValueError, OSError, zlib.error)
+"""Exceptions that reading voxels raises for damaged files."""
 NRRD = (".nrrd", ".nhdr")
 META = (".mha", ".mhd")
-DETACHED = (".nhdr", ".mhd")
-"""Suffixes of headers whose voxels are in another file."""
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """Affine from LPS+, the world space of ITK and DICOM whose axes point to the left, back and head, to RAS+."""
 PLACE = ("space", "space dimension", "space directions", "space origin", "space units", "measurement frame")
@@ -32,11 +40,21 @@ def read_itk(path: Path) -> Volume:
     Raises:
         FlapsamError: the file is missing, damaged or not 3-D, has more than one number per voxel, or holds NaN or infinity.
     """
+    return read_apart(open_itk, path, size_of(path))
+
+
+def open_itk(path: Path) -> Opened:
+    """Check the header of an image. Damaged headers can crash ITK, so only a reading process should call this.
+
+    Raises:
+        FlapsamError: as ``read_itk``.
+    """
     import SimpleITK as sitk
 
-    if not path.is_file():
-        raise FlapsamError(f"{path}: no such file")
+    place = (check_nrrd if path.name.endswith(NRRD) else check_meta)(path)
     reader = sitk.ImageFileReader()
+    # Otherwise ITK would choose by the content, and parse a header that was not checked.
+    reader.SetImageIO("NrrdImageIO" if path.name.endswith(NRRD) else "MetaImageIO")
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
@@ -45,30 +63,38 @@ def read_itk(path: Path) -> Volume:
     shape = reader.GetSize()
     if len(shape) != 3:
         raise FlapsamError(f"{path}: a 3-D volume is needed, but this file has {len(shape)} dimensions {shape}")
+    kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())
     if reader.GetNumberOfComponents() != 1:
-        kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())
         raise FlapsamError(f"{path}: voxels are of type {kind}; convert the file to one plain number per voxel")
-    claimed = math.prod(shape) * sitk.Image([1, 1, 1], reader.GetPixelID()).GetSizeOfPixelComponent()
-    if not path.name.endswith(DETACHED):
-        check_claim(path, claimed, compressed=True)
-    check_memory(path, claimed)
-    try:
-        image = reader.Execute()
-    except RuntimeError as error:
+    stored = sitk.GetArrayViewFromImage(sitk.Image([1, 1, 1], reader.GetPixelID())).dtype
+    if stored.kind not in "iuf":
+        raise FlapsamError(f"{path}: voxels are of type {kind}; convert the file to one plain number per voxel")
+    check_memory(path, math.prod(shape) * stored.itemsize)
+
+    if place is not None and place.size != stored.itemsize:
         raise FlapsamError(
-            f"{path}: the voxels cannot be read, because the file is truncated or damaged; copy or export it again"
-        ) from error
-    voxels = sitk.GetArrayViewFromImage(image)
-    if voxels.dtype.kind not in "iuf":
-        raise FlapsamError(f"{path}: voxels are of type {voxels.dtype}; convert the file to one plain number per voxel")
-    array = room(path, shape, np.float32 if voxels.dtype.kind == "f" else voxels.dtype)
-    array[...] = voxels.transpose()
-    check_finite(array, path)
-    return Volume(array, check_affine(affine_of(image), path))
+            f"{path}: voxels are of type {kind}, but the file stores {place.size} bytes each; export it again"
+        )
+
+    def parts() -> Iterator[NDArray]:
+        try:
+            if place is not None:
+                yield from place.parts(shape, stored)
+                return
+            image = reader.Execute()
+        except (RuntimeError, *BROKEN) as error:
+            raise FlapsamError(
+                f"{path}: the voxels cannot be read, because the file is truncated or damaged; copy or export it again"
+            ) from error
+        for slice_ in sitk.GetArrayViewFromImage(image):
+            yield slice_.T[..., None]
+
+    dtype = np.dtype(np.float32) if stored.kind == "f" else stored
+    return Opened(shape, dtype, check_affine(affine_of(reader), path), parts)
 
 
-def affine_of(image: "SimpleITK.Image") -> NDArray[np.float64]:
-    """The affine (4, 4) of a SimpleITK image, from voxel index to millimetres in RAS+."""
+def affine_of(image: "SimpleITK.Image | SimpleITK.ImageFileReader") -> NDArray[np.float64]:
+    """The affine (4, 4) of a SimpleITK image or of its header, from voxel index to millimetres in RAS+."""
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
     affine[:3, 3] = image.GetOrigin()
@@ -113,7 +139,9 @@ def write_meta_like(labels: NDArray, original: Path, path: Path, legend: Legend 
     """
     import SimpleITK as sitk
 
+    check_meta(original)
     reader = sitk.ImageFileReader()
+    reader.SetImageIO("MetaImageIO")
     reader.SetFileName(str(original))
     reader.ReadImageInformation()
     image = sitk.GetImageFromArray(labels.astype(np.uint8, copy=False).transpose())

@@ -1,9 +1,11 @@
 """Reading and writing NIfTI files."""
 
+import gzip
 import json
 import math
+import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -12,21 +14,31 @@ import numpy as np
 from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
 from nibabel.nifti1 import Nifti1Extension
+from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from flapsam.base.errors import FlapsamError
-from flapsam.base.files import written_whole
-from flapsam.volumes.allocation import check_claim, room
+from flapsam.base.files import check_file, size_of, written_whole
+from flapsam.volumes.allocation import check_claim
 from flapsam.volumes.legend import Legend
-from flapsam.volumes.volume import Geometry, Volume, check_affine, check_finite
+from flapsam.volumes.opened import Opened
+from flapsam.volumes.read_process import look_apart, read_apart
+from flapsam.volumes.volume import Geometry, Volume, check_affine
 
 SUFFIXES = (".nii.gz", ".nii")
 COMMENT = 6
 """Code of a NIfTI extension that holds plain text."""
 LABEL_MAP = "flapsam label map"
 """Description in the header of a label map."""
-CHUNK = 32 * 2**20
+CHUNK = 8 * 2**20
 """Number of bytes that are unpacked at once."""
+EXTENSIONS = 64 * 2**20
+"""Largest number of bytes before the voxels, which libraries read at once."""
+BROKEN = (
+    *(ImageFileError, HeaderDataError, EOFError, zlib.error, struct.error),
+    *(OSError, ValueError, TypeError, ArithmeticError, LookupError),
+)
+"""Exceptions that nibabel raises for damaged files."""
 MODALITIES = 3
 """Largest number of modalities, which is the number of the network's channels."""
 _TOO_MANY = "but the network has three channels; leave some out"
@@ -47,7 +59,8 @@ def read_geometry(path: Path, *, modalities: bool = False) -> Geometry:
     Raises:
         FlapsamError: the file is missing, not NIfTI or not 3-D, or its affine is singular.
     """
-    return _open(path, modalities)[1]
+    image = look_apart(_open_volume if modalities is False else open_nifti, path, size_of(path))
+    return image.geometry
 
 
 def check_count(paths: Sequence[Path]) -> None:
@@ -67,7 +80,7 @@ def count_modalities(paths: Sequence[Path]) -> int:
         FlapsamError: as ``read_geometry``, or there are more than three modalities.
     """
     check_count(paths)
-    image = _open(paths[0], len(paths) == 1)[0]
+    image = look_apart(open_nifti if len(paths) == 1 else _open_volume, paths[0], size_of(paths[0]))
     return len(paths) if len(paths) > 1 else max(image.shape[3:], default=1)
 
 
@@ -78,12 +91,10 @@ def read_nifti(path: Path) -> Volume:
         FlapsamError: as ``read_geometry``, or there are more than three modalities, or the data are truncated or hold NaN
             or infinity.
     """
-    image, (_, affine) = _open(path, modalities=True)
-    array = _unpacked(path, image)
-    if array.ndim == 4 and array.shape[3] == 1:
-        array = array[..., 0]
-    check_finite(array, path)
-    return Volume(array, affine)
+    volume = read_apart(open_nifti, path, size_of(path))
+    if volume.array.ndim == 4 and volume.array.shape[3] == 1:
+        return Volume(volume.array[..., 0], volume.affine)
+    return volume
 
 
 def write_label_like(labels: NDArray, original: Path, path: Path, legend: Legend = ()) -> None:
@@ -116,7 +127,7 @@ def write_probabilities(probabilities: Volume, path: Path, original: Path | None
 
 
 def _derived(original: Path, dtype: type, what: str) -> nibabel.Nifti1Header:
-    return header_for(dtype, what, _open(original, modalities=True)[0].header)
+    return header_for(dtype, what, _open(original, modalities=True).header)
 
 
 def header_for(dtype: type, what: str, original: nibabel.Nifti1Header) -> nibabel.Nifti1Header:
@@ -161,16 +172,53 @@ def _save(image: nibabel.Nifti1Image, path: Path) -> None:
         nibabel.save(image, temporary)
 
 
-def _open(path: Path, modalities: bool = False) -> tuple[nibabel.Nifti1Image, Geometry]:
+def open_nifti(path: Path, *, modalities: bool = True) -> Opened:
+    """Check the header of an image.
+
+    Args:
+        path: the NIfTI file.
+        modalities: whether a fourth axis may hold up to three modalities.
+
+    Raises:
+        FlapsamError: as ``read_nifti``.
+    """
+    image = _open(path, modalities)
+    stored, proxy = np.dtype(image.get_data_dtype()), cast(ArrayProxy, image.dataobj)
+    if stored.kind not in "iuf":
+        raise FlapsamError(f"{path}: voxels are of type {stored}; convert the file to one plain number per voxel")
+    claimed = math.prod(image.shape) * stored.itemsize
+    check_claim(path, claimed, compressed=path.name.endswith(".gz"))
+    scaled = proxy.slope != 1 or proxy.inter != 0
+    dtype = np.dtype(np.float32) if scaled or stored.kind == "f" else stored.newbyteorder("=")
+    step = max(CHUNK // (stored.itemsize * math.prod(image.shape[:-1])), 1)
+
+    def parts() -> Iterator[NDArray]:
+        try:
+            for start in range(0, image.shape[-1], step):
+                yield proxy[..., start : start + step]
+        except BROKEN as error:
+            raise FlapsamError(
+                f"{path}: the voxels cannot be read, because the file is truncated or damaged; copy or export it again"
+            ) from error
+
+    return Opened(image.shape, dtype, check_affine(image.affine, path), parts)
+
+
+def _open_volume(path: Path) -> Opened:
+    return open_nifti(path, modalities=False)
+
+
+def _open(path: Path, modalities: bool = False) -> nibabel.Nifti1Image:
     try:
+        check_file(path)
+        _check_offset(path)
         # An open file is decompressed only once, however many parts are read one after another.
         image = nibabel.load(path, keep_file_open=True)
-    except FileNotFoundError as error:
-        raise FlapsamError(f"{path}: no such file") from error
-    except (ImageFileError, EOFError, zlib.error, OSError, ValueError) as error:
+        if not isinstance(image, nibabel.Nifti1Image):
+            raise FlapsamError(f"{path}: not a NIfTI file; convert it to .nii.gz")
+        affine = image.affine
+    except BROKEN as error:
         raise FlapsamError(f"{path}: not a readable NIfTI file; is it truncated?") from error
-    if not isinstance(image, nibabel.Nifti1Image):
-        raise FlapsamError(f"{path}: not a NIfTI file; convert it to .nii.gz")
     if len(image.shape) == 4 and modalities:
         if image.shape[3] > MODALITIES:
             raise FlapsamError(f"{path}: the file has {image.shape[3]} modalities, {_TOO_MANY}")
@@ -178,25 +226,23 @@ def _open(path: Path, modalities: bool = False) -> tuple[nibabel.Nifti1Image, Ge
         raise FlapsamError(f"{path}: a 3-D volume is needed, but this file has {len(image.shape)} dimensions {image.shape}")
     if min(image.shape) < 1:
         raise FlapsamError(f"{path}: the volume is empty, with shape {image.shape}; export it again")
-    affine = check_affine(image.affine, path)
-    i, j, k = image.shape[:3]
-    return image, ((i, j, k), affine)
+    check_affine(affine, path)
+    return image
 
 
-def _unpacked(path: Path, image: nibabel.Nifti1Image) -> NDArray:
-    """Read the voxels, one part of the volume after another. Integers keep their type, everything else becomes float32."""
-    stored, proxy = np.dtype(image.get_data_dtype()), cast(ArrayProxy, image.dataobj)
-    if stored.kind not in "iuf":
-        raise FlapsamError(f"{path}: voxels are of type {stored}; convert the file to one plain number per voxel")
-    check_claim(path, math.prod(image.shape) * stored.itemsize, compressed=path.name.endswith(".gz"))
-    scaled = proxy.slope != 1 or proxy.inter != 0
-    array = room(path, image.shape, np.float32 if scaled or stored.kind == "f" else stored.newbyteorder("="))
-    step = max(CHUNK // (stored.itemsize * math.prod(image.shape[:-1])), 1)
-    try:
-        for start in range(0, image.shape[-1], step):
-            array[..., start : start + step] = proxy[..., start : start + step]
-    except (EOFError, zlib.error, OSError, ValueError) as error:
-        raise FlapsamError(
-            f"{path}: the voxels cannot be read, because the file is truncated or damaged; copy or export it again"
-        ) from error
-    return array
+def _check_offset(path: Path) -> None:
+    """Check that the voxels begin soon, because nibabel reads everything before them into memory."""
+    with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
+        start = file.read(176)
+    for order in "<>":
+        (size,) = struct.unpack_from(f"{order}i", start)
+        if size == 348:
+            offset = struct.unpack_from(f"{order}f", start, 108)[0]
+        elif size == 540:
+            offset = struct.unpack_from(f"{order}q", start, 168)[0]
+        else:
+            continue
+        if not offset <= EXTENSIONS:
+            raise FlapsamError(
+                f"{path}: its header places the voxels at byte {offset:.0f}, so it is damaged; export it again"
+            )

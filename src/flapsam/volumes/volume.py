@@ -76,10 +76,22 @@ def check_finite(array: NDArray, where: Path | str) -> None:
     Raises:
         FlapsamError: a voxel is NaN or infinite.
     """
-    if array.dtype.kind != "f":
-        return
     # Slices are checked one at a time, because a mask of the whole volume would need a lot of memory.
-    broken = sum(int(part.size - np.count_nonzero(np.isfinite(part))) for part in np.moveaxis(array, 2, 0))
+    check_whole(sum(count_broken(part) for part in np.moveaxis(array, 2, 0)), where)
+
+
+def count_broken(array: NDArray) -> int:
+    """Number of voxels that are NaN or infinite."""
+    return int(array.size - np.count_nonzero(np.isfinite(array))) if array.dtype.kind == "f" else 0
+
+
+def check_whole(broken: int, where: object) -> None:
+    """Raise FlapsamError if any voxels of an image are NaN or infinite.
+
+    Args:
+        broken: number of these voxels.
+        where: name of the image for the error message.
+    """
     if broken:
         raise FlapsamError(f"{where}: {broken} voxels are NaN or infinite; replace them or leave the case out")
 

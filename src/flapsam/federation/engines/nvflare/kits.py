@@ -23,7 +23,7 @@ from nvflare.lighter.provisioner import Provisioner
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from flapsam.base.errors import FlapsamError
-from flapsam.base.files import make_folder, write_text
+from flapsam.base.files import make_folder, read_text, write_text
 from flapsam.base.names import Name, Names, folded
 from flapsam.base.version import __version__
 from flapsam.run.config import StrictModel
@@ -110,7 +110,7 @@ class Kit:
         """
         path = self.folder / "startup" / ("server.crt" if self.card.role == "server" else "client.crt")
         try:
-            return x509.load_pem_x509_certificate(path.read_bytes())
+            return x509.load_pem_x509_certificate(read_text(path).encode())
         except (OSError, ValueError) as error:
             raise FlapsamError(f"{path}: cannot read the certificate; get a new kit") from error
 
@@ -134,7 +134,7 @@ def read_kit(folder: Path, *roles: Role) -> Kit:
     path = folder / KIT
     _check_private(folder)
     try:
-        kit = Kit(folder.absolute(), KitCard.model_validate_json(path.read_text()))
+        kit = Kit(folder.absolute(), KitCard.model_validate_json(read_text(path)))
     except (OSError, ValueError) as error:
         raise FlapsamError(f"{folder}: not a start-up kit; make kits with flapsam federation provision") from error
     if kit.card.role not in roles:
