@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, StrictInt
 
 from flapsam.base.errors import FlapsamError
 from flapsam.base.escaping import one_line
@@ -40,7 +40,7 @@ class Description(BaseModel):
 class Labels(BaseModel):
     """The key of ``dataset.json`` that names the classes."""
 
-    labels: dict[str, ClassValues]
+    labels: dict[str, StrictInt | Annotated[list[StrictInt], Field(min_length=1)]]
 
 
 def read(path: Path) -> CaseList:
