@@ -183,15 +183,24 @@ def test_rounds_are_counted_over_all_runs_and_only_those_of_the_run_are_answered
     assert "max_rounds is 3, of which other runs have used 2" in entries[-1]["reasons"][0]
 
 
-def test_scores_leave_once_a_round_and_only_of_enough_cases(config: RunConfig, tmp_path: Path):
+def test_few_scores_leave_and_only_of_enough_cases(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The run has two rounds, so at most four sets of tensors are scored."""
     side = joined(config, site_config(tmp_path))
     first = side.validate(iter([packet(side, 1)]))
-    side.client._scores = lambda: {"validation.mean": 0.123}
+    monkeypatch.setattr(side.client, "_scores", lambda: {"validation.mean": 0.123})
     assert side.validate(iter([])) == first and json.loads(first)
+    tensor = next(parameter for parameter in side.network.parameters() if parameter.requires_grad)
+    for number in range(5):
+        monkeypatch.setattr(side.client, "_receive", lambda packets, number=number: tensor.data.fill_(number))
+        if number < 3:
+            assert json.loads(side.validate(iter([]))) == {"validation.mean": 0.123}
+        else:
+            with pytest.raises(SiteFailed, match="rounds"):
+                side.validate(iter([]))
     few = joined(config, site_config(tmp_path, state=tmp_path / "few", min_validation_cases=2))
     assert json.loads(few.validate(iter([packet(few, 1)]))) == {}
     with pytest.raises(SiteFailed, match="rounds"):
-        side.validate(iter([packet(side, 2), packet(side, 3)]))
+        few.validate(iter([packet(few, 2), packet(few, 3)]))
 
 
 def test_a_journal_survives_a_crash_and_a_damaged_one_is_named(tmp_path: Path):

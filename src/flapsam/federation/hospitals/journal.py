@@ -27,8 +27,8 @@ class Journal:
         self.path = path
         self.fits: Counter[str] = Counter()
         """Number of fits that the site has answered with, by run."""
-        self.scores: dict[tuple[str, int], Any] = {}
-        """Validation scores that have left the site, by run and round."""
+        self.scores: dict[tuple[str, int, str], Any] = {}
+        """Validation scores that have left the site, by run, round and checksum of the tensors."""
         try:
             content = path.read_bytes() if path.exists() else b""
             whole = content[: content.rfind(b"\n") + 1]
@@ -68,4 +68,4 @@ class Journal:
         if entry["what"] == "fit":
             self.fits[entry["run"]] += 1
         elif entry["what"] == "validated":
-            self.scores[entry["run"], entry["round"]] = entry["left"]
+            self.scores[entry["run"], entry["round"], entry["tensors"]] = entry["left"]

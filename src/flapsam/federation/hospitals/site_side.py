@@ -17,7 +17,7 @@ from flapsam.federation.hospitals.journal import Journal
 from flapsam.federation.hospitals.site_config import SiteConfig
 from flapsam.federation.hospitals.split import fixed_split
 from flapsam.federation.hospitals.words import in_words
-from flapsam.federation.packets import PacketRefused
+from flapsam.federation.packets import PacketRefused, checksum
 from flapsam.federation.preparation import (
     agree,
     assembled_for,
@@ -160,18 +160,29 @@ class SiteSide:
             SiteFailed: a packet was refused, or validation failed.
         """
         with failing_as("error"):
-            scores = self.client.validate(packets)
-            done = self.run, self.client.held
-            # One answer a round, so that scores do not tell how other tensors would do.
-            if done not in self.journal.scores:
-                self._check_round(self.client.held)
-                self.journal.write("validated", self.run, round=self.client.held, left=scores)
-            scores = self.journal.scores[done]
+            scores = self._answered(self.client.validate(packets))
             card = card_of(self.client.agreement.run, "federated", self.client.held, self.config, self.origin)
             names = self.client.agreement.contract.shapes
             save_adapter(self.folder / "adapter", card, tensors_of(self.network, names))
             log.info("the adapter is in %s", self.folder / "adapter")
             return json.dumps(scores).encode()
+
+    def _answered(self, scores: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Enter scores in the journal before they leave. The same tensors get the same answer, and no run gets many.
+
+        A server that could have any number of tensors scored could search for those that reveal a case.
+        """
+        run, held = self.run, self.client.held
+        tensors = checksum(tensors_of(self.network, self.client.agreement.contract.shapes))[:16]
+        if (run, held, tensors) not in self.journal.scores:
+            self._check_round(held)
+            answers = sum(known == run for known, *_ in self.journal.scores)
+            # A run that goes back to an earlier round asks again.
+            most = 2 * self.config.rounds.count
+            if answers >= most:
+                self._refuse([("rounds", f"the server asks for scores for more than {most} times")])
+            self.journal.write("validated", run, round=held, tensors=tensors, left=scores)
+        return self.journal.scores[run, held, tensors]
 
     def _own(self, tree: Mapping[str, Any]) -> RunConfig:
         """Complete the proposed configuration with this site's data, weights and machine."""
