@@ -61,7 +61,7 @@ def packet(side: SiteSide, number: int) -> bytes:
     [
         ("training.epochs", 101),
         ("training.batch_size", 257),
-        ("training.learning_rate", 0.11),
+        ("training.learning_rate", 0.011),
         ("training.weight_decay", 1.1),
         ("training.betas", (0.4, 0.999)),
         ("training.betas", (0.9, 0.8)),
@@ -238,22 +238,22 @@ except MemoryError:
         ({}, {}, "strategy"),
         ({"strategy": "attention"}, {}, "strategy"),
         ({}, {"strategies": ["full"]}, "bounds"),
-        ({"learning_rate": 0.1}, {"strategies": ["full"]}, "bounds"),
-        ({"learning_rate": 0.1, "betas": (0.5, 0.9)}, {"strategies": ["full"]}, "bounds"),
+        ({"learning_rate": 0.01}, {"strategies": ["full"]}, "bounds"),
+        ({"learning_rate": 0.01, "betas": (0.5, 0.9)}, {"strategies": ["full"]}, "bounds"),
         # All settings are within their bounds. What is left of the attack is one slice, or one step that has an effect.
         (
-            {"learning_rate": 0.1, "betas": (0.5, 0.9), "cross_entropy": 0.1, "schedule_power": 7},
+            {"learning_rate": 0.01, "betas": (0.5, 0.9), "cross_entropy": 0.1, "schedule_power": 7},
             {"strategies": ["full"]},
             "bounds",
         ),
         (
-            {"learning_rate": 0.1, "betas": (0.5, 0.9), "cross_entropy": 0.1, "empty_slices": 1.0},
+            {"learning_rate": 0.01, "betas": (0.5, 0.9), "cross_entropy": 0.1, "empty_slices": 1.0},
             {"strategies": ["full"]},
             "bounds",
         ),
         (
             {
-                "learning_rate": 0.1,
+                "learning_rate": 0.01,
                 "betas": (0.5, 0.9),
                 "cross_entropy": 0.1,
                 "labels": {"background": [1, 2], "lesion": 99},

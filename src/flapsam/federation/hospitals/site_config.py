@@ -48,7 +48,7 @@ class Bounds(StrictModel):
     """Maximum number of local epochs in a round."""
     max_batch_size: Positive = 256
     """Maximum number of windows in a batch."""
-    max_learning_rate: Annotated[float, Field(gt=0)] = 0.1
+    max_learning_rate: Annotated[float, Field(gt=0)] = 0.01
     """Maximum learning rate."""
     max_weight_decay: Annotated[float, Field(ge=0)] = 1
     """Maximum weight decay."""
