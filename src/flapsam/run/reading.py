@@ -71,7 +71,9 @@ def validated(tree: Any, model: type[Described], where: str) -> Described:
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        raise FlapsamError(f"{where}: {'; '.join(_describe(problem) for problem in error.errors())}") from error
+        problems = "; ".join(_describe(problem) for problem in error.errors())
+        # An unknown key may hold line breaks.
+        raise FlapsamError(f"{where}: {' '.join(problems.split())}") from error
 
 
 def write_config(config: RunConfig) -> str:
