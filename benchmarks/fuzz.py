@@ -810,6 +810,7 @@ def again(name: str, row: dict[str, Any]) -> None:
         if told.get("seconds", SECONDS + 1) <= SECONDS:
             row["slow_ones"].remove(index)
             row["slow"] -= 1
+            row["slowest"] = max(row["slowest"], round(told["seconds"], 2))
 
 
 def measure(name: str, row: dict[str, Any], count: int) -> None:

@@ -1,5 +1,6 @@
 """The Python API: it takes the volumes of several libraries, and returns label maps of the same type and geometry."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from flapsam.base.errors import FlapsamError
 from flapsam.learning.inference import PredictionOptions
 from flapsam.volumes import volume_of
 from tests.adapters.test_predict import anatomy, oblique
-from tests.helpers.adapters import saved_lively
+from tests.helpers.adapters import saved, saved_lively
 from tests.helpers.command import flapsam as command
 from tests.helpers.dicom import save_series
 from tests.helpers.docs import DOCS, PAGES, blocks
@@ -182,3 +183,23 @@ def test_the_examples_in_the_readme_and_the_docs_run(path: Path, tmp_path: Path,
 def test_the_import_takes_less_than_300_ms():
     code = "import time; t = time.perf_counter(); import flapsam; print(time.perf_counter() - t)"
     assert float(subprocess.check_output([sys.executable, "-c", code])) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (("lora", "rank"), 10**6, "they have another rank than 1000000"),
+        (("samples", "size"), 2**40, "it describes a network that is far too large"),
+        (("classes",), ["a"] * 1000, "it describes a network that is far too large"),
+    ],
+)
+def test_a_description_of_a_huge_network_takes_no_memory(field: tuple, value: object, message: str, tmp_path: Path):
+    card = saved(tmp_path) / "flapsam.json"
+    description = json.loads(card.read_text())
+    place = description
+    for name in field[:-1]:
+        place = place[name]
+    place[field[-1]] = value
+    card.write_text(json.dumps(description))
+    with pytest.raises(FlapsamError, match=message):
+        flapsam.load(tmp_path)

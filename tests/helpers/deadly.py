@@ -71,9 +71,10 @@ def dicom_bomb(path: Path) -> None:
     content = path.read_bytes()
     start = content.index(b"1.2.840.10008.1.2.1.99") + 22
     squeeze = zlib.compressobj(1, wbits=-15)
-    parts = [squeeze.compress(bytes(2**24)) for _ in range(64)]
+    # After a full flush, the block can be repeated.
+    block = squeeze.compress(bytes(2**24)) + squeeze.flush(zlib.Z_FULL_FLUSH)
     end = 132 + 12 + struct.unpack_from("<I", content, 140)[0]
-    path.write_bytes(content[: max(start, end)] + b"".join(parts) + squeeze.flush())
+    path.write_bytes(content[: max(start, end)] + 64 * block + squeeze.flush())
 
 
 def bind(path: Path) -> None:

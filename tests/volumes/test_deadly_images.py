@@ -49,7 +49,7 @@ def test_deadly_images_end_nothing_but_themselves(tmp_path: Path, capfd):
     [
         (die, r"^a\.nii: it cannot be read, because the process that read it crashed \(SIGSEGV\)"),
         (die_while_reading, r"crashed \(SIGSEGV\)"),
-        (hang, "reading it takes more than 5 seconds"),
+        (hang, "reading it takes more than 1 seconds"),
         (compute, "reading it takes far longer than its size allows"),
         (swell, "reading it takes far more memory than its size allows"),
         (fail, r"^a\.nii: it cannot be read \(KeyError: .first line[^\n]{500,600} …$"),
@@ -59,7 +59,7 @@ def test_deadly_images_end_nothing_but_themselves(tmp_path: Path, capfd):
 def test_whatever_happens_to_the_process_becomes_a_sentence(function, message: str, monkeypatch):
     monkeypatch.setattr(read_process, "_idle", [])
     if function is hang:
-        monkeypatch.setattr(read_process, "WAIT_SECONDS", 5)
+        monkeypatch.setattr(read_process, "WAIT_SECONDS", 1)
     with pytest.raises(FlapsamError, match=message):
         read_apart(function, "a.nii", 0)
     read_process._stop_all()

@@ -35,6 +35,10 @@ CARD, PEFT_CONFIG, PEFT_WEIGHTS, PLAIN_WEIGHTS = (
 PEFT_PREFIX = "base_model.model."
 CARD_FORMAT = 4
 """Version of ``flapsam.json``. ``_upgrade`` converts older ones."""
+LARGEST_SIZE = 4096
+"""Largest side of the network's input in pixels, and largest rank."""
+MOST_CLASSES = 255
+"""Largest number of classes, since label maps hold bytes."""
 
 
 class BackboneCard(BaseModel):
@@ -179,7 +183,8 @@ def load_adapter(folder: Path, checkpoint: Checkpoint | None = None) -> tuple[Sa
     Raises:
         FlapsamError: the adapter is damaged, or its backbone is missing or is not the one that it was trained on.
     """
-    card = read_card(folder)
+    card, tensors = read_card(folder), read_tensors(folder)
+    _check_sizes(folder, card, tensors)
     if card.backbone.weights == RANDOM:
         checkpoint = RANDOM
     assembled = assemble(
@@ -198,7 +203,16 @@ def load_adapter(folder: Path, checkpoint: Checkpoint | None = None) -> tuple[Sa
             "--checkpoint"
         )
     try:
-        load_travelling(assembled.network, read_tensors(folder))
+        load_travelling(assembled.network, tensors)
     except ValueError as error:
         raise FlapsamError(f"{folder}: the weights do not fit its description: {error}") from error
     return assembled.network, card
+
+
+def _check_sizes(folder: Path, card: AdapterCard, tensors: Mapping[str, Tensor]) -> None:
+    """Check that a network of the described size is plausible, before memory is taken for it."""
+    ranks = {len(tensor) for name, tensor in tensors.items() if ".lora_A." in name and tensor.ndim == 2}
+    if ranks and ranks != {card.lora.rank}:
+        raise FlapsamError(f"{folder}: the weights do not fit its description: they have another rank than {card.lora.rank}")
+    if (card.samples.size or 0) > LARGEST_SIZE or len(card.classes) > MOST_CLASSES or card.lora.rank > LARGEST_SIZE:
+        raise FlapsamError(f"{folder / CARD}: it describes a network that is far too large; restore the file")

@@ -30,8 +30,8 @@ COMMENT = 6
 """Code of a NIfTI extension that holds plain text."""
 LABEL_MAP = "flapsam label map"
 """Description in the header of a label map."""
-CHUNK = 8 * 2**20
-"""Number of bytes that are unpacked at once."""
+CHUNK = 2**20
+"""Number of bytes that are unpacked at once. They fit into a processor's cache."""
 EXTENSIONS = 64 * 2**20
 """Largest number of bytes before the voxels, which libraries read at once."""
 BROKEN = (

@@ -13,8 +13,8 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-CHUNK = 8 * 2**20
-"""Number of bytes that are unpacked at once."""
+CHUNK = 2**20
+"""Number of bytes that are unpacked at once. They fit into a processor's cache."""
 EITHER = 47
 """Number by which zlib recognises its own format and gzip."""
 
