@@ -250,16 +250,20 @@ class Gate:
         cell = Cell.named(own)
         reason = refusal(cell, endpoint, connection, message) if cell else "is for an unknown process"
         if reason is not None:
-            self._report(endpoint.name, reason, message)
+            self._report(endpoint.name, own, reason, message)
         return reason is None
 
-    def _report(self, sender: str, reason: str, message: Message) -> None:
+    def _report(self, sender: str, own: str, reason: str, message: Message) -> None:
         what = (sender, reason)
         if what in self.reported or len(self.reported) >= REPORTED:
             return
         self.reported.add(what)
-        destination = message.get_header(MessageHeaderKey.DESTINATION)
-        log.warning("dropped from %s: a message for %r %s", sender, str(destination)[:100], reason[:200])
+        destination = str(message.get_header(MessageHeaderKey.DESTINATION))[:100]
+        if own.split(".")[0] in (sender.split(".")[0], destination.split(".")[0]) and destination != own:
+            # When a job ends, NVFLARE tries to reach its processes through their parents. That is no attack.
+            log.info("not relayed from %s: a message for %r %s", sender, destination, reason[:200])
+        else:
+            log.warning("dropped from %s: a message for %r %s", sender, destination, reason[:200])
 
 
 def install() -> None:
