@@ -259,7 +259,9 @@ class Gate:
             return
         self.reported.add(what)
         destination = str(message.get_header(MessageHeaderKey.DESTINATION))[:100]
-        if own.split(".")[0] in (sender.split(".")[0], destination.split(".")[0]) and destination != own:
+        participant = own.split(".")[0]
+        to_own_job = participant != "server" and destination.startswith(f"{participant}.")
+        if sender.split(".")[0] == participant or to_own_job:
             # When a job ends, NVFLARE tries to reach its processes through their parents. That is no attack.
             log.info("not relayed from %s: a message for %r %s", sender, destination, reason[:200])
         else:
