@@ -22,10 +22,10 @@ from tests.helpers.sites import write_run
 
 ROLES = {
     "fit_process": "a site's fit",
-    "worker_process": "a site's job",
-    "runner_process": "the server's job",
-    "client_train": "a site's NVFLARE",
-    "server_train": "the server's NVFLARE",
+    "nvflare.process site-job": "a site's job",
+    "nvflare.process server-job": "the server's job",
+    "nvflare.process site": "a site's NVFLARE",
+    "nvflare.process server": "the server's NVFLARE",
 }
 
 
