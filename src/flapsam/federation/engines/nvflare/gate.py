@@ -34,6 +34,8 @@ from flapsam.federation.engines.nvflare.sockets import SCHEME
 log = logging.getLogger(__name__)
 REQUEST_BYTES = 1 << 20
 """Maximum size of a streamed request. Packets do not travel in requests; the receiver downloads them in pieces."""
+PIECE_BYTES = 4 << 20
+"""Maximum size of a streamed reply, which may be a piece of a packet. NVFLARE cuts packets into pieces of 2 MiB."""
 STREAMS = 32
 """Number of streams that one sender may have open at a process."""
 REPORTED = 200
@@ -220,8 +222,7 @@ def _is_too_large(origin: Cell, content: str, message: Message) -> bool:
     if message.get_header(MessageHeaderKey.TOPIC) != STREAM_DATA_TOPIC or message.get_header(StreamHeaderKey.SEQUENCE) != 0:
         return False
     size = message.get_header(StreamHeaderKey.SIZE)
-    # The definition of a job arrives at the server in one piece.
-    limit = REQUEST_BYTES + (INTAKE.limit if content.startswith("stream return_only:") else 0)
+    limit = max(PIECE_BYTES, INTAKE.limit) if content.startswith("stream return_only:") else REQUEST_BYTES
     name = message.get_header(MessageHeaderKey.ORIGIN)
     # NVFLARE keeps streams that are over for a while.
     tasks = [task for (sender, _), task in list(RxTask.rx_task_map.items()) if sender == name]
