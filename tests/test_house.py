@@ -101,7 +101,8 @@ def test_only_the_nvflare_engine_imports_nvflare():
 
 
 def test_the_command_line_is_imported_in_under_half_a_second():
-    code = "import time; t = time.perf_counter(); import flapsam.cli; print(time.perf_counter() - t)"
+    # Seconds of the processor, because the tests run side by side.
+    code = "import time; t = time.process_time(); import flapsam.cli; print(time.process_time() - t)"
     heavy = "import flapsam.cli, sys; print([m for m in ('torch', 'numpy', 'transformers', 'monai') if m in sys.modules])"
     assert float(subprocess.check_output([sys.executable, "-c", code])) < 0.5
     assert subprocess.check_output([sys.executable, "-c", heavy], text=True).strip() == "[]"

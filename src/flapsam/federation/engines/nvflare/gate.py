@@ -34,8 +34,8 @@ from flapsam.federation.engines.nvflare.sockets import SCHEME
 log = logging.getLogger(__name__)
 REQUEST_BYTES = 1 << 20
 """Maximum size of a streamed request. Packets do not travel in requests; the receiver downloads them in pieces."""
-PIECE_BYTES = 4 << 20
-"""Maximum size of a streamed reply, which may be a piece of a packet. NVFLARE cuts packets into pieces of 2 MiB."""
+REPLY_BYTES = 4 << 20
+"""Maximum size of a streamed reply at the server's job, unless more was agreed."""
 STREAMS = 32
 """Number of streams that one sender may have open at a process."""
 REPORTED = 200
@@ -208,8 +208,10 @@ def refusal(own: Cell, endpoint: Endpoint, connection: Connection, message: Mess
     internal = connection.connector.params.get(DriverParams.SCHEME.value) == SCHEME
     if not authentic(own, peer, identity, internal, origin, destination):
         return "is not the sender's to send"
-    if destination == own and content.startswith("stream ") and _is_too_large(origin, content, message):
-        return f"({content!r}) is too large, or one of too many"
+    if destination == own and content.startswith("stream "):
+        problem = _problem_of_stream(own, content, message)
+        if problem:
+            return f"({content!r}) {problem}"
     name = message.get_header(CellMessageHeaderKeys.CLIENT_NAME)
     if origin.role in (Role.SITE, Role.SITE_JOB) and name not in (None, origin.participant):
         return "names another site"
@@ -217,17 +219,28 @@ def refusal(own: Cell, endpoint: Endpoint, connection: Connection, message: Mess
     return "is encrypted" if message.get_header(MessageHeaderKey.SECURE) else None
 
 
-def _is_too_large(origin: Cell, content: str, message: Message) -> bool:
-    """Whether the beginning of a stream announces more than the receiver needs, or its sender has too many streams open."""
+def _problem_of_stream(own: Cell, content: str, message: Message) -> str:
+    """What is wrong with the beginning of a stream: it announces too much, or its sender has too many streams open."""
     if message.get_header(MessageHeaderKey.TOPIC) != STREAM_DATA_TOPIC or message.get_header(StreamHeaderKey.SEQUENCE) != 0:
-        return False
+        return ""
     size = message.get_header(StreamHeaderKey.SIZE)
-    limit = max(PIECE_BYTES, INTAKE.limit) if content.startswith("stream return_only:") else REQUEST_BYTES
+    if not isinstance(size, int) or size < 0:
+        return "announces no size"
+    if not content.startswith("stream return_only:"):
+        limit = REQUEST_BYTES
+    elif own.role is Role.SERVER_JOB:
+        limit = max(REPLY_BYTES, INTAKE.limit)
+    else:
+        # A site and the coordinator get only what they have asked the server for, and it may be a whole packet.
+        limit = size
+    if size > limit:
+        return f"announces {size} bytes, the limit is {limit}"
     name = message.get_header(MessageHeaderKey.ORIGIN)
     # NVFLARE keeps streams that are over for a while.
     tasks = [task for (sender, _), task in list(RxTask.rx_task_map.items()) if sender == name]
-    open_streams = sum(not (task.completed or task.failed) for task in tasks)
-    return not isinstance(size, int) or not 0 < size <= limit or open_streams > STREAMS
+    if sum(not (task.completed or task.failed) for task in tasks) > STREAMS:
+        return "is one of too many streams at once"
+    return ""
 
 
 class Gate:
@@ -261,7 +274,7 @@ class Gate:
         self.reported.add(what)
         destination = str(message.get_header(MessageHeaderKey.DESTINATION))[:100]
         participant = own.split(".")[0]
-        to_own_job = participant != "server" and destination.startswith(f"{participant}.")
+        to_own_job = participant != "server" and destination != own and destination.startswith(f"{participant}.")
         if sender.split(".")[0] == participant or to_own_job:
             # When a job ends, NVFLARE tries to reach its processes through their parents. That is no attack.
             log.info("not relayed from %s: a message for %r %s", sender, destination, reason[:200])
