@@ -224,7 +224,8 @@ def _problem_of_stream(own: Cell, content: str, message: Message) -> str:
     if message.get_header(MessageHeaderKey.TOPIC) != STREAM_DATA_TOPIC or message.get_header(StreamHeaderKey.SEQUENCE) != 0:
         return ""
     size = message.get_header(StreamHeaderKey.SIZE)
-    if not isinstance(size, int) or size < 0:
+    # A stream of unknown size has size 0. The server takes none from a site, since it could be of any size.
+    if not isinstance(size, int) or size < (own.participant == "server"):
         return "announces no size"
     if not content.startswith("stream return_only:"):
         limit = REQUEST_BYTES
