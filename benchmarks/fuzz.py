@@ -5,7 +5,7 @@
 Every mutation follows from the target's name and its number. It changes a field of a header to an extreme number or word,
 repeats, removes or lengthens a line, cuts the file, flips bits, swaps files, or puts a pipe or a folder in a file's place.
 A command of each target reads one mutation after another, so that a process that dies takes it along. Figures are kept in
-`results/fuzz.json` and continued up to `--count` mutations, and `results/fuzz.md` is rewritten. `--again` begins anew.
+`results/fuzz.json` and continued up to `--count` mutations, and `results/fuzz.md` is rewritten. `--again` starts over.
 
 Counted per target: mutations that are read or refused with one sentence, reading processes that died (the command survived),
 and what must not happen: the command died, another exception than FlapsamError, more than 2 seconds, more than 512 MiB of
