@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,8 +24,8 @@ class Journal:
             FlapsamError: the file is damaged or cannot be read.
         """
         self.path = path
-        self.fits: Counter[str] = Counter()
-        """Number of fits that the site has answered with, by run."""
+        self.fits: set[tuple[str, str]] = set()
+        """The answers to fits that have left the site: run, and checksum of the answer."""
         self.scores: dict[tuple[str, int, str], Any] = {}
         """Validation scores that have left the site, by run, round and checksum of the tensors."""
         try:
@@ -66,6 +65,6 @@ class Journal:
 
     def _count(self, entry: Mapping[str, Any]) -> None:
         if entry["what"] == "fit":
-            self.fits[entry["run"]] += 1
+            self.fits.add((entry["run"], entry["answer"]))
         elif entry["what"] == "validated":
             self.scores[entry["run"], entry["round"], entry["tensors"]] = entry["left"]

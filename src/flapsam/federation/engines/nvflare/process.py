@@ -19,9 +19,9 @@ from nvflare.fuel.f3.mpm import MainProcessMonitor
 from nvflare.utils.job_launcher_utils import generate_client_command, generate_server_command
 
 from flapsam.federation.engines.nvflare import answers, commands, gate
+from flapsam.federation.engines.nvflare.launch import MODULE
 from flapsam.federation.engines.nvflare.sockets import SCHEME, UnixDriver
 
-MODULE = "flapsam.federation.engines.nvflare.process"
 MAINS: Mapping[str, str] = {
     "server": "nvflare.private.fed.app.server.server_train",
     "site": "nvflare.private.fed.app.client.client_train",
