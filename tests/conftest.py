@@ -19,6 +19,12 @@ def _one_thread() -> None:
 
 
 @pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the reports of simulations, whose figures take longer than small runs."""
+    monkeypatch.setattr("flapsam.report.page.write_report", lambda folder, **options: folder / "report" / "index.html")
+
+
+@pytest.fixture
 def cases(tmp_path: Path) -> list[PreparedCase]:
     """Three prepared cases of six slices each."""
     make_site(tmp_path / "a", 3)

@@ -14,6 +14,8 @@ from tests.helpers.adapters import saved
 from tests.helpers.command import flapsam
 from tests.helpers.sites import AFFINE, SHAPE, make_sites, save, write_run
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 IMAGE, LABEL = Path("site_0/images/site_0_0.nii.gz"), Path("site_0/labels/site_0_0.nii.gz")
 
 

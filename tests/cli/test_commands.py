@@ -151,6 +151,7 @@ def test_simulate_prints_tables(tmp_path: Path, capfd):
     assert not (tmp_path / "run" / "cache").exists()
 
 
+@pytest.mark.usefixtures("no_report")
 def test_an_automatic_micro_batch_is_kept_on_resuming(tmp_path: Path, capfd):
     training = {"micro_batch": "auto", "checkpointing": True, "batch_size": 4}
     config = write_run(tmp_path / "run.yaml", make_sites(tmp_path / "data"), rounds={"count": 1}, training=training)
@@ -171,6 +172,7 @@ def test_memory_prints_a_table(capfd):
     assert flapsam(capfd, "memory", "--precision", "fp8").code == 2
 
 
+@pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_runs_and_is_deterministic(strategy: str, tmp_path: Path, capfd):
     data = make_sites(tmp_path / "data", sites=2, cases=3)
@@ -184,6 +186,7 @@ def test_every_strategy_runs_and_is_deterministic(strategy: str, tmp_path: Path,
     assert adapters[0] and adapters[0] == adapters[1]
 
 
+@pytest.mark.usefixtures("no_report")
 def test_another_seed_changes_the_adapter(tmp_path: Path, capfd):
     data = make_sites(tmp_path / "data", sites=2, cases=3)
     adapters = []
@@ -194,6 +197,7 @@ def test_another_seed_changes_the_adapter(tmp_path: Path, capfd):
     assert adapters[0] != adapters[1]
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_class_that_a_site_does_not_label_is_not_scored_there(tmp_path: Path, capfd):
     data = make_sites(tmp_path / "data")
     config = write_run(tmp_path / "run.yaml", data, rounds={"count": 1})

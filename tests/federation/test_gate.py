@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import logging
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from flapsam.federation.engines.nvflare.definition import (
 )
 from flapsam.federation.engines.nvflare.gate import REQUESTS, Cell, Role, authentic, needed
 from flapsam.federation.engines.nvflare.intake import Budget, Intake, Unwanted
+from flapsam.federation.engines.nvflare.process import OneLineRecord
 
 JOB = "00000000-0000-0000-0000-000000000000"
 KNOWN_PROCESSORS = {
@@ -211,3 +213,8 @@ def test_an_answer_brings_no_more_bytes_than_agreed():
 
 def test_nvflare_has_the_version_that_the_tables_were_written_for():
     assert nvflare.__version__.startswith("2.9.")
+
+
+def test_a_text_from_elsewhere_adds_no_entry_to_a_log():
+    record = OneLineRecord("n", logging.INFO, "p", 1, "site %s left", ("a\n2026-01-01 ERROR b\x1b[2J",), None)
+    assert record.getMessage() == r"site a\n2026-01-01 ERROR b\x1b[2J left"

@@ -20,6 +20,8 @@ from tests.helpers.command import flapsam
 from tests.helpers.ledgers import read_events
 from tests.helpers.sites import make_sites, write_run
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 ENOUGH = {"median": 3, "trimmed-mean": 5}
 """Aggregator → number of sites that it needs; two are enough for the others."""
 
@@ -38,11 +40,11 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_aggregator_runs_with_mixed_ranks_and_saves_a_complete_adapter(name: str, many: Path, tmp_path: Path, capfd):
     """``predict`` rebuilds the network from the adapter's folder and returns the same label maps as the run."""
     sites = [f"site_{number}" for number in range(ENOUGH.get(name, 2))]
-    config = write_run(tmp_path / "run.yaml", many, aggregator=name, site_ranks={"site_1": 1}, rounds={"count": 3})
+    config = write_run(tmp_path / "run.yaml", many, aggregator=name, site_ranks={"site_1": 1}, rounds={"count": 2})
     outcome = flapsam(capfd, "simulate", config, "--set", f"data.sites={sites}", "--json")
     assert outcome.code == 0, outcome.err
     run = tmp_path / "run"
-    assert [event["site"] for event in read_events(run, "fit")] == sites * 3
+    assert [event["site"] for event in read_events(run, "fit")] == sites * 2
     borne = [(event["sites"], event["borne"]) for event in read_events(run, "borne")]
     assert borne == ([(len(sites), 1)] if name in ENOUGH else [])
     assert not read_events(run, "refused")

@@ -90,7 +90,7 @@ def simulated(hospitals: Hospitals) -> Callable[[Path], dict[str, bytes]]:
 def test_a_federation_reproduces_the_simulations_adapter_with_little_overhead(
     hospitals: Hospitals, tmp_path: Path, simulated
 ):
-    config = write_run(tmp_path / "run.yaml", hospitals.data, rounds={"count": 4})
+    config = write_run(tmp_path / "run.yaml", hospitals.data, rounds={"count": 3})
     hospitals.start_run(config)
     hospitals.follow(config)
     run = tmp_path / "run"
@@ -130,7 +130,7 @@ def test_no_private_data_of_a_site_cross_the_wire_or_reach_the_server(hospitals:
             assert marker.lower().encode() not in content.lower()
 
 
-LONG = {"rounds": {"count": 4}, "training": {"window": 1, "batch_size": 8, "warmup_steps": 2, "epochs": 20}}
+LONG = {"rounds": {"count": 4}, "training": {"window": 1, "batch_size": 8, "warmup_steps": 2, "epochs": 8}}
 """A run whose fits take seconds, which leaves time to kill something."""
 
 
@@ -174,10 +174,12 @@ def test_a_killed_fit_misses_only_its_own_round_and_a_killed_site_rejoins(hospit
     assert adapter_of(run)
 
 
-def test_neither_a_stop_nor_a_killed_server_changes_the_adapter(hospitals: Hospitals, tmp_path: Path, simulated, capfd):
+def test_neither_a_stop_nor_a_repeated_round_nor_a_killed_server_changes_the_adapter(
+    hospitals: Hospitals, tmp_path: Path, simulated, capfd
+):
     config, run = write_run(tmp_path / "run.yaml", hospitals.data, **LONG), tmp_path / "run"
     hospitals.start_run(config)
-    until(lambda: rounds_done(run) == 1)
+    until(lambda: rounds_done(run) == 2)
     # One fit is suspended, so that the run cannot end before it is stopped.
     fit = descendant(hospitals, "site_a", "fit_process")
     fit.suspend()
@@ -185,7 +187,8 @@ def test_neither_a_stop_nor_a_killed_server_changes_the_adapter(hospitals: Hospi
     with suppress(psutil.NoSuchProcess):
         fit.resume()
     assert "the run was stopped; run the same command to resume" in hospitals.follow(config, code=2)
-    hospitals.start_run(config)
+    hospitals.start_run(config, "--from-round", "2")
+    until(lambda: rounds_done(run) == 1)
     until(lambda: rounds_done(run) == 2)
     kill_all(hospitals.running["server"])
     hospitals.start_server()
@@ -198,7 +201,7 @@ def test_neither_a_stop_nor_a_killed_server_changes_the_adapter(hospitals: Hospi
 def test_a_server_killed_while_it_writes_its_state_does_not_change_the_adapter(
     hospitals: Hospitals, tmp_path: Path, simulated
 ):
-    fields = {"strategy": "full", "compression": {"codec": "fp32"}, "aggregator": "fedavg", "rounds": {"count": 5}}
+    fields = {"strategy": "full", "compression": {"codec": "fp32"}, "aggregator": "fedavg", "rounds": {"count": 4}}
     config, run = write_run(tmp_path / "run.yaml", hospitals.data, **fields), tmp_path / "run"
     hospitals.start_run(config)
     until(lambda: rounds_done(run) == 1)
@@ -210,6 +213,7 @@ def test_a_server_killed_while_it_writes_its_state_does_not_change_the_adapter(
             if partial := list(state.glob(".part-*round*")):
                 break
             job.resume()
+        time.sleep(0.001)
         assert not read_events(run, "end")
     kill_all(hospitals.running["server"])
     assert [path for path in partial if path.exists()]

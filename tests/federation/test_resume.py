@@ -9,18 +9,19 @@ from pathlib import Path
 
 import pytest
 
+from flapsam.experiments.simulation import simulate
+from flapsam.federation.aggregation import AGGREGATORS, FlexLora
+from flapsam.run.reading import read_config
 from tests.helpers.ledgers import read_events
 from tests.helpers.sites import make_sites, write_run
 
 # FlexLoRA that, if a signal file is given, touches it in the process's second aggregation and waits to be killed.
 PROGRAM = """
-import signal, sys, time
+import sys, time
 from pathlib import Path
 from flapsam import cli
 from flapsam.federation.aggregation import AGGREGATORS, FlexLora
 
-# A process that a shell started in the background would ignore interruptions.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 signal_file = sys.argv.pop(1)
 results = 0
 
@@ -70,7 +71,9 @@ FIELDS = {"rounds": {"count": 4}, "aggregator": "slow", "training": {"window": 3
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an uninterrupted run of four rounds. Its data are next to it."""
     root = tmp_path_factory.mktemp("whole")
-    finish(start(write_run(root / "run.yaml", make_sites(root / "data", sites=3, cases=4), **FIELDS)))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(AGGREGATORS, "slow", FlexLora)
+        simulate(read_config(write_run(root / "run.yaml", make_sites(root / "data", sites=3, cases=4), **FIELDS)))
     return root / "run"
 
 
@@ -90,8 +93,8 @@ def assert_resumed_run_is_equal(uninterrupted: Path, config: Path) -> None:
     assert [entry[3] for entry in ledgers[0]] == pytest.approx([entry[3] for entry in ledgers[1]], rel=0.01)
 
 
-def test_a_run_that_is_killed_twice_and_interrupted_resumes(uninterrupted: Path, tmp_path: Path):
-    """It is killed during a client's fit and while the server aggregates, and at last interrupted by the user."""
+def test_a_run_that_is_killed_twice_resumes(uninterrupted: Path, tmp_path: Path):
+    """It is killed during a client's fit, and while the server aggregates."""
     config = write_run(tmp_path / "run.yaml", uninterrupted.parent / "data", **FIELDS)
     process = start(config)
     sites = tmp_path / "run" / "state" / "federated" / "sites"
@@ -101,13 +104,4 @@ def test_a_run_that_is_killed_twice_and_interrupted_resumes(uninterrupted: Path,
     process = start(config, "--resume", signal_file=tmp_path / "aggregating")
     kill_when(process, (tmp_path / "aggregating").exists)
     assert not (tmp_path / "run" / "adapter").exists()
-    process = start(config, "--resume", signal_file=tmp_path / "aggregating again")
-    while not (tmp_path / "aggregating again").exists():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert b"add --resume to continue" in output
-    assert b"Traceback" not in output
     assert_resumed_run_is_equal(uninterrupted, config)

@@ -162,8 +162,8 @@ class Hospitals:
         assert "Traceback" not in self.said(name)
         return self.said(name)
 
-    def start_run(self, config: Path) -> None:
-        self.start(f"run-{config.stem}", "run", config, "--kit", self.kit("coordinator"))
+    def start_run(self, config: Path, *options: str) -> None:
+        self.start(f"run-{config.stem}", "run", config, "--kit", self.kit("coordinator"), *options)
 
     def stop_all(self) -> None:
         for process in self.running.values():

@@ -9,10 +9,11 @@ from flapsam.experiments.phantom import make_phantom
 
 # Prints the peak resident memory of its own process, in KiB.
 PROGRAM = """
-import resource
-from flapsam import cli
+import resource, sys
+from pathlib import Path
+import flapsam
 try:
-    cli.main()
+    flapsam.simulate(flapsam.read_config(Path(sys.argv[1])))
 finally:
     print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
@@ -20,7 +21,7 @@ finally:
 
 def peak(config: Path) -> float:
     """Peak resident memory of a simulation, in MiB."""
-    command = [sys.executable, "-c", PROGRAM, "simulate", str(config)]
+    command = [sys.executable, "-c", PROGRAM, str(config)]
     process = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert process.returncode == 0, process.stderr
     return float(process.stdout.rsplit("peak", 1)[1]) / 1024

@@ -6,6 +6,7 @@ The arguments are NVFLARE's own. NVFLARE starts the processes of jobs itself, wi
 """
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from nvflare.fuel.f3.drivers import grpc_driver
 from nvflare.fuel.f3.mpm import MainProcessMonitor
 from nvflare.utils.job_launcher_utils import generate_client_command, generate_server_command
 
+from flapsam.base.escaping import one_line
 from flapsam.federation.engines.nvflare import answers, commands, gate
 from flapsam.federation.engines.nvflare.launch import MODULE
 from flapsam.federation.engines.nvflare.sockets import SCHEME, UnixDriver
@@ -39,6 +41,13 @@ COMMUNICATION = {
 """What NVFLARE would read from ``comm_config.json``. Sites connect to the server alone, never to each other."""
 
 
+class OneLineRecord(logging.LogRecord):
+    """An entry of a log whose message is one line, because others' names and texts could pretend to be further entries."""
+
+    def getMessage(self) -> str:
+        return one_line(super().getMessage())
+
+
 def restrict(kind: str) -> None:
     """Remove from this process what no run needs.
 
@@ -46,6 +55,7 @@ def restrict(kind: str) -> None:
         kind: a key of ``MAINS``.
     """
     os.umask(0o077)
+    logging.setLogRecordFactory(OneLineRecord)
     CommConfigurator._configuration = COMMUNICATION
     CommConfigurator._config_loaded = True
     grpc_driver.GRPC_DEFAULT_OPTIONS[:] = [
