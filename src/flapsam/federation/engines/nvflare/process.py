@@ -44,7 +44,8 @@ COMMUNICATION = {
 class OneLineRecord(logging.LogRecord):
     """An entry of a log whose message is one line, because others' names and texts could pretend to be further entries."""
 
-    def getMessage(self) -> str:
+    def getMessage(self) -> str:  # noqa: N802, the name is that of logging
+        """The message, with escape sequences in place of characters that cannot be printed."""
         return one_line(super().getMessage())
 
 
