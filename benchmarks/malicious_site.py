@@ -234,7 +234,13 @@ def run(attack: str, honest: int, fields: dict[str, Any], folder: Path, cache: d
     server = ServerSide(config.output)
     sides: dict[str, Lazy] = {}
     for name in names if attack == NONE else [LIAR, *names]:
-        site = {"data": {"path": folder / "data" / name}, "state": folder / "state" / name, "threads": 1, "min_cases": 1}
+        site = {
+            "data": {"path": folder / "data" / name},
+            "state": folder / "state" / name,
+            "threads": 1,
+            "min_cases": 1,
+            "bounds": {"min_steps": 1},
+        }
         side = sides[name] = (Sabotaged if name == LIAR else Lazy)(name, SiteConfig.model_validate(site))
         side.cache = cache
         if isinstance(side, Sabotaged):

@@ -27,8 +27,9 @@ from flapsam.federation.packets import Header, decode, encode
 from flapsam.federation.preparation import resolve
 from flapsam.federation.rounds import Answer, Work
 from flapsam.federation.server import UNKNOWN
+from flapsam.federation.shares import TrainingSize, bounded
 from flapsam.federation.state import ClientState
-from flapsam.run.config import RunConfig
+from flapsam.run.config import Rounds, RunConfig
 from flapsam.run.folder import RunFolder
 from flapsam.run.reading import read_config
 from tests.helpers.ledgers import read_events
@@ -225,7 +226,7 @@ def test_most_sites_decide_about_modalities_whoever_answers_first(counts: tuple,
 
 
 def test_the_first_site_to_answer_decides_nothing_and_a_false_count_counts_in_part(config: RunConfig, tmp_path: Path):
-    """24 slices at two sites count as 25, so at most 250 of the third count. The shares are 25, 25 and 250 of 300."""
+    """24 slices at two sites count as 25, so at most 50 of the third count. The shares are 25, 25 and 50 of 100."""
     RunFolder(config.output).begin(config)
     valid = read_message(Presence, SiteSide("site_0", site_config(tmp_path)).join(propose(config)))
     server = ServerSide(config.output)
@@ -236,9 +237,25 @@ def test_the_first_site_to_answer_decides_nothing_and_a_false_count_counts_in_pa
     server.open()
     assert server.held == {"boaster": 0, "site_0": 0, "site_1": 0}
     assert [event["site"] for event in read_events(config.output, "excluded")] == ["liar"]
-    assert server.server.shares == pytest.approx({"boaster": 250 / 300, "site_0": 25 / 300, "site_1": 25 / 300})
+    assert server.server.shares == pytest.approx({"boaster": 0.5, "site_0": 0.25, "site_1": 0.25})
     (bound,) = read_events(config.output, "bounded")
-    assert (bound["site"], bound["claimed"], bound["counted"]) == ("boaster", 10**10, 250)
+    assert (bound["site"], bound["claimed"], bound["counted"]) == ("boaster", 10**10, 50)
+
+
+@pytest.mark.parametrize(
+    ("slices", "counted"),
+    [
+        ([100, 600], [100, 600]),
+        ([100, 1001], [100, 1000]),
+        ([100, 200, 300], [100, 200, 300]),
+        ([100, 301, 200], [100, 300, 200]),
+        ([100] * 11 + [5000], [100] * 11 + [1000]),
+    ],
+)
+def test_a_site_counts_for_at_most_ten_medians_and_at_most_all_others(slices: list[int], counted: list[int]):
+    sizes = {str(number): TrainingSize(slices=count, cases=1) for number, count in enumerate(slices)}
+    assert [size.slices for size in bounded(sizes, Rounds()).values()] == counted
+    assert bounded(sizes, Rounds(max_weight=None)) == bounded(sizes, Rounds(weights="cases")) == sizes
 
 
 def test_configured_weights_are_normalised_over_the_sites_that_take_part(config: RunConfig, tmp_path: Path):

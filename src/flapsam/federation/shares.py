@@ -71,6 +71,9 @@ def client_shares(sizes: Mapping[str, TrainingSize], options: Rounds) -> dict[st
 def bounded(sizes: Mapping[str, Size], options: Rounds) -> dict[str, Size]:
     """Cut off what a site claims to have beyond ``options.max_weight`` times the lower median of the sites.
 
+    From three sites on, a site does not count for more than all others together either. Between two sites, this would make
+    both equal.
+
     Args:
         sizes: each site's training data, by name, as the site itself reports it.
         options: the rounds' options. Only the count that ``weights`` uses is bounded.
@@ -81,8 +84,12 @@ def bounded(sizes: Mapping[str, Size], options: Rounds) -> dict[str, Size]:
     kind, most = options.weights, options.max_weight
     if most is None or kind not in ("slices", "cases") or not sizes:
         return dict(sizes)
-    limit = int(most * median_low(getattr(size, kind) for size in sizes.values()))
-    return {name: replace(size, **{kind: limit}) if getattr(size, kind) > limit else size for name, size in sizes.items()}
+    counts = {name: getattr(size, kind) for name, size in sizes.items()}
+    limit = int(most * median_low(counts.values()))
+    if len(counts) > 2:
+        # Only the largest site can have more than all others together.
+        limit = min(limit, sum(sorted(counts.values())[:-1]))
+    return {name: replace(size, **{kind: limit}) if counts[name] > limit else size for name, size in sizes.items()}
 
 
 def _slices(case: Case, config: RunConfig) -> int:

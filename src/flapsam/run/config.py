@@ -230,7 +230,8 @@ class Rounds(StrictModel):
     out of the round. null switches this check off."""
     max_weight: Annotated[float, Field(ge=1)] | None = 10.0
     """Between hospitals, how many times the lower median of the sites' slices or cases a site can count for, whatever it
-    claims to have. It applies to ``weights: slices`` and ``weights: cases``. null switches this bound off."""
+    claims to have. From three sites on, it never counts for more than all others together either. Both bounds apply to
+    ``weights: slices`` and ``weights: cases``. null switches them off."""
     keep: Annotated[int, Field(ge=0, le=100)] = 3
     """Number of rounds that ``--from-round`` can repeat. For each, the server keeps the global tensors from before it, and
     each site keeps its optimizer's moments."""
