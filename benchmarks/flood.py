@@ -1,4 +1,4 @@
-"""A malicious site of three answers each request a thousand times more than it was asked, with 15 MiB each.
+"""A malicious site of three answers the first fit a thousand times more than it was asked, with 15 MiB each.
 
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python benchmarks/flood.py [--answers 1000]
 
@@ -30,8 +30,13 @@ if "site-job" in sys.argv or "site-job" in sys.orig_argv:
     import numpy as np
     from nvflare.private.fed.client.client_run_manager import ClientRunManager
     send = ClientRunManager.send_task_result
+    calls = []
 
     def flooding(self, result, fl_ctx, timeout=None):
+        calls.append(1)
+        if len(calls) != 2:
+            # The first answer joins the run, and after the flood NVFLARE tries to send the refused answer again.
+            return send(self, result, fl_ctx, timeout)
         junk = type(result)()
         junk.headers = getattr(result, "headers", None)
         for key, value in dict(result).items():
@@ -59,7 +64,7 @@ def measure(answers: int, folder: Path) -> dict[str, Any]:
     hospitals = Hospitals(folder, ["site_a", "site_b", "site_c"], proxied=False)
     hospitals.make_data()
     (folder / "sitecustomize.py").write_text(FLOOD.replace("ANSWERS", str(answers)).replace("SENT", str(folder / "sent")))
-    config = write_run(folder / "run.yaml", hospitals.data, rounds={"count": 1, "deadline": 1200})
+    config = write_run(folder / "run.yaml", hospitals.data, rounds={"count": 2, "deadline": 120})
     peak, disk = 0, 0
     try:
         hospitals.start_server()
@@ -85,13 +90,17 @@ def measure(answers: int, folder: Path) -> dict[str, Any]:
             if process.poll() is None:
                 kill_all(process)
     events = read_ledger(folder / "run/events.jsonl")
+    rounds = [round(event.seconds) for event in events if isinstance(event, RoundClosed)]
     sent = folder / "sent"
     return {
         "exit code": code,
         "adapter": (folder / "run/adapter").exists(),
         "sent": sum(map(int, sent.read_text().split())) if sent.exists() else 0,
-        "seconds of the round": next((event.seconds for event in events if isinstance(event, RoundClosed)), None),
-        "sites that answered": sorted(event.site for event in events if isinstance(event, Fitted)),
+        "seconds of each round": rounds,
+        "sites that answered in each round": [
+            sorted(event.site for event in events if isinstance(event, Fitted) and event.round == number)
+            for number in range(1, len(rounds) + 1)
+        ],
         "peak of a process at the server in MiB": peak,
         "disk at the server in MiB": disk >> 20,
     }
