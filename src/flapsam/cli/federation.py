@@ -12,7 +12,8 @@ from flapsam.cli.console import Assignments, FromRound, Json, Quiet, Track, inte
 app = typer.Typer(
     help="""Train between hospitals, over mutual TLS.
 
-    WARNING: federate only with participants whom you trust. See the threat model in docs/federation.md.""",
+    The server sees every site's updates, and a malicious site can spoil the model. Read the threat model in
+    docs/federation.md first.""",
     no_args_is_help=True,
 )
 
