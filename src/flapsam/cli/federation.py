@@ -12,7 +12,7 @@ from flapsam.cli.console import Assignments, FromRound, Json, Quiet, Track, inte
 app = typer.Typer(
     help="""Train between hospitals, over mutual TLS.
 
-    The server sees every site's updates, and a malicious site can spoil the model. See the threat model in docs/federation.md.""",
+    The server sees every site's updates, and a malicious site can spoil the model: see docs/federation.md.""",
     no_args_is_help=True,
 )
 
