@@ -4,8 +4,8 @@
 
 Real processes communicate over mutual TLS on loopback. The site's kit is valid, and its job is flapsam's own, but before it
 answers a fit it sends the server's job answers that nobody asked for. The figures go to `results/flood.json` and
-`results/flood.md`: whether the run ended with an adapter, the seconds of its rounds, and the peak memory (VmHWM) and the disk
-of the server's processes, also without the attack.
+`results/flood.md`: whether the run ended with an adapter, the seconds of its rounds, and the peak memory (VmHWM) and the
+disk of the server's processes, also without the attack.
 """
 
 import argparse

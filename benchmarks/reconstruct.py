@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/reconstruct.py [--minutes 15]
 
 The attack is described in ``tests/helpers/reconstruction.py``. The site has twenty cases of eight slices. A figure is the
-highest correlation of the reconstruction with any slice of the site's, of either of two ways to solve for it. Each row is a
+highest correlation of the reconstruction with any slice of the site's, of either of two ways to solve for it. In brackets is
+the highest correlation with any slice of another site's twenty cases, of which the answer says nothing. Each row is a
 variant of the attack. The columns are three sites: one without bounds, one that allows strategy ``full`` within the default
 bounds, and one with the defaults. Cells that are missing in ``results/reconstruct.json`` are computed until the minutes are
 over.
@@ -22,7 +23,10 @@ from cells import HERE, read_cells, write_cells
 sys.path.insert(0, str(HERE.parent))
 from flapsam.base.files import write_text
 from flapsam.federation.hospitals.handshake import SiteFailed
-from tests.helpers.reconstruction import ATTACK, correlation, make_volumes, proposal_of, site_of
+from flapsam.learning.prepared import PreparedCase, prepare
+from flapsam.run.config import Data, Samples
+from flapsam.sites import label_map, list_cases
+from tests.helpers.reconstruction import ATTACK, correlation, make_volumes, proposal_of, reconstructions, site_of
 
 CASES = 20
 NONE = {"min_steps": 1, "max_learning_rate": 1e9, "min_betas": (0.0, 0.0), "loss_weights": (0.0, 10.0)}
@@ -54,9 +58,21 @@ def measure(variant: str, site: str) -> dict[str, Any]:
         side = site_of(data, Path(folder) / "state", metrics=False, **own)
         try:
             side.join(proposal_of(settings))
-            return {"correlation": correlation(side, settings["learning_rate"])}
+            images = list(reconstructions(side, settings["learning_rate"]))
+            samples = side.config.samples
+            return {
+                "correlation": correlation(images, [*side.client.data.train, *side.client.data.val], samples),
+                "control": correlation(images, others(Path(folder), samples), samples),
+            }
         except SiteFailed as refusal:
             return {"refused": str(refusal)}
+
+
+def others(folder: Path, samples: Samples) -> list[PreparedCase]:
+    """Cases that are not the site's."""
+    data = make_volumes(folder / "others", CASES, seed=1)
+    mapping = label_map(Data(path=data, labels={"organ": 1, "lesion": 2}), "site_1")
+    return [prepare(case, mapping, samples, folder / "prepared") for case in list_cases(data).cases]
 
 
 def main() -> None:
@@ -77,7 +93,7 @@ def main() -> None:
     def shown(cell: dict[str, Any] | None) -> str:
         if cell is None:
             return "missing"
-        return f"refused ({cell['refused']})" if "refused" in cell else f"{cell['correlation']:.3f}"
+        return f"refused ({cell['refused']})" if "refused" in cell else f"{cell['correlation']:.3f} ({cell['control']:.3f})"
 
     lines = ["# Computing a training slice from one answer", "", "`python benchmarks/reconstruct.py` writes this table.", ""]
     lines += ["| attack | " + " | ".join(SITES) + " |", "|---|" + "---:|" * len(SITES)]

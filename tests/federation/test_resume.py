@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from flapsam.experiments.simulation import simulate
-from flapsam.federation.aggregation import AGGREGATORS, FlexLora
+from flapsam.federation.aggregation import AGGREGATORS
+from flapsam.federation.aggregation.flexlora import FlexLora
 from flapsam.run.reading import read_config
 from tests.helpers.ledgers import read_events
 from tests.helpers.sites import make_sites, write_run
@@ -20,7 +21,8 @@ PROGRAM = """
 import sys, time
 from pathlib import Path
 from flapsam import cli
-from flapsam.federation.aggregation import AGGREGATORS, FlexLora
+from flapsam.federation.aggregation import AGGREGATORS
+from flapsam.federation.aggregation.flexlora import FlexLora
 
 signal_file = sys.argv.pop(1)
 results = 0

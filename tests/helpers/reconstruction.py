@@ -6,6 +6,7 @@ Adam's step is g / (|g| + ε), from which g follows.
 """
 
 import json
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from flapsam.federation.hospitals.handshake import Proposal
 from flapsam.federation.hospitals.site_config import SiteConfig
 from flapsam.federation.hospitals.site_side import SiteSide
 from flapsam.federation.packets import Header, decode, encode
+from flapsam.learning.prepared import PreparedCase
 from flapsam.learning.slices import to_square
-from flapsam.run.config import RunConfig
+from flapsam.run.config import RunConfig, Samples
 from flapsam.run.reading import validated
 
 SIZE, EPSILON = 128, 1e-8
@@ -38,9 +40,9 @@ ATTACK: dict[str, Any] = {
 """The settings of the attack that succeeded: correlation 1.000."""
 
 
-def make_volumes(folder: Path, cases: int) -> Path:
+def make_volumes(folder: Path, cases: int, seed: int = 0) -> Path:
     """Write one site's volumes with a ball and a small bright cube, on one slice each."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for case in range(cases):
         grid = np.mgrid[:24, :24, :8]
         volume, label = rng.normal(0, 20, (24, 24, 8)), np.zeros((24, 24, 8), np.uint8)
@@ -79,8 +81,8 @@ def proposal_of(settings: dict[str, Any]) -> bytes:
     return json.dumps(proposal).encode()
 
 
-def correlation(site: SiteSide, rate: float) -> float:
-    """Take part in round 1 and reconstruct a slice. Returns the highest correlation with a slice of the site's."""
+def reconstructions(site: SiteSide, rate: float) -> Iterator[torch.Tensor]:
+    """Take part in round 1, and reconstruct a slice from the answer in two ways: (128, 128) each."""
     agreement = site.client.agreement
     start = {name: tensor.double() for name, tensor in agreement.start.items()}
     header = Header(run=agreement.run, round=0, base=0, sender=SERVER)
@@ -91,7 +93,6 @@ def correlation(site: SiteSide, rate: float) -> float:
         step = (-(got[name].double() - start[name]) / rate).clamp(-0.999999, 0.999999)
         return EPSILON * step / (1 - step.abs())
 
-    best = 0.0
     # The system is solved with the gradient that follows from Adam's rule, and with the step itself.
     for of in (gradient, lambda name: got[name].double() - start[name]):
         at_tokens = of("vision_encoder.pos_embed")
@@ -99,10 +100,16 @@ def correlation(site: SiteSide, rate: float) -> float:
         weights = of("vision_encoder.patch_embed.projection.weight").reshape(width, -1)
         patches = torch.linalg.lstsq(at_tokens.reshape(-1, width).T, weights).solution
         side = SIZE // 16
-        image = patches.reshape(side, side, 3, 16, 16).permute(2, 0, 3, 1, 4).reshape(3, SIZE, SIZE)[1]
-        for case in [*site.client.data.train, *site.client.data.val]:
-            for slice_ in range(case.slices):
-                true = to_square(case.stack(site.config.samples).window(slice_, 1), SIZE, "stretch")[0, 1].double()
+        yield patches.reshape(side, side, 3, 16, 16).permute(2, 0, 3, 1, 4).reshape(3, SIZE, SIZE)[1]
+
+
+def correlation(images: Sequence[torch.Tensor], cases: Iterable[PreparedCase], samples: Samples) -> float:
+    """The highest absolute correlation of one of the images with a slice of the cases."""
+    best = 0.0
+    for case in cases:
+        for slice_ in range(case.slices):
+            true = to_square(case.stack(samples).window(slice_, 1), SIZE, "stretch")[0, 1].double()
+            for image in images:
                 value = torch.corrcoef(torch.stack([image.flatten(), true.flatten()]))[0, 1].abs()
                 best = max(best, float(torch.nan_to_num(value)))
     return best
