@@ -14,6 +14,7 @@ import numpy as np
 from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
 from nibabel.nifti1 import Nifti1Extension
+from nibabel.openers import ImageOpener
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
@@ -41,7 +42,13 @@ BROKEN = (
 """Exceptions that nibabel raises for damaged files."""
 MODALITIES = 3
 """Largest number of modalities, which is the number of the network's channels."""
+LONGEST_QUATERNION = 1.01
+"""Length of a header's quaternion up to which its excess over 1 counts as a rounding error."""
 _TOO_MANY = "but the network has three channels; leave some out"
+
+
+class _LongQuaternion(ValueError):  # noqa: N818 (it becomes a sentence)
+    """The quaternion of a header is too long to be a rotation. The message is its length."""
 
 
 def is_nifti(path: Path) -> bool:
@@ -190,18 +197,20 @@ def open_nifti(path: Path, *, modalities: bool = True) -> Opened:
     check_claim(path, claimed, compressed=path.name.endswith(".gz"))
     scaled = proxy.slope != 1 or proxy.inter != 0
     dtype = np.dtype(np.float32) if scaled or stored.kind == "f" else stored.newbyteorder("=")
-    step = max(CHUNK // (stored.itemsize * math.prod(image.shape[:-1])), 1)
+    shape = _shape(image)
+    step = max(CHUNK // (stored.itemsize * math.prod(shape[:-1])), 1)
+    trailing = (0,) * (len(image.shape) - len(shape))
 
     def parts() -> Iterator[NDArray]:
         try:
-            for start in range(0, image.shape[-1], step):
-                yield proxy[..., start : start + step]
+            for start in range(0, shape[-1], step):
+                yield proxy[(..., slice(start, start + step), *trailing)]
         except BROKEN as error:
             raise FlapsamError(
                 f"{path}: the voxels cannot be read, because the file is truncated or damaged; copy or export it again"
             ) from error
 
-    return Opened(image.shape, dtype, check_affine(image.affine, path), parts)
+    return Opened(shape, dtype, check_affine(image.affine, path), parts)
 
 
 def _open_volume(path: Path) -> Opened:
@@ -212,22 +221,63 @@ def _open(path: Path, modalities: bool = False) -> nibabel.Nifti1Image:
     try:
         check_file(path)
         _check_offset(path)
-        # An open file is decompressed only once, however many parts are read one after another.
-        image = nibabel.load(path, keep_file_open=True)
+        image = _load(path)
         if not isinstance(image, nibabel.Nifti1Image):
             raise FlapsamError(f"{path}: not a NIfTI file; convert it to .nii.gz")
         affine = image.affine
+    except _LongQuaternion as error:
+        raise FlapsamError(f"{path}: its quaternion has the length {error}, not 1; repair the header") from error
     except BROKEN as error:
         raise FlapsamError(f"{path}: not a readable NIfTI file; is it truncated?") from error
-    if len(image.shape) == 4 and modalities:
-        if image.shape[3] > MODALITIES:
-            raise FlapsamError(f"{path}: the file has {image.shape[3]} modalities, {_TOO_MANY}")
-    elif len(image.shape) != 3:
+    shape = _shape(image)
+    if len(shape) == 4 and modalities:
+        if shape[3] > MODALITIES:
+            raise FlapsamError(f"{path}: the file has {shape[3]} modalities, {_TOO_MANY}")
+    elif len(shape) != 3:
         raise FlapsamError(f"{path}: a 3-D volume is needed, but this file has {len(image.shape)} dimensions {image.shape}")
     if min(image.shape) < 1:
         raise FlapsamError(f"{path}: the volume is empty, with shape {image.shape}; export it again")
     check_affine(affine, path)
     return image
+
+
+def _shape(image: nibabel.Nifti1Image) -> tuple[int, ...]:
+    """The image's shape, without axes of length one after the third."""
+    shape = image.shape
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def _load(path: Path) -> nibabel.Nifti1Image:
+    # An open file is decompressed only once, however many parts are read one after another.
+    try:
+        return nibabel.load(path, keep_file_open=True)  # type: ignore[return-value]
+    except ValueError as error:
+        if "w2 should be positive" not in str(error):
+            raise
+        return _with_unit_quaternion(path)
+
+
+def _with_unit_quaternion(path: Path) -> nibabel.Nifti1Image:
+    """The image at a path whose quaternion is a rounding error longer than 1. As ITK does, it is made shorter.
+
+    Raises:
+        _LongQuaternion: the quaternion is much longer.
+    """
+    with ImageOpener(str(path)) as file:
+        size = file.read(4)
+        file.seek(0)
+        second = 540 in (int.from_bytes(size, "little"), int.from_bytes(size, "big"))
+        kind = nibabel.Nifti2Image if second else nibabel.Nifti1Image
+        header = kind.header_class.from_fileobj(file)
+    fields = ("quatern_b", "quatern_c", "quatern_d")
+    length = math.sqrt(sum(float(header[name]) ** 2 for name in fields))
+    if not length <= LONGEST_QUATERNION:
+        raise _LongQuaternion(f"{length:g}")
+    for name in fields:
+        header[name] = float(header[name]) / length
+    return kind(ArrayProxy(str(path), header, keep_file_open=True), header.get_best_affine(), header)
 
 
 def _check_offset(path: Path) -> None:
