@@ -7,10 +7,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flapsam.base.errors import FlapsamError
-from flapsam.run.config import Data, as_values
+from flapsam.run.config import Data, as_values, reserved
 
 IGNORED = -100
 """Class index of voxels that both loss and scores leave out."""
+HIDDEN = -99
+"""Class index of background where the site does not annotate every class. The loss leaves it out, because it may hide one of
+the others. Scores count it, because it is none of the classes that are scored."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class LabelMap:
     def apply(self, array: NDArray, path: Path) -> NDArray[np.int8]:
         """Convert the label values of one file to class indices.
 
-        At a site that does not annotate every class, the background may hide one, so it becomes ``IGNORED``.
+        At a site that does not annotate every class, the background may hide one, so it becomes ``HIDDEN``.
 
         Args:
             array: the label values, of any shape.
@@ -50,7 +53,7 @@ class LabelMap:
                 f"{path}: label value {unknown} belongs to no class; add it to data.labels as a class, background or ignore"
             )
         if len(self.annotated) < len(self.classes):
-            result[result == 0] = IGNORED
+            result[result == 0] = HIDDEN
         return result
 
 
@@ -60,7 +63,8 @@ def label_map(data: Data, site: str) -> LabelMap:
     index_of = {0: 0}
     for index, name in enumerate(data.classes, start=1):
         index_of |= dict.fromkeys(as_values(values[name]), index)
-    index_of |= dict.fromkeys(as_values(values.get("background")), 0)
-    index_of |= dict.fromkeys(as_values(values.get("ignore")), IGNORED)
+    for name, of_name in values.items():
+        if reserved(name):
+            index_of |= dict.fromkeys(as_values(of_name), IGNORED if reserved(name) == "ignore" else 0)
     annotated = frozenset(index for index, name in enumerate(data.classes, start=1) if values[name] is not None)
     return LabelMap(tuple(data.classes), index_of, annotated)
