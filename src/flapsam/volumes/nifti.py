@@ -14,7 +14,6 @@ import numpy as np
 from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
 from nibabel.nifti1 import Nifti1Extension
-from nibabel.openers import ImageOpener
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
@@ -23,6 +22,7 @@ from flapsam.base.files import check_file, size_of, written_whole
 from flapsam.volumes.allocation import check_claim
 from flapsam.volumes.legend import Legend
 from flapsam.volumes.opened import Opened
+from flapsam.volumes.quaternion import LongQuaternion, is_too_long, with_unit_quaternion
 from flapsam.volumes.read_process import look_apart, read_apart
 from flapsam.volumes.volume import Geometry, Volume, check_affine
 
@@ -42,13 +42,7 @@ BROKEN = (
 """Exceptions that nibabel raises for damaged files."""
 MODALITIES = 3
 """Largest number of modalities, which is the number of the network's channels."""
-LONGEST_QUATERNION = 1.01
-"""Length of a header's quaternion up to which its excess over 1 counts as a rounding error."""
 _TOO_MANY = "but the network has three channels; leave some out"
-
-
-class _LongQuaternion(ValueError):  # noqa: N818 (it becomes a sentence)
-    """The quaternion of a header is too long to be a rotation. The message is its length."""
 
 
 def is_nifti(path: Path) -> bool:
@@ -225,7 +219,7 @@ def _open(path: Path, modalities: bool = False) -> nibabel.Nifti1Image:
         if not isinstance(image, nibabel.Nifti1Image):
             raise FlapsamError(f"{path}: not a NIfTI file; convert it to .nii.gz")
         affine = image.affine
-    except _LongQuaternion as error:
+    except LongQuaternion as error:
         raise FlapsamError(f"{path}: its quaternion has the length {error}, not 1; repair the header") from error
     except BROKEN as error:
         raise FlapsamError(f"{path}: not a readable NIfTI file; is it truncated?") from error
@@ -254,30 +248,12 @@ def _load(path: Path) -> nibabel.Nifti1Image:
     try:
         return nibabel.load(path, keep_file_open=True)  # type: ignore[return-value]
     except ValueError as error:
-        if "w2 should be positive" not in str(error):
+        if not is_too_long(error):
             raise
-        return _with_unit_quaternion(path)
-
-
-def _with_unit_quaternion(path: Path) -> nibabel.Nifti1Image:
-    """The image at a path whose quaternion is a rounding error longer than 1. As ITK does, it is made shorter.
-
-    Raises:
-        _LongQuaternion: the quaternion is much longer.
-    """
-    with ImageOpener(str(path)) as file:
-        size = file.read(4)
-        file.seek(0)
-        second = 540 in (int.from_bytes(size, "little"), int.from_bytes(size, "big"))
-        kind = nibabel.Nifti2Image if second else nibabel.Nifti1Image
-        header = kind.header_class.from_fileobj(file)
-    fields = ("quatern_b", "quatern_c", "quatern_d")
-    length = math.sqrt(sum(float(header[name]) ** 2 for name in fields))
-    if not length <= LONGEST_QUATERNION:
-        raise _LongQuaternion(f"{length:g}")
-    for name in fields:
-        header[name] = float(header[name]) / length
-    return kind(ArrayProxy(str(path), header, keep_file_open=True), header.get_best_affine(), header)
+        stream = gzip.open(path) if path.name.endswith(".gz") else path.open("rb")  # noqa: SIM115 (the image reads it)
+        start = stream.read(4)
+        second = 540 in (int.from_bytes(start, "little"), int.from_bytes(start, "big"))
+        return with_unit_quaternion(nibabel.Nifti2Image if second else nibabel.Nifti1Image, stream)
 
 
 def _check_offset(path: Path) -> None:
