@@ -130,6 +130,13 @@ def test_labels_are_merged_dropped_and_ignored():
     np.testing.assert_array_equal(mapping.apply(stored, Path("x")), [0, 1, 1, 0, 2, IGNORED])
 
 
+def test_a_site_replaces_a_reserved_name_in_any_spelling():
+    labels = {"ball": 1, "core": 2, "Ignore": 255}
+    site_labels = {"b": {"ignore": 254}}
+    assert label_map(data(Path(), labels=labels, site_labels=site_labels), "a").index_of == {0: 0, 1: 1, 2: 2, 255: IGNORED}
+    assert label_map(data(Path(), labels=labels, site_labels=site_labels), "b").index_of == {0: 0, 1: 1, 2: 2, 254: IGNORED}
+
+
 def test_a_site_may_use_other_label_values():
     mapping = label_map(data(Path(), site_labels={"b": {"ball": [7, 2], "core": 1}}), "b")
     np.testing.assert_array_equal(mapping.apply(np.array([0, 7, 2, 1]), Path("x")), [0, 1, 1, 2])

@@ -59,7 +59,10 @@ class LabelMap:
 
 def label_map(data: Data, site: str) -> LabelMap:
     """Map one site's label values to classes: ``data.labels``, overridden by the site's entry in ``data.site_labels``."""
-    values = data.labels | data.site_labels.get(site, {})
+    own = data.site_labels.get(site, {})
+    # A site's ``ignore`` also replaces an ``Ignore`` of the whole run.
+    replaced = {reserved(name) for name in own} - {""}
+    values = {name: of_name for name, of_name in data.labels.items() if reserved(name) not in replaced} | own
     index_of = {0: 0}
     for index, name in enumerate(data.classes, start=1):
         index_of |= dict.fromkeys(as_values(values[name]), index)

@@ -17,7 +17,7 @@ def whole_labels(array: NDArray, where: Path | str) -> NDArray[np.int32]:
     """The label values as int32.
 
     Args:
-        array: finite numbers, of any shape.
+        array: finite numbers (i, j, k).
         where: the file, for the error message.
 
     Raises:
@@ -33,13 +33,17 @@ def whole_labels(array: NDArray, where: Path | str) -> NDArray[np.int32]:
             )
     if not floating:
         return array.astype(np.int32)
-    whole = np.rint(array)
-    # What the type itself cannot hold is not counted, so that 2.001 is within 0.001 of 2.
-    off = np.abs(array - whole) - np.finfo(array.dtype).eps * np.abs(array)
-    if off.max() > NEARLY:
-        place = np.unravel_index(int(off.argmax()), off.shape)
-        raise FlapsamError(
-            f"{where}: a label map holds whole numbers, but this one holds {array[place]:.7g} "
-            f"at voxel ({', '.join(map(str, place))}); is it an image?"
-        )
-    return whole.astype(np.int32)
+    whole = np.empty(array.shape, np.int32)
+    # Slice by slice, because the copies of a whole volume would need a lot of memory.
+    for place in np.ndindex(array.shape[2:]):
+        values = array[(..., *place)]
+        whole[(..., *place)] = nearest = np.rint(values)
+        # What the type itself cannot hold is not counted, so that 2.001 is within 0.001 of 2.
+        off = np.abs(values - nearest) - np.finfo(values.dtype).eps * np.abs(values)
+        if off.max() > NEARLY:
+            voxel = np.unravel_index(int(off.argmax()), off.shape)
+            raise FlapsamError(
+                f"{where}: a label map holds whole numbers, but this one holds {values[voxel]:.7g} "
+                f"at voxel ({', '.join(map(str, (*voxel, *place)))}); is it an image?"
+            )
+    return whole
