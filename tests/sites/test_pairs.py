@@ -1,5 +1,6 @@
 """Label maps at the place of their image whose voxels are stored in another order. Expected values are nibabel's."""
 
+from collections.abc import Sequence
 from itertools import permutations, product
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from flapsam.base.errors import FlapsamError
 from flapsam.federation.preparation import check_pairs
 from flapsam.sites import Case, Site
 from flapsam.sites.pairs import check_geometry, read_files
-from flapsam.volumes import order_of, read_image, same_geometry
+from flapsam.volumes import Volume, order_of, read_image, same_geometry
 from tests.helpers.sites import save
 
 SHAPE = (5, 6, 7)
@@ -28,6 +29,13 @@ def affine_of(degrees: tuple[float, float, float], spacing: tuple[float, float, 
     return affine
 
 
+def reordered(array: np.ndarray, affine: np.ndarray, order: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels and affine in another order, by nibabel."""
+    image = nibabel.Nifti1Image(array, affine).as_reoriented(order)
+    assert image.affine is not None
+    return np.asarray(image.dataobj), image.affine
+
+
 PLACES = {
     "upright": affine_of((0, 0, 0)),
     "oblique": affine_of((3, -5, 8)),
@@ -39,23 +47,21 @@ PLACES = {
 
 @pytest.mark.parametrize("affine", PLACES.values(), ids=PLACES)
 def test_every_order_of_the_voxels_is_recognised(affine: np.ndarray):
-    original = nibabel.Nifti1Image(LABEL, affine)
     for order in ORDERS:
-        stored = original.as_reoriented(np.array(order))
-        found = order_of((stored.shape, stored.affine), (SHAPE, affine))
+        stored = Volume(*reordered(LABEL, affine, order))
+        found = order_of(stored.geometry, (SHAPE, affine))
         assert found is not None
-        back = stored.as_reoriented(found)
-        np.testing.assert_array_equal(np.asarray(back.dataobj), LABEL)
-        assert same_geometry(affine, back.affine, SHAPE)
+        array, place = reordered(stored.array, stored.affine, found)  # pyright: ignore[reportArgumentType]
+        np.testing.assert_array_equal(array, LABEL)
+        assert same_geometry(affine, place, SHAPE)
 
 
 @pytest.mark.parametrize("order", [ORDERS[0], ORDERS[3], ORDERS[17], ORDERS[30], ORDERS[-1]])
 def test_a_label_map_in_another_order_is_read_in_the_images(order: list[tuple[int, int]], tmp_path: Path):
     affine = PLACES["oblique"]
     image = save(LABEL.astype(np.float32), tmp_path / "image.nii.gz", affine)
-    stored = nibabel.Nifti1Image(LABEL, affine).as_reoriented(np.array(order))
-    nibabel.save(stored, tmp_path / "label.nii.gz")
-    case = Case("a", "s", "a", image, tmp_path / "label.nii.gz", "train")
+    array, place = reordered(LABEL, affine, order)
+    case = Case("a", "s", "a", image, save(array, tmp_path / "label.nii.gz", place), "train")
     check_pairs([Site("s", (case,))])
     volume, label = read_files(case)
     np.testing.assert_array_equal(label.array, LABEL)
@@ -75,8 +81,9 @@ def test_a_label_map_that_simpleitk_has_turned_is_read_in_the_images_order(tmp_p
 def test_a_modality_in_another_order_is_read_in_the_order_of_the_first(tmp_path: Path):
     affine = PLACES["oblique"]
     first = save(LABEL, tmp_path / "a_0000.nii.gz", affine)
-    nibabel.save(nibabel.Nifti1Image(LABEL + 1, affine).as_reoriented(np.array(ORDERS[17])), tmp_path / "a_0001.nii.gz")
-    np.testing.assert_array_equal(read_image(first, tmp_path / "a_0001.nii.gz").array, np.stack([LABEL, LABEL + 1], -1))
+    array, place = reordered(LABEL + 1, affine, ORDERS[17])
+    second = save(array, tmp_path / "a_0001.nii.gz", place)
+    np.testing.assert_array_equal(read_image(first, second).array, np.stack([LABEL, LABEL + 1], -1))
 
 
 MOVED = affine_of((3, -5, 8))

@@ -114,7 +114,7 @@ def test_a_quaternion_slightly_too_long_is_read_as_in_itk(quaternion: tuple[floa
     np.testing.assert_array_equal(volume.array, sitk.GetArrayFromImage(image).T)
     # nibabel reads what is written.
     write_label_like(np.zeros((5, 4, 3), np.uint8), path, tmp_path / "out.nii.gz")
-    np.testing.assert_allclose(load(tmp_path / "out.nii.gz").affine, volume.affine, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(load(tmp_path / "out.nii.gz").affine), volume.affine, atol=1e-6)
 
 
 def test_the_quaternion_of_a_nifti_2_file_may_be_slightly_too_long(tmp_path: Path):

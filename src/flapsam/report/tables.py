@@ -48,15 +48,15 @@ def dice_table(results: Results) -> Table:
 
 
 def class_table(modes: dict[str, Summary]) -> Table:
-    """Dice and 95 % Hausdorff distance over all cases, with one row per mode and class."""
+    """Dice and 95 % Hausdorff distance over all cases with a Dice, with one row per mode and class."""
     table = Table(title="Test scores by class, over all cases")
-    for column in ("mode", "class", "Dice", "HD95 (mm)"):
-        table.add_column(column, justify="right" if column in ("Dice", "HD95 (mm)") else "left")
+    for column in ("mode", "class", "cases", "Dice", "HD95 (mm)"):
+        table.add_column(column, justify="left" if column in ("mode", "class") else "right")
     for mode, summary in modes.items():
         for name, value in summary.dice.items():
-            dice = over(number(value), summary.dice_cases[name], summary.cases)
-            distance = over(number(summary.hd95[name], 1), summary.hd95_cases[name], summary.cases)
-            table.add_row(mode, as_text(name), dice, distance)
+            count = summary.dice_cases[name]
+            distance = over(number(summary.hd95[name], 1), summary.hd95_cases[name], count)
+            table.add_row(mode, as_text(name), str(count), number(value), distance)
     return table
 
 
