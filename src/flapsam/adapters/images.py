@@ -2,12 +2,12 @@
 
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from flapsam.adapters.case_names import NUMBERED, without_numbers
 from flapsam.adapters.store import read_card
 from flapsam.adapters.trained import Trained
 from flapsam.base.errors import FlapsamError
@@ -18,10 +18,6 @@ from flapsam.sites import list_cases, read_sites
 from flapsam.volumes import Series, Source, case_name, find_series, is_dicom, is_image, source_at
 
 LIST = ".txt"
-NUMBERED = re.compile(r"_\d{4}$")
-"""nnU-Net's modality number at the end of a file's name."""
-FIRST = "_0000"
-"""nnU-Net's number of the first modality. The label map of ``CASE_0000`` is called ``CASE``."""
 TRUTH = "labels"
 """Beginning of the names of folders with label maps, in flapsam's layout, nnU-Net's and the Decathlon's."""
 LABEL_MAP = re.compile(r"(^|[_.-])(seg|segmentation|labels?|mask)$", re.IGNORECASE)
@@ -67,7 +63,9 @@ def find_images(
         jobs += _listed(path, modalities, series, output) if path.suffix == LIST else _at(path, modalities, series, output)
     if not jobs:
         raise FlapsamError(f"{', '.join(map(str, paths))}: no NIfTI, NRRD, MetaImage or DICOM image found")
-    jobs = _without_numbers(jobs) if modalities == 1 else jobs
+    if modalities == 1:
+        stems = without_numbers([(job.image, job.stem) for job in jobs])
+        jobs = [replace(job, stem=stem) for job, stem in zip(jobs, stems, strict=True)]
     return _apart([_named(job) for job in jobs])
 
 
@@ -153,42 +151,6 @@ def _by_case(images: list[Path], target: Path, modalities: int) -> list[Job]:
     if modalities > 1:
         return [Job(files[0], target / name, tuple(files[1:])) for name, files in cases.items()]
     return [Job(file, target / name) for name, files in cases.items() for file in files]
-
-
-def _without_numbers(jobs: list[Job]) -> list[Job]:
-    """The same jobs, with nnU-Net's number of the only modality left out of the names of label maps.
-
-    A number stays if it may be a part of the case's name: if another image in the folder has the same name with another
-    number or without one, if the image's own label map has the number, too, or if two label maps would get one name.
-    """
-    names_in: dict[Path, set[str]] = {}
-    shortened = []
-    for job in jobs:
-        if isinstance(job.image, Path) and case_name(job.image).endswith(FIRST) and job.stem.name == case_name(job.image):
-            folder = job.image.parent
-            if folder not in names_in:
-                names_in[folder] = _names(folder)
-            if not _is_own_name(job.image, names_in[folder]):
-                job = replace(job, stem=job.stem.with_name(job.stem.name.removesuffix(FIRST)))
-        shortened.append(job)
-    count = Counter(folded(str(job.stem)) for job in shortened)
-    return [short if count[folded(str(short.stem))] == 1 else job for short, job in zip(shortened, jobs, strict=True)]
-
-
-def _is_own_name(image: Path, names: set[str]) -> bool:
-    """Whether the number at the end of an image's name may be a part of the case's name."""
-    name = case_name(image)
-    short = name.removesuffix(FIRST)
-    alike = {other for other in names if other != name and NUMBERED.sub("", other) == short}
-    folder = image.absolute().parent
-    # The label maps of ``images`` are in ``labels``, and those of ``imagesTs`` in ``labelsTs``.
-    beside = folder.with_name(TRUTH + folder.name.removeprefix("images"))
-    return not short or bool(alike) or (folder.name.startswith("images") and name in _names(beside))
-
-
-def _names(folder: Path) -> set[str]:
-    """The case names of the images in a folder, which need not exist."""
-    return {case_name(path) for path in folder.iterdir() if is_image(path)} if folder.is_dir() else set()
 
 
 def _by_series(folder: Path, all_series: Sequence[Series], target: Path, pattern: str | None) -> Iterator[Job]:
