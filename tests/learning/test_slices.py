@@ -13,7 +13,7 @@ from flapsam.learning.inference import predict_volume
 from flapsam.learning.prepared import prepare
 from flapsam.learning.slices import SliceStack, from_square, labels_to_square, stack_of, to_square
 from flapsam.run.config import Data, Samples
-from flapsam.sites import IGNORED, LabelMap, folders, label_map
+from flapsam.sites import HIDDEN, IGNORED, LabelMap, folders, label_map
 from flapsam.volumes import Volume
 from tests.helpers.sites import AFFINE, make_site, save
 
@@ -227,8 +227,10 @@ def test_unannotated_background_stays_ignored_through_preparation(tmp_path: Path
     site = make_site(tmp_path / "a", 1)
     (case,) = folders.read(tmp_path).cases
     mapping = LabelMap(("ball", "core"), {0: 0, 1: 1, 2: 1}, frozenset({1}))
-    labels = prepare(case, mapping, Samples(), tmp_path / "cache").labels()
-    assert set(np.unique(labels)) == {IGNORED, 1}
+    prepared = prepare(case, mapping, Samples(), tmp_path / "cache")
+    # Scores need to know that the background is not the ball. The loss leaves it out.
+    assert set(np.unique(prepared.labels())) == {HIDDEN, 1}
+    assert set(np.unique(prepared.window_labels(3, 5))) == {IGNORED, 1}
     assert site.exists()
 
 

@@ -5,8 +5,10 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import nibabel
 import numpy as np
 
+from flapsam.report.scene import scene_of
 from flapsam.report.viewing import image_server, opened
 from tests.helpers.sites import SHAPE, save
 
@@ -29,3 +31,12 @@ def test_a_browser_finds_the_address_in_a_file_that_only_its_user_can_read(tmp_p
             assert "image.nii.gz" in answer.read().decode()
     finally:
         server.close()
+
+
+def test_a_label_map_in_another_order_is_shown_in_the_images(tmp_path: Path):
+    labels = np.random.default_rng(0).integers(0, 3, SHAPE, np.uint8)
+    image = save(labels.astype(np.float32), tmp_path / "image.nii.gz")
+    turned = nibabel.Nifti1Image(labels, nibabel.load(image).affine).as_reoriented(np.array([[2, -1], [0, 1], [1, -1]]))  # pyright: ignore
+    nibabel.save(turned, tmp_path / "labels.nii.gz")
+    scene = scene_of(image, [("prediction", tmp_path / "labels.nii.gz")], ["a", "b"])
+    np.testing.assert_array_equal(scene.layers[1].read().array, labels)

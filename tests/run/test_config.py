@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from flapsam.base.errors import FlapsamError
-from flapsam.run.config import Training
+from flapsam.run.config import Data, Training
 from flapsam.run.presets import PRESETS
 from flapsam.run.reading import read_config, write_config
 
@@ -115,3 +115,36 @@ def test_a_missing_configuration_is_an_error(tmp_path: Path):
 @pytest.mark.parametrize(("given", "meant"), [(True, "paper"), (False, "none"), ("gentle", "gentle")])
 def test_augmentation_may_still_be_true_or_false(given: bool | str, meant: str):
     assert Training.model_validate({"augment": given}).augment == meant
+
+
+LABELS: dict[str, tuple[dict, list[str]]] = {
+    "reserved names": ({"background": 4, "kidney": 1, "ignore": 255}, ["kidney"]),
+    "in capitals": ({"Background": 0, "kidney": 1, "IGNORE": 255}, ["kidney"]),
+    "as in labelme and CVAT": ({"_background_": 0, "kidney": 1, "__ignore__": 255}, ["kidney"]),
+    "hyphens and spaces": ({"back-ground": 4, "Back ground": 5, "kidney": 1}, ["kidney"]),
+    "another name for 0": ({"air": 0, "kidney": 1}, ["kidney"]),
+    "0 as a list": ({"air": [0], "kidney": 1}, ["kidney"]),
+    "0 is ignored": ({"ignore": 0, "healthy": 1, "kidney": 2}, ["healthy", "kidney"]),
+    "names that contain a reserved one": ({"background noise": 1, "ignored": 2}, ["background noise", "ignored"]),
+}
+
+
+@pytest.mark.parametrize(("labels", "classes"), LABELS.values(), ids=LABELS)
+def test_background_ignore_and_the_value_0_are_no_classes(labels: dict, classes: list[str]):
+    assert Data(path=Path(), labels=labels).classes == classes
+
+
+@pytest.mark.parametrize(
+    ("labels", "of_site", "message"),
+    [
+        ({"kidney": [0, 1]}, {}, "labels: kidney has the value 0, which is the background"),
+        ({"kidney": 0, "cyst": 1, "background": 255}, {}, "labels: kidney has the value 0, which is the background"),
+        ({"kidney": 0}, {}, "name at least one class"),
+        ({"Background": 0, "ignore": 1}, {}, "name at least one class"),
+        ({"kidney": 1}, {"kidney": 0}, "site_labels.a: kidney has the value 0, which is the background"),
+        ({"kidney": 1, "Ignore": 255}, {"kidney": 255}, "value 255 stands for both"),
+    ],
+)
+def test_a_class_cannot_have_the_value_0(labels: dict, of_site: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        Data(path=Path(), labels=labels, site_labels={"a": of_site} if of_site else {})

@@ -8,7 +8,18 @@ from typing import Any, get_args
 import pytest
 
 from flapsam.base.errors import FlapsamError
-from flapsam.run.ledger import TOGETHER, Cohort, Event, Fitted, Ledger, RunEnded, bytes_sent, parse_events, read_ledger
+from flapsam.run.ledger import (
+    TOGETHER,
+    CaseTested,
+    Cohort,
+    Event,
+    Fitted,
+    Ledger,
+    RunEnded,
+    bytes_sent,
+    parse_events,
+    read_ledger,
+)
 from tests.helpers.ledgers import read_events
 
 TIME = "2026-01-01T12:00:00+00:00"
@@ -174,3 +185,22 @@ def test_a_missing_or_damaged_ledger_is_refused(text: str, tmp_path: Path):
     path.write_text(text)
     with pytest.raises(FlapsamError, match="damaged"):
         read_ledger(path)
+
+
+def test_a_class_without_dice_reads_back_and_older_lines_say_that_it_was_1(tmp_path: Path):
+    tested = {
+        "event": "test",
+        "federation": "federated",
+        "site": "a",
+        "dice": {"ball": 0.5, "core": None},
+        "hd95": {"core": None},
+    }
+    lines = [{**tested, "case": "old"}, {**tested, "case": "new", "absent": "none"}]
+    ledger = Ledger(tmp_path / "events.jsonl")
+    for event in parse_events([json.dumps({**line, "time": TIME}) for line in lines]):
+        ledger.write(event)
+    old, new = read_ledger(tmp_path / "events.jsonl")
+    assert isinstance(old, CaseTested) and isinstance(new, CaseTested)
+    assert (old.absent, new.absent) == ("one", "none")
+    assert new.dice == {"ball": 0.5, "core": None}
+    assert [line.get("absent") for line in read_events(tmp_path)] == [None, "none"]

@@ -8,7 +8,7 @@ from flapsam.base.errors import FlapsamError
 from flapsam.experiments.phantom import make_phantom
 from flapsam.federation.shares import client_shares, training_size
 from flapsam.run.config import Data, Rounds, RunConfig
-from flapsam.sites import IGNORED, Case, Site, hold_out_validation, label_map, read_sites
+from flapsam.sites import HIDDEN, IGNORED, Case, Site, hold_out_validation, label_map, read_sites
 from tests.helpers.places import SHARED
 from tests.helpers.sites import make_site, make_sites
 
@@ -130,14 +130,21 @@ def test_labels_are_merged_dropped_and_ignored():
     np.testing.assert_array_equal(mapping.apply(stored, Path("x")), [0, 1, 1, 0, 2, IGNORED])
 
 
+def test_a_site_replaces_a_reserved_name_in_any_spelling():
+    labels = {"ball": 1, "core": 2, "Ignore": 255}
+    site_labels = {"b": {"ignore": 254}}
+    assert label_map(data(Path(), labels=labels, site_labels=site_labels), "a").index_of == {0: 0, 1: 1, 2: 2, 255: IGNORED}
+    assert label_map(data(Path(), labels=labels, site_labels=site_labels), "b").index_of == {0: 0, 1: 1, 2: 2, 254: IGNORED}
+
+
 def test_a_site_may_use_other_label_values():
     mapping = label_map(data(Path(), site_labels={"b": {"ball": [7, 2], "core": 1}}), "b")
     np.testing.assert_array_equal(mapping.apply(np.array([0, 7, 2, 1]), Path("x")), [0, 1, 1, 2])
 
 
-def test_background_is_ignored_where_a_class_is_not_annotated():
+def test_background_may_hide_a_class_that_is_not_annotated():
     mapping = label_map(data(Path(), site_labels={"b": {"core": None}}), "b")
-    np.testing.assert_array_equal(mapping.apply(np.array([0, 1]), Path("x")), [IGNORED, 1])
+    np.testing.assert_array_equal(mapping.apply(np.array([0, 1]), Path("x")), [HIDDEN, 1])
     assert mapping.annotated == {1}
     assert label_map(data(Path(), site_labels={"b": {"core": None}}), "a").annotated == {1, 2}
 

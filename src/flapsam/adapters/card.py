@@ -8,7 +8,7 @@ import yaml
 from flapsam.adapters.store import CARD, AdapterCard
 from flapsam.base.escaping import markdown
 from flapsam.base.files import write_text
-from flapsam.learning.metrics import CaseScores, Summary, by_site, scores_of, summarise
+from flapsam.learning.metrics import CaseScores, Summary, by_site, rule_for_absent, scores_of, summarise
 from flapsam.run.config import SPLITS
 from flapsam.run.ledger import Cases, CaseTested, Cohort, Event, SiteJoined
 from flapsam.sam import strategy
@@ -59,7 +59,8 @@ def model_card(card: AdapterCard, cohort: Cohort, events: Sequence[Event]) -> st
         "## Training and evaluation",
         _sites(cases, scores, card.classes),
         "Test cases were used only once, after the last round. Dice is computed in 3-D on each case's own grid and averaged "
-        "over the test cases of a row. Mean Dice is the average over the classes. A dash marks a missing score."
+        f"over the test cases of a row. Mean Dice is the average over the classes. {rule_for_absent(scores)} A dash marks a "
+        f"missing score.{_counts(scores)}"
         if scores
         else "This adapter has not been scored on test cases. The cases stayed at their sites, where `flapsam predict` and "
         "`flapsam evaluate` can score the adapter.",
@@ -115,6 +116,20 @@ def _sites(cases: dict[str, Cases], scores: Sequence[CaseScores], classes: Seque
 def _dice(summary: Summary | None, classes: Sequence[str]) -> list[str]:
     values = [*(summary.dice.get(name) for name in classes), summary.mean_dice] if summary else [None] * (len(classes) + 1)
     return ["–" if value is None else f"{value:.3f}" for value in values]
+
+
+def _counts(scores: Sequence[CaseScores]) -> str:
+    """A sentence that counts the cases of the means that leave some out; empty if none does."""
+    summaries = {markdown(site): summarise(part) for site, part in by_site(scores).items()} | {
+        "all sites": summarise(scores)
+    }
+    fewer = [
+        f"{site}, {markdown(name)}: {count} of {summary.cases}"
+        for site, summary in summaries.items()
+        for name, count in summary.dice_cases.items()
+        if 0 < count < summary.cases
+    ]
+    return f" Means that leave cases out: {'; '.join(fewer)}." if fewer else ""
 
 
 def _limits(card: AdapterCard, cases: dict[str, Cases], scores: Sequence[CaseScores]) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from flapsam.adapters.case_names import NUMBERED, without_numbers
 from flapsam.adapters.store import read_card
 from flapsam.adapters.trained import Trained
 from flapsam.base.errors import FlapsamError
@@ -17,8 +18,6 @@ from flapsam.sites import list_cases, read_sites
 from flapsam.volumes import Series, Source, case_name, find_series, is_dicom, is_image, source_at
 
 LIST = ".txt"
-NUMBERED = re.compile(r"_\d{4}$")
-"""nnU-Net's modality number at the end of a file's name."""
 TRUTH = "labels"
 """Beginning of the names of folders with label maps, in flapsam's layout, nnU-Net's and the Decathlon's."""
 LABEL_MAP = re.compile(r"(^|[_.-])(seg|segmentation|labels?|mask)$", re.IGNORECASE)
@@ -64,6 +63,9 @@ def find_images(
         jobs += _listed(path, modalities, series, output) if path.suffix == LIST else _at(path, modalities, series, output)
     if not jobs:
         raise FlapsamError(f"{', '.join(map(str, paths))}: no NIfTI, NRRD, MetaImage or DICOM image found")
+    if modalities == 1:
+        stems = without_numbers([(job.image, job.stem) for job in jobs])
+        jobs = [replace(job, stem=stem) for job, stem in zip(jobs, stems, strict=True)]
     return _apart([_named(job) for job in jobs])
 
 

@@ -114,6 +114,14 @@ def evaluate(
         Path, typer.Argument(help="Folder of ground-truth label maps: the same names, or SITE/labels/CASE.nii.gz.")
     ],
     trained: TrainedOption = None,
+    missing: Annotated[
+        Literal["error", "zero", "leave-out"],
+        typer.Option(help="A case without a prediction is an error, has the Dice 0, or is left out."),
+    ] = "error",
+    absent: Annotated[
+        Literal["none", "one"] | None,
+        typer.Option(help="Dice of a class that is in neither label map. By default as in the adapter's run, or none."),
+    ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -123,7 +131,7 @@ def evaluate(
     from flapsam.report import tables
 
     with observing() as observer:
-        scores = score(predictions, labels, trained, observer=observer)
+        scores = score(predictions, labels, trained, missing=missing, absent=absent, observer=observer)
     if as_json:
         return print_json(as_json_of(scores))
     out.print(tables.scores_table(scores))

@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import product
@@ -22,7 +22,7 @@ from flapsam.base.files import write_text
 from flapsam.experiments.paired import Difference, compare
 from flapsam.experiments.simulation import Results, simulate
 from flapsam.federation.preparation import resolve
-from flapsam.learning.metrics import CaseScores, by_site, mean, summarise
+from flapsam.learning.metrics import CaseScores, by_site, mean, rule_for_absent, summarise
 from flapsam.run.config import Data, Grid, RunConfig
 from flapsam.run.folder import RunFolder
 from flapsam.run.ledger import TOGETHER, Fitted, RoundClosed, bytes_sent
@@ -110,6 +110,12 @@ class RowSummary:
     bytes_down: float | None
     seconds: float | None
     peak_bytes: int | None
+    cases: int = 0
+    """Number of scored cases, summed over the seeds."""
+    dice_cases: dict[str, int] = field(default_factory=dict)
+    """Class → number of these cases that its Dice is over."""
+    absent: str = ""
+    """A sentence that names the Dice of classes that are in neither the truth nor the prediction of a case."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +160,9 @@ class Bench:
             bytes_down=mean(result.bytes_down for result in seen),
             seconds=mean(result.seconds for result in seen),
             peak_bytes=max((result.peak_bytes for result in seen if result.peak_bytes), default=None),
+            cases=sum(summary.cases for summary in summaries),
+            dice_cases={name: sum(summary.dice_cases[name] for summary in summaries) for name in classes},
+            absent=rule_for_absent(score for result in (*seen, *unseen) for score in result.scores),
         )
 
     def _difference(self, first: Row, second: Row) -> Difference | None:

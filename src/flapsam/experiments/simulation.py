@@ -45,7 +45,7 @@ from flapsam.federation.shares import client_shares, training_size
 from flapsam.federation.state import ClientState, ServerState
 from flapsam.federation.traffic import full_packet_bytes
 from flapsam.learning.inference import predict_volume
-from flapsam.learning.metrics import CaseScores, Summary, by_site, score_case, scores_of, summarise
+from flapsam.learning.metrics import CaseScores, Summary, by_site, rule_for_absent, score_case, scores_of, summarise
 from flapsam.run.config import SPLITS, Mode, RunConfig
 from flapsam.run.folder import RunFolder
 from flapsam.run.ledger import (
@@ -112,6 +112,7 @@ class Results:
                 mode: {site: asdict(summary) for site, summary in sites.items()} for mode, sites in self.summaries().items()
             },
             "cases": {mode: [asdict(score) for score in scores] for mode, scores in self.scores.items()},
+            "absent": rule_for_absent(score for scores in self.scores.values() for score in scores),
             "parameters": self.parameters,
             "traffic": traffic,
         }
@@ -307,8 +308,19 @@ def test(prepared: Prepared, training: CohortTraining, observer: Observer) -> No
             ).labels
             target = prepared.folder.label_map(cohort.mode, case.site, case.name)
             write_label_like(predicted, case.image, target, legend_of(config.data.classes))
-            score = score_case(case.name, case.site, predicted, truth.array, image.spacing, labels.classes, labels.annotated)
-            event = CaseTested(cohort=cohort, site=case.site, case=case.name, dice=score.dice, hd95=score.hd95)
+            score = score_case(
+                case.name,
+                case.site,
+                predicted,
+                truth.array,
+                image.spacing,
+                labels.classes,
+                labels.annotated,
+                config.absent_class,
+            )
+            event = CaseTested(
+                cohort=cohort, site=case.site, case=case.name, dice=score.dice, hd95=score.hd95, absent=score.absent
+            )
             prepared.ledger.write(event)
         observer.step()
     observer.end()

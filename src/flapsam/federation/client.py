@@ -207,5 +207,8 @@ def score_cases(network: Sam, cases: Sequence[PreparedCase], config: RunConfig) 
     for case in cases:
         stack = case.stack(config.samples)
         predicted = predict_stack(network, stack, batch=config.inference_batch, precision=config.precision)
-        scores.append(score_case(case.name, case.site, predicted, case.labels(), None, config.data.classes, case.annotated))
+        labels, classes = case.labels(), config.data.classes
+        scores.append(
+            score_case(case.name, case.site, predicted, labels, None, classes, case.annotated, config.absent_class)
+        )
     return scores

@@ -3,30 +3,40 @@
 import math
 import warnings
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flapsam.run.config import Absent
 from flapsam.run.ledger import CaseTested
+from flapsam.sites import IGNORED
 
 
 @dataclass(frozen=True)
 class CaseScores:
-    """Scores of one case, one value per class. None stands for a class that the site does not annotate."""
+    """Scores of one case, one value per class.
+
+    None stands for a class that the site does not annotate, and, unless ``absent`` says otherwise, for a class that is in
+    neither the truth nor the prediction.
+    """
 
     case: str
     site: str
     dice: dict[str, float | None]
     hd95: dict[str, float | None]
     """95 % Hausdorff distance in mm. None also where a label map lacks the class or distances were not computed."""
+    absent: Absent = "one"
+    """Dice of a class that is in neither. Files of earlier versions do not say it, and hold 1."""
+    missing: bool = False
+    """Whether the case has no prediction, so that every class of its truth has the Dice 0."""
 
 
-def dice(predicted: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
-    """Dice coefficient 2·|P ∩ T| / (|P| + |T|). It is 1 if both masks are empty, and 0 if only one is."""
+def dice(predicted: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float | None:
+    """Dice coefficient 2·|P ∩ T| / (|P| + |T|). It is 0 if only one mask is empty, and None if both are."""
     both = int(np.count_nonzero(predicted)) + int(np.count_nonzero(truth))
-    return 1.0 if both == 0 else 2 * int(np.count_nonzero(predicted & truth)) / both
+    return None if both == 0 else 2 * int(np.count_nonzero(predicted & truth)) / both
 
 
 def hd95(predicted: NDArray[np.bool_], truth: NDArray[np.bool_], spacing: Sequence[float]) -> float | None:
@@ -56,6 +66,7 @@ def score_case(
     spacing: Sequence[float] | None,
     classes: Sequence[str],
     annotated: Collection[int] | None = None,
+    absent: Absent = "none",
 ) -> CaseScores:
     """Score predicted class indices against the truth, which has the same shape.
 
@@ -63,31 +74,57 @@ def score_case(
         case: name of the case.
         site: name of its site.
         predicted: predicted class indices.
-        truth: true class indices; any other value counts as no class.
+        truth: true class indices. Voxels with −100 are left out, as if they were in neither; any other value counts as no
+            class.
         spacing: voxel spacing in mm; without it, distances are not computed.
         classes: names of the classes 1, 2, …
         annotated: indices of the classes that the site annotates; all if None.
+        absent: Dice of a class that is in neither ``predicted`` nor ``truth``: none, or one.
     """
+    known = truth != IGNORED
     dices: dict[str, float | None] = {}
     distances: dict[str, float | None] = {}
     for index, name in enumerate(classes, start=1):
         if annotated is not None and index not in annotated:
             dices[name] = distances[name] = None
             continue
-        masks = predicted == index, truth == index
-        dices[name] = dice(*masks)
+        masks = (predicted == index) & known, truth == index
+        value = dice(*masks)
+        dices[name] = 1.0 if value is None and absent == "one" else value
         distances[name] = None if spacing is None else hd95(*masks, spacing)
-    return CaseScores(case, site, dices, distances)
+    return CaseScores(case, site, dices, distances, absent)
+
+
+def score_missing(
+    case: str,
+    site: str,
+    truth: NDArray,
+    classes: Sequence[str],
+    annotated: Collection[int] | None = None,
+    absent: Absent = "none",
+) -> CaseScores:
+    """Scores of a case that has no prediction: 0 for every annotated class of its truth, and none for the others.
+
+    Args:
+        case: name of the case.
+        site: name of its site.
+        truth: true class indices, as for ``score_case``.
+        classes: names of the classes 1, 2, …
+        annotated: indices of the classes that the site annotates; all if None.
+        absent: the rule for absent classes in other cases' scores. No class gets a 1 here.
+    """
+    zeros = score_case(case, site, np.zeros_like(truth), truth, None, classes, annotated)
+    return replace(zeros, absent=absent, missing=True)
 
 
 def scores_of(event: CaseTested) -> CaseScores:
     """The scores of a tested case in a run's ledger."""
-    return CaseScores(event.case, event.site, event.dice, event.hd95)
+    return CaseScores(event.case, event.site, event.dice, event.hd95, event.absent)
 
 
 def mean(values: Iterable[float | None]) -> float | None:
     """Mean of the values, without None and NaN. None if no value remains."""
-    present = [value for value in values if value is not None and not math.isnan(value)]
+    present = _present(values)
     return sum(present) / len(present) if present else None
 
 
@@ -99,14 +136,48 @@ class Summary:
     dice: dict[str, float | None]
     hd95: dict[str, float | None]
     mean_dice: float | None
+    """Mean of the classes' means."""
+    dice_cases: dict[str, int]
+    """Number of cases that each class's mean Dice is over."""
+    hd95_cases: dict[str, int]
+    """Number of cases that each class's mean distance is over."""
+    mean_dice_cases: int
+    """Number of cases that ``mean_dice`` is over, which are those with a Dice for at least one class."""
 
 
 def summarise(scores: Sequence[CaseScores]) -> Summary:
     """Average Dice and distance over the cases for each class, and Dice over the classes."""
     classes = list(scores[0].dice) if scores else []
-    per_class = {name: mean(score.dice[name] for score in scores) for name in classes}
-    distances = {name: mean(score.hd95[name] for score in scores) for name in classes}
-    return Summary(len(scores), per_class, distances, mean(per_class.values()))
+    dices = {name: _present(score.dice[name] for score in scores) for name in classes}
+    distances = {name: _present(score.hd95[name] for score in scores) for name in classes}
+    per_class = {name: mean(values) for name, values in dices.items()}
+    return Summary(
+        cases=len(scores),
+        dice=per_class,
+        hd95={name: mean(values) for name, values in distances.items()},
+        mean_dice=mean(per_class.values()),
+        dice_cases={name: len(values) for name, values in dices.items()},
+        hd95_cases={name: len(values) for name, values in distances.items()},
+        mean_dice_cases=sum(bool(_present(score.dice.values())) for score in scores),
+    )
+
+
+def rule_for_absent(scores: Iterable[CaseScores]) -> str:
+    """A sentence that names the Dice of classes that are in neither the truth nor the prediction of a case."""
+    rules = {score.absent for score in scores}
+    if rules == {"one"}:
+        return "A class that is in neither the truth nor the prediction of a case has the Dice 1 there."
+    if rules <= {"none"}:
+        return "A class that is in neither the truth nor the prediction of a case has no Dice there, and means leave it out."
+    return (
+        "Where a class is in neither the truth nor the prediction, some cases have the Dice 1, as in earlier versions, and "
+        "others have none."
+    )
+
+
+def missing_cases(scores: Iterable[CaseScores]) -> list[str]:
+    """Names of the cases without a prediction, as ``SITE/CASE`` or ``CASE``."""
+    return ["/".join(filter(None, (score.site, score.case))) for score in scores if score.missing]
 
 
 def by_site(scores: Iterable[CaseScores]) -> dict[str, list[CaseScores]]:
@@ -120,7 +191,17 @@ def by_site(scores: Iterable[CaseScores]) -> dict[str, list[CaseScores]]:
 def as_json_of(scores: Sequence[CaseScores]) -> dict[str, Any]:
     """Scores as JSON for other programs: means over all cases, means by site, and every case."""
     sites = {site: asdict(summarise(part)) for site, part in by_site(scores).items()}
-    return {"pooled": asdict(summarise(scores)), "sites": sites, "cases": [asdict(case) for case in scores]}
+    return {
+        "pooled": asdict(summarise(scores)),
+        "sites": sites,
+        "cases": [asdict(case) for case in scores],
+        "absent": rule_for_absent(scores),
+        "missing": missing_cases(scores),
+    }
+
+
+def _present(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None and not math.isnan(value)]
 
 
 def _box(mask: NDArray[np.bool_]) -> tuple[slice, ...]:

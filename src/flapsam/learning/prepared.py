@@ -14,10 +14,10 @@ from torch import Tensor
 from flapsam.base.files import write_text, written_whole
 from flapsam.learning.slices import Bounds, SliceStack, ceiling, clip_bounds, stack_of
 from flapsam.run.config import Samples
-from flapsam.sites import Case, LabelMap
+from flapsam.sites import IGNORED, Case, LabelMap
 from flapsam.sites.pairs import read_pair
 
-RECORD = 3
+RECORD = 4
 """Version of the record beside an unpacked case."""
 
 
@@ -46,7 +46,7 @@ class PreparedCase:
         return SliceStack(images, samples, self.bounds, clip_bounds(samples, self.site, self.ceiling))
 
     def labels(self) -> NDArray[np.int8]:
-        """Class indices (slices, height, width), mapped from disk. Voxels with −100 are ignored."""
+        """Class indices (slices, height, width), mapped from disk, with ``IGNORED`` and ``HIDDEN`` below 0."""
         return _mapped(_label_path(self.folder, self.name))
 
     def window(self, centre: int, depth: int, samples: Samples) -> tuple[Tensor, Tensor]:
@@ -54,8 +54,9 @@ class PreparedCase:
         return self.stack(samples).window(centre, depth), self.window_labels(centre, depth)
 
     def window_labels(self, centre: int, depth: int) -> Tensor:
-        """The labels of a training sample: (depth, height, width)."""
-        return torch.from_numpy(np.asarray(self.labels()[self.indices(centre, depth)], dtype=np.int64))
+        """The labels of a training sample: (depth, height, width). The loss leaves out voxels with −100."""
+        labels = torch.from_numpy(np.asarray(self.labels()[self.indices(centre, depth)], dtype=np.int64))
+        return labels.masked_fill_(labels < 0, IGNORED)
 
     def indices(self, centre: int, depth: int) -> NDArray[np.int64]:
         """Indices of the ``depth`` slices around ``centre``. Beyond the volume, its outermost slice is repeated."""

@@ -23,6 +23,10 @@ def write_tables(bench: Bench) -> None:
     parts = [_markdown(_main(rows, bench.classes))]
     if any(row.sites for row in rows):
         parts.append(_markdown(_sites(rows)))
+    rules = dict.fromkeys(row.absent for row in rows if row.done)
+    parts += [
+        f"{rule} The column `cases` counts the cases of all seeds, and those with a Dice for a class." for rule in rules
+    ]
     write_text(bench.folder / "bench.md", "\n\n".join(parts) + "\n")
     write_text(bench.folder / "bench.csv", _csv(_main(rows, bench.classes)))
     write_text(bench.folder / "bench.json", json.dumps([asdict(row) for row in rows], indent=1) + "\n")
@@ -52,6 +56,7 @@ def _line(row: RowSummary, classes: Sequence[str]) -> dict[str, str]:
     return {
         "": row.row.name,
         "seeds": if_done(f"{row.done}" if row.done == row.planned else f"{row.done} of {row.planned}"),
+        "cases": if_done(_cases(row)),
         **{name: if_done(number(row.dice.get(name))) for name in classes},
         "Dice": if_done(number(row.mean_dice)),
         **{f"HD95 {name} (mm)": if_done(number(row.hd95.get(name), 1)) for name in classes},
@@ -64,6 +69,12 @@ def _line(row: RowSummary, classes: Sequence[str]) -> dict[str, str]:
         "seconds": if_done(number(row.seconds, 0)),
         "peak GiB": if_done(number(row.peak_bytes / 2**30 if row.peak_bytes else None, 2)),
     }
+
+
+def _cases(row: RowSummary) -> str:
+    """Number of scored cases over all seeds, and of those with a Dice for a class that some have not."""
+    fewer = [f"{name} {count}" for name, count in row.dice_cases.items() if count != row.cases]
+    return f"{row.cases} ({', '.join(fewer)})" if fewer else str(row.cases)
 
 
 def _sites(rows: Sequence[RowSummary]) -> list[dict[str, str]]:

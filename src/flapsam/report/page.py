@@ -169,7 +169,8 @@ def _tiles(run: Run, rounds: int) -> list[Tile]:
     pooled = {mode: run.pooled(mode) for mode in run.scores}
     for mode, summary in pooled.items():
         if summary:
-            tiles.append(Tile(f"test Dice, {TITLES[mode]}", number(summary.mean_dice), f"{summary.cases} cases"))
+            some = "" if summary.mean_dice_cases == summary.cases else f"{summary.mean_dice_cases} of "
+            tiles.append(Tile(f"test Dice, {TITLES[mode]}", number(summary.mean_dice), f"{some}{summary.cases} cases"))
     if not tiles:
         validated = run.validation("federated")
         last = [points[max(points)] for points in validated.values()]

@@ -12,7 +12,7 @@ from flapsam.report.cases import CaseKey, cases_of
 from flapsam.report.run import TITLES, Run
 from flapsam.sites import Case, label_map
 from flapsam.sites.pairs import read_pair
-from flapsam.volumes import Legend, Volume, legend_of, read_image, read_label, source_at
+from flapsam.volumes import Legend, Volume, legend_of, order_of, read_image, read_label, source_at
 
 SHOWN = 0.5
 """Opacity of the first label map. The others start invisible and can be faded in."""
@@ -76,7 +76,7 @@ def scene_of(image: Path, label_maps: Sequence[tuple[str, Path]], classes: Seque
     """
     source = source_at(image)
     volume = read_image(source)
-    maps = [(name, path, read_label(path)) for name, path in label_maps]
+    maps = [(name, path, _ordered(read_label(path), volume)) for name, path in label_maps]
     for _, path, labels in maps:
         if labels.array.shape != volume.array.shape[:3]:
             raise FlapsamError(f"{path}: has shape {labels.array.shape}, but {image} has shape {volume.array.shape[:3]}")
@@ -84,6 +84,11 @@ def scene_of(image: Path, label_maps: Sequence[tuple[str, Path]], classes: Seque
     names = [*classes, *(f"value {value}" for value in range(len(classes) + 1, highest + 1))]
     layers = [Layer("image", lambda: volume), *(Layer(name, lambda labels=labels: labels) for name, _, labels in maps)]
     return Scene(image.name, layers, legend_of(names))
+
+
+def _ordered(labels: Volume, image: Volume) -> Volume:
+    """The label map with its voxels in the image's order, if it lies on the image's grid in any order."""
+    return labels if order_of(labels.geometry, image.geometry) is None else labels.ordered_as(image.geometry)
 
 
 def nifti_of(volume: Volume) -> bytes:

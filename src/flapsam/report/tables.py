@@ -9,12 +9,13 @@ from flapsam.base.escaping import one_line
 from flapsam.experiments.simulation import Results
 from flapsam.federation.traffic import RunTraffic, StrategyTraffic
 from flapsam.learning.memory import StepMemory
-from flapsam.learning.metrics import CaseScores, Summary, by_site, summarise
+from flapsam.learning.metrics import CaseScores, Summary, by_site, missing_cases, rule_for_absent, summarise
 from flapsam.report.run import TITLES
-from flapsam.report.units import NONE, number, size
+from flapsam.report.units import NONE, number, over, size
 
 ALL_CASES = "all cases"
 """Name of the row over the cases of all sites."""
+COUNTED = "n is the number of cases of a mean that leaves some out."
 
 
 def results_tables(results: Results) -> list[Table]:
@@ -27,7 +28,8 @@ def results_tables(results: Results) -> list[Table]:
 def dice_table(results: Results) -> Table:
     """Mean test Dice by site with one column per mode, and the gain of federated over local-only training."""
     summaries = results.summaries()
-    table = Table(title="Mean test Dice over classes")
+    rule = rule_for_absent(score for scores in results.scores.values() for score in scores)
+    table = Table(title="Mean test Dice over classes", caption=f"{rule} {COUNTED}")
     table.add_column("site")
     table.add_column("cases", justify="right")
     for mode in summaries:
@@ -38,7 +40,7 @@ def dice_table(results: Results) -> Table:
     first = next(iter(summaries.values()))
     for site, summary in first.items():
         name = ALL_CASES if site == "pooled" else site
-        row = [name, str(summary.cases), *(number(sites[site].mean_dice) for sites in summaries.values())]
+        row = [name, str(summary.cases), *(mean_dice(sites[site]) for sites in summaries.values())]
         if compared:
             row.append(_gain(summaries["federated"][site], summaries["local"][site]))
         table.add_row(*map(as_text, row), style="bold" if site == "pooled" else None)
@@ -46,13 +48,15 @@ def dice_table(results: Results) -> Table:
 
 
 def class_table(modes: dict[str, Summary]) -> Table:
-    """Dice and 95 % Hausdorff distance over all cases, with one row per mode and class."""
+    """Dice and 95 % Hausdorff distance over all cases with a Dice, with one row per mode and class."""
     table = Table(title="Test scores by class, over all cases")
-    for column in ("mode", "class", "Dice", "HD95 (mm)"):
-        table.add_column(column, justify="right" if column in ("Dice", "HD95 (mm)") else "left")
+    for column in ("mode", "class", "cases", "Dice", "HD95 (mm)"):
+        table.add_column(column, justify="left" if column in ("mode", "class") else "right")
     for mode, summary in modes.items():
         for name, value in summary.dice.items():
-            table.add_row(mode, as_text(name), number(value), number(summary.hd95[name], 1))
+            count = summary.dice_cases[name]
+            distance = over(number(summary.hd95[name], 1), summary.hd95_cases[name], count)
+            table.add_row(mode, as_text(name), str(count), number(value), distance)
     return table
 
 
@@ -71,19 +75,24 @@ def traffic_table(results: Results) -> Table:
 def scores_table(scores: Sequence[CaseScores]) -> Table:
     """Dice and 95 % Hausdorff distance by site and over all cases, with one column per class."""
     pooled = summarise(scores)
-    table = Table(title="Dice (95 % Hausdorff distance in mm)")
+    missing = missing_cases(scores)
+    zeros = f" No prediction, so that the Dice is 0: {', '.join(missing)}." if missing else ""
+    caption = as_text(f"{rule_for_absent(scores)} {COUNTED}{zeros}")
+    table = Table(title="Dice (95 % Hausdorff distance in mm)", caption=caption)
     table.add_column("site")
     table.add_column("cases", justify="right")
     for name in [*pooled.dice, "mean"]:
         table.add_column(as_text(name), justify="right")
     sites = {site or NONE: summarise(part) for site, part in by_site(scores).items()}
     for site, summary in {**sites, ALL_CASES: pooled}.items():
-        cells = [f"{number(value)} ({number(summary.hd95[name], 1)})" for name, value in summary.dice.items()]
+        dices = [over(number(value), summary.dice_cases[name], summary.cases) for name, value in summary.dice.items()]
+        distances = [over(number(value, 1), summary.hd95_cases[name], summary.cases) for name, value in summary.hd95.items()]
+        cells = [f"{dice} ({distance})" for dice, distance in zip(dices, distances, strict=True)]
         table.add_row(
             as_text(site),
             str(summary.cases),
             *cells,
-            number(summary.mean_dice),
+            mean_dice(summary),
             style="bold" if site == ALL_CASES else None,
         )
     return table
@@ -136,6 +145,11 @@ def plain_table(rows: Sequence[Mapping[str, str]]) -> Table:
 def as_text(text: str) -> Text:
     """A cell that shows the text as it is, without interpreting markup or control characters."""
     return Text(one_line(text))
+
+
+def mean_dice(summary: Summary) -> str:
+    """Mean Dice over the classes, with its number of cases if some have no Dice."""
+    return over(number(summary.mean_dice), summary.mean_dice_cases, summary.cases)
 
 
 def _gain(federated: Summary, local: Summary) -> str:

@@ -13,6 +13,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return NONE if value is None else f"{value:.{digits}f}"
 
 
+def over(text: str, count: int, cases: int) -> str:
+    """The text of a mean, with the number of cases that it is over if that is not the number of all cases."""
+    return text if count in (0, cases) else f"{text} n={count}"
+
+
 def size(count: float) -> str:
     """A number of bytes in B, KiB, MiB or GiB."""
     for unit in ("B", "KiB", "MiB"):

@@ -3,13 +3,14 @@
 The fields' own defaults are the paper's values (arXiv 2407.21739). A run's ``preset`` replaces some of them.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from flapsam.base.errors import too_new
-from flapsam.base.names import Name, Named, as_name
+from flapsam.base.names import Name, Named, as_name, folded
 from flapsam.run.presets import PRESETS, with_preset
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -30,7 +31,10 @@ Checkpoint = Path | Literal["random"]
 """Source of a backbone's weights."""
 
 RESERVED_LABELS = ("background", "ignore")
-"""Names in ``labels`` that are not classes: values that count as background, and values that loss and scores leave out."""
+"""Names in ``labels`` that are not classes: values that count as background, and values that loss and scores leave out.
+Case, spaces, hyphens and underscores make no difference, as in ``Background`` or ``__ignore__``."""
+Absent = Literal["none", "one"]
+"""Dice of a class that is in neither the truth nor the prediction of a case."""
 
 
 CONFIG_FORMAT = 1
@@ -71,19 +75,28 @@ class Data(StrictModel):
 
     @property
     def classes(self) -> list[str]:
-        """Class names without the reserved ones, in the order of their index from 1."""
-        return [name for name in self.labels if name not in RESERVED_LABELS]
+        """Names in ``labels`` that stand for classes, in the order of their index from 1.
+
+        A reserved name is no class, and neither is a name whose only value is 0, which is the background.
+        """
+        return [name for name, values in self.labels.items() if not reserved(name) and set(as_values(values)) != {0}]
 
     @model_validator(mode="after")
     def _check_labels(self) -> "Data":
         if not self.classes:
-            raise ValueError("labels: name at least one class, such as {kidney: 1}")
+            raise ValueError("labels: name at least one class, such as {kidney: 1}; 0 is the background")
         _check_distinct("labels", self.labels)
+        _check_background("labels", self.labels)
         for site, labels in self.site_labels.items():
-            unknown = sorted(set(labels) - set(self.labels) - set(RESERVED_LABELS))
+            unknown = sorted(name for name in set(labels) - set(self.labels) if not reserved(name))
             if unknown:
                 raise ValueError(f"site_labels.{site}: {', '.join(unknown)} is not among labels ({', '.join(self.classes)})")
             _check_distinct(f"site_labels.{site}", self.labels | labels)
+            for name in self.classes:
+                if 0 in as_values(labels.get(name)):
+                    raise ValueError(
+                        f"site_labels.{site}: {name} has the value 0, which is the background; give it other values"
+                    )
         return self
 
 
@@ -319,6 +332,9 @@ class RunConfig(StrictModel):
     modes: Annotated[list[Mode], Field(min_length=1)] = ["federated"]
     """Models to train: one by all sites together (``federated``), one by each site alone (``local``), or one on the
     pooled data (``centralised``)."""
+    absent_class: Absent = "none"
+    """Dice of a class that is in neither the truth nor the prediction of a case. With ``none`` it has no Dice, and means
+    leave the case out for this class. With ``one`` it is 1."""
     inference_batch: Positive | None = None
     """Number of slices per batch in validation and test; as many as fit into memory if not given."""
     device: str = "cpu"
@@ -351,6 +367,20 @@ class RunConfig(StrictModel):
         if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"preset: there is no '{name}'; choose {' or '.join(PRESETS)}")
         return with_preset(tree, name)
+
+
+def reserved(name: str) -> str:
+    """The reserved name that a name in ``labels`` spells in its own way; empty if it is a class's name."""
+    plain = "".join(letter for letter in folded(name) if letter.isalnum())
+    return plain if plain in RESERVED_LABELS else ""
+
+
+def _check_background(where: str, labels: Mapping[str, ClassValues | None]) -> None:
+    """Check that 0 is the value of no class. A name whose only value is 0 is the background, unless that is elsewhere."""
+    elsewhere = any(reserved(name) == "background" and 0 not in as_values(values) for name, values in labels.items())
+    for name, values in labels.items():
+        if 0 in as_values(values) and not reserved(name) and (elsewhere or set(as_values(values)) != {0}):
+            raise ValueError(f"{where}: {name} has the value 0, which is the background; give it other values")
 
 
 def _check_distinct(where: str, labels: dict[str, Any]) -> None:

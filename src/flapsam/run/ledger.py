@@ -23,7 +23,7 @@ from pydantic import (
 from flapsam.base.errors import FlapsamError
 from flapsam.base.files import private, write_text
 from flapsam.base.names import Name, as_name
-from flapsam.run.config import Mode
+from flapsam.run.config import Absent, Mode
 
 
 @dataclass(frozen=True)
@@ -277,6 +277,8 @@ class CaseTested(CohortEvent):
     dice: dict[str, float | None]
     hd95: dict[str, float | None]
     """Class → 95 % Hausdorff distance in mm."""
+    absent: Absent = "one"
+    """Dice of a class that is in neither the truth nor the prediction. Earlier versions did not write it, and counted 1."""
 
 
 class RunEnded(EventBase):

@@ -2,12 +2,13 @@
 
 from flapsam.sites.case import Case, CaseList, Site
 from flapsam.sites.dataset import Dataset, Download
-from flapsam.sites.labels import IGNORED, LabelMap, label_map
+from flapsam.sites.labels import HIDDEN, IGNORED, LabelMap, label_map
 from flapsam.sites.reading import DATASETS, find_dataset, list_cases, read_found, read_site, read_sites
 from flapsam.sites.split import hold_out_validation
 
 __all__ = [
     "DATASETS",
+    "HIDDEN",
     "IGNORED",
     "Case",
     "CaseList",

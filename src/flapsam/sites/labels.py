@@ -7,10 +7,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flapsam.base.errors import FlapsamError
-from flapsam.run.config import Data, as_values
+from flapsam.run.config import Data, as_values, reserved
 
 IGNORED = -100
 """Class index of voxels that both loss and scores leave out."""
+HIDDEN = -99
+"""Class index of background where the site does not annotate every class. The loss leaves it out, because it may hide one of
+the others. Scores count it, because it is none of the classes that are scored."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class LabelMap:
     def apply(self, array: NDArray, path: Path) -> NDArray[np.int8]:
         """Convert the label values of one file to class indices.
 
-        At a site that does not annotate every class, the background may hide one, so it becomes ``IGNORED``.
+        At a site that does not annotate every class, the background may hide one, so it becomes ``HIDDEN``.
 
         Args:
             array: the label values, of any shape.
@@ -50,17 +53,21 @@ class LabelMap:
                 f"{path}: label value {unknown} belongs to no class; add it to data.labels as a class, background or ignore"
             )
         if len(self.annotated) < len(self.classes):
-            result[result == 0] = IGNORED
+            result[result == 0] = HIDDEN
         return result
 
 
 def label_map(data: Data, site: str) -> LabelMap:
     """Map one site's label values to classes: ``data.labels``, overridden by the site's entry in ``data.site_labels``."""
-    values = data.labels | data.site_labels.get(site, {})
+    own = data.site_labels.get(site, {})
+    # A site's ``ignore`` also replaces an ``Ignore`` of the whole run.
+    replaced = {reserved(name) for name in own} - {""}
+    values = {name: of_name for name, of_name in data.labels.items() if reserved(name) not in replaced} | own
     index_of = {0: 0}
     for index, name in enumerate(data.classes, start=1):
         index_of |= dict.fromkeys(as_values(values[name]), index)
-    index_of |= dict.fromkeys(as_values(values.get("background")), 0)
-    index_of |= dict.fromkeys(as_values(values.get("ignore")), IGNORED)
+    for name, of_name in values.items():
+        if reserved(name):
+            index_of |= dict.fromkeys(as_values(of_name), IGNORED if reserved(name) == "ignore" else 0)
     annotated = frozenset(index for index, name in enumerate(data.classes, start=1) if values[name] is not None)
     return LabelMap(tuple(data.classes), index_of, annotated)

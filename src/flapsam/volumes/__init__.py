@@ -22,6 +22,7 @@ from flapsam.volumes.volume import (
     Geometry,
     Volume,
     canonical_slice_axis,
+    order_of,
     same_geometry,
     slice_count,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "itk_snap",
     "labels_like",
     "legend_of",
+    "order_of",
     "read_geometry",
     "read_image",
     "read_label",

@@ -14,7 +14,8 @@ from flapsam.volumes.dicom_seg import write_dicom_seg
 from flapsam.volumes.itk import META, NRRD, read_itk, write_meta_like, write_nrrd_like
 from flapsam.volumes.legend import Legend
 from flapsam.volumes.series import Series, is_dicom
-from flapsam.volumes.volume import Volume, same_geometry
+from flapsam.volumes.volume import Volume, order_of
+from flapsam.volumes.whole import whole_labels
 
 Source = Path | Series
 """An image on disk: a file, or a DICOM series."""
@@ -89,22 +90,19 @@ def read_image(source: Source, *others: Path) -> Volume:
     volumes = [_three_dimensional(path) for path in (source, *others)]
     first = volumes[0]
     for path, volume in zip(others, volumes[1:], strict=True):
-        if volume.array.shape != first.array.shape or not same_geometry(first.affine, volume.affine, first.array.shape):
+        if order_of(volume.geometry, first.geometry) is None:
             raise FlapsamError(f"{path}: it does not lie in the same place as {source}; resample it to that image's grid")
-    return Volume(np.stack([volume.array for volume in volumes], axis=-1), first.affine)
+    return Volume(np.stack([volume.ordered_as(first.geometry).array for volume in volumes], axis=-1), first.affine)
 
 
 def read_label(path: Path) -> Volume:
-    """Read a label map as int32, whatever type the file stores.
+    """Read a label map as int32, whatever type the file stores. Numbers within 0.001 of a whole number are rounded.
 
     Raises:
-        FlapsamError: as ``read_image``, or the file holds numbers that are not whole.
+        FlapsamError: as ``read_image``, or the file holds numbers that are not whole or that are too large.
     """
     stored = _three_dimensional(path)
-    whole = stored.array if stored.array.dtype.kind in "iu" else np.rint(stored.array)
-    if whole is not stored.array and not np.array_equal(whole, stored.array):
-        raise FlapsamError(f"{path}: a label map holds whole numbers, but this one does not; is it an image?")
-    return Volume(whole.astype(np.int32), stored.affine)
+    return Volume(whole_labels(stored.array, path), stored.affine)
 
 
 def write_labels(

@@ -22,6 +22,7 @@ from flapsam.base.files import check_file, size_of, written_whole
 from flapsam.volumes.allocation import check_claim
 from flapsam.volumes.legend import Legend
 from flapsam.volumes.opened import Opened
+from flapsam.volumes.quaternion import LongQuaternion, is_too_long, with_unit_quaternion
 from flapsam.volumes.read_process import look_apart, read_apart
 from flapsam.volumes.volume import Geometry, Volume, check_affine
 
@@ -190,18 +191,20 @@ def open_nifti(path: Path, *, modalities: bool = True) -> Opened:
     check_claim(path, claimed, compressed=path.name.endswith(".gz"))
     scaled = proxy.slope != 1 or proxy.inter != 0
     dtype = np.dtype(np.float32) if scaled or stored.kind == "f" else stored.newbyteorder("=")
-    step = max(CHUNK // (stored.itemsize * math.prod(image.shape[:-1])), 1)
+    shape = _shape(image)
+    step = max(CHUNK // (stored.itemsize * math.prod(shape[:-1])), 1)
+    trailing = (0,) * (len(image.shape) - len(shape))
 
     def parts() -> Iterator[NDArray]:
         try:
-            for start in range(0, image.shape[-1], step):
-                yield proxy[..., start : start + step]
+            for start in range(0, shape[-1], step):
+                yield proxy[(..., slice(start, start + step), *trailing)]
         except BROKEN as error:
             raise FlapsamError(
                 f"{path}: the voxels cannot be read, because the file is truncated or damaged; copy or export it again"
             ) from error
 
-    return Opened(image.shape, dtype, check_affine(image.affine, path), parts)
+    return Opened(shape, dtype, check_affine(image.affine, path), parts)
 
 
 def _open_volume(path: Path) -> Opened:
@@ -212,22 +215,45 @@ def _open(path: Path, modalities: bool = False) -> nibabel.Nifti1Image:
     try:
         check_file(path)
         _check_offset(path)
-        # An open file is decompressed only once, however many parts are read one after another.
-        image = nibabel.load(path, keep_file_open=True)
+        image = _load(path)
         if not isinstance(image, nibabel.Nifti1Image):
             raise FlapsamError(f"{path}: not a NIfTI file; convert it to .nii.gz")
         affine = image.affine
+    except LongQuaternion as error:
+        raise FlapsamError(f"{path}: its quaternion has the length {error}, not 1; repair the header") from error
     except BROKEN as error:
         raise FlapsamError(f"{path}: not a readable NIfTI file; is it truncated?") from error
-    if len(image.shape) == 4 and modalities:
-        if image.shape[3] > MODALITIES:
-            raise FlapsamError(f"{path}: the file has {image.shape[3]} modalities, {_TOO_MANY}")
-    elif len(image.shape) != 3:
+    shape = _shape(image)
+    if len(shape) == 4 and modalities:
+        if shape[3] > MODALITIES:
+            raise FlapsamError(f"{path}: the file has {shape[3]} modalities, {_TOO_MANY}")
+    elif len(shape) != 3:
         raise FlapsamError(f"{path}: a 3-D volume is needed, but this file has {len(image.shape)} dimensions {image.shape}")
     if min(image.shape) < 1:
         raise FlapsamError(f"{path}: the volume is empty, with shape {image.shape}; export it again")
     check_affine(affine, path)
     return image
+
+
+def _shape(image: nibabel.Nifti1Image) -> tuple[int, ...]:
+    """The image's shape, without axes of length one after the third."""
+    shape = image.shape
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def _load(path: Path) -> nibabel.Nifti1Image:
+    # An open file is decompressed only once, however many parts are read one after another.
+    try:
+        return nibabel.load(path, keep_file_open=True)  # type: ignore[return-value]
+    except ValueError as error:
+        if not is_too_long(error):
+            raise
+        stream = gzip.open(path) if path.name.endswith(".gz") else path.open("rb")  # noqa: SIM115 (the image reads it)
+        start = stream.read(4)
+        second = 540 in (int.from_bytes(start, "little"), int.from_bytes(start, "big"))
+        return with_unit_quaternion(nibabel.Nifti2Image if second else nibabel.Nifti1Image, stream)
 
 
 def _check_offset(path: Path) -> None:

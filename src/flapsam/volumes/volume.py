@@ -48,6 +48,17 @@ class Volume:
         affine = self.affine @ orientations.inv_ornt_aff(orientation, self.array.shape[:3])
         return Volume(array, affine)
 
+    def ordered_as(self, grid: Geometry) -> "Volume":
+        """A view of the same voxels in the order of a grid on which they lie. Nothing is interpolated.
+
+        Raises:
+            ValueError: they do not lie on this grid.
+        """
+        order = order_of(self.geometry, grid)
+        if order is None:
+            raise ValueError("the voxels do not lie on this grid")
+        return Volume(orientations.apply_orientation(self.array, order), grid[1])
+
 
 def spacing_of(affine: NDArray[np.float64]) -> tuple[float, float, float]:
     """Voxel spacing in mm: the lengths of the affine's first three columns."""
@@ -116,6 +127,20 @@ def slice_count(shape: tuple[int, int, int], affine: NDArray[np.float64], axis: 
     """Number of slices of a volume in any orientation along ``axis``, which is named as for ``canonical_slice_axis``."""
     orientation = orientations.io_orientation(affine)
     return shape[int(np.flatnonzero(orientation[:, 0] == canonical_slice_axis(affine, axis))[0])]
+
+
+def order_of(own: Geometry, grid: Geometry) -> NDArray | None:
+    """How the axes of a volume must be permuted and flipped to lie on a grid, as an orientation (3, 2) of nibabel.
+
+    None if the volume does not lie on this grid in any order.
+    """
+    # Relative to the grid, so that oblique axes near 45° are not taken for each other.
+    order = orientations.io_orientation(np.linalg.inv(grid[1]) @ own[1])
+    if np.isnan(order).any():
+        return None
+    shape = tuple(int(own[0][axis]) for axis in np.argsort(order[:, 0]))
+    affine = own[1] @ orientations.inv_ornt_aff(order, own[0])
+    return order if shape == tuple(grid[0]) and same_geometry(grid[1], affine, grid[0]) else None
 
 
 def same_geometry(first: NDArray[np.float64], second: NDArray[np.float64], shape: tuple[int, ...]) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
+from flapsam.learning.metrics import rule_for_absent
 from flapsam.report.figures.drawing import GRID, INK, MARKERS, SERIES, WIDTH, chart, dice_axis, legend, new_figure, short
 from flapsam.report.run import TITLES, Scores
 from flapsam.report.section import CaseName, Section, Table
@@ -47,7 +48,7 @@ def dice_per_case(scores: Scores, classes: Sequence[str]) -> Section | None:
         "cases",
         "Dice per case",
         "Each point is a test case. A box spans the middle half of a site's cases, and the line in it is their median. Test "
-        "cases were used only once, after the last round.",
+        f"cases were used only once, after the last round. {rule_for_absent(s for cases in scores.values() for s in cases)}",
         [
             chart(
                 figure, "Test Dice per case by site and class", f"{count} cases at {len(sites)} sites, listed in the table."

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flapsam.experiments.paired import Difference, compare
-from flapsam.learning.metrics import CaseScores
+from flapsam.learning.metrics import CaseScores, rule_for_absent
 from flapsam.report.figures.curves import means_of
 from flapsam.report.figures.drawing import (
     MARKERS,
@@ -123,7 +123,7 @@ def dice_by_class(scores: Mapping[str, Sequence[CaseScores]], mode: str, subject
         "test",
         "Test Dice",
         f"Mean over all test cases. Differences from {first} are means over the cases in common, with 95 % "
-        "intervals from a bootstrap over subjects.",
+        f"intervals from a bootstrap over subjects. {rule_for_absent(s for cases in scores.values() for s in cases)}",
         [chart(figure, "Test Dice by class and run", f"Mean over the classes: {means}.")],
         [Table("differences-table", caption, head, rows, text_columns=2, opened=True)],
     )

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 
 from flapsam.experiments.paired import compare
-from flapsam.learning.metrics import CaseScores, by_site, mean, summarise
+from flapsam.learning.metrics import CaseScores, by_site, mean, rule_for_absent, summarise
 from flapsam.report.figures.drawing import INK, MARKERS, MUTED, SERIES, WIDTH, chart, legend, new_figure, short
 from flapsam.report.run import TITLES, Scores
 from flapsam.report.section import Section, Table
-from flapsam.report.units import interval, number
+from flapsam.report.units import NONE, interval, number, over
 
 POOLED = "all cases"
 OPENED = 12
@@ -46,9 +46,9 @@ def modes_by_site(scores: Scores, subjects: Mapping[str, str]) -> Section | None
     return Section(
         "gain",
         "Gain from federated training" if compared else "Test Dice by site",
-        _text(compared),
+        f"{_text(compared)} {rule_for_absent(score for cases in scores.values() for score in cases)}",
         [chart(figure, "Mean test Dice by site and mode", f"Over all cases: {pooled}.")],
-        [_table(scores, names, dices, compared, subjects)],
+        [_table(scores, names, compared, subjects)],
     )
 
 
@@ -59,7 +59,10 @@ def mean_dices(scores: Sequence[CaseScores]) -> dict[str, float]:
 
 
 def _text(compared: list[str]) -> str:
-    text = "Mean Dice over the classes and a site's test cases. The last row is the mean over all cases."
+    text = (
+        "Mean Dice over the classes and a site's test cases. The last row is the mean over all cases. n is the number of "
+        "cases of a mean that leaves some out."
+    )
     if compared:
         text += (
             " Differences are the federated model's Dice minus that of the other model, averaged over the cases in common, "
@@ -73,21 +76,27 @@ def _mean_dices_by_site(cases: Sequence[CaseScores]) -> dict[str, float | None]:
     return {site: summarise(part).mean_dice for site, part in by_site(cases).items()} | {POOLED: summarise(cases).mean_dice}
 
 
+def _texts_by_site(cases: Sequence[CaseScores]) -> dict[str, str]:
+    """The same means as texts, with their number of cases if some have no Dice."""
+    summaries = {site: summarise(part) for site, part in by_site(cases).items()} | {POOLED: summarise(cases)}
+    return {site: over(number(s.mean_dice), s.mean_dice_cases, s.cases) for site, s in summaries.items()}
+
+
 def _table(
     scores: Scores,
     names: list[str],
-    dices: dict[str, dict[str, float | None]],
     compared: list[str],
     subjects: Mapping[str, str],
 ) -> Table:
     federated = mean_dices(scores["federated"]) if compared else {}
     references = [mean_dices(scores[mode]) for mode in compared]
     subject_of = {key: subjects.get(key, key) for key in federated}
+    texts = {mode: _texts_by_site(cases) for mode, cases in scores.items()}
     rows = []
     for name in names:
         kept = federated if name == POOLED else {k: v for k, v in federated.items() if k.rpartition("/")[0] == name}
         differences = [interval(compare(kept, reference, subject_of)) for reference in references]
         count = len({(s.site, s.case) for cases in scores.values() for s in cases if name in (s.site, POOLED)})
-        rows.append([name, str(count), *(number(sites.get(name)) for sites in dices.values()), *differences])
-    head = ["site", "cases", *(TITLES[mode] for mode in dices), *(f"federated − {TITLES[mode]}" for mode in compared)]
+        rows.append([name, str(count), *(sites.get(name, NONE) for sites in texts.values()), *differences])
+    head = ["site", "cases", *(TITLES[mode] for mode in scores), *(f"federated − {TITLES[mode]}" for mode in compared)]
     return Table("gain-table", "Mean test Dice by site", head, rows, opened=len(rows) <= OPENED)
