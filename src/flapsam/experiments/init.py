@@ -24,7 +24,7 @@ from flapsam.run.config import ClassValues, Data, RunConfig
 from flapsam.run.observer import Observer
 from flapsam.run.reading import read_config, validated
 from flapsam.sam import Sam, assemble_run
-from flapsam.sites import Case, Site, find_dataset, list_cases, read_sites
+from flapsam.sites import Case, Site, find_dataset, read_sites
 from flapsam.sites.differences import label_notes, modality_problems, name_notes, unknown_values
 from flapsam.sites.pairs import read_files
 from flapsam.volumes import CANONICAL_AXES, Volume
@@ -140,8 +140,7 @@ def look(path: Path, observer: Observer) -> Look:
     dataset = find_dataset(path)
     labels: dict[str, ClassValues] = dict(dataset.labels(path))
     data = validated({"path": path, "labels": labels or {"any": 1}}, Data, str(path))
-    found = list_cases(path)
-    sites = read_sites(data, 0, found)
+    sites = read_sites(data, 0)
     cases = [case for site in sites for case in site.cases]
     spacings, shapes, lows, inside, occupied = [], [], [], [], []
     values: dict[str, set[int]] = {site.name: set() for site in sites}
@@ -164,7 +163,6 @@ def look(path: Path, observer: Observer) -> Look:
         observer.step()
     observer.end()
     notes = [
-        *found.notes,
         *name_notes(cases),
         *(unknown_values(values, data) if labels else []),
         *label_notes(values, data if labels else None),

@@ -1,13 +1,9 @@
 """Cases, the sites that hold them, and the list of cases found in a folder."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from flapsam.run.config import Split
-
-LISTED = 5
-"""Number of cases that a note lists."""
 
 
 @dataclass(frozen=True)
@@ -51,19 +47,3 @@ class CaseList:
     """Usable cases, sorted by site and name."""
     problems: list[str]
     """One sentence for each problem that keeps a case from being used."""
-    notes: list[str] = field(default_factory=list)
-    """Sentences about files that are left out though nothing is wrong with them."""
-
-
-def left_out(where: str, names: Sequence[str]) -> list[str]:
-    """A note about cases that are left out, if there are any.
-
-    Args:
-        where: what does not list them.
-        names: the cases' names.
-    """
-    if not names:
-        return []
-    cases = "1 case of the folder is" if len(names) == 1 else f"{len(names)} cases of the folder are"
-    more = " and others" if len(names) > LISTED else ""
-    return [f"{where}: {cases} not listed and not used: {', '.join(names[:LISTED])}{more}"]

@@ -14,8 +14,7 @@ from flapsam.run.config import ClassValues, Data, RunConfig
 from flapsam.run.observer import Observer
 from flapsam.run.reading import validated
 from flapsam.sites import Case, LabelMap, Site, find_dataset, label_map, list_cases, read_found
-from flapsam.sites.case import left_out
-from flapsam.sites.differences import label_notes, modality_problems, name_notes
+from flapsam.sites.differences import label_notes, modality_problems, name_notes, unlisted
 from flapsam.sites.pairs import check_geometry
 from flapsam.volumes import Volume, read_image, read_label
 
@@ -64,11 +63,8 @@ def check_data(path: Path, run: RunConfig | None, values: list[int], observer: O
     observer.begin("cases", sum(len(site.cases) for site in sites))
     checked = check_sites(sites, problems, data if run or labels else None, observer.step)
     observer.end()
-    notes = list(found.notes)
     if data.table:
-        used = {case.image for site in sites for case in site.cases}
-        notes += left_out(str(data.table), [case.name for case in found.cases if case.image not in used])
-    checked.notes[:0] = notes
+        checked.notes += unlisted(data.table, found.cases)
     return {site.name: len(site.cases) for site in sites}, checked
 
 

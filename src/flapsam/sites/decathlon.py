@@ -16,11 +16,11 @@ from pydantic import BaseModel
 from flapsam.base.files import exists
 from flapsam.base.names import as_name
 from flapsam.run.config import ClassValues
-from flapsam.sites.case import Case, CaseList, left_out
+from flapsam.sites.case import Case, CaseList
 from flapsam.sites.dataset import Dataset
 from flapsam.sites.description import DESCRIPTION, glance, place, read_description, values_by_name
 from flapsam.sites.numbered import gaps, numbered
-from flapsam.volumes import case_name, is_nifti
+from flapsam.volumes import case_name
 
 SITE = "all"
 """Name of the only site, since this layout does not say who holds which case."""
@@ -54,7 +54,6 @@ def read(path: Path) -> CaseList:
         FlapsamError: ``dataset.json`` cannot be read, does not list pairs, or names a file outside the data's folder.
     """
     cases, problems = [], []
-    used: set[Path] = set()
     for number, pair in enumerate(read_description(path, Training).training):
         entry = f"{path / DESCRIPTION}, training, entry {number}"
         image, label = place(path, pair.image, entry), place(path, pair.label, entry)
@@ -63,7 +62,6 @@ def read(path: Path) -> CaseList:
             name = case_name(label)
         listed = exists(image) and case_name(image) == name
         images = [image] if listed else sorted(image.parent.glob(f"{escape(name)}_[0-9][0-9][0-9][0-9].nii.gz"))
-        used.update(images)
         if images and exists(label):
             cases.append(Case(name, SITE, name, images[0], label, other_images=tuple(images[1:])))
         for there, file, kind in ((images, image, "image"), (exists(label), label, "label map")):
@@ -72,10 +70,7 @@ def read(path: Path) -> CaseList:
                     f"{file}: the {kind} of case {name} is missing; add it or remove the case from {DESCRIPTION}"
                 )
     problems += [gap for case in cases for gap in gaps(case)]
-    folders = {image.parent for image in used}
-    rest = [file for folder in sorted(folders) for file in sorted(folder.glob("*")) if is_nifti(file) and file not in used]
-    notes = left_out(str(path / DESCRIPTION), [case_name(file) for file in rest])
-    return CaseList(sorted(cases, key=lambda case: case.name), problems, notes)
+    return CaseList(sorted(cases, key=lambda case: case.name), problems)
 
 
 def labels(path: Path) -> Mapping[str, ClassValues]:

@@ -2,15 +2,17 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
+from pathlib import Path
 
 from flapsam.run.config import Data
 from flapsam.sites.case import Case
 from flapsam.sites.labels import label_map
 from flapsam.sites.numbered import numbered
+from flapsam.sites.table import read_table
 from flapsam.volumes import case_name
 
 LISTED = 10
-"""Number of sites that a sentence lists."""
+"""Number of sites or cases that a sentence lists."""
 
 
 def modality_problems(counts: Mapping[Case, int]) -> list[str]:
@@ -92,8 +94,24 @@ def name_notes(cases: Sequence[Case]) -> list[str]:
     return [f"site {site}: its images are called CASE_0000, as in nnU-Net, and count as those of CASE" for site in sites]
 
 
-def _listed(sites: Iterable[str]) -> str:
-    names = list(sites)
+def unlisted(table: Path, cases: Sequence[Case]) -> list[str]:
+    """A sentence about cases that a table does not list, if there are any.
+
+    Args:
+        table: the table.
+        cases: all cases of the folder.
+
+    Raises:
+        FlapsamError: the table is wrong.
+    """
+    listed = {row.case for row in read_table(table)}
+    rest = [case.name for case in cases if case.name not in listed]
+    are = "1 case of the folder is" if len(rest) == 1 else f"{len(rest)} cases of the folder are"
+    return [f"{table}: {are} not listed and not used: {_listed(rest)}"] if rest else []
+
+
+def _listed(items: Iterable[str]) -> str:
+    names = list(items)
     more = [f"{len(names) - LISTED} more"] if len(names) > LISTED else []
     return ", ".join([*names[:LISTED], *more])
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from flapsam.base.errors import FlapsamError
 from flapsam.base.names import clash, spelling
-from flapsam.sites.case import CaseList, left_out
+from flapsam.sites.case import CaseList
 from flapsam.sites.dataset import Dataset
 from flapsam.sites.near import near
 from flapsam.sites.numbered import gaps, numbered
@@ -56,9 +56,7 @@ def read(path: Path) -> CaseList:
     cases = [replace(case, other_images=tuple(images[case.site, case.name][1:])) for case in listed.cases]
     unused = [] if table else [label for key, label in labels.items() if key not in images]
     problems = [f"{label}: this label map has no image; add the image or remove the label map" for label in unused]
-    rest = sorted(images.keys() - {(row.site, row.case) for row in rows})
-    notes = left_out(str(table), ["/".join(key) for key in rest])
-    return CaseList(cases, [*listed.problems, *(gap for case in cases for gap in gaps(case)), *problems], notes)
+    return CaseList(cases, [*listed.problems, *(gap for case in cases for gap in gaps(case)), *problems])
 
 
 def _table(path: Path) -> Path | None:

@@ -75,7 +75,7 @@ def list_cases(path: Path, layout: str = "auto") -> CaseList:
         else:
             cases[key] = case
     check_distinct(dict.fromkeys(case.site for case in cases.values()), str(path))
-    return CaseList(list(cases.values()), problems, found.notes)
+    return CaseList(list(cases.values()), problems)
 
 
 def read_sites(data: Data, seed: int, found: CaseList | None = None) -> list[Site]:
