@@ -125,6 +125,7 @@ LABELS: dict[str, tuple[dict[str, set[int]], Data | None, list[str]]] = {
     ),
     "a class that is not annotated elsewhere": ({"a": {1}, "b": {1, 2}}, data(site_labels={"a": {"tumour": None}}), []),
     "a class with other values elsewhere": ({"a": {1, 7}, "b": {1, 2}}, data(site_labels={"a": {"tumour": 7}}), []),
+    "no site": ({}, data(), []),
     "a class nowhere": ({"a": {1}, "b": {1}}, data(), ["class tumour: no label map has a voxel of it"]),
 }
 

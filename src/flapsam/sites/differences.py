@@ -46,8 +46,10 @@ def label_notes(values: Mapping[str, Set[int]], data: Data | None) -> list[str]:
         values: site → the values in its label maps, except 0.
         data: the configuration that says which values are classes, if there is one.
     """
+    if not values:
+        return []
     if data is None:
-        everywhere = set.intersection(*map(set, values.values())) if values else set()
+        everywhere = set.intersection(*map(set, values.values()))
         some = sorted(set().union(*values.values()) - everywhere)
         what = f"label {'value' if len(some) == 1 else 'values'} {_numbers(some)}"
         by_site = "; ".join(f"{site}: {_numbers(values[site]) or 'none'}" for site in values)
