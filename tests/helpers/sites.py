@@ -31,6 +31,16 @@ def save(array: np.ndarray, path: Path, affine: np.ndarray = AFFINE) -> Path:
     return path
 
 
+def small_pair(site: Path, case: str, *, values: tuple[int, ...] = (1,), modalities: int = 1, image: str = "") -> None:
+    """Create a case of a few voxels with these label values. Its image may have another name, and a fourth axis."""
+    label = np.zeros((6, 5, 4), np.uint8)
+    label[: len(values), 0, 0] = values
+    voxels = np.random.default_rng([ord(letter) for letter in site.name + case + image]).normal(size=(6, 5, 4, modalities))
+    stored = voxels if modalities > 1 else voxels[..., 0]
+    save(stored.astype(np.float32), site / "images" / f"{image or case}.nii.gz")
+    save(label, site / "labels" / f"{case}.nii.gz")
+
+
 def make_site(folder: Path, cases: int, *, seed: int = 0, shape: tuple[int, ...] = SHAPE) -> Path:
     """Create the folder of one site. Its cases are named after it."""
     rng = np.random.default_rng(seed)

@@ -90,9 +90,9 @@ def test_a_wrong_table_is_refused(rows: list[dict[str, str]], message: str, tmp_
     [
         ("", "column case, site is missing"),
         ("case,site\n", "there are no rows below the header"),
-        ("case,site\nsite_0_0\n", "line 2 has a cell too few or too many"),
-        ("case,site\nsite_0_0,site_0\nsite_0_1,site_0,train\n", "line 3 has a cell too few or too many"),
-        ("case,site\n,site_0\n", "line 2 has a cell too few or too many"),
+        ("case,site\nsite_0_0\n", "line 2: it has no site, only 'site_0_0'"),
+        ("case,site\nsite_0_0,site_0\nsite_0_1,site_0,train\n", "line 3: it has 3 cells, the header 2"),
+        ("case,site\n,site_0\n", "line 2: it has no case, only ',site_0'"),
         (f"case,site\n{'a' * 300},site_0\n", "line 2, case: 'aaa"),
         (f"case,site\n{'a' * 200_000},site_0\n", "cannot be read as CSV"),
     ],

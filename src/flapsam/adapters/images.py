@@ -11,8 +11,9 @@ from flapsam.adapters.case_names import NUMBERED, without_numbers
 from flapsam.adapters.store import read_card
 from flapsam.adapters.trained import Trained
 from flapsam.base.errors import FlapsamError
-from flapsam.base.files import exists, read_text
+from flapsam.base.files import exists
 from flapsam.base.names import NameRefused, as_name, folded
+from flapsam.base.text import read_document
 from flapsam.run.config import Split
 from flapsam.sites import list_cases, read_sites
 from flapsam.volumes import Series, Source, case_name, find_series, is_dicom, is_image, source_at
@@ -60,7 +61,11 @@ def find_images(
     for path in paths:
         if not path.exists():
             raise FlapsamError(f"{path}: no such file or folder")
-        jobs += _listed(path, modalities, series, output) if path.suffix == LIST else _at(path, modalities, series, output)
+        jobs += (
+            _listed(path, modalities, series, output)
+            if path.suffix.lower() == LIST
+            else _at(path, modalities, series, output)
+        )
     if not jobs:
         raise FlapsamError(f"{', '.join(map(str, paths))}: no NIfTI, NRRD, MetaImage or DICOM image found")
     if modalities == 1:
@@ -99,15 +104,21 @@ def images_of_split(folder: Path, trained: Trained, split: Split) -> list[Job]:
 
 def _listed(path: Path, modalities: int, series: str | None, output: Path | None) -> Iterator[Job]:
     try:
-        lines = read_text(path).splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise FlapsamError(f"{path}: cannot read this list; write one path per line, in UTF-8") from error
-    for line in filter(None, (line.strip() for line in lines)):
-        listed = path.parent / line
+        lines = read_document(path).split("\n")
+    except OSError as error:
+        raise FlapsamError(f"{path}: cannot read this list; write one path per line") from error
+    for number, line in enumerate(lines, start=1):
+        # As Windows and spreadsheets write a path, if there is no file with exactly this name.
+        plain = line.strip("\"',; \t")
+        if not plain:
+            continue
+        spellings = [path.parent / text for text in (line.strip(), plain, plain.replace("\\", "/"))]
+        listed = next((spelling for spelling in spellings if exists(spelling)), spellings[0])
         if exists(listed):
             yield from _at(listed, modalities, series, output)
         else:
-            yield Job(listed, Path(case_name(listed)), fault=f"{listed}: no such file or folder; correct {path.name}")
+            fault = f"{listed}: no such file or folder; correct {path.name}, line {number}"
+            yield Job(listed, Path(case_name(listed)), fault=fault)
 
 
 def _at(path: Path, modalities: int, series: str | None, output: Path | None) -> Iterator[Job]:

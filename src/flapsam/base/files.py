@@ -57,19 +57,29 @@ def size_of(*paths: Path) -> int:
     return sum(path.stat().st_size for path in paths if exists(path))
 
 
-def read_text(path: Path, encoding: str = "utf-8") -> str:
-    """Read a text file.
+def read_bytes(path: Path) -> bytes:
+    """Read a file that is text, in whatever encoding.
 
     Raises:
         FlapsamError: there is something at ``path`` that is not a file, or the file is far too large.
         OSError: the file is missing or cannot be read.
-        UnicodeDecodeError: it is not text in this encoding.
     """
     if exists(path):
         check_file(path)
         if path.stat().st_size > TEXT_BYTES:
             raise FlapsamError(f"{path}: the file is far too large for text; replace it")
-    return path.read_text(encoding)
+    return path.read_bytes()
+
+
+def read_text(path: Path) -> str:
+    """Read a text file in UTF-8.
+
+    Raises:
+        FlapsamError: as in ``read_bytes``.
+        OSError: the file is missing or cannot be read.
+        UnicodeDecodeError: it is not text in UTF-8.
+    """
+    return read_bytes(path).decode().replace("\r\n", "\n").replace("\r", "\n")
 
 
 @contextmanager

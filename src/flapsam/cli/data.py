@@ -66,12 +66,23 @@ def check(
 
     with observing() as observer:
         sites, checked = check_data(path, read_config(config) if config else None, labels or [], observer)
-    count, values = sum(sites.values()), sorted(checked.values)
+    count, values = sum(sites.values()), sorted(set().union(*checked.values.values()))
     if as_json:
-        print_json({"sites": sites, "label_values": values, "problems": checked.problems})
+        by_site = {site: sorted(found) for site, found in checked.values.items()}
+        print_json(
+            {
+                "sites": sites,
+                "label_values": values,
+                "label_values_by_site": by_site,
+                "problems": checked.problems,
+                "notes": checked.notes,
+            }
+        )
     else:
         for problem in checked.problems:
             say(problem)
+        for note in checked.notes:
+            say(f"note: {note}")
         say(f"label values: {', '.join(map(str, values)) or 'none'}")
         say(f"{count} cases at {len(sites)} sites, {len(checked.problems)} problems")
     if checked.problems:

@@ -66,9 +66,11 @@ def init(
     with observing() as observer:
         seen, estimate = initialise(data, output, observer)
     if as_json:
-        return print_json({"run": str(output), **asdict(estimate)})
+        return print_json({"run": str(output), **asdict(estimate), "notes": seen.notes})
     out.print(output.read_text(), highlight=False, markup=False, soft_wrap=True, end="")
     out.print()
+    for note in seen.notes:
+        warn(f"note: {note}")
     say(
         f"Wrote {output} for {seen.cases} cases; training will take about {minutes(estimate.seconds)} here. "
         f"Next: flapsam simulate {output}"

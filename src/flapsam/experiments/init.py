@@ -24,7 +24,8 @@ from flapsam.run.config import ClassValues, Data, RunConfig
 from flapsam.run.observer import Observer
 from flapsam.run.reading import read_config, validated
 from flapsam.sam import Sam, assemble_run
-from flapsam.sites import Site, find_dataset, read_sites
+from flapsam.sites import Case, Site, find_dataset, read_sites
+from flapsam.sites.differences import label_notes, modality_problems, name_notes, unknown_values
 from flapsam.sites.pairs import read_files
 from flapsam.volumes import CANONICAL_AXES, Volume
 
@@ -52,6 +53,8 @@ class Look:
     """The 0.5th and 99.5th percentiles of the intensities inside the classes."""
     occupied: float
     """Fraction of the slices along the axis of the largest spacing that hold a class."""
+    notes: list[str]
+    """What a run would refuse or do without a word unless the configuration is edited, one sentence each."""
 
     @property
     def axis(self) -> str:
@@ -132,14 +135,16 @@ def look(path: Path, observer: Observer) -> Look:
         observer: follows the cases.
 
     Raises:
-        FlapsamError: a case cannot be read; ``flapsam data check`` lists every such case.
+        FlapsamError: a case cannot be read, which ``flapsam data check`` lists, or the cases differ in their modalities.
     """
     dataset = find_dataset(path)
     labels: dict[str, ClassValues] = dict(dataset.labels(path))
-    sites = read_sites(validated({"path": path, "labels": labels or {"any": 1}}, Data, str(path)), 0)
+    data = validated({"path": path, "labels": labels or {"any": 1}}, Data, str(path))
+    sites = read_sites(data, 0)
     cases = [case for site in sites for case in site.cases]
     spacings, shapes, lows, inside, occupied = [], [], [], [], []
-    values: set[int] = set()
+    values: dict[str, set[int]] = {site.name: set() for site in sites}
+    modalities: dict[Case, int] = {}
     rng = np.random.default_rng(0)
     observer.begin("cases", len(cases))
     for case in cases:
@@ -148,7 +153,8 @@ def look(path: Path, observer: Observer) -> Look:
         spacings.append(canonical.spacing)
         shapes.append(canonical.array.shape[:3])
         lows.append(float(canonical.array.min()))
-        values |= set(np.unique(truth).tolist()) - {0}
+        values[case.site] |= set(np.unique(truth).tolist()) - {0}
+        modalities[case] = image.modalities
         voxels = canonical.array[truth > 0]
         if len(voxels):
             inside.append(rng.choice(voxels.ravel(), 1000))
@@ -156,16 +162,24 @@ def look(path: Path, observer: Observer) -> Look:
         occupied.append(float((truth > 0).any(axis=across).mean()))
         observer.step()
     observer.end()
+    notes = [
+        *name_notes(cases),
+        *(unknown_values(values, data) if labels else []),
+        *label_notes(values, data if labels else None),
+    ]
+    if problems := modality_problems(modalities):
+        raise FlapsamError("; ".join([*problems, *notes]))
     percentiles = np.percentile(np.concatenate(inside), [0.5, 99.5]) if inside else None
     return Look(
         sites=sites,
         layout=dataset.name,
-        labels=labels or {f"label_{value}": value for value in sorted(values)},
+        labels=labels or {f"label_{value}": value for value in sorted(set().union(*values.values()))},
         spacing=tuple(median(column) for column in zip(*spacings, strict=True)),
         shape=tuple(median(column) for column in zip(*shapes, strict=True)),
         ct=median(lows) < AIR,
         foreground=None if percentiles is None else (float(percentiles[0]), float(percentiles[1])),
         occupied=sum(occupied) / len(occupied),
+        notes=notes,
     )
 
 
@@ -241,6 +255,7 @@ def commented(tree: Mapping[str, Any], seen: Look, estimate: Estimate) -> str:
     lines = [
         f"# {seen.cases} cases at {sites} sites. Estimate: about {minutes(estimate.seconds)} of training on this machine,",
         f"# and {estimate.bytes_a_site / 2**20:.1f} MiB of traffic per site in all. `flapsam data check` checks the data.",
+        *(f"# Note: {note}." for note in seen.notes),
     ]
     for key, value in tree.items():
         if isinstance(value, dict):

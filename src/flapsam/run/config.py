@@ -130,7 +130,8 @@ class Samples(StrictModel):
     @classmethod
     def _rising(cls, value: Any) -> Any:
         for low, high in value.values() if isinstance(value, dict) else [value] if value else []:
-            if low >= high:
+            # Not a comparison the other way round, which would accept what is no number.
+            if not low < high:
                 raise ValueError("give the lower bound first, then the higher")
         return value
 

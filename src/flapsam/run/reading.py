@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,8 +13,9 @@ from pydantic import BaseModel, ValidationError
 
 from flapsam.base.errors import FlapsamError
 from flapsam.base.escaping import one_line
-from flapsam.base.files import exists, read_text
+from flapsam.base.files import exists
 from flapsam.run.config import RunConfig
+from flapsam.run.document import Document, Place, meaning, parse, read_yaml
 
 PATHS = ("data.path", "data.table", "backbone.weights", "output")
 """Fields of ``RunConfig`` that are paths."""
@@ -22,6 +24,9 @@ Described = TypeVar("Described", bound=BaseModel)
 
 SHOWN = 200
 """Number of characters of a field's name that a message shows."""
+BETWEEN = r"[,;\s]+"
+NUMBERS = re.compile(rf"\s*[-+]?[\d.]+({BETWEEN}[-+]?[\d.]+)+\s*")
+"""Numbers as people write a list of them without brackets."""
 NAMED = 3
 """Number of faults that a message lists. If there are more, they are only counted."""
 
@@ -53,36 +58,58 @@ def read_options(path: Path, model: type[Described], paths: Iterable[str] = (), 
     Raises:
         FlapsamError: as for ``read_config``.
     """
-    try:
-        tree = yaml.safe_load(read_text(path))
-    except OSError as error:
-        raise FlapsamError(f"{path}: cannot read the configuration ({error.strerror})") from error
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError, AttributeError, LookupError) as error:
-        raise FlapsamError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    document = read_yaml(path)
+    tree = document.tree
     if not isinstance(tree, dict):
         raise FlapsamError(f"{path}: a configuration is a mapping of fields; see the README for an example")
     for field in paths:
         _make_relative(tree, field, path.parent)
     for override in overrides:
-        _set(tree, override)
-    return validated(tree, model, str(path))
+        _set(document, override)
+    options = validated(tree, model, str(path), document)
+    for place, word in _words_as_numbers(tree, options.model_dump()):
+        raise FlapsamError(
+            f"{path}: '{_dotted(place)}' is a number, but YAML reads {document.words.get(place, word)} as {meaning(word)}; "
+            f"write a number{document.quote(place)}"
+        )
+    return options
 
 
-def validated(tree: Any, model: type[Described], where: str) -> Described:
+def validated(tree: Any, model: type[Described], where: str, document: Document | None = None) -> Described:
     """Build a model from a tree of fields.
 
+    Args:
+        tree: the fields.
+        model: the model.
+        where: beginning of the error message.
+        document: what the author of the fields wrote, if it is known. Error messages quote it.
+
     Raises:
-        FlapsamError: a field is unknown or wrong. The message begins with ``where``.
+        FlapsamError: a field is unknown or wrong.
     """
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        raise FlapsamError(f"{where}: {described(error)}") from error
+        raise FlapsamError(f"{where}: {described(error, document or Document(tree))}") from error
 
 
-def described(error: ValidationError) -> str:
-    """What is wrong with the fields of a model, in one line."""
-    problems = [_describe(problem) for problem in error.errors()]
+def described(error: ValidationError, document: Document | None = None) -> str:
+    """What is wrong with the fields of a model, in one line.
+
+    Args:
+        error: the faults.
+        document: what the author of the fields wrote, if it is known.
+    """
+    faults: dict[Place, str] = {}
+    for problem in error.errors():
+        # A field with several types has a fault for each of them.
+        place = _place(problem["loc"], document.tree if document else None)
+        fault = _describe(problem, place, document or Document(None))
+        # A group's own check names the field that it is about.
+        field = tuple(problem["msg"].removeprefix("Value error, ").partition(":")[0].split("."))
+        quote = document.quote((*place, *field)) if document else ""
+        faults.setdefault(place, fault + quote)
+    problems = [fault for place, fault in faults.items() if not any(_is_inside(other, place) for other in faults)]
     more = [f"{len(problems) - NAMED} more"] if len(problems) > NAMED else []
     return "; ".join([*problems[:NAMED], *more])
 
@@ -148,14 +175,17 @@ def _make_relative(tree: dict[str, Any], field: str, folder: Path) -> None:
         tree[last] = os.path.normpath(folder / value)
 
 
-def _set(tree: dict[str, Any], assignment: str) -> None:
+def _set(document: Document, assignment: str) -> None:
     field, equals, value = assignment.partition("=")
+    written = f"--set {assignment}"
     if not equals or not field:
-        raise FlapsamError(f"--set {assignment}: write it as field=value, such as --set training.batch_size=4")
-    try:
-        _put(tree, field, yaml.safe_load(value), f"--set {assignment}")
-    except yaml.YAMLError as error:
-        raise FlapsamError(f"--set {assignment}: the value is not valid YAML") from error
+        raise FlapsamError(f"{written}: write it as field=value, such as --set training.batch_size=4")
+    place = tuple(field.split("."))
+    part = parse(value, written, place, written)
+    _put(document.tree, field, part.tree, written)
+    document.forget(place)
+    document.lines |= part.lines
+    document.words |= part.words
 
 
 def _put(tree: dict[str, Any], field: str, value: Any, where: str) -> None:
@@ -167,14 +197,56 @@ def _put(tree: dict[str, Any], field: str, value: Any, where: str) -> None:
     tree[last] = value
 
 
-def _describe(problem: Any) -> str:
-    kinds = ("function-", "constrained", "[key]")
-    field = one_line(".".join(str(part) for part in problem["loc"] if not str(part).startswith(kinds))[:SHOWN])
+def _place(loc: Iterable[str | int], tree: Any) -> Place:
+    """The place in the tree that a fault is about. Pydantic's own words, such as those for types, are left out."""
+    if tree is None:
+        return tuple(part for part in loc if not str(part).startswith(("function-", "constrained", "[key]")))
+    place: list[str | int] = []
+    for part in loc:
+        known: dict[Any, Any] = tree if isinstance(tree, dict) else dict(enumerate(tree)) if isinstance(tree, list) else {}
+        if part in known:
+            tree = known[part]
+            place.append(part)
+    return tuple(place)
+
+
+def _describe(problem: Any, place: Place, document: Document) -> str:
+    field = _dotted(place)
     if problem["type"] == "extra_forbidden":
         return f"unknown key '{field}'; remove it or correct its spelling"
     if problem["type"] == "missing":
-        return f"'{field}' is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "model_type":
+        return f"'{_dotted((*place, problem['loc'][-1]) if place[-1:] != problem['loc'][-1:] else place)}' is missing"
+    message = "must be a path" if problem["type"] == "path_type" else problem["msg"].removeprefix("Value error, ")
+    value = problem["input"]
+    if value is None:
+        message = "it has no value; give it one, or remove it"
+    elif problem["type"] == "model_type":
         message = "must be a mapping of fields"
+    elif isinstance(value, str) and NUMBERS.fullmatch(value) and problem["type"] != "float_parsing":
+        message = f"several numbers are written as [{', '.join(re.split(BETWEEN, value.strip()))}]"
+    elif isinstance(value, str) and value.casefold() in ("none", "nil") and problem["type"] != "literal_error":
+        message += "; for no value, write null"
+    elif not isinstance(value, str) and (misread := document.misread(place, value)):
+        message += f"; {misread}"
     return f"'{field}': {message}" if field else message
+
+
+def _words_as_numbers(tree: Any, dumped: Any, place: Place = ()) -> Iterator[tuple[Place, bool]]:
+    """True and false where the model has a number, which pydantic takes for 1 and 0."""
+    if isinstance(tree, bool):
+        if isinstance(dumped, int | float) and not isinstance(dumped, bool):
+            yield place, tree
+    elif isinstance(tree, dict) and isinstance(dumped, dict):
+        for key, value in tree.items():
+            yield from _words_as_numbers(value, dumped.get(key), (*place, key))
+    elif isinstance(tree, list) and isinstance(dumped, list | tuple):
+        for index, (value, own) in enumerate(zip(tree, dumped, strict=False)):
+            yield from _words_as_numbers(value, own, (*place, index))
+
+
+def _is_inside(place: Place, other: Place) -> bool:
+    return len(place) > len(other) and place[: len(other)] == other
+
+
+def _dotted(place: Place) -> str:
+    return one_line(".".join(map(str, place))[:SHOWN])

@@ -13,7 +13,8 @@ from flapsam.base.errors import FlapsamError
 from flapsam.run.config import ClassValues, Data, RunConfig
 from flapsam.run.observer import Observer
 from flapsam.run.reading import validated
-from flapsam.sites import Case, LabelMap, Site, find_dataset, label_map, read_found
+from flapsam.sites import Case, LabelMap, Site, find_dataset, label_map, list_cases, read_found
+from flapsam.sites.differences import label_notes, modality_problems, name_notes, unlisted
 from flapsam.sites.pairs import check_geometry
 from flapsam.volumes import Volume, read_image, read_label
 
@@ -25,8 +26,12 @@ class Check:
     """Result of a check."""
 
     problems: list[str]
-    values: set[int] = field(default_factory=set)
-    """Values found in the label maps, except 0."""
+    notes: list[str] = field(default_factory=list)
+    """What a run would do without a word, one sentence each."""
+    values: dict[str, set[int]] = field(default_factory=dict)
+    """Site → values found in its label maps, except 0."""
+    modalities: dict[Case, int] = field(default_factory=dict)
+    """Case → number of its modalities, for every image that can be read."""
     images: dict[bytes, Path] = field(default_factory=dict)
     """SHA-256 digest of an image's voxels → the first file with them."""
 
@@ -53,10 +58,13 @@ def check_data(path: Path, run: RunConfig | None, values: list[int], observer: O
     else:
         labels = labels or dict(find_dataset(path).labels(path))
         data = validated({"path": path, "labels": labels or {"any": 1}}, Data, str(path))
-    sites, problems = read_found(data, run.seed if run else 0)
+    found = list_cases(data.path, data.layout)
+    sites, problems = read_found(data, run.seed if run else 0, found)
     observer.begin("cases", sum(len(site.cases) for site in sites))
     checked = check_sites(sites, problems, data if run or labels else None, observer.step)
     observer.end()
+    if data.table:
+        checked.notes += unlisted(data.table, found.cases)
     return {site.name: len(site.cases) for site in sites}, checked
 
 
@@ -71,19 +79,24 @@ def check_sites(
         data: the configuration that says which label values are classes. Without it, any value is accepted.
         on_case: called after every case.
     """
-    without_training = [site.name for site in sites if not site.of("train")]
+    unseen = data.unseen if data else []
+    without_training = [site.name for site in sites if not site.of("train") and site.name not in unseen]
     check = Check([*problems, *(f"site {name}: it has no training case; add one" for name in without_training)])
     for site in sites:
         mapping = label_map(data, site.name) if data else None
+        check.values[site.name] = set()
         for case in site.cases:
             image, label = _tried(check, read_image, *case.images), _tried(check, read_label, case.label)
             if image:
+                check.modalities[case] = image.modalities
                 _check_image(check, case, image)
             if label:
                 _check_label(check, case, label, mapping)
             if image and label:
                 _tried(check, check_geometry, case, image.geometry, label.geometry)
             on_case()
+    check.problems += modality_problems(check.modalities)
+    check.notes += [*name_notes([case for site in sites for case in site.cases]), *label_notes(check.values, data)]
     return check
 
 
@@ -106,7 +119,7 @@ def _check_image(check: Check, case: Case, image: Volume) -> None:
 
 
 def _check_label(check: Check, case: Case, label: Volume, mapping: LabelMap | None) -> None:
-    check.values |= set(np.unique(label.array).tolist()) - {0}
+    check.values[case.site] |= set(np.unique(label.array).tolist()) - {0}
     classes = label.array if mapping is None else _tried(check, mapping.apply, label.array, case.label)
     if classes is not None and not (classes > 0).any():
         check.problems.append(f"{case.label}: no voxel belongs to a class; leave the case out unless the subject is healthy")

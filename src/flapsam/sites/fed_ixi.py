@@ -24,7 +24,7 @@ def read(path: Path) -> CaseList:
     names = {_subject(entry.name): entry.name for entry in sorted(root.iterdir()) if entry.name.startswith("IXI")}
 
     def files(row: Row) -> tuple[Path, Path]:
-        name = names.get(row["case"], f"{row['case']}-????")
+        name = names.get(row.case, f"{row.case}-????")
         if name.endswith(FULL):
             return root / name, root / "masks" / name
         return root / name / "T1" / f"{name}_image.nii.gz", root / name / "label" / f"{name}_label.nii.gz"

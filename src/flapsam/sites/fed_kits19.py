@@ -21,7 +21,7 @@ def read(path: Path) -> CaseList:
     root = path / "data" if (path / "data").is_dir() else path
     return found_by(
         read_table(TABLE),
-        lambda row: (root / row["case"] / "imaging.nii.gz", root / row["case"] / "segmentation.nii.gz"),
+        lambda row: (root / row.case / "imaging.nii.gz", root / row.case / "segmentation.nii.gz"),
         "add it, since Fed-KiTS19's table lists the case",
     )
 

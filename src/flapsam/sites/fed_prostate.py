@@ -18,7 +18,7 @@ def read(path: Path) -> CaseList:
     """Read the cases of the table."""
 
     def files(row: Row) -> tuple[Path, Path]:
-        folder, name = path / row["site"], row["case"]
+        folder, name = path / row.site, row.case
         spellings = [folder / f"{name}_{word}.nii.gz" for word in ("segmentation", "Segmentation")]
         return folder / f"{name}.nii.gz", next((label for label in spellings if label.exists()), spellings[0])
 

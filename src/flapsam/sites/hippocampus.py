@@ -8,9 +8,9 @@ al., Nature Communications 13, 4128 (2022).
 
 from pathlib import Path
 
-from flapsam.sites import decathlon
 from flapsam.sites.case import CaseList
 from flapsam.sites.dataset import Dataset, Download
+from flapsam.sites.description import glance
 from flapsam.sites.table import SHIPPED, found_by, read_table
 
 TABLE = SHIPPED / "hippocampus.csv"
@@ -20,13 +20,13 @@ def read(path: Path) -> CaseList:
     """Read the cases of the table. The decathlon's other cases are left out."""
     return found_by(
         read_table(TABLE),
-        lambda row: (path / "imagesTr" / f"{row['case']}.nii.gz", path / "labelsTr" / f"{row['case']}.nii.gz"),
+        lambda row: (path / "imagesTr" / f"{row.case}.nii.gz", path / "labelsTr" / f"{row.case}.nii.gz"),
         "add it, since flapsam's table of the hippocampus lists the case",
     )
 
 
 def _recognises(path: Path) -> bool:
-    description = decathlon.glance(path)
+    description = glance(path)
     return (
         description.get("name") == "Hippocampus"
         and "training" in description

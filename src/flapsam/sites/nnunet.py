@@ -8,18 +8,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, StrictInt
+from pydantic import BaseModel, Field
 
 from flapsam.base.errors import FlapsamError
 from flapsam.base.escaping import one_line
 from flapsam.base.files import exists
 from flapsam.base.names import Named
-from flapsam.run.config import ClassValues, as_values
+from flapsam.run.config import ClassValues
 from flapsam.sites.case import Case, CaseList
 from flapsam.sites.dataset import Dataset
-from flapsam.sites.decathlon import DESCRIPTION, SITE, class_names, glance, place, read_description
-
-NUMBER = len("_0000")
+from flapsam.sites.decathlon import SITE
+from flapsam.sites.description import DESCRIPTION, glance, place, read_description, values_by_name
+from flapsam.sites.numbered import gaps, numbered
+from flapsam.volumes import is_nifti
 
 
 class Files(BaseModel):
@@ -40,7 +41,7 @@ class Description(BaseModel):
 class Labels(BaseModel):
     """The key of ``dataset.json`` that names the classes."""
 
-    labels: dict[str, StrictInt | Annotated[list[StrictInt], Field(min_length=1)]]
+    labels: dict[str, Any]
 
 
 def read(path: Path) -> CaseList:
@@ -50,21 +51,20 @@ def read(path: Path) -> CaseList:
         FlapsamError: ``dataset.json`` cannot be read, the files are not NIfTI, or a path leads out of the data's folder.
     """
     description = read_description(path, Description)
-    ending = description.file_ending
-    if ending not in (".nii.gz", ".nii"):
-        written = one_line(ending[:20])
-        raise FlapsamError(
-            f"{path / DESCRIPTION}: the files end in {written}, but flapsam reads NIfTI; convert them to .nii.gz"
-        )
+    ending = _ending(description.file_ending, path)
     listed: dict[str, tuple[list[Path], Path]] = {}
+    problems: list[str] = []
     if description.dataset is not None:
         for name, files in description.dataset.items():
             listed[name] = [_place(path, image, name) for image in files.images], _place(path, files.label, name)
     else:
-        for image in sorted((path / "imagesTr").glob(f"[!._]*_[0-9][0-9][0-9][0-9]{ending}")):
-            name = image.name[: -len(ending) - NUMBER]
+        for image in sorted(file for file in (path / "imagesTr").glob("*") if is_nifti(file)):
+            name = numbered(image.name.removesuffix(ending)) if image.name.endswith(ending) else None
+            if name is None:
+                problems.append(f"{image}: images are called CASE_0000{ending}, one file for each modality; rename this one")
+                continue
             listed.setdefault(name, ([], path / "labelsTr" / f"{name}{ending}"))[0].append(image)
-    cases, problems = [], []
+    cases = []
     modalities = len(description.channel_names) or None
     for name, (images, label) in sorted(listed.items()):
         missing = [file for file in (*images, label) if not exists(file)]
@@ -77,6 +77,7 @@ def read(path: Path) -> CaseList:
             cases.append(Case(name, SITE, name, images[0], label, other_images=tuple(images[1:])))
     unused = sorted(file for file in (path / "labelsTr").glob(f"[!._]*{ending}") if file.name[: -len(ending)] not in listed)
     problems += [f"{file}: this label map has no image; add the image or remove the label map" for file in unused]
+    problems += [gap for case in cases for gap in gaps(case)]
     return CaseList(cases, problems)
 
 
@@ -89,9 +90,7 @@ def labels(path: Path) -> Mapping[str, ClassValues]:
     """
     classes: dict[str, ClassValues] = {}
     seen: set[int] = set()
-    written = {name: value for name, value in read_description(path, Labels).labels.items() if value not in (0, [0])}
-    for name, value in zip(class_names(path, written), written.values(), strict=True):
-        values = as_values(value)
+    for name, values in values_by_name(read_description(path, Labels).labels, path).items():
         if seen & set(values):
             raise FlapsamError(
                 f"{path / DESCRIPTION}: regions overlap; assign every label value to one class in data.labels"
@@ -99,6 +98,17 @@ def labels(path: Path) -> Mapping[str, ClassValues]:
         seen |= set(values)
         classes[name] = values[0] if len(values) == 1 else values
     return classes
+
+
+def _ending(written: str, path: Path) -> str:
+    """The ending of the files' names, which people also write without its dot or with blanks around it."""
+    ending = "." + written.strip().removeprefix(".")
+    if ending.lower() not in (".nii.gz", ".nii"):
+        shown = one_line(written[:20])
+        raise FlapsamError(
+            f"{path / DESCRIPTION}: the files end in {shown}, but flapsam reads NIfTI; convert them to .nii.gz"
+        )
+    return ending
 
 
 def _place(path: Path, file: str, case: str) -> Path:

@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from flapsam.base.errors import FlapsamError, choose
+from flapsam.base.files import exists
 from flapsam.base.names import NameRefused, as_name, check_distinct, clash, folded
 from flapsam.base.seeds import seed_for
 from flapsam.run.config import Data
 from flapsam.sites import decathlon, fed_ixi, fed_kits19, fed_prostate, folders, hippocampus, nnunet
 from flapsam.sites.case import Case, CaseList, Site
 from flapsam.sites.dataset import Dataset
+from flapsam.sites.description import DESCRIPTION, read_json
+from flapsam.sites.near import near
 from flapsam.sites.split import draw_test, split_problems
 from flapsam.sites.table import read_table
 
@@ -37,6 +40,12 @@ def find_dataset(path: Path, layout: str = "auto") -> Dataset:
     for dataset in DATASETS.values():
         if dataset.recognises(path):
             return dataset
+    if exists(path / DESCRIPTION):
+        read_json(path / DESCRIPTION)
+        raise FlapsamError(
+            f"{path / DESCRIPTION}: it has neither a list 'training', as for the Decathlon and nnU-Net v1, nor "
+            "'channel_names' and 'file_ending', as for nnU-Net v2; add what is missing"
+        )
     raise FlapsamError(
         f"{path}: unknown layout; arrange the files as SITE/images/CASE.nii.gz and SITE/labels/CASE.nii.gz, or in "
         "another layout that `flapsam data list` shows"
@@ -159,16 +168,37 @@ def _raise_first(problems: list[str]) -> None:
 
 def _by_table(cases: list[Case], table: Path) -> tuple[list[Case], list[str]]:
     """The cases that the table lists, at the sites that it names, and a sentence for each case missing from the data."""
-    by_name = {case.name: case for case in cases}
-    assigned, missing = [], []
+    by_name: dict[str, list[Case]] = {}
+    for case in cases:
+        by_name.setdefault(case.name, []).append(case)
+    assigned, problems = [], []
+    lines: dict[Path, int] = {}
     for row in read_table(table):
-        case = by_name.get(row["case"])
-        if case is None:
-            missing.append(f"{table}: case {row['case']} is not in the data; add it or remove its row")
-            continue
-        subject, split = row.get("subject") or case.subject, row.get("split") or None
-        assigned.append(replace(case, site=row["site"], subject=subject, split=split))
-    return sorted(assigned, key=lambda case: (case.site, case.name)), missing
+        named = by_name.get(row.case, [])
+        # Of several sites' cases with one name, the table can mean only the one at its own site.
+        meant = [case for case in named if case.site == row.site] if len(named) > 1 else named
+        where = f"{table}, line {row.line}"
+        if meant:
+            case = meant[0]
+            first = lines.setdefault(case.image, row.line)
+            if first != row.line:
+                problems.append(
+                    f"{where}: case {row.case} is in line {first}, too; a case belongs to one site, so remove a row"
+                )
+                continue
+            assigned.append(replace(case, site=row.site, subject=row.subject or case.subject, split=row.split))
+        elif named:
+            sites = ", ".join(case.site for case in named)
+            problems.append(
+                f"{where}: case {row.case} is at several sites ({sites}), but not at {row.site}; rename the cases"
+            )
+        elif other := near(row.case, by_name):
+            problems.append(
+                f"{where}: case {row.case} is not in the data, but {other} is; correct the table (spreadsheets drop zeros)"
+            )
+        else:
+            problems.append(f"{where}: case {row.case} is not in the data; add it or remove its row")
+    return sorted(assigned, key=lambda case: (case.site, case.name)), problems
 
 
 def _dealt(cases: list[Case], count: int, seed: int) -> list[Case]:

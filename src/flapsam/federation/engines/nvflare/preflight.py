@@ -116,6 +116,8 @@ def _data(name: str, site: SiteConfig, run: RunConfig | None, observer: Observer
     observer.end()
     for problem in checked.problems:
         yield Finding("data", False, problem)
+    for note in checked.notes:
+        yield Finding("data", True, note)
     training = len(cases.of("train"))
     enough = training >= site.min_cases
     yield Finding("data", enough, f"{len(cases.cases)} cases, {training} for training (min_cases is {site.min_cases})")
