@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from flapsam.base.errors import FlapsamError
 from flapsam.base.files import check_file
+from flapsam.volumes.stored import Stored
 
 HEADER_BYTES = 2**20
 """Largest size of a header in bytes."""
@@ -15,6 +17,18 @@ LARGEST = 2**31 - 1
 """Largest size of an axis, and largest whole number in a header."""
 
 Check = Callable[[str], bool]
+
+
+@dataclass(frozen=True)
+class Header:
+    """A header that was checked."""
+
+    fields: dict[str, str]
+    """Name → value, as in the file."""
+    stored: Stored | None
+    """Where the voxels are stored, or None if only ITK can read them, because they are text."""
+    units: tuple[str, ...]
+    """Names of the units of length, for all axes together or one by one."""
 
 
 def broken(path: Path, reason: str) -> FlapsamError:

@@ -9,6 +9,7 @@ from flapsam.volumes.allocation import check_claim
 from flapsam.volumes.header_text import (
     FIELD,
     Check,
+    Header,
     are_numbers,
     broken,
     data_file,
@@ -36,11 +37,8 @@ CHANNELS = 64
 LAST = "ElementDataFile"
 
 
-def check_meta(path: Path) -> Stored | None:
+def check_meta(path: Path) -> Header:
     """Check the header of a file, and that the voxels that it promises can be in the file, or in the file that it names.
-
-    Returns:
-        Where the voxels are stored, or None if only ITK can read them, because they are text.
 
     Raises:
         FlapsamError: there is no such file, or its header is not one that ITK reads without harm.
@@ -73,7 +71,7 @@ def check_meta(path: Path) -> Stored | None:
     for name, value in fields.items():
         if not checks[name](value):
             raise broken(path, f"'{value[:100]}' is not a valid value of the field '{name}'")
-    return _check_data(path, fields, axes, end)
+    return Header(fields, _check_data(path, fields, axes, end), (fields.get("DistanceUnits", ""),))
 
 
 def _checks(axes: int) -> dict[str, Check]:

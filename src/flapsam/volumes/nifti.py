@@ -26,6 +26,8 @@ from flapsam.volumes.read_process import look_apart, read_apart
 from flapsam.volumes.volume import Geometry, Volume, check_affine
 
 SUFFIXES = (".nii.gz", ".nii")
+UNITS = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 1e-3}
+"""Code of a header's unit of length (unknown, metre, millimetre, micrometre) → its length in mm."""
 COMMENT = 6
 """Code of a NIfTI extension that holds plain text."""
 LABEL_MAP = "flapsam label map"
@@ -109,7 +111,7 @@ def write_label_like(labels: NDArray, original: Path, path: Path, legend: Legend
     header = _derived(original, np.uint8, LABEL_MAP)
     _describe(header, legend)
     # Without an affine, nibabel keeps the header's own qform and sform.
-    _save(nibabel.Nifti1Image(labels.astype(np.uint8, copy=False), None, header), path)
+    _save(image_like(labels.astype(np.uint8, copy=False), None, header), path)
 
 
 def write_probabilities(probabilities: Volume, path: Path, original: Path | None = None) -> None:
@@ -121,7 +123,11 @@ def write_probabilities(probabilities: Volume, path: Path, original: Path | None
         original: NIfTI image whose header geometry is kept bit for bit, if there is one.
     """
     header = _derived(original, np.uint16, "flapsam probabilities") if original else None
-    image = nibabel.Nifti1Image(probabilities.array, None if original else probabilities.affine, header)
+    if header is None:
+        image = nibabel.Nifti1Image(probabilities.array, probabilities.affine)
+        image.header.set_xyzt_units("mm")
+    else:
+        image = image_like(probabilities.array, None, header)
     image.header.set_slope_inter(1 / 65535, 0)
     _save(image, path)
 
@@ -145,6 +151,13 @@ def header_for(dtype: type, what: str, original: nibabel.Nifti1Header) -> nibabe
     header["cal_min"] = header["cal_max"] = 0
     header["descrip"] = what.encode()
     return header
+
+
+def image_like(array: NDArray, affine: NDArray[np.float64] | None, header: nibabel.Nifti1Header) -> nibabel.Nifti1Image:
+    """An image in the header's version of NIfTI. Without an affine, it lies where the header says."""
+    # A header of NIfTI-2 that is converted to NIfTI-1 loses its position.
+    kind = nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
+    return kind(array, affine, header)
 
 
 def write_volume(volume: Volume, path: Path, legend: Legend = ()) -> None:
@@ -201,7 +214,27 @@ def open_nifti(path: Path, *, modalities: bool = True) -> Opened:
                 f"{path}: the voxels cannot be read, because the file is truncated or damaged; copy or export it again"
             ) from error
 
-    return Opened(image.shape, dtype, check_affine(image.affine, path), parts)
+    return Opened(image.shape, dtype, affine_of(image, path), parts)
+
+
+def affine_of(image: nibabel.Nifti1Pair, what: object) -> NDArray[np.float64]:
+    """The affine (4, 4) of a NIfTI image, from voxel index to millimetres, whatever the header's unit of length.
+
+    Args:
+        image: the image. Its own affine is in the unit of its header.
+        what: the image for the error message.
+
+    Raises:
+        FlapsamError: the affine is missing or singular, or NIfTI does not define the unit.
+    """
+    code = int(image.header["xyzt_units"]) & 7
+    if code not in UNITS:
+        raise FlapsamError(
+            f"{what}: its header gives the unit of length as {code}, which NIfTI does not define; set it to 2 (mm)"
+        )
+    unit = UNITS[code]
+    affine = image.affine
+    return check_affine(affine if affine is None or unit == 1 else np.diag([unit, unit, unit, 1.0]) @ affine, what)
 
 
 def _open_volume(path: Path) -> Opened:
@@ -216,7 +249,7 @@ def _open(path: Path, modalities: bool = False) -> nibabel.Nifti1Image:
         image = nibabel.load(path, keep_file_open=True)
         if not isinstance(image, nibabel.Nifti1Image):
             raise FlapsamError(f"{path}: not a NIfTI file; convert it to .nii.gz")
-        affine = image.affine
+        affine_of(image, path)
     except BROKEN as error:
         raise FlapsamError(f"{path}: not a readable NIfTI file; is it truncated?") from error
     if len(image.shape) == 4 and modalities:
@@ -226,7 +259,6 @@ def _open(path: Path, modalities: bool = False) -> nibabel.Nifti1Image:
         raise FlapsamError(f"{path}: a 3-D volume is needed, but this file has {len(image.shape)} dimensions {image.shape}")
     if min(image.shape) < 1:
         raise FlapsamError(f"{path}: the volume is empty, with shape {image.shape}; export it again")
-    check_affine(affine, path)
     return image
 
 
