@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from flapsam.base.errors import FlapsamError
 from flapsam.base.files import check_file
+from flapsam.volumes.content import misnamed
 from flapsam.volumes.dicom_file import opened
 from flapsam.volumes.itk import LPS
 from flapsam.volumes.opened import Opened
@@ -157,7 +158,7 @@ def _header(file: Path, fields: list[str] | None = None) -> tuple["Dataset", int
 
 
 def _unreadable(file: Path) -> FlapsamError:
-    return FlapsamError(f"{file}: not a readable DICOM file; is it truncated?")
+    return FlapsamError(misnamed(file, "DICOM"))
 
 
 def open_series(series: Series) -> Opened:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from flapsam.base.errors import FlapsamError
 from flapsam.volumes import nifti
+from flapsam.volumes.content import what_it_is
 from flapsam.volumes.dicom import read_series, sort_files
 from flapsam.volumes.dicom_seg import write_dicom_seg
 from flapsam.volumes.itk import META, NRRD, read_itk, write_meta_like, write_nrrd_like
@@ -45,12 +46,12 @@ def is_image(path: Path) -> bool:
 
     Hidden files, which archives from macOS contain, do not count.
     """
-    return path.name.endswith(tuple(_ENDS)) and not path.name.startswith(".")
+    return path.name.lower().endswith(tuple(_ENDS)) and not path.name.startswith(".")
 
 
 def case_name(path: Path) -> str:
     """The file's name without the suffix of its format."""
-    return next((path.name.removesuffix(end) for end in _ENDS if path.name.endswith(end)), path.stem)
+    return next((path.name[: -len(end)] for end in _ENDS if path.name.lower().endswith(end)), path.stem)
 
 
 def source_at(path: Path) -> Source:
@@ -163,7 +164,8 @@ def _three_dimensional(path: Path) -> Volume:
 
 def _format(path: Path) -> Format:
     for form in FORMATS.values():
-        if path.name.endswith(form.suffixes):
+        if path.name.lower().endswith(form.suffixes):
             return form
     known = ", ".join(end for form in FORMATS.values() for end in form.suffixes)
-    raise FlapsamError(f"{path}: not an image format that flapsam reads; convert it to {known} or DICOM")
+    what, advice = what_it_is(path) or ("not an image format that flapsam reads", f"convert it to {known} or DICOM")
+    raise FlapsamError(f"{path}: {what}; {advice}")

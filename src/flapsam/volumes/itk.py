@@ -101,7 +101,8 @@ def _opened(path: Path) -> tuple[Header, "SimpleITK.ImageFileReader"]:
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
-        raise FlapsamError(f"{path}: not a readable NRRD or MetaImage file; is it truncated?") from error
+        reason = str(error).strip().rsplit("ReadImageInformation: ", 1)[-1].splitlines()[-1].rstrip(".")
+        raise FlapsamError(f"{path}: ITK cannot read its header ({reason[:200]}); export it again") from error
     return header, reader
 
 

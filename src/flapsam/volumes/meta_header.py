@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flapsam.base.errors import FlapsamError
 from flapsam.volumes.allocation import check_claim
+from flapsam.volumes.content import misnamed
 from flapsam.volumes.header_text import (
     FIELD,
     Check,
@@ -43,14 +44,14 @@ def check_meta(path: Path) -> Header:
     Raises:
         FlapsamError: there is no such file, or its header is not one that ITK reads without harm.
     """
-    lines, end = read_lines(path, lambda line: line.lstrip().startswith(LAST))
+    lines, end = read_lines(path, "MetaImage", lambda line: line.lstrip().startswith(LAST))
     fields: dict[str, str] = {}
     known = _checks(1)
     for number, line in enumerate(lines, start=1):
         match = LINE.fullmatch(line)
         if match is None:
             if number == 1 or not line.isprintable():
-                raise FlapsamError(f"{path}: not a readable NRRD or MetaImage file; is it truncated?")
+                raise FlapsamError(misnamed(path, "MetaImage"))
             raise broken(path, f"line {number} has no field")
         name, value = match[1], match[2].strip()
         if name in known:

@@ -2,24 +2,31 @@
 
 import gzip
 import json
+import logging
 import math
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import cast
 
 import nibabel
 import numpy as np
+from nibabel import imageglobals
 from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
+from nibabel.fileholders import FileHolder
 from nibabel.nifti1 import Nifti1Extension
-from nibabel.spatialimages import HeaderDataError
+from nibabel.spatialimages import HeaderDataError, HeaderTypeError
+from nibabel.wrapstruct import WrapStructError
 from numpy.typing import NDArray
 
 from flapsam.base.errors import FlapsamError
 from flapsam.base.files import check_file, size_of, written_whole
 from flapsam.volumes.allocation import check_claim
+from flapsam.volumes.content import GZIP, misnamed
 from flapsam.volumes.legend import Legend
 from flapsam.volumes.opened import Opened
 from flapsam.volumes.read_process import look_apart, read_apart
@@ -37,7 +44,7 @@ CHUNK = 2**20
 EXTENSIONS = 64 * 2**20
 """Largest number of bytes before the voxels, which libraries read at once."""
 BROKEN = (
-    *(ImageFileError, HeaderDataError, EOFError, zlib.error, struct.error),
+    *(ImageFileError, HeaderDataError, HeaderTypeError, WrapStructError, EOFError, zlib.error, struct.error),
     *(OSError, ValueError, TypeError, ArithmeticError, LookupError),
 )
 """Exceptions that nibabel raises for damaged files."""
@@ -48,7 +55,7 @@ _TOO_MANY = "but the network has three channels; leave some out"
 
 def is_nifti(path: Path) -> bool:
     """Whether a file's name is that of a NIfTI file. Hidden files, which archives from macOS contain, do not count."""
-    return path.name.endswith(SUFFIXES) and not path.name.startswith(".")
+    return path.name.lower().endswith(SUFFIXES) and not path.name.startswith(".")
 
 
 def read_geometry(path: Path, *, modalities: bool = False) -> Geometry:
@@ -133,7 +140,9 @@ def write_probabilities(probabilities: Volume, path: Path, original: Path | None
 
 
 def _derived(original: Path, dtype: type, what: str) -> nibabel.Nifti1Header:
-    return header_for(dtype, what, _open(original, modalities=True).header)
+    image = _open(original, modalities=True)
+    with closing(image.file_map["image"].fileobj):
+        return header_for(dtype, what, image.header)
 
 
 def header_for(dtype: type, what: str, original: nibabel.Nifti1Header) -> nibabel.Nifti1Header:
@@ -181,7 +190,7 @@ def _describe(header: nibabel.Nifti1Header, legend: Legend) -> None:
 
 
 def _save(image: nibabel.Nifti1Image, path: Path) -> None:
-    with written_whole(path) as temporary:
+    with written_whole(path) as temporary, _silent():
         nibabel.save(image, temporary)
 
 
@@ -200,7 +209,7 @@ def open_nifti(path: Path, *, modalities: bool = True) -> Opened:
     if stored.kind not in "iuf":
         raise FlapsamError(f"{path}: voxels are of type {stored}; convert the file to one plain number per voxel")
     claimed = math.prod(image.shape) * stored.itemsize
-    check_claim(path, claimed, compressed=path.name.endswith(".gz"))
+    check_claim(path, claimed, compressed=_is_packed(path))
     scaled = proxy.slope != 1 or proxy.inter != 0
     dtype = np.dtype(np.float32) if scaled or stored.kind == "f" else stored.newbyteorder("=")
     step = max(CHUNK // (stored.itemsize * math.prod(image.shape[:-1])), 1)
@@ -244,14 +253,16 @@ def _open_volume(path: Path) -> Opened:
 def _open(path: Path, modalities: bool = False) -> nibabel.Nifti1Image:
     try:
         check_file(path)
-        _check_offset(path)
-        # An open file is decompressed only once, however many parts are read one after another.
-        image = nibabel.load(path, keep_file_open=True)
-        if not isinstance(image, nibabel.Nifti1Image):
-            raise FlapsamError(f"{path}: not a NIfTI file; convert it to .nii.gz")
+        # An open file is decompressed only once, however many parts are read one after another. Whether it is compressed
+        # is told by its content, because some programs name every file .nii.gz.
+        stream = gzip.open(path) if _is_packed(path) else path.open("rb")  # noqa: SIM115 (the image reads it)
+        kind = _kind(path, stream.read(352))
+        stream.seek(0)
+        with _silent():
+            image = kind.from_file_map({"image": FileHolder(fileobj=stream)})
         affine_of(image, path)
     except BROKEN as error:
-        raise FlapsamError(f"{path}: not a readable NIfTI file; is it truncated?") from error
+        raise FlapsamError(misnamed(path, "NIfTI")) from error
     if len(image.shape) == 4 and modalities:
         if image.shape[3] > MODALITIES:
             raise FlapsamError(f"{path}: the file has {image.shape[3]} modalities, {_TOO_MANY}")
@@ -262,19 +273,40 @@ def _open(path: Path, modalities: bool = False) -> nibabel.Nifti1Image:
     return image
 
 
-def _check_offset(path: Path) -> None:
-    """Check that the voxels begin soon, because nibabel reads everything before them into memory."""
-    with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
-        start = file.read(176)
+def _is_packed(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == GZIP
+
+
+def _kind(path: Path, start: bytes) -> type[nibabel.Nifti1Image]:
+    """The version of NIfTI, after checking that the voxels begin soon, because nibabel reads everything before them."""
     for order in "<>":
         (size,) = struct.unpack_from(f"{order}i", start)
         if size == 348:
-            offset = struct.unpack_from(f"{order}f", start, 108)[0]
+            kind, offset = nibabel.Nifti1Image, struct.unpack_from(f"{order}f", start, 108)[0]
         elif size == 540:
-            offset = struct.unpack_from(f"{order}q", start, 168)[0]
+            kind, offset = nibabel.Nifti2Image, struct.unpack_from(f"{order}q", start, 168)[0]
         else:
             continue
+        if b"ni" in (start[344:346], start[4:6]):
+            # Its voxels are in another file.
+            break
         if not offset <= EXTENSIONS:
             raise FlapsamError(
                 f"{path}: its header places the voxels at byte {offset:.0f}, so it is damaged; export it again"
             )
+        return kind
+    raise ImageFileError
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep nibabel's remarks on a header from the terminal, where they would appear without the name of the file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before = imageglobals.logger.level
+        imageglobals.logger.setLevel(logging.CRITICAL + 1)
+        try:
+            yield
+        finally:
+            imageglobals.logger.setLevel(before)

@@ -12,6 +12,7 @@ import numpy as np
 
 from flapsam.base.errors import FlapsamError
 from flapsam.volumes.allocation import check_claim
+from flapsam.volumes.content import misnamed
 from flapsam.volumes.header_text import (
     FIELD,
     Check,
@@ -58,9 +59,9 @@ def check_nrrd(path: Path) -> Header:
     Raises:
         FlapsamError: there is no such file, or its header is not one that ITK reads without harm.
     """
-    lines, end = read_lines(path, lambda line: not line)
+    lines, end = read_lines(path, "NRRD", lambda line: not line)
     if not re.fullmatch(r"NRRD000[1-5]", lines[0]):
-        raise FlapsamError(f"{path}: not a readable NRRD or MetaImage file; is it truncated?")
+        raise FlapsamError(misnamed(path, "NRRD"))
     fields = _fields(path, lines[1:])
     for name in ("type", "dimension", "sizes", "encoding"):
         if name not in fields:
