@@ -63,15 +63,17 @@ def check(
     """Read every case and list all problems, before any training."""
     from flapsam.run.reading import read_config
     from flapsam.sites.check import check_data
+    from flapsam.volumes import sentences
 
     with observing() as observer:
         sites, checked = check_data(path, read_config(config) if config else None, labels or [], observer)
     count, values = sum(sites.values()), sorted(checked.values)
+    left_out = sentences(checked.left_out)
     if as_json:
-        print_json({"sites": sites, "label_values": values, "problems": checked.problems})
+        print_json({"sites": sites, "label_values": values, "problems": checked.problems, "left_out": left_out})
     else:
-        for problem in checked.problems:
-            say(problem)
+        for sentence in (*checked.problems, *left_out):
+            say(sentence)
         say(f"label values: {', '.join(map(str, values)) or 'none'}")
         say(f"{count} cases at {len(sites)} sites, {len(checked.problems)} problems")
     if checked.problems:

@@ -13,9 +13,9 @@ from flapsam.base.errors import FlapsamError
 from flapsam.run.config import ClassValues, Data, RunConfig
 from flapsam.run.observer import Observer
 from flapsam.run.reading import validated
-from flapsam.sites import Case, LabelMap, Site, find_dataset, label_map, read_found
+from flapsam.sites import Case, LabelMap, Site, find_dataset, label_map, list_cases, read_found, unused
 from flapsam.sites.pairs import check_geometry
-from flapsam.volumes import Volume, read_image, read_label
+from flapsam.volumes import LeftOut, Volume, read_image, read_label
 
 Result = TypeVar("Result")
 
@@ -29,6 +29,8 @@ class Check:
     """Values found in the label maps, except 0."""
     images: dict[bytes, Path] = field(default_factory=dict)
     """SHA-256 digest of an image's voxels → the first file with them."""
+    left_out: list[LeftOut] = field(default_factory=list)
+    """Files that no case uses."""
 
 
 def check_data(path: Path, run: RunConfig | None, values: list[int], observer: Observer) -> tuple[dict[str, int], Check]:
@@ -57,6 +59,7 @@ def check_data(path: Path, run: RunConfig | None, values: list[int], observer: O
     observer.begin("cases", sum(len(site.cases) for site in sites))
     checked = check_sites(sites, problems, data if run or labels else None, observer.step)
     observer.end()
+    checked.left_out = unused(path, list_cases(path, data.layout).cases)
     return {site.name: len(site.cases) for site in sites}, checked
 
 

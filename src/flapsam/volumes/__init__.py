@@ -13,7 +13,7 @@ from flapsam.volumes.formats import (
     write_labels,
     write_probabilities,
 )
-from flapsam.volumes.left_out import LeftOut, sentences
+from flapsam.volumes.left_out import LeftOut, is_hidden, reason_of, sentences
 from flapsam.volumes.legend import COLOURS, Legend, itk_snap, legend_of
 from flapsam.volumes.nifti import count_modalities, is_nifti, read_geometry, write_label_like, write_volume
 from flapsam.volumes.objects import labels_like, volume_of
@@ -43,6 +43,7 @@ __all__ = [
     "count_modalities",
     "find_series",
     "is_dicom",
+    "is_hidden",
     "is_image",
     "is_nifti",
     "itk_snap",
@@ -51,6 +52,7 @@ __all__ = [
     "read_geometry",
     "read_image",
     "read_label",
+    "reason_of",
     "room",
     "same_geometry",
     "sentences",

@@ -167,5 +167,6 @@ def _format(path: Path) -> Format:
         if path.name.lower().endswith(form.suffixes):
             return form
     known = ", ".join(end for form in FORMATS.values() for end in form.suffixes)
-    what, advice = what_it_is(path) or ("not an image format that flapsam reads", f"convert it to {known} or DICOM")
-    raise FlapsamError(f"{path}: {what}; {advice}")
+    found = what_it_is(path) if path.is_file() else None
+    what, advice = (f", but {found[0]}", found[1]) if found else ("", f"convert it to {known} or DICOM")
+    raise FlapsamError(f"{path}: not an image format that flapsam reads{what}; {advice}")

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from flapsam.volumes.content import what_it_is
+
 NAMED = 5
 """Number of files that a sentence names."""
 
@@ -27,3 +29,14 @@ def sentences(left_out: Iterable[LeftOut]) -> list[str]:
         listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
         lines.append(f"{folder}: left out {listed} ({reason})")
     return lines
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a file is one that operating systems make for themselves, which nobody misses."""
+    return path.name.startswith(".") or path.name.lower() in ("thumbs.db", "desktop.ini", "icon\r")
+
+
+def reason_of(path: Path) -> str:
+    """Reason why a file that is no image by its name is left out: what it is by its content."""
+    found = what_it_is(path)
+    return f"not an image, but {found[0]}" if found and found[0] not in ("text", "JSON text", "XML text") else "not an image"

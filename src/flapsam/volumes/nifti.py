@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import cast
+from typing import IO, cast
 
 import nibabel
 import numpy as np
@@ -141,7 +141,7 @@ def write_probabilities(probabilities: Volume, path: Path, original: Path | None
 
 def _derived(original: Path, dtype: type, what: str) -> nibabel.Nifti1Header:
     image = _open(original, modalities=True)
-    with closing(image.file_map["image"].fileobj):
+    with closing(cast(IO[bytes], image.file_map["image"].fileobj)):
         return header_for(dtype, what, image.header)
 
 
