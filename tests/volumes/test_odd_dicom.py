@@ -201,7 +201,12 @@ def emptied(header: Dataset, _: int) -> None:
 def test_a_series_is_found_by_its_content(change: Callable, end: str, tmp_path: Path):
     for path in save_series(tmp_path, CT.array, CT.affine, change=change).iterdir():
         path.rename(path.with_suffix(end))
-    np.testing.assert_array_equal(read_folder(tmp_path).array, CT.array)
+    volume = read_folder(tmp_path)
+    np.testing.assert_array_equal(volume.array, CT.array)
+    (series,) = find_series(tmp_path, sorted(tmp_path.iterdir()))
+    labels = np.ones(CT.array.shape, np.uint8)
+    _, segmentation = write_labels(labels, series, volume.affine, tmp_path / "out" / "a", legend_of(["kidney"]))
+    assert pydicom.dcmread(segmentation).pixel_array.sum() == labels.size
 
 
 def other(kind: str, modality: str = "OT") -> Callable[[Dataset, int], None]:

@@ -75,9 +75,15 @@ def write_dicom_seg(labels: NDArray, series: Series, path: Path, legend: Legend)
 
 def _source(file: Path) -> "Dataset":
     import pydicom
+    from pydicom.uid import UID, CTImageStorage, MRImageStorage, SecondaryCaptureImageStorage
 
     with opened(file, pixels=False) as stream:
-        return pydicom.dcmread(stream, stop_before_pixels=True)
+        header = pydicom.dcmread(stream, stop_before_pixels=True)
+    if "Image Storage" not in UID(str(header.get("SOPClassUID", ""))).name:
+        # highdicom takes no class that an anonymiser made up.
+        classes = {"CT": CTImageStorage, "MR": MRImageStorage}
+        header.SOPClassUID = classes.get(str(header.get("Modality")), SecondaryCaptureImageStorage)
+    return header
 
 
 def _description(segment: Segment):
