@@ -42,6 +42,8 @@ IDENTITY = (
     *("NumberOfFrames", *PLACE),
 )
 """Fields that say what a file is."""
+NEEDED = ("Rows", "Columns", "BitsAllocated", "BitsStored", "PixelRepresentation")
+"""Fields that every image has whose pixels are whole numbers."""
 OTHERS = ("SEG", "RTDOSE", "RTSTRUCT", "RTPLAN", "SR", "PR", "KO", "REG", "FID", "DOC", "RWV", "ECG", "AU")
 """Modalities of objects that are not images of a series, though some have pixels."""
 BROKEN = (
@@ -267,6 +269,9 @@ def _affine(series: Series, planes: Sequence[Plane]) -> NDArray[np.float64]:
 def _planes(file: Path) -> Iterator[Plane]:
     """Yield the slices that a file holds."""
     header, start = _header(file)
+    missing = [field for field in NEEDED if header.get(field) is None]
+    if missing:
+        raise FlapsamError(f"{file}: it holds no image, because its header lacks {', '.join(missing)}; export it again")
     try:
         frames = int(header.get("NumberOfFrames") or 1)
         check_pixel_data(file, header, frames, start)
