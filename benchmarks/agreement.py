@@ -78,7 +78,7 @@ def nifti(folder: Path) -> tuple[Source, Reading]:
 
 def read_nifti(path: Path) -> Reading:
     image = cast(nibabel.Nifti1Image, nibabel.load(path))
-    unit = NIFTI_UNITS[image.header.get_xyzt_units()[0]]
+    unit = NIFTI_UNITS[str(image.header.get_xyzt_units()[0])]
     return image.get_fdata(), scaled(np.asarray(image.affine), unit)
 
 
@@ -171,7 +171,7 @@ FORMATS = {
     "NIfTI": (nifti, read_nifti),
     "NRRD": (nrrd_file, read_nrrd),
     "MetaImage": (meta, read_meta),
-    "DICOM": (dicom, None),
+    "DICOM": (dicom, read_nifti),  # The label map of a series is NIfTI.
 }
 
 
