@@ -76,7 +76,7 @@ def test_the_label_map_of_case_0000_is_called_case(
 ):
     _card(monkeypatch, modalities=1)
     _create(tmp_path, files)
-    jobs = find_images([tmp_path / path for path in given], Trained(tmp_path, None))
+    jobs, _ = find_images([tmp_path / path for path in given], Trained(tmp_path, None))
     found = {Path(str(job.image)).relative_to(tmp_path).as_posix(): job.stem.as_posix() for job in jobs}
     assert found == expected
     assert not any(job.fault for job in jobs)
@@ -85,7 +85,7 @@ def test_the_label_map_of_case_0000_is_called_case(
 def test_numbers_of_several_modalities_are_left_out_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     _card(monkeypatch, modalities=2)
     _create(tmp_path, ["x/scan_0000.nii.gz", "x/scan_0001.nii.gz"])
-    (job,) = find_images([tmp_path / "x"], Trained(tmp_path, None))
+    (job,), _ = find_images([tmp_path / "x"], Trained(tmp_path, None))
     assert (job.stem.as_posix(), len(job.others)) == ("scan", 1)
 
 

@@ -29,14 +29,14 @@ def test_a_list_of_files_is_read_as_programs_write_it(content: bytes, adapter: P
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "one.nii.gz").touch()
     (tmp_path / "list.TXT").write_bytes(content)
-    jobs = find_images([tmp_path / "list.TXT"], find_trained(adapter))
+    jobs, _ = find_images([tmp_path / "list.TXT"], find_trained(adapter))
     assert {job.image for job in jobs} == {tmp_path / "in" / "one.nii.gz"}
     assert not jobs[0].fault
 
 
 def test_a_path_in_a_list_that_leads_nowhere_is_named_with_its_line(adapter: Path, tmp_path: Path):
     (tmp_path / "list.txt").write_text("\nnowhere.nii.gz\n")
-    (job,) = find_images([tmp_path / "list.txt"], find_trained(adapter))
+    (job,), _ = find_images([tmp_path / "list.txt"], find_trained(adapter))
     assert job.fault == f"{tmp_path}/nowhere.nii.gz: no such file or folder; correct list.txt, line 2"
     (tmp_path / "list.txt").write_bytes("Zürich.nii.gz".encode("cp1252"))
     with pytest.raises(FlapsamError, match=r"list\.txt, line 1: byte 0xfc is not text in UTF-8"):

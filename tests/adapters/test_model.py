@@ -62,8 +62,11 @@ def test_a_folder_of_dicom_files_must_hold_one_series(model: flapsam.Model, tmp_
     save_series(tmp_path / "ct", image.array, image.affine, series="other")
     with pytest.raises(FlapsamError, match=r"holds 2 DICOM series \(3 .* exactly one series is needed"):
         model.predict(tmp_path / "ct")
-    with pytest.raises(FlapsamError, match="holds no DICOM image"):
+    with pytest.raises(FlapsamError, match=r"holds 2 DICOM series"):
         model.predict(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FlapsamError, match="holds no DICOM image"):
+        model.predict(tmp_path / "empty")
 
 
 def test_a_nibabel_image_has_a_nibabel_label_map(model: flapsam.Model, path: Path, expected: np.ndarray, tmp_path: Path):

@@ -262,7 +262,7 @@ def test_an_image_whose_label_map_has_no_name_is_not_segmented(tmp_path: Path):
     for name in ("good", "Good", "a\nb", ".hidden", "x" * 101):
         (tmp_path / "images").mkdir(exist_ok=True)
         (tmp_path / "images" / f"{name}.nii.gz").touch()
-    jobs = {job.stem.name: job.fault for job in find_images([tmp_path / "images"], trained)}
+    jobs = {job.stem.name: job.fault for job in find_images([tmp_path / "images"], trained)[0]}
     assert jobs.keys() == {"good", "Good", "a\nb", "x" * 101}
     assert jobs["Good"] == ""
     assert "would overwrite" in jobs["good"]

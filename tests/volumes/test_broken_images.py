@@ -148,8 +148,8 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     # NRRD and MetaImage
     "nrrd/cut.nrrd": (lambda p: cut(itk(p, NOISE), 0.6), "cut.nrrd: "),
     "meta/cut.mha": (lambda p: cut(itk(p, NOISE), 0.6), "cut.mha: "),
-    "nrrd/text.nrrd": (lambda p: p.write_text("hello"), "not a readable NRRD or MetaImage file"),
-    "meta/text.mha": (lambda p: p.write_text("hello"), "not a readable NRRD or MetaImage file"),
+    "nrrd/text.nrrd": (lambda p: p.write_text("hello"), "not a readable NRRD file, but text"),
+    "meta/text.mha": (lambda p: p.write_text("hello"), "not a readable MetaImage file, but text"),
     "nrrd/flat.nrrd": (lambda p: itk(p, NOISE[0]), "a 3-D volume is needed, but this file has 2 dimensions"),
     "meta/nan.mha": (lambda p: itk(p, np.full(SHAPE, np.nan, np.float32)), "voxels are NaN or infinite"),
     "nrrd/colours.nrrd": (lambda p: itk(p, np.zeros((4, 4, 4, 3), np.uint8), True), "one plain number per voxel"),

@@ -129,10 +129,10 @@ def test_series_are_separated_and_reports_are_left_out(tmp_path: Path):
 def test_dicom_files_are_recognised(tmp_path: Path):
     save_series(tmp_path / "a", synthetic_ct().array, synthetic_ct().affine)
     file = next((tmp_path / "a").iterdir())
-    for name in ("IM000001", "1.2.840.99.1", "slice.ima"):
+    for name in ("IM000001", "1.2.840.99.1", "slice.ima", "IMG.1.v2", "notes.txt", "scan.nii"):
         (tmp_path / name).write_bytes(file.read_bytes())
         assert is_dicom(tmp_path / name)
-    for name in ("DICOMDIR", ".hidden.dcm", "notes.txt"):
+    for name in ("DICOMDIR", ".hidden.dcm"):
         (tmp_path / name).write_bytes(file.read_bytes())
         assert not is_dicom(tmp_path / name)
     (tmp_path / "README").write_text("nothing")

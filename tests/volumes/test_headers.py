@@ -117,7 +117,7 @@ BAD_META: dict[str, tuple[list[str], bytes, str]] = {
     "another object": (changed(META, "ObjectType = Tube"), RAW, "field 'ObjectType'"),
     "text as type": (changed(META, "ElementType = MET_STRING"), RAW, "field 'ElementType'"),
     "twice": ([*META, "NDims = 3"], RAW, "the field 'NDims' is there twice"),
-    "colon": (["ObjectType : Image", *META[1:]], RAW, "not a readable NRRD or MetaImage file"),
+    "colon": (["ObjectType : Image", *META[1:]], RAW, "not a readable MetaImage file"),
     "two orders": ([*META, "ElementByteOrderMSB = True", "BinaryDataByteOrderMSB = False"], RAW, "contradicts itself"),
     "channels": ([*META, "ElementNumberOfChannels = 1000"], RAW, "field 'ElementNumberOfChannels'"),
     "skip": ([*META, "HeaderSize = 2"], RAW, "only for plain voxels in another file"),

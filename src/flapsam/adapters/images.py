@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,13 +17,31 @@ from flapsam.base.names import NameRefused, as_name, folded
 from flapsam.base.text import read_document
 from flapsam.run.config import Split
 from flapsam.sites import list_cases, read_sites
-from flapsam.volumes import Series, Source, case_name, find_series, is_dicom, is_image, source_at
+from flapsam.volumes import (
+    LeftOut,
+    Series,
+    Source,
+    case_name,
+    is_dicom,
+    is_hidden,
+    is_image,
+    reason_of,
+    sentences,
+    sort_files,
+    source_at,
+)
 
 LIST = ".txt"
+REASONS = 3
+"""Number of sentences on files that are left out which the error has that no image was found."""
+LIKE_LABELS = "named like a label map"
 TRUTH = "labels"
 """Beginning of the names of folders with label maps, in flapsam's layout, nnU-Net's and the Decathlon's."""
 LABEL_MAP = re.compile(r"(^|[_.-])(seg|segmentation|labels?|mask)$", re.IGNORECASE)
 """End of the names of label map files, as in KiTS, IXI, the prostate sites and 3D Slicer."""
+
+DATA_FILE = re.compile(r"^(?:ElementDataFile\s*=|data ?file:)\s*(.+?)\s*$", re.IGNORECASE | re.MULTILINE)
+"""The line of a MetaImage or NRRD header that names the file with the voxels."""
 
 
 @dataclass(frozen=True)
@@ -42,36 +61,40 @@ class Job:
 
 def find_images(
     paths: Sequence[Path], trained: Trained, *, series: str | None = None, output: Path | None = None
-) -> list[Job]:
+) -> tuple[list[Job], list[LeftOut]]:
     """Find the images to segment.
 
     Args:
         paths: image files, folders, or lists (``.txt``) of such paths. Folders are searched at any depth for everything that
-            is not named like a label map. The DICOM files of a folder form a series. A list has one path per line,
-            relative to the list's folder.
+            is not named like a label map. DICOM files are told by their content, and form series by their UIDs, also over
+            several folders. A list has one path per line, relative to the list's folder.
         trained: the adapter, which knows the number of modalities of a case.
         series: pattern for the description, number or UID of a series, which selects from folders with several DICOM series.
         output: the output folder, which is not searched.
+
+    Returns:
+        The images, and the files of the folders that are left out.
 
     Raises:
         FlapsamError: a path does not exist, or no image is found.
     """
     modalities = read_card(trained.folder).samples.modalities
-    jobs: list[Job] = []
+    search = _Search(modalities, series, output)
     for path in paths:
         if not path.exists():
             raise FlapsamError(f"{path}: no such file or folder")
-        jobs += (
-            _listed(path, modalities, series, output)
-            if path.suffix.lower() == LIST
-            else _at(path, modalities, series, output)
-        )
-    if not jobs:
-        raise FlapsamError(f"{', '.join(map(str, paths))}: no NIfTI, NRRD, MetaImage or DICOM image found")
+        if path.suffix.lower() == LIST and not is_dicom(path):
+            search.listed(path)
+        else:
+            search.at(path)
+    if not search.jobs:
+        reasons = "".join(f"; {sentence}" for sentence in sentences(search.left_out)[:REASONS])
+        raise FlapsamError(f"{', '.join(map(str, paths))}: no NIfTI, NRRD, MetaImage or DICOM image found{reasons}")
+    jobs = search.jobs
     if modalities == 1:
         stems = without_numbers([(job.image, job.stem) for job in jobs])
         jobs = [replace(job, stem=stem) for job, stem in zip(jobs, stems, strict=True)]
-    return _apart([_named(job) for job in jobs])
+    return _apart([_named(job) for job in jobs]), search.left_out
 
 
 def images_of_split(folder: Path, trained: Trained, split: Split) -> list[Job]:
@@ -102,55 +125,121 @@ def images_of_split(folder: Path, trained: Trained, split: Split) -> list[Job]:
     return jobs
 
 
-def _listed(path: Path, modalities: int, series: str | None, output: Path | None) -> Iterator[Job]:
-    try:
-        lines = read_document(path).split("\n")
-    except OSError as error:
-        raise FlapsamError(f"{path}: cannot read this list; write one path per line") from error
-    for number, line in enumerate(lines, start=1):
-        # As Windows and spreadsheets write a path, if there is no file with exactly this name.
-        plain = line.strip("\"',; \t")
-        if not plain:
-            continue
-        spellings = [path.parent / text for text in (line.strip(), plain, plain.replace("\\", "/"))]
-        listed = next((spelling for spelling in spellings if exists(spelling)), spellings[0])
-        if exists(listed):
-            yield from _at(listed, modalities, series, output)
-        else:
-            fault = f"{listed}: no such file or folder; correct {path.name}, line {number}"
-            yield Job(listed, Path(case_name(listed)), fault=fault)
+class _Search:
+    """A search for images, which collects them and what is left out."""
+
+    def __init__(self, modalities: int, series: str | None, output: Path | None) -> None:
+        self.modalities, self.series, self.output = modalities, series, output
+        self.jobs: list[Job] = []
+        self.left_out: list[LeftOut] = []
+
+    def listed(self, path: Path) -> None:
+        """Take the images that a list names."""
+        try:
+            lines = read_document(path).split("\n")
+        except OSError as error:
+            raise FlapsamError(f"{path}: cannot read this list; write one path per line") from error
+        for number, line in enumerate(lines, start=1):
+            # As Windows and spreadsheets write a path, if there is no file with exactly this name.
+            plain = line.strip("\"',; \t")
+            if not plain:
+                continue
+            spellings = [path.parent / text for text in (line.strip(), plain, plain.replace("\\", "/"))]
+            listed = next((spelling for spelling in spellings if exists(spelling)), spellings[0])
+            if exists(listed):
+                self.at(listed)
+            else:
+                fault = f"{listed}: no such file or folder; correct {path.name}, line {number}"
+                self.jobs.append(Job(listed, Path(case_name(listed)), fault=fault))
+
+    def at(self, path: Path) -> None:
+        """Take the image of a file, or those of a folder."""
+        if path.is_dir():
+            self._inside(path)
+            return
+        try:
+            # A file that is not an image fails later, with the error of its reader.
+            self.jobs.append(Job(source_at(path), Path(case_name(path))))
+        except FlapsamError as error:
+            self.jobs.append(Job(path, Path(case_name(path)), fault=str(error)))
+
+    def _inside(self, root: Path) -> None:
+        """Take the images in a folder and below it. Folders ``images`` are left out of the paths of label maps."""
+        # Links are followed, but no folder is searched twice.
+        seen = {root.resolve()} | ({self.output.resolve()} if self.output else set())
+        dicom: list[Path] = []
+        for directory, folders, files in os.walk(root, followlinks=True):
+            folder = Path(directory)
+            self.left_out += [LeftOut(folder / name, LIKE_LABELS) for name in sorted(folders) if name.startswith(TRUTH)]
+            subfolders = {name: (folder / name).resolve() for name in sorted(folders) if not name.startswith((".", TRUTH))}
+            folders[:] = [name for name, path in subfolders.items() if path not in seen]
+            seen.update(subfolders.values())
+            paths = [path for path in (folder / name for name in sorted(files)) if not is_hidden(path)]
+            images = [path for path in paths if is_image(path)]
+            self.jobs += _by_case(
+                [path for path in images if not _is_label_map(path)], _target(root, folder), self.modalities
+            )
+            self.left_out += [LeftOut(path, LIKE_LABELS) for path in images if _is_label_map(path)]
+            voxels = _detached(images)
+            for path in paths:
+                if is_image(path) or path.name in voxels:
+                    continue
+                if is_dicom(path):
+                    dicom.append(path)
+                else:
+                    self.left_out.append(LeftOut(path, reason_of(path)))
+        found = sort_files(dicom)
+        self.left_out += found.left_out
+        for folder in sorted({series.folder for series in found.series}):
+            in_folder = [series for series in found.series if series.folder == folder]
+            self._by_series(folder, in_folder, _target(root, folder))
+
+    def _by_series(self, folder: Path, all_series: Sequence[Series], target: Path) -> None:
+        """One job per series. Of several in a folder, only those that match the pattern, since users rarely need all."""
+        self.jobs += [Job(series, target / series.files[0].stem) for series in all_series if series.whole_file]
+        sliced = [series for series in all_series if not series.whole_file]
+        stem = target if target.parts else Path(folder.resolve().name)
+        if len(sliced) > 1 and self.series is None:
+            titles = ", ".join(_titles(sliced))
+            fault = f"{folder}: {len(sliced)} series in one folder: {titles}; choose with --series, or '*' for all"
+            self.jobs.append(Job(sliced[0], stem, fault=fault))
+            return
+        names = [re.sub(r"\W+", "_", f"{series.number}_{series.description}").strip("_") for series in sliced]
+        for series, name in zip(sliced, names, strict=True):
+            if not _fits(series, self.series or "*"):
+                self.left_out.append(LeftOut(series.files[0], f"series {series.title}, which --series does not choose"))
+                continue
+            title = name if names.count(name) == 1 else f"{name}_{series.uid}"
+            self.jobs.append(Job(series, stem if len(sliced) == 1 else stem / title))
 
 
-def _at(path: Path, modalities: int, series: str | None, output: Path | None) -> Iterator[Job]:
-    if path.is_dir():
-        yield from _inside(path, modalities, series, output)
-        return
-    try:
-        # A file that is not an image fails later, with the error of its reader.
-        yield Job(source_at(path), Path(case_name(path)))
-    except FlapsamError as error:
-        yield Job(path, Path(case_name(path)), fault=str(error))
+def _target(root: Path, folder: Path) -> Path:
+    return Path(*(part for part in folder.relative_to(root).parts if part != "images"))
 
 
-def _inside(root: Path, modalities: int, series: str | None, output: Path | None) -> Iterator[Job]:
-    """The images in a folder and below it. Folders ``images`` are left out of the paths of label maps."""
-    # Links are followed, but no folder is searched twice.
-    seen = {root.resolve()} | ({output.resolve()} if output else set())
-    for directory, folders, files in os.walk(root, followlinks=True):
-        folder = Path(directory)
-        subfolders = {name: (folder / name).resolve() for name in sorted(folders) if not name.startswith((".", TRUTH))}
-        folders[:] = [name for name, path in subfolders.items() if path not in seen]
-        seen.update(subfolders.values())
-        target = Path(*(part for part in folder.relative_to(root).parts if part != "images"))
-        paths = [folder / name for name in sorted(files)]
-        images = [path for path in paths if is_image(path)]
-        yield from _by_case([path for path in images if not _is_label_map(path)], target, modalities)
-        all_series = find_series(folder, [path for path in paths if not is_image(path) and is_dicom(path)])
-        yield from _by_series(folder, all_series, target, series)
+def _detached(images: Sequence[Path]) -> set[str]:
+    """Names of files that hold the voxels of the headers among the images."""
+    headers = [path for path in images if path.name.lower().endswith((".mhd", ".nhdr"))]
+    names: set[str] = set()
+    for path in headers:
+        with suppress(OSError), path.open("rb") as file:
+            names.update(
+                re.findall(r"(?i)(?:elementdatafile\s*=|data ?file:)\s*(.+?)\s*$", file.read(2**16).decode("latin-1"), re.M)
+            )
+    return names
+
+
+def _titles(all_series: Sequence[Series]) -> list[str]:
+    """Titles of series, with the UIDs of those that would else have the same."""
+    titles = [series.title for series in all_series]
+    return [
+        title if titles.count(title) == 1 else f"{title} {series.uid}"
+        for title, series in zip(titles, all_series, strict=True)
+    ]
 
 
 def _is_label_map(path: Path) -> bool:
-    return path.name.endswith(".seg.nrrd") or bool(LABEL_MAP.search(case_name(path)))
+    return path.name.lower().endswith(".seg.nrrd") or bool(LABEL_MAP.search(case_name(path)))
 
 
 def _by_case(images: list[Path], target: Path, modalities: int) -> list[Job]:
@@ -162,22 +251,6 @@ def _by_case(images: list[Path], target: Path, modalities: int) -> list[Job]:
     if modalities > 1:
         return [Job(files[0], target / name, tuple(files[1:])) for name, files in cases.items()]
     return [Job(file, target / name) for name, files in cases.items() for file in files]
-
-
-def _by_series(folder: Path, all_series: Sequence[Series], target: Path, pattern: str | None) -> Iterator[Job]:
-    """One job per series. Of several series in a folder, only those that match the pattern, since users rarely need all."""
-    yield from (Job(series, target / series.files[0].stem) for series in all_series if series.whole_file)
-    sliced = [series for series in all_series if not series.whole_file]
-    stem = target if target.parts else Path(folder.resolve().name)
-    if len(sliced) > 1 and pattern is None:
-        titles = ", ".join(series.title for series in sliced)
-        fault = f"{folder}: {len(sliced)} series in one folder: {titles}; choose with --series, or '*' for all"
-        yield Job(sliced[0], stem, fault=fault)
-        return
-    for series in sliced:
-        if _fits(series, pattern or "*"):
-            title = re.sub(r"\W+", "_", f"{series.number}_{series.description}").strip("_")
-            yield Job(series, stem if len(sliced) == 1 else stem / title)
 
 
 def _fits(series: Series, pattern: str) -> bool:

@@ -15,6 +15,7 @@ from flapsam.base.errors import FlapsamError
 from flapsam.learning.inference import PredictionOptions
 from flapsam.run.config import Checkpoint, Split
 from flapsam.run.observer import Observer
+from flapsam.volumes import LeftOut
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Predictions:
     """One outcome for each image."""
     volumes: Path
     """Path of the table with the classes' volumes in millilitres."""
+    left_out: Sequence[LeftOut] = ()
+    """Files in the searched folders that are no images, or were left out for another reason."""
 
     @property
     def written(self) -> list[Outcome]:
@@ -42,6 +45,7 @@ class Predictions:
             "written": [str(path) for outcome in self.written for path in outcome.written],
             "images": [outcome.as_json() for outcome in self.outcomes],
             "volumes": str(self.volumes),
+            "left_out": [{"path": str(one.path), "reason": one.reason} for one in self.left_out],
         }
 
 
@@ -83,8 +87,9 @@ def predict(
             segmented raises nothing. It is listed in ``Predictions.failed``.
     """
     adapter = find_trained(trained)
+    left_out: list[LeftOut] = []
     if split is None:
-        jobs = find_images(images, adapter, series=series, output=output)
+        jobs, left_out = find_images(images, adapter, series=series, output=output)
     elif len(images) == 1:
         jobs = images_of_split(images[0], adapter, split)
     else:
@@ -94,4 +99,4 @@ def predict(
     outcomes = predict_images(
         model, adapter, jobs, output, options=options, segmentation=dicom_seg, resume=resume, observer=observer or Observer()
     )
-    return Predictions(list(outcomes), output / VOLUMES)
+    return Predictions(list(outcomes), output / VOLUMES, left_out)

@@ -63,10 +63,12 @@ def check(
     """Read every case and list all problems, before any training."""
     from flapsam.run.reading import read_config
     from flapsam.sites.check import check_data
+    from flapsam.volumes import sentences
 
     with observing() as observer:
         sites, checked = check_data(path, read_config(config) if config else None, labels or [], observer)
     count, values = sum(sites.values()), sorted(set().union(*checked.values.values()))
+    left_out = sentences(checked.left_out)
     if as_json:
         by_site = {site: sorted(found) for site, found in checked.values.items()}
         print_json(
@@ -76,6 +78,7 @@ def check(
                 "label_values_by_site": by_site,
                 "problems": checked.problems,
                 "notes": checked.notes,
+                "left_out": left_out,
             }
         )
     else:
@@ -83,6 +86,8 @@ def check(
             say(problem)
         for note in checked.notes:
             say(f"note: {note}")
+        for sentence in left_out:
+            say(sentence)
         say(f"label values: {', '.join(map(str, values)) or 'none'}")
         say(f"{count} cases at {len(sites)} sites, {len(checked.problems)} problems")
     if checked.problems:

@@ -62,9 +62,13 @@ def init(
     from dataclasses import asdict
 
     from flapsam.experiments.init import initialise, minutes
+    from flapsam.sites import unused
+    from flapsam.volumes import sentences
 
     with observing() as observer:
         seen, estimate = initialise(data, output, observer)
+    for sentence in sentences(unused(data, [case for site in seen.sites for case in site.cases])):
+        warn(sentence)
     if as_json:
         return print_json({"run": str(output), **asdict(estimate), "notes": seen.notes})
     out.print(output.read_text(), highlight=False, markup=False, soft_wrap=True, end="")

@@ -76,6 +76,7 @@ def predict(
     """Segment volumes. Each image gets one label map, on its own grid and in its own format."""
     from flapsam.adapters.prediction import predict as run
     from flapsam.learning.inference import PredictionOptions
+    from flapsam.volumes import sentences
 
     with interruptible(f"Finished label maps are in {output}; add --resume to continue.") as observer:
         predictions = run(
@@ -99,6 +100,8 @@ def predict(
         count = len(predictions.written)
         label_maps = "1 label map is" if count == 1 else f"{count} label maps are"
         say(f"{label_maps} in {output}, volumes in millilitres in {predictions.volumes}")
+        for sentence in sentences(predictions.left_out):
+            warn(sentence)
     if predictions.failed:
         failed, total = len(predictions.failed), len(predictions.outcomes)
         notes.print(f"[bold red]{failed} of {total} images were not segmented:[/]", highlight=False)

@@ -5,6 +5,7 @@ from flapsam.sites.dataset import Dataset, Download
 from flapsam.sites.labels import HIDDEN, IGNORED, LabelMap, label_map
 from flapsam.sites.reading import DATASETS, find_dataset, list_cases, read_found, read_site, read_sites
 from flapsam.sites.split import hold_out_validation
+from flapsam.sites.unused import unused
 
 __all__ = [
     "DATASETS",
@@ -23,4 +24,5 @@ __all__ = [
     "read_found",
     "read_site",
     "read_sites",
+    "unused",
 ]

@@ -13,10 +13,10 @@ from flapsam.base.errors import FlapsamError
 from flapsam.run.config import ClassValues, Data, RunConfig
 from flapsam.run.observer import Observer
 from flapsam.run.reading import validated
-from flapsam.sites import Case, LabelMap, Site, find_dataset, label_map, list_cases, read_found
+from flapsam.sites import Case, LabelMap, Site, find_dataset, label_map, list_cases, read_found, unused
 from flapsam.sites.differences import label_notes, modality_problems, name_notes, unlisted
 from flapsam.sites.pairs import check_geometry
-from flapsam.volumes import Volume, read_image, read_label
+from flapsam.volumes import LeftOut, Volume, read_image, read_label
 
 Result = TypeVar("Result")
 
@@ -34,6 +34,8 @@ class Check:
     """Case → number of its modalities, for every image that can be read."""
     images: dict[bytes, Path] = field(default_factory=dict)
     """SHA-256 digest of an image's voxels → the first file with them."""
+    left_out: list[LeftOut] = field(default_factory=list)
+    """Files that no case uses."""
 
 
 def check_data(path: Path, run: RunConfig | None, values: list[int], observer: Observer) -> tuple[dict[str, int], Check]:
@@ -65,6 +67,7 @@ def check_data(path: Path, run: RunConfig | None, values: list[int], observer: O
     observer.end()
     if data.table:
         checked.notes += unlisted(data.table, found.cases)
+    checked.left_out = unused(path, found.cases)
     return {site.name: len(site.cases) for site in sites}, checked
 
 

@@ -1,7 +1,7 @@
 """Reading and writing images: the file formats, and the volume with its position in space."""
 
 from flapsam.volumes.allocation import room
-from flapsam.volumes.dicom import find_series
+from flapsam.volumes.dicom import Found, find_series, sort_files
 from flapsam.volumes.formats import (
     FORMATS,
     Source,
@@ -13,6 +13,7 @@ from flapsam.volumes.formats import (
     write_labels,
     write_probabilities,
 )
+from flapsam.volumes.left_out import LeftOut, is_hidden, reason_of, sentences
 from flapsam.volumes.legend import COLOURS, Legend, itk_snap, legend_of
 from flapsam.volumes.nifti import count_modalities, is_nifti, read_geometry, write_label_like, write_volume
 from flapsam.volumes.objects import labels_like, volume_of
@@ -31,7 +32,9 @@ __all__ = [
     "CANONICAL_AXES",
     "COLOURS",
     "FORMATS",
+    "Found",
     "Geometry",
+    "LeftOut",
     "Legend",
     "Series",
     "Source",
@@ -41,6 +44,7 @@ __all__ = [
     "count_modalities",
     "find_series",
     "is_dicom",
+    "is_hidden",
     "is_image",
     "is_nifti",
     "itk_snap",
@@ -50,9 +54,12 @@ __all__ = [
     "read_geometry",
     "read_image",
     "read_label",
+    "reason_of",
     "room",
     "same_geometry",
+    "sentences",
     "slice_count",
+    "sort_files",
     "source_at",
     "volume_of",
     "write_label_like",

@@ -3,6 +3,7 @@
 import logging
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,9 +11,13 @@ from numpy.typing import NDArray
 from flapsam.base.errors import FlapsamError
 from flapsam.base.files import written_whole
 from flapsam.base.version import __version__
+from flapsam.volumes.dicom_file import opened
 from flapsam.volumes.dicom_slices import sorted_planes
 from flapsam.volumes.legend import Legend, Segment
 from flapsam.volumes.series import Series
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
 
 
 def write_dicom_seg(labels: NDArray, series: Series, path: Path, legend: Legend) -> None:
@@ -30,7 +35,6 @@ def write_dicom_seg(labels: NDArray, series: Series, path: Path, legend: Legend)
         FlapsamError: the series lacks attributes of the patient or the study that a segmentation must have.
     """
     import highdicom
-    import pydicom
 
     planes = sorted_planes(series)
     files = list(dict.fromkeys(plane.file for plane in planes))
@@ -44,7 +48,7 @@ def write_dicom_seg(labels: NDArray, series: Series, path: Path, legend: Legend)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             segmentation = highdicom.seg.Segmentation(
-                source_images=[pydicom.dcmread(file, stop_before_pixels=True) for file in files],
+                source_images=[_source(file) for file in files],
                 pixel_array=np.ascontiguousarray(frames),
                 segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
                 segment_descriptions=[_description(segment) for segment in legend],
@@ -67,6 +71,19 @@ def write_dicom_seg(labels: NDArray, series: Series, path: Path, legend: Legend)
         ) from error
     with written_whole(path) as temporary:
         segmentation.save_as(temporary)
+
+
+def _source(file: Path) -> "Dataset":
+    import pydicom
+    from pydicom.uid import UID, CTImageStorage, MRImageStorage, SecondaryCaptureImageStorage
+
+    with opened(file, pixels=False) as stream:
+        header = pydicom.dcmread(stream, stop_before_pixels=True)
+    if "Image Storage" not in UID(str(header.get("SOPClassUID", ""))).name:
+        # highdicom takes no class that an anonymiser made up.
+        classes = {"CT": CTImageStorage, "MR": MRImageStorage}
+        header.SOPClassUID = classes.get(str(header.get("Modality")), SecondaryCaptureImageStorage)
+    return header
 
 
 def _description(segment: Segment):

@@ -10,13 +10,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flapsam.base.errors import FlapsamError
 from flapsam.base.files import check_file
+from flapsam.volumes.content import misnamed
+from flapsam.volumes.dicom_file import opened
 from flapsam.volumes.itk import LPS
 from flapsam.volumes.opened import Opened
 from flapsam.volumes.pixel_data import check_pixel_data
@@ -34,7 +36,16 @@ ASIDE = 0.2
 """Tolerance for a slice beside the line from the first to the last slice, as a share of the smaller pixel spacing."""
 ANGLE = 1e-3
 """Tolerance for the direction cosines of a series."""
-IDENTITY = ("SeriesInstanceUID", "SeriesNumber", "SeriesDescription")
+PLACE = ("ImageOrientationPatient", "ImagePositionPatient", "Rows", "Columns")
+IDENTITY = (
+    *("SOPClassUID", "SOPInstanceUID", "Modality", "SeriesInstanceUID", "SeriesNumber", "SeriesDescription"),
+    *("NumberOfFrames", *PLACE),
+)
+"""Fields that say what a file is."""
+NEEDED = ("Rows", "Columns", "BitsAllocated", "BitsStored", "PixelRepresentation")
+"""Fields that every image has whose pixels are whole numbers."""
+OTHERS = ("SEG", "RTDOSE", "RTSTRUCT", "RTPLAN", "SR", "PR", "KO", "REG", "FID", "DOC", "RWV", "ECG", "AU")
+"""Modalities of objects that are not images of a series, though some have pixels."""
 BROKEN = (
     *(OSError, EOFError, AttributeError, LookupError, ArithmeticError, AssertionError),
     *(NotImplementedError, RuntimeError, TypeError, ValueError, zlib.error, struct.error),
@@ -61,40 +72,77 @@ class Plane:
     range: tuple[int, int]
     """Lowest and highest number that can be stored."""
     thickness: float
+    inverted: bool
+    """Whether high numbers are dark (MONOCHROME1)."""
+    instance: str
+    """UID of the image."""
 
 
-Identity = tuple[str, str, str, int]
-"""UID, number and description of a file's series, and its number of frames."""
+class Identity(TypedDict):
+    """What a file is."""
+
+    uid: str
+    """UID of its series."""
+    number: str
+    description: str
+    frames: int
+    instance: str
+    """UID of the image."""
+    place: list[float]
+    """Direction cosines and position of the slice, and its rows and columns. Empty if the header has no position."""
+    reason: str
+    """Reason why it is not an image of a series, empty if it is one."""
 
 
-def identify_each(files: Sequence[Path]) -> list[Identity | str | None]:
+def identify_each(files: Sequence[Path]) -> list[Identity | str]:
     """What ``identify`` returns for each file, or the message of its error."""
     return [_tried(file) for file in files]
 
 
-def _tried(file: Path) -> Identity | str | None:
+def _tried(file: Path) -> Identity | str:
     try:
         return identify(file)
     except FlapsamError as error:
         return str(error)
 
 
-def identify(file: Path) -> Identity | None:
-    """UID, number and description of a file's series, and its number of frames. None if it is not an image.
+def identify(file: Path) -> Identity:
+    """What a file is, by its header.
 
     Raises:
         FlapsamError: the file is not readable DICOM.
     """
-    from pydicom.uid import UID
-
-    header, _ = _header(file, ["SOPClassUID", "NumberOfFrames", *IDENTITY])
+    header, _ = _header(file, [*IDENTITY])
+    if not any(header.get(field) for field in ("SOPClassUID", "Rows")):
+        raise _unreadable(file)
     try:
-        kind = UID(str(header.get("SOPClassUID", "")))
-        uid, number, description = (str(header.get(field) or "") for field in IDENTITY)
-        frames = int(header.get("NumberOfFrames") or 1)
+        place = [header.get(field) for field in PLACE]
+        return Identity(
+            uid=str(header.get("SeriesInstanceUID") or ""),
+            number=str(header.get("SeriesNumber") or ""),
+            description=str(header.get("SeriesDescription") or ""),
+            frames=int(header.get("NumberOfFrames") or 1),
+            instance=str(header.get("SOPInstanceUID") or ""),
+            place=[] if None in place else [float(number) for value in place for number in np.atleast_1d(value)],
+            reason=_reason(header),
+        )
     except BROKEN as error:
         raise _unreadable(file) from error
-    return None if kind and "Image Storage" not in kind.name else (uid, number, description, frames)
+
+
+def _reason(header: "Dataset") -> str:
+    """Reason why a file is not an image of a series, or nothing. A class that an anonymiser made up says nothing."""
+    from pydicom.uid import UID
+
+    kind = UID(str(header.get("SOPClassUID", "")))
+    known = bool(kind) and kind.name != str(kind)
+    if known and "Image Storage" not in kind.name:
+        return f"DICOM, but not an image: {kind.name}"
+    if not known and str(header.get("Modality")) in OTHERS:
+        return f"DICOM, but not an image: {header.Modality}"
+    if not known and not (header.get("Rows") and header.get("Columns")):
+        return "DICOM without an image"
+    return ""
 
 
 def _header(file: Path, fields: list[str] | None = None) -> tuple["Dataset", int]:
@@ -104,15 +152,15 @@ def _header(file: Path, fields: list[str] | None = None) -> tuple["Dataset", int
 
     check_file(file)
     try:
-        with file.open("rb") as opened:
-            header = pydicom.dcmread(opened, stop_before_pixels=True, specific_tags=fields)  # type: ignore[arg-type]
-            return header, opened.tell()
+        with opened(file, pixels=fields is None) as stream:
+            header = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=fields)  # type: ignore[arg-type]
+            return header, stream.tell()
     except (InvalidDicomError, *BROKEN) as error:
         raise _unreadable(file) from error
 
 
 def _unreadable(file: Path) -> FlapsamError:
-    return FlapsamError(f"{file}: not a readable DICOM file; is it truncated?")
+    return FlapsamError(misnamed(file, "DICOM"))
 
 
 def open_series(series: Series) -> Opened:
@@ -135,6 +183,9 @@ def open_series(series: Series) -> Opened:
                     f"{plane.file}: its pixel data have shape {pixels.shape}, but its header says "
                     f"{(plane.rows, plane.columns)}; export it again"
                 )
+            if plane.inverted:
+                # ITK does so, too, so training data that it converted to NIfTI are turned around.
+                pixels = sum(plane.range) - pixels.astype(np.int64)
             scaled = pixels if (plane.slope, plane.intercept) == (1, 0) else pixels * plane.slope + plane.intercept
             yield scaled.T[..., None]
 
@@ -170,11 +221,17 @@ def _check_distances(series: Series, planes: Sequence[Plane], normal: NDArray[np
         return
     steps = np.diff([plane.corner @ normal for plane in planes])
     usual = float(np.median(steps))
-    doubled = int((steps < EVEN * max(usual, 1e-3)).sum())
-    if doubled:
+    doubled = np.flatnonzero(steps < EVEN * max(usual, 1e-3))
+    if len(doubled):
+        one, other = planes[int(doubled[0])], planes[int(doubled[0]) + 1]
+        if one.instance and one.instance == other.instance and one.file != other.file:
+            raise FlapsamError(
+                f"{series}: {one.file.name} and {other.file.name} are the same slice (SOP Instance UID), but differ; "
+                "remove one of them"
+            )
         raise FlapsamError(
-            f"{series}: {doubled} slices have the same position as another, so the series holds several volumes, such as "
-            "time points; separate the volumes"
+            f"{series}: {len(doubled)} slices have the same position as another, such as {one.file.name} and "
+            f"{other.file.name}, so the series holds several volumes, such as time points; separate the volumes"
         )
     odd = np.flatnonzero(abs(steps - usual) > EVEN * usual)
     if not len(odd):
@@ -212,6 +269,9 @@ def _affine(series: Series, planes: Sequence[Plane]) -> NDArray[np.float64]:
 def _planes(file: Path) -> Iterator[Plane]:
     """Yield the slices that a file holds."""
     header, start = _header(file)
+    missing = [field for field in NEEDED if header.get(field) is None]
+    if missing:
+        raise FlapsamError(f"{file}: it holds no image, because its header lacks {', '.join(missing)}; export it again")
     try:
         frames = int(header.get("NumberOfFrames") or 1)
         check_pixel_data(file, header, frames, start)
@@ -253,6 +313,8 @@ def _plane(file: Path, header: "Dataset", frame: int) -> Plane:
         intercept=float(value("PixelValueTransformationSequence", "RescaleIntercept", 0)),
         range=(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1),
         thickness=float(value("PixelMeasuresSequence", "SliceThickness", 0)),
+        inverted=str(header.get("PhotometricInterpretation")).strip() == "MONOCHROME1",
+        instance=str(header.get("SOPInstanceUID") or ""),
     )
 
 
@@ -263,7 +325,8 @@ def _pixels(planes: Sequence[Plane]) -> Iterator[NDArray]:
 
     for file, group in groupby(planes, key=lambda plane: plane.file):
         try:
-            yield from iter_pixels(file, indices=[plane.frame for plane in group])
+            with opened(file) as stream:
+                yield from iter_pixels(stream, indices=[plane.frame for plane in group])
         except (InvalidDicomError, *BROKEN) as error:
             reason = "it has no pixel data" if _has_no_pixels(file) else "its pixel data cannot be read"
             raise FlapsamError(f"{file}: {reason}; export it again") from error
@@ -274,6 +337,8 @@ def _has_no_pixels(file: Path) -> bool:
     from pydicom.errors import InvalidDicomError
 
     try:
-        return not any(field in pydicom.dcmread(file, defer_size=1024) for field in ("PixelData", "FloatPixelData"))
+        with opened(file) as stream:
+            header = pydicom.dcmread(stream, specific_tags=["PixelData", "FloatPixelData"])
+        return not header
     except (InvalidDicomError, *BROKEN):
         return False

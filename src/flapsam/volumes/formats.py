@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from flapsam.base.errors import FlapsamError
 from flapsam.volumes import nifti
-from flapsam.volumes.dicom import find_series, read_series
+from flapsam.volumes.content import what_it_is
+from flapsam.volumes.dicom import read_series, sort_files
 from flapsam.volumes.dicom_seg import write_dicom_seg
 from flapsam.volumes.itk import META, NRRD, read_itk, write_meta_like, write_nrrd_like
 from flapsam.volumes.legend import Legend
@@ -46,27 +47,30 @@ def is_image(path: Path) -> bool:
 
     Hidden files, which archives from macOS contain, do not count.
     """
-    return path.name.endswith(tuple(_ENDS)) and not path.name.startswith(".")
+    return path.name.lower().endswith(tuple(_ENDS)) and not path.name.startswith(".")
 
 
 def case_name(path: Path) -> str:
     """The file's name without the suffix of its format."""
-    return next((path.name.removesuffix(end) for end in _ENDS if path.name.endswith(end)), path.stem)
+    return next((path.name[: -len(end)] for end in _ENDS if path.name.lower().endswith(end)), path.stem)
 
 
 def source_at(path: Path) -> Source:
-    """The image at a path: the file itself, or the one DICOM series of a folder or file.
+    """The image at a path: the file itself, or the one DICOM series of a folder, with those below it, or of a file.
 
     Raises:
         FlapsamError: a folder or a DICOM file does not hold exactly one series of images.
     """
     if not (path.is_dir() or is_dicom(path)):
         return path
-    files = [file for file in sorted(path.iterdir()) if is_dicom(file)] if path.is_dir() else [path]
-    all_series = find_series(path if path.is_dir() else path.parent, files)
+    files = [file for file in sorted(path.rglob("*")) if is_dicom(file)] if path.is_dir() else [path]
+    found = sort_files(files)
+    # Files in the folder itself come first, and those below it count only if there are none.
+    all_series = [series for series in found.series if any(file.parent == path for file in series.files)] or found.series
     if len(all_series) != 1:
         titles = ", ".join(series.title for series in all_series)
-        content = f"holds {len(all_series)} DICOM series ({titles})" if all_series else "holds no DICOM image"
+        reasons = "".join(f" ({reason})" for reason in dict.fromkeys(one.reason for one in found.left_out))
+        content = f"holds {len(all_series)} DICOM series ({titles})" if all_series else f"holds no DICOM image{reasons}"
         raise FlapsamError(f"{path}: {content}; exactly one series is needed")
     return all_series[0]
 
@@ -158,7 +162,9 @@ def _three_dimensional(path: Path) -> Volume:
 
 def _format(path: Path) -> Format:
     for form in FORMATS.values():
-        if path.name.endswith(form.suffixes):
+        if path.name.lower().endswith(form.suffixes):
             return form
     known = ", ".join(end for form in FORMATS.values() for end in form.suffixes)
-    raise FlapsamError(f"{path}: not an image format that flapsam reads; convert it to {known} or DICOM")
+    found = what_it_is(path) if path.is_file() else None
+    what, advice = (f", but {found[0]}", found[1]) if found else ("", f"convert it to {known} or DICOM")
+    raise FlapsamError(f"{path}: not an image format that flapsam reads{what}; {advice}")

@@ -2,10 +2,13 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from flapsam.base.errors import FlapsamError
 from flapsam.base.files import check_file
+from flapsam.volumes.content import misnamed
+from flapsam.volumes.stored import Stored
 
 HEADER_BYTES = 2**20
 """Largest size of a header in bytes."""
@@ -17,16 +20,29 @@ LARGEST = 2**31 - 1
 Check = Callable[[str], bool]
 
 
+@dataclass(frozen=True)
+class Header:
+    """A header that was checked."""
+
+    fields: dict[str, str]
+    """Name → value, as in the file."""
+    stored: Stored | None
+    """Where the voxels are stored, or None if only ITK can read them, because they are text."""
+    units: tuple[str, ...]
+    """Names of the units of length, for all axes together or one by one."""
+
+
 def broken(path: Path, reason: str) -> FlapsamError:
     """The error for a header that is not passed on."""
     return FlapsamError(f"{path}: its header is damaged, because {reason}; export it again")
 
 
-def read_lines(path: Path, is_last: Callable[[str], bool]) -> tuple[list[str], int]:
+def read_lines(path: Path, form: str, is_last: Callable[[str], bool]) -> tuple[list[str], int]:
     """Read the lines of a header.
 
     Args:
         path: the file.
+        form: name of its format.
         is_last: whether a line ends the header. The end of the file also does.
 
     Returns:
@@ -43,6 +59,8 @@ def read_lines(path: Path, is_last: Callable[[str], bool]) -> tuple[list[str], i
                 raw = file.readline(HEADER_BYTES + 1)
                 line = raw.removesuffix(b"\n").removesuffix(b"\r").decode("latin-1")
                 if any((ord(letter) < 32 and letter != "\t") or ord(letter) == 127 for letter in line):
+                    if not lines:
+                        raise FlapsamError(misnamed(path, form))
                     raise broken(path, f"line {len(lines) + 1} is not text")
                 lines.append(line)
                 if not raw or is_last(line):

@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 from flapsam.base.errors import FlapsamError
 from flapsam.base.files import size_of, written_whole
 from flapsam.volumes.allocation import check_memory
+from flapsam.volumes.header_text import Header
 from flapsam.volumes.legend import Legend
+from flapsam.volumes.lengths import UNKNOWN, millimetres
 from flapsam.volumes.meta_header import check_meta
-from flapsam.volumes.nrrd_header import check_nrrd
+from flapsam.volumes.nrrd_header import check_nrrd, place_of
 from flapsam.volumes.opened import Opened
-from flapsam.volumes.read_process import read_apart
+from flapsam.volumes.read_process import look_apart, read_apart
 from flapsam.volumes.volume import Volume, check_affine
 
 if TYPE_CHECKING:
@@ -30,8 +32,6 @@ NRRD = (".nrrd", ".nhdr")
 META = (".mha", ".mhd")
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """Affine from LPS+, the world space of ITK and DICOM whose axes point to the left, back and head, to RAS+."""
-PLACE = ("space", "space dimension", "space directions", "space origin", "space units", "measurement frame")
-"""Fields of an NRRD header that describe the position of the voxels."""
 
 
 def read_itk(path: Path) -> Volume:
@@ -51,15 +51,8 @@ def open_itk(path: Path) -> Opened:
     """
     import SimpleITK as sitk
 
-    place = (check_nrrd if path.name.endswith(NRRD) else check_meta)(path)
-    reader = sitk.ImageFileReader()
-    # Otherwise ITK would choose by the content, and parse a header that was not checked.
-    reader.SetImageIO("NrrdImageIO" if path.name.endswith(NRRD) else "MetaImageIO")
-    reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise FlapsamError(f"{path}: not a readable NRRD or MetaImage file; is it truncated?") from error
+    header, reader = _opened(path)
+    place = header.stored
     shape = reader.GetSize()
     if len(shape) != 3:
         raise FlapsamError(f"{path}: a 3-D volume is needed, but this file has {len(shape)} dimensions {shape}")
@@ -90,7 +83,37 @@ def open_itk(path: Path) -> Opened:
             yield slice_.T[..., None]
 
     dtype = np.dtype(np.float32) if stored.kind == "f" else stored
-    return Opened(shape, dtype, check_affine(affine_of(reader), path), parts)
+    unit = millimetres(header.units, path)
+    affine = np.diag([unit, unit, unit, 1.0]) @ affine_of(reader)
+    return Opened(shape, dtype, check_affine(affine, path), parts)
+
+
+def _opened(path: Path) -> tuple[Header, "SimpleITK.ImageFileReader"]:
+    """The checked header of a file, and ITK's reader of it."""
+    import SimpleITK as sitk
+
+    is_nrrd = path.name.lower().endswith(NRRD)
+    header = (check_nrrd if is_nrrd else check_meta)(path)
+    reader = sitk.ImageFileReader()
+    # Otherwise ITK would choose by the content, and parse a header that was not checked.
+    reader.SetImageIO("NrrdImageIO" if is_nrrd else "MetaImageIO")
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        reason = str(error).strip().rsplit("ReadImageInformation: ", 1)[-1].splitlines()[-1].rstrip(".")
+        raise FlapsamError(f"{path}: ITK cannot read its header ({reason[:200]}); export it again") from error
+    return header, reader
+
+
+def _place(path: Path) -> dict[str, list[float]]:
+    """Origin, spacing and direction as ITK reads them, in the file's own unit."""
+    _, reader = _opened(path)
+    return {
+        "origin": list(reader.GetOrigin()),
+        "spacing": list(reader.GetSpacing()),
+        "direction": list(reader.GetDirection()),
+    }
 
 
 def affine_of(image: "SimpleITK.Image | SimpleITK.ImageFileReader") -> NDArray[np.float64]:
@@ -112,9 +135,16 @@ def write_nrrd_like(labels: NDArray, original: Path, path: Path, legend: Legend 
     """
     import nrrd
 
-    # SimpleITK would split the directions into units and spacing and multiply them again, which changes their last bits.
-    header = nrrd.read_header(str(original))
-    place = {field: header[field] for field in PLACE if field in header}
+    header = check_nrrd(original)
+    # ITK splits the directions into units and spacing, which changes their last bits, so the header's own are kept.
+    place = place_of(header.fields)
+    if place is None:
+        itk = look_apart(_place, original, size_of(original))
+        directions = (np.reshape(itk["direction"], (3, 3)) * itk["spacing"]).T
+        place = {"space": "left-posterior-superior", "space directions": directions, "space origin": np.array(itk["origin"])}
+    unit = next(filter(None, header.units), "")
+    # NRRD is ASCII, and the only known unit that is not is the micrometre.
+    place |= {"space units": [unit if unit.isascii() else "um"] * 3} if unit else {}
     with written_whole(path) as temporary:
         nrrd.write(
             str(temporary),
@@ -139,15 +169,14 @@ def write_meta_like(labels: NDArray, original: Path, path: Path, legend: Legend 
     """
     import SimpleITK as sitk
 
-    check_meta(original)
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("MetaImageIO")
-    reader.SetFileName(str(original))
-    reader.ReadImageInformation()
+    place = look_apart(_place, original, size_of(original))
     image = sitk.GetImageFromArray(labels.astype(np.uint8, copy=False).transpose())
-    image.SetOrigin(reader.GetOrigin())
-    image.SetSpacing(reader.GetSpacing())
-    image.SetDirection(reader.GetDirection())
+    image.SetOrigin(place["origin"])
+    image.SetSpacing(place["spacing"])
+    image.SetDirection(place["direction"])
+    (unit,) = check_meta(original).units
+    if unit not in UNKNOWN:
+        image.SetMetaData("ITK_VoxelUnits", unit)
     for field, value in slicer_fields(legend, labels.shape).items():
         image.SetMetaData(field, value)
     with written_whole(path) as temporary:

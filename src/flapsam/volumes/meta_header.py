@@ -6,9 +6,11 @@ from pathlib import Path
 
 from flapsam.base.errors import FlapsamError
 from flapsam.volumes.allocation import check_claim
+from flapsam.volumes.content import misnamed
 from flapsam.volumes.header_text import (
     FIELD,
     Check,
+    Header,
     are_numbers,
     broken,
     data_file,
@@ -36,23 +38,20 @@ CHANNELS = 64
 LAST = "ElementDataFile"
 
 
-def check_meta(path: Path) -> Stored | None:
+def check_meta(path: Path) -> Header:
     """Check the header of a file, and that the voxels that it promises can be in the file, or in the file that it names.
-
-    Returns:
-        Where the voxels are stored, or None if only ITK can read them, because they are text.
 
     Raises:
         FlapsamError: there is no such file, or its header is not one that ITK reads without harm.
     """
-    lines, end = read_lines(path, lambda line: line.lstrip().startswith(LAST))
+    lines, end = read_lines(path, "MetaImage", lambda line: line.lstrip().startswith(LAST))
     fields: dict[str, str] = {}
     known = _checks(1)
     for number, line in enumerate(lines, start=1):
         match = LINE.fullmatch(line)
         if match is None:
             if number == 1 or not line.isprintable():
-                raise FlapsamError(f"{path}: not a readable NRRD or MetaImage file; is it truncated?")
+                raise FlapsamError(misnamed(path, "MetaImage"))
             raise broken(path, f"line {number} has no field")
         name, value = match[1], match[2].strip()
         if name in known:
@@ -73,7 +72,7 @@ def check_meta(path: Path) -> Stored | None:
     for name, value in fields.items():
         if not checks[name](value):
             raise broken(path, f"'{value[:100]}' is not a valid value of the field '{name}'")
-    return _check_data(path, fields, axes, end)
+    return Header(fields, _check_data(path, fields, axes, end), (fields.get("DistanceUnits", ""),))
 
 
 def _checks(axes: int) -> dict[str, Check]:

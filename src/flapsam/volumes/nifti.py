@@ -2,24 +2,31 @@
 
 import gzip
 import json
+import logging
 import math
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import cast
+from typing import IO, cast
 
 import nibabel
 import numpy as np
+from nibabel import imageglobals
 from nibabel.arrayproxy import ArrayProxy
 from nibabel.filebasedimages import ImageFileError
+from nibabel.fileholders import FileHolder
 from nibabel.nifti1 import Nifti1Extension
-from nibabel.spatialimages import HeaderDataError
+from nibabel.spatialimages import HeaderDataError, HeaderTypeError
+from nibabel.wrapstruct import WrapStructError
 from numpy.typing import NDArray
 
 from flapsam.base.errors import FlapsamError
 from flapsam.base.files import check_file, size_of, written_whole
 from flapsam.volumes.allocation import check_claim
+from flapsam.volumes.content import GZIP, misnamed
 from flapsam.volumes.legend import Legend
 from flapsam.volumes.opened import Opened
 from flapsam.volumes.quaternion import LongQuaternion, is_too_long, with_unit_quaternion
@@ -27,6 +34,8 @@ from flapsam.volumes.read_process import look_apart, read_apart
 from flapsam.volumes.volume import Geometry, Volume, check_affine
 
 SUFFIXES = (".nii.gz", ".nii")
+UNITS = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 1e-3}
+"""Code of a header's unit of length (unknown, metre, millimetre, micrometre) → its length in mm."""
 COMMENT = 6
 """Code of a NIfTI extension that holds plain text."""
 LABEL_MAP = "flapsam label map"
@@ -36,7 +45,7 @@ CHUNK = 2**20
 EXTENSIONS = 64 * 2**20
 """Largest number of bytes before the voxels, which libraries read at once."""
 BROKEN = (
-    *(ImageFileError, HeaderDataError, EOFError, zlib.error, struct.error),
+    *(ImageFileError, HeaderDataError, HeaderTypeError, WrapStructError, EOFError, zlib.error, struct.error),
     *(OSError, ValueError, TypeError, ArithmeticError, LookupError),
 )
 """Exceptions that nibabel raises for damaged files."""
@@ -47,7 +56,7 @@ _TOO_MANY = "but the network has three channels; leave some out"
 
 def is_nifti(path: Path) -> bool:
     """Whether a file's name is that of a NIfTI file. Hidden files, which archives from macOS contain, do not count."""
-    return path.name.endswith(SUFFIXES) and not path.name.startswith(".")
+    return path.name.lower().endswith(SUFFIXES) and not path.name.startswith(".")
 
 
 def read_geometry(path: Path, *, modalities: bool = False) -> Geometry:
@@ -110,7 +119,7 @@ def write_label_like(labels: NDArray, original: Path, path: Path, legend: Legend
     header = _derived(original, np.uint8, LABEL_MAP)
     _describe(header, legend)
     # Without an affine, nibabel keeps the header's own qform and sform.
-    _save(nibabel.Nifti1Image(labels.astype(np.uint8, copy=False), None, header), path)
+    _save(image_like(labels.astype(np.uint8, copy=False), None, header), path)
 
 
 def write_probabilities(probabilities: Volume, path: Path, original: Path | None = None) -> None:
@@ -122,13 +131,19 @@ def write_probabilities(probabilities: Volume, path: Path, original: Path | None
         original: NIfTI image whose header geometry is kept bit for bit, if there is one.
     """
     header = _derived(original, np.uint16, "flapsam probabilities") if original else None
-    image = nibabel.Nifti1Image(probabilities.array, None if original else probabilities.affine, header)
+    if header is None:
+        image = nibabel.Nifti1Image(probabilities.array, probabilities.affine)
+        image.header.set_xyzt_units("mm")
+    else:
+        image = image_like(probabilities.array, None, header)
     image.header.set_slope_inter(1 / 65535, 0)
     _save(image, path)
 
 
 def _derived(original: Path, dtype: type, what: str) -> nibabel.Nifti1Header:
-    return header_for(dtype, what, _open(original, modalities=True).header)
+    image = _open(original, modalities=True)
+    with closing(cast(IO[bytes], image.file_map["image"].fileobj)):
+        return header_for(dtype, what, image.header)
 
 
 def header_for(dtype: type, what: str, original: nibabel.Nifti1Header) -> nibabel.Nifti1Header:
@@ -146,6 +161,13 @@ def header_for(dtype: type, what: str, original: nibabel.Nifti1Header) -> nibabe
     header["cal_min"] = header["cal_max"] = 0
     header["descrip"] = what.encode()
     return header
+
+
+def image_like(array: NDArray, affine: NDArray[np.float64] | None, header: nibabel.Nifti1Header) -> nibabel.Nifti1Image:
+    """An image in the header's version of NIfTI. Without an affine, it lies where the header says."""
+    # A header of NIfTI-2 that is converted to NIfTI-1 loses its position.
+    kind = nibabel.Nifti2Image if isinstance(header, nibabel.Nifti2Header) else nibabel.Nifti1Image
+    return kind(array, affine, header)
 
 
 def write_volume(volume: Volume, path: Path, legend: Legend = ()) -> None:
@@ -169,7 +191,7 @@ def _describe(header: nibabel.Nifti1Header, legend: Legend) -> None:
 
 
 def _save(image: nibabel.Nifti1Image, path: Path) -> None:
-    with written_whole(path) as temporary:
+    with written_whole(path) as temporary, _silent():
         nibabel.save(image, temporary)
 
 
@@ -188,7 +210,7 @@ def open_nifti(path: Path, *, modalities: bool = True) -> Opened:
     if stored.kind not in "iuf":
         raise FlapsamError(f"{path}: voxels are of type {stored}; convert the file to one plain number per voxel")
     claimed = math.prod(image.shape) * stored.itemsize
-    check_claim(path, claimed, compressed=path.name.endswith(".gz"))
+    check_claim(path, claimed, compressed=_is_packed(path))
     scaled = proxy.slope != 1 or proxy.inter != 0
     dtype = np.dtype(np.float32) if scaled or stored.kind == "f" else stored.newbyteorder("=")
     shape = _shape(image)
@@ -204,7 +226,27 @@ def open_nifti(path: Path, *, modalities: bool = True) -> Opened:
                 f"{path}: the voxels cannot be read, because the file is truncated or damaged; copy or export it again"
             ) from error
 
-    return Opened(shape, dtype, check_affine(image.affine, path), parts)
+    return Opened(shape, dtype, affine_of(image, path), parts)
+
+
+def affine_of(image: nibabel.Nifti1Pair, what: object) -> NDArray[np.float64]:
+    """The affine (4, 4) of a NIfTI image, from voxel index to millimetres, whatever the header's unit of length.
+
+    Args:
+        image: the image. Its own affine is in the unit of its header.
+        what: the image for the error message.
+
+    Raises:
+        FlapsamError: the affine is missing or singular, or NIfTI does not define the unit.
+    """
+    code = int(image.header["xyzt_units"]) & 7
+    if code not in UNITS:
+        raise FlapsamError(
+            f"{what}: its header gives the unit of length as {code}, which NIfTI does not define; set it to 2 (mm)"
+        )
+    unit = UNITS[code]
+    affine = image.affine
+    return check_affine(affine if affine is None or unit == 1 else np.diag([unit, unit, unit, 1.0]) @ affine, what)
 
 
 def _open_volume(path: Path) -> Opened:
@@ -214,15 +256,18 @@ def _open_volume(path: Path) -> Opened:
 def _open(path: Path, modalities: bool = False) -> nibabel.Nifti1Image:
     try:
         check_file(path)
-        _check_offset(path)
-        image = _load(path)
-        if not isinstance(image, nibabel.Nifti1Image):
-            raise FlapsamError(f"{path}: not a NIfTI file; convert it to .nii.gz")
-        affine = image.affine
+        # An open file is decompressed only once, however many parts are read one after another. Whether it is compressed
+        # is told by its content, because some programs name every file .nii.gz.
+        stream = gzip.open(path) if _is_packed(path) else path.open("rb")  # noqa: SIM115 (the image reads it)
+        kind = _kind(path, stream.read(352))
+        stream.seek(0)
+        with _silent():
+            image = _image(kind, stream)
+        affine_of(image, path)
     except LongQuaternion as error:
         raise FlapsamError(f"{path}: its quaternion has the length {error}, not 1; repair the header") from error
     except BROKEN as error:
-        raise FlapsamError(f"{path}: not a readable NIfTI file; is it truncated?") from error
+        raise FlapsamError(misnamed(path, "NIfTI")) from error
     shape = _shape(image)
     if len(shape) == 4 and modalities:
         if shape[3] > MODALITIES:
@@ -231,7 +276,6 @@ def _open(path: Path, modalities: bool = False) -> nibabel.Nifti1Image:
         raise FlapsamError(f"{path}: a 3-D volume is needed, but this file has {len(image.shape)} dimensions {image.shape}")
     if min(image.shape) < 1:
         raise FlapsamError(f"{path}: the volume is empty, with shape {image.shape}; export it again")
-    check_affine(affine, path)
     return image
 
 
@@ -243,32 +287,50 @@ def _shape(image: nibabel.Nifti1Image) -> tuple[int, ...]:
     return shape
 
 
-def _load(path: Path) -> nibabel.Nifti1Image:
-    # An open file is decompressed only once, however many parts are read one after another.
+def _image(kind: type[nibabel.Nifti1Image], stream: IO[bytes]) -> nibabel.Nifti1Image:
     try:
-        return nibabel.load(path, keep_file_open=True)  # type: ignore[return-value]
+        return kind.from_file_map({"image": FileHolder(fileobj=stream)})
     except ValueError as error:
         if not is_too_long(error):
             raise
-        stream = gzip.open(path) if path.name.endswith(".gz") else path.open("rb")  # noqa: SIM115 (the image reads it)
-        start = stream.read(4)
-        second = 540 in (int.from_bytes(start, "little"), int.from_bytes(start, "big"))
-        return with_unit_quaternion(nibabel.Nifti2Image if second else nibabel.Nifti1Image, stream)
+        stream.seek(0)
+        return with_unit_quaternion(kind, stream)
 
 
-def _check_offset(path: Path) -> None:
-    """Check that the voxels begin soon, because nibabel reads everything before them into memory."""
-    with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
-        start = file.read(176)
+def _is_packed(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == GZIP
+
+
+def _kind(path: Path, start: bytes) -> type[nibabel.Nifti1Image]:
+    """The version of NIfTI, after checking that the voxels begin soon, because nibabel reads everything before them."""
     for order in "<>":
         (size,) = struct.unpack_from(f"{order}i", start)
         if size == 348:
-            offset = struct.unpack_from(f"{order}f", start, 108)[0]
+            kind, offset = nibabel.Nifti1Image, struct.unpack_from(f"{order}f", start, 108)[0]
         elif size == 540:
-            offset = struct.unpack_from(f"{order}q", start, 168)[0]
+            kind, offset = nibabel.Nifti2Image, struct.unpack_from(f"{order}q", start, 168)[0]
         else:
             continue
+        if b"ni" in (start[344:346], start[4:6]):
+            # Its voxels are in another file.
+            break
         if not offset <= EXTENSIONS:
             raise FlapsamError(
                 f"{path}: its header places the voxels at byte {offset:.0f}, so it is damaged; export it again"
             )
+        return kind
+    raise ImageFileError
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep nibabel's remarks on a header from the terminal, where they would appear without the name of the file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before = imageglobals.logger.level
+        imageglobals.logger.setLevel(logging.CRITICAL + 1)
+        try:
+            yield
+        finally:
+            imageglobals.logger.setLevel(before)

@@ -6,12 +6,17 @@ ITK crashes on lines that it cannot parse, and trusts what it can.
 import math
 import re
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from flapsam.base.errors import FlapsamError
 from flapsam.volumes.allocation import check_claim
+from flapsam.volumes.content import misnamed
 from flapsam.volumes.header_text import (
     FIELD,
     Check,
+    Header,
     broken,
     data_file,
     is_any,
@@ -48,18 +53,15 @@ SHORTEST = {"raw": 1.0, "ascii": 2.0, "text": 2.0, "txt": 2.0, "hex": 2.0}
 COMPRESSED = ("gzip", "gz")
 
 
-def check_nrrd(path: Path) -> Stored | None:
+def check_nrrd(path: Path) -> Header:
     """Check the header of a file, and that the voxels that it promises can be in the file, or in the file that it names.
-
-    Returns:
-        Where the voxels are stored, or None if only ITK can read them, because they are text.
 
     Raises:
         FlapsamError: there is no such file, or its header is not one that ITK reads without harm.
     """
-    lines, end = read_lines(path, lambda line: not line)
+    lines, end = read_lines(path, "NRRD", lambda line: not line)
     if not re.fullmatch(r"NRRD000[1-5]", lines[0]):
-        raise FlapsamError(f"{path}: not a readable NRRD or MetaImage file; is it truncated?")
+        raise FlapsamError(misnamed(path, "NRRD"))
     fields = _fields(path, lines[1:])
     for name in ("type", "dimension", "sizes", "encoding"):
         if name not in fields:
@@ -67,12 +69,51 @@ def check_nrrd(path: Path) -> Stored | None:
     axes = whole(fields["dimension"], 1, 4)
     if axes is None:
         raise broken(path, f"dimension '{fields['dimension']}' is not from 1 to 4")
+    if "none" in fields.get("spacedirections", "") and axes - fields["spacedirections"].split().count("none") < 3:
+        raise FlapsamError(f"{path}: a 3-D volume is needed, but fewer than three of its axes have a direction in space")
     space = SPACES.get(fields.get("space", "").lower()) or whole(fields.get("spacedimension", "3"), 1, 3)
     checks = _checks(axes, space or 0)
     for name, value in fields.items():
         if not checks[name](value):
             raise broken(path, f"'{value[:100]}' is not a valid value of the field '{name}'")
-    return _check_data(path, fields, axes, end)
+    return Header(fields, _check_data(path, fields, axes, end), _units(fields))
+
+
+def place_of(fields: dict[str, str]) -> dict[str, Any] | None:
+    """The fields with the position of a volume's voxels, as pynrrd writes them. None if there are not three directions."""
+    vectors = [_vector(text) for text in VECTOR.findall(fields.get("spacedirections", ""))]
+    if [len(vector) for vector in vectors] != [3, 3, 3]:
+        return None
+    place: dict[str, Any] = {"space": fields["space"]} if "space" in fields else {"space dimension": 3}
+    place["space directions"] = np.array(vectors)
+    if "spaceorigin" in fields:
+        place["space origin"] = np.array(_vector(fields["spaceorigin"].strip("()")))
+    if "measurementframe" in fields:
+        place["measurement frame"] = np.array([_vector(text) for text in VECTOR.findall(fields["measurementframe"])])
+    return place
+
+
+def _vector(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
+
+
+def _units(fields: dict[str, str]) -> tuple[str, ...]:
+    """The units of the space, or those of the axes that lie in it."""
+    units = [_quoted(text) for text in QUOTED.findall(fields.get("spaceunits", ""))]
+    if not units:
+        units = [_quoted(text) for text in QUOTED.findall(fields.get("units", ""))]
+        words = VECTOR.sub("()", fields.get("spacedirections", "")).split()
+        units = [unit for index, unit in enumerate(units) if words[index : index + 1] != ["none"]]
+    return tuple(units)
+
+
+def _quoted(text: str) -> str:
+    """A text without its quotes. Headers are ASCII, but some have UTF-8 in them."""
+    inner = text[1:-1].encode("latin-1")
+    try:
+        return inner.decode()
+    except UnicodeDecodeError:
+        return inner.decode("latin-1")
 
 
 def _fields(path: Path, lines: list[str]) -> dict[str, str]:

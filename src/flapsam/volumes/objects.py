@@ -9,8 +9,9 @@ from nibabel.spatialimages import SpatialImage
 from numpy.typing import NDArray
 
 from flapsam.base.errors import FlapsamError
-from flapsam.volumes.itk import LPS, affine_of
-from flapsam.volumes.nifti import LABEL_MAP, MODALITIES, header_for
+from flapsam.volumes.itk import LPS
+from flapsam.volumes.itk import affine_of as itk_affine
+from flapsam.volumes.nifti import LABEL_MAP, MODALITIES, affine_of, header_for, image_like
 from flapsam.volumes.volume import Volume, check_affine, check_finite
 
 if TYPE_CHECKING:
@@ -32,14 +33,17 @@ def volume_of(image: Any, affine: NDArray | None = None) -> Volume:
     if _is_sitk(image):
         import SimpleITK as sitk
 
-        array, affine = sitk.GetArrayFromImage(image).transpose(), affine_of(image)
+        if image.GetDimension() != 3:
+            raise FlapsamError(f"the image has {image.GetDimension()} dimensions; a 3-D volume is needed")
+        array, affine = sitk.GetArrayFromImage(image).transpose(), itk_affine(image)
         if image.GetNumberOfComponentsPerPixel() > 1:
             array = np.moveaxis(array, 0, -1)
     elif _is_meta_tensor(image):
         array, affine = image.detach().cpu().numpy(), _ras(image)
         array = np.moveaxis(array, 0, -1) if array.ndim == 4 else array
     elif isinstance(image, SpatialImage):
-        array, affine = np.asanyarray(image.dataobj), image.affine
+        array = np.asanyarray(image.dataobj)
+        affine = affine_of(image, "the image") if isinstance(image, nibabel.Nifti1Pair) else image.affine
     elif isinstance(image, np.ndarray):
         array = image
         if affine is None:
@@ -72,8 +76,9 @@ def labels_like(labels: NDArray[np.uint8], image: Any) -> Any:
         return _sitk_like(labels, image)
     if _is_meta_tensor(image):
         return _meta_tensor_like(labels, image)
-    if isinstance(image, nibabel.Nifti1Image):
-        return nibabel.Nifti1Image(labels, None, header_for(np.uint8, LABEL_MAP, image.header))
+    if isinstance(image, nibabel.Nifti1Pair):
+        # The affine may have been changed after loading. nibabel then saves that, and else the header's own position.
+        return image_like(labels, image.affine, header_for(np.uint8, LABEL_MAP, image.header))
     if isinstance(image, SpatialImage):
         return nibabel.Nifti1Image(labels, image.affine)
     return labels

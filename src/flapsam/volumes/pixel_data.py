@@ -1,11 +1,13 @@
 """Checks of what a DICOM file promises about its pixel data, before memory is taken for them (PS3.5 A.4)."""
 
+import io
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from flapsam.base.errors import FlapsamError
 from flapsam.volumes.allocation import check_claim
+from flapsam.volumes.dicom_file import opened
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -41,22 +43,29 @@ def check_pixel_data(file: Path, header: "Dataset", frames: int, start: int) -> 
         raise FlapsamError(f"{file}: its header promises {bits} bits per voxel, so it is damaged; export it again")
     syntax = header.file_meta.TransferSyntaxUID
     claimed = max(rows * columns * frames * bits // 8, 1)
-    check_claim(file, claimed, compressed=syntax.is_compressed or syntax.is_deflated)
-    if syntax.is_compressed:
-        with file.open("rb") as opened:
-            opened.seek(start)
-            _check_fragments(file, opened, header, frames, (rows, columns))
+    with opened(file) as stream:
+        check_claim(file, claimed, compressed=syntax.is_compressed, stored=stream.seek(0, io.SEEK_END))
+        stream.seek(start)
+        if syntax.is_compressed:
+            _check_fragments(file, stream, header, frames, (rows, columns))
+        elif _begins_fragments(stream.read(12)):
+            raise FlapsamError(f"{file}: its pixel data are compressed, but its header does not say how; export it again")
 
 
-def _check_fragments(file: Path, opened: BinaryIO, header: "Dataset", frames: int, size: tuple[int, int]) -> None:
+def _begins_fragments(element: bytes) -> bool:
+    """Whether an element holds fragments, whose length is not given, as compressed pixel data are stored."""
+    return element[:4] == PIXEL_DATA and b"\xff\xff\xff\xff" in (element[4:8], element[8:12])
+
+
+def _check_fragments(file: Path, stream: BinaryIO, header: "Dataset", frames: int, size: tuple[int, int]) -> None:
     from pydicom.encaps import parse_basic_offsets, parse_fragments
 
-    element = opened.read(12)
+    element = stream.read(12)
     if element[:4] != PIXEL_DATA:
         return
-    table = parse_basic_offsets(opened)  # type: ignore[arg-type]
-    first = opened.tell()
-    count, places = parse_fragments(opened)  # type: ignore[arg-type]
+    table = parse_basic_offsets(stream)  # type: ignore[arg-type]
+    first = stream.tell()
+    count, places = parse_fragments(stream)  # type: ignore[arg-type]
     end = file.stat().st_size
     if count < frames:
         raise FlapsamError(f"{file}: its header promises {frames} frames, but the file has {count}; export it again")
@@ -68,8 +77,8 @@ def _check_fragments(file: Path, opened: BinaryIO, header: "Dataset", frames: in
     if beyond:
         raise FlapsamError(f"{file}: the table of its frames leads beyond the end of the file; is it truncated?")
     for place in places:
-        opened.seek(place + 8)
-        coded = _coded_size(opened)
+        stream.seek(place + 8)
+        coded = _coded_size(stream)
         if coded not in (None, size):
             raise FlapsamError(f"{file}: its pixel data have shape {coded}, but its header says {size}; export it again")
 
@@ -79,11 +88,11 @@ def _numbers(header: "Dataset", field: str) -> tuple[int, ...]:
     return struct.unpack(f"<{len(value) // 8}Q", value[: len(value) // 8 * 8])
 
 
-def _coded_size(opened: BinaryIO) -> tuple[int, int] | None:
+def _coded_size(stream: BinaryIO) -> tuple[int, int] | None:
     """Rows and columns in the code of a JPEG, JPEG-LS or JPEG 2000 image, or None if it begins with something else."""
-    begin = opened.read(2)
+    begin = stream.read(2)
     if begin == b"\xff\x4f":
-        siz = opened.read(22)
+        siz = stream.read(22)
         if len(siz) < 22 or siz[:2] != b"\xff\x51":
             return None
         columns, rows, left, top = struct.unpack(">4I", siz[6:22])
@@ -91,11 +100,11 @@ def _coded_size(opened: BinaryIO) -> tuple[int, int] | None:
     if begin != b"\xff\xd8":
         return None
     for _ in range(SEGMENTS):
-        segment = opened.read(4)
+        segment = stream.read(4)
         if len(segment) < 4 or segment[0] != 0xFF:
             return None
         if segment[1] in SIZED:
-            frame = opened.read(5)
+            frame = stream.read(5)
             return struct.unpack(">HH", frame[1:]) if len(frame) == 5 else None
-        opened.seek(max(int.from_bytes(segment[2:], "big") - 2, 0), 1)
+        stream.seek(max(int.from_bytes(segment[2:], "big") - 2, 0), 1)
     return None

@@ -3,14 +3,17 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from flapsam.volumes.dicom_file import begins_as_dicom
+
 SUFFIXES = (".dcm", ".dicom", ".ima")
 
 
 @dataclass(frozen=True)
 class Series:
-    """A DICOM series: files of one folder that hold a slice each, or one file with all slices."""
+    """A DICOM series: files that hold a slice each, or one file with all slices."""
 
     folder: Path
+    """The folder that holds all files, perhaps in folders below it."""
     files: tuple[Path, ...]
     uid: str = ""
     number: str = ""
@@ -29,15 +32,13 @@ class Series:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM, by its name or its first bytes. Hidden files and DICOMDIR do not count."""
+    """Whether a file is DICOM, by the end of its name or its first bytes. Hidden files and DICOMDIR do not count."""
     if path.name.startswith(".") or path.name == "DICOMDIR" or not path.is_file():
         return False
     if path.name.lower().endswith(SUFFIXES):
         return True
-    if path.suffix and not path.suffix[1:].isdigit():
-        return False
     try:
         with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
+            return begins_as_dicom(file.read(140))
     except OSError:
         return False

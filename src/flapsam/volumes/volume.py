@@ -66,7 +66,7 @@ def spacing_of(affine: NDArray[np.float64]) -> tuple[float, float, float]:
     return float(x), float(y), float(z)
 
 
-def check_affine(affine: Any, where: Path | str) -> NDArray[np.float64]:
+def check_affine(affine: Any, where: object) -> NDArray[np.float64]:
     """Return the affine if it maps every voxel to a different position.
 
     Args:
