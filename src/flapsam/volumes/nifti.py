@@ -9,6 +9,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from io import BufferedIOBase
 from pathlib import Path
 from typing import IO, cast
 
@@ -287,7 +288,7 @@ def _shape(image: nibabel.Nifti1Image) -> tuple[int, ...]:
     return shape
 
 
-def _image(kind: type[nibabel.Nifti1Image], stream: IO[bytes]) -> nibabel.Nifti1Image:
+def _image(kind: type[nibabel.Nifti1Image], stream: BufferedIOBase) -> nibabel.Nifti1Image:
     try:
         return kind.from_file_map({"image": FileHolder(fileobj=stream)})
     except ValueError as error:

@@ -5,7 +5,7 @@ fourth is 0, the three may be longer than 1. nifti_clib, which ITK and FSL use, 
 """
 
 import math
-from typing import IO
+from io import BufferedIOBase
 
 import nibabel
 from nibabel.arrayproxy import ArrayProxy
@@ -24,7 +24,7 @@ def is_too_long(error: ValueError) -> bool:
     return "w2 should be positive" in str(error)
 
 
-def with_unit_quaternion(kind: type[nibabel.Nifti1Image], file: IO[bytes]) -> nibabel.Nifti1Image:
+def with_unit_quaternion(kind: type[nibabel.Nifti1Image], file: BufferedIOBase) -> nibabel.Nifti1Image:
     """The image in a file, with its quaternion made as long as 1.
 
     Args:
