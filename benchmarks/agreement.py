@@ -1,11 +1,13 @@
-"""Compare how flapsam reads images with how others do: made-up volumes, and all test files that ship with pydicom.
+"""Compare how flapsam reads images with how others do: made-up volumes, and pydicom's test files.
 
 Each made-up volume has a random shape, orientation, spacing, unit, type of numbers and slope, and a shear where its format
 allows one. It is written as NIfTI, NRRD, MetaImage or DICOM, without flapsam. What flapsam reads is compared with an
 independent reading by nibabel, SimpleITK or pydicom: voxels, affine, and the volume of a label map in millilitres. The label
 map that flapsam writes is read by the same library and must lie where the image lies.
 
-    python benchmarks/agreement.py [COUNT]
+    python benchmarks/agreement.py [COUNT] [FOLDER …]
+
+The test files are those that ship with pydicom, and those in further folders, such as the unpacked package ``pydicom-data``.
 """
 
 import collections
@@ -13,6 +15,7 @@ import re
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -212,10 +215,25 @@ def made_up(count: int) -> None:
     print(f"{agreeing.total()} of {count} made-up volumes agree:", dict(agreeing))
 
 
-def shipped() -> None:
-    """Read all files that ship with pydicom, and compare the numbers of those that are read."""
+def rescaled(header: pydicom.Dataset) -> NDArray:
+    """The numbers of a file as pydicom decodes them, with the slope and intercept of the file or of each frame."""
+    frames = header.get("PerFrameFunctionalGroupsSequence", [])
+    groups = [*header.get("SharedFunctionalGroupsSequence", []), *frames]
+    if not any("PixelValueTransformationSequence" in group for group in groups):
+        return header.pixel_array * float(header.get("RescaleSlope", 1)) + float(header.get("RescaleIntercept", 0))
+    numbers = header.pixel_array.astype(np.float64)
+    for index, frame in enumerate(frames):
+        (group,) = [one for one in (frame, groups[0]) if "PixelValueTransformationSequence" in one][:1]
+        (change,) = group.PixelValueTransformationSequence
+        numbers[index] = numbers[index] * float(change.RescaleSlope) + float(change.RescaleIntercept)
+    return numbers
+
+
+def test_files(folders: Sequence[Path]) -> None:
+    """Read the files that ship with pydicom and those in the folders, and compare the numbers of those that are read."""
     counts, reasons, wrong = collections.Counter(), collections.Counter(), []
-    files = sorted({path for path in map(Path, get_testdata_files()) if path.is_file()})
+    further = [path for folder in folders for path in folder.rglob("*")]
+    files = sorted({path for path in (*map(Path, get_testdata_files()), *further) if path.is_file()})
     for path in files:
         if not is_dicom(path):
             counts["no DICOM"] += 1
@@ -232,12 +250,11 @@ def shipped() -> None:
             reasons[str(error).split(": ", 1)[1]] += 1
             continue
         counts["read"] += 1
-        header = pydicom.dcmread(path, force=True)
-        expected = header.pixel_array * float(header.get("RescaleSlope", 1)) + float(header.get("RescaleIntercept", 0))
+        expected = rescaled(pydicom.dcmread(path, force=True))
         # The frames of a file have an order of their own.
         if not np.allclose(np.sort(expected.ravel()), np.sort(volume.array.ravel()), rtol=1e-5):
             wrong.append(path.name)
-    print(f"{len(files)} files of pydicom:", dict(counts), f"of which {len(wrong)} are wrong", *wrong)
+    print(f"{len(files)} test files:", dict(counts), f"of which {len(wrong)} are wrong", *wrong)
     for reason, number in reasons.most_common():
         print(f"{number:4} {reason}")
 
@@ -245,4 +262,4 @@ def shipped() -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     made_up(int(sys.argv[1]) if len(sys.argv) > 1 else 200)
-    shipped()
+    test_files([Path(folder) for folder in sys.argv[2:]])
