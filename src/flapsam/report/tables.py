@@ -1,6 +1,6 @@
 """Tables of results for the terminal."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.table import Table
 from rich.text import Text
@@ -29,7 +29,7 @@ def dice_table(results: Results) -> Table:
     """Mean test Dice by site with one column per mode, and the gain of federated over local-only training."""
     summaries = results.summaries()
     rule = rule_for_absent(score for scores in results.scores.values() for score in scores)
-    table = Table(title="Mean test Dice over classes", caption=f"{rule} {COUNTED}")
+    table = Table(title="Mean test Dice over classes")
     table.add_column("site")
     table.add_column("cases", justify="right")
     for mode in summaries:
@@ -44,6 +44,7 @@ def dice_table(results: Results) -> Table:
         if compared:
             row.append(_gain(summaries["federated"][site], summaries["local"][site]))
         table.add_row(*map(as_text, row), style="bold" if site == "pooled" else None)
+    table.caption = _explained(rule, (mean_dice(summary) for sites in summaries.values() for summary in sites.values()))
     return table
 
 
@@ -77,8 +78,8 @@ def scores_table(scores: Sequence[CaseScores]) -> Table:
     pooled = summarise(scores)
     missing = missing_cases(scores)
     zeros = f" No prediction, so that the Dice is 0: {', '.join(missing)}." if missing else ""
-    caption = as_text(f"{rule_for_absent(scores)} {COUNTED}{zeros}")
-    table = Table(title="Dice (95 % Hausdorff distance in mm)", caption=caption)
+    shown: list[str] = []
+    table = Table(title="Dice (95 % Hausdorff distance in mm)")
     table.add_column("site")
     table.add_column("cases", justify="right")
     for name in [*pooled.dice, "mean"]:
@@ -95,7 +96,14 @@ def scores_table(scores: Sequence[CaseScores]) -> Table:
             mean_dice(summary),
             style="bold" if site == ALL_CASES else None,
         )
+        shown += [*cells, mean_dice(summary)]
+    table.caption = as_text(_explained(rule_for_absent(scores), shown) + zeros)
     return table
+
+
+def _explained(rule: str, cells: Iterable[str]) -> str:
+    """The rule for absent classes, and what n is if a cell has one."""
+    return f"{rule} {COUNTED}" if any(" n=" in cell for cell in cells) else rule
 
 
 def strategy_table(rows: Sequence[StrategyTraffic]) -> Table:

@@ -25,7 +25,9 @@ def unused(path: Path, cases: Iterable[Case]) -> list[LeftOut]:
         folder = Path(directory)
         if folder.resolve() not in holding:
             folders.clear()
-            left_out.append(LeftOut(folder, "a folder without a case"))
+            # If the data's own folder has no case, there is nothing to compare its files with.
+            if folder != path:
+                left_out.append(LeftOut(folder, "a folder without a case"))
             continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for file in (folder / name for name in sorted(files)):
