@@ -9,6 +9,7 @@ from io import BufferedIOBase
 
 import nibabel
 from nibabel.arrayproxy import ArrayProxy
+from nibabel.fileholders import FileHolder
 
 LONGEST = 1.01
 """Length up to which the excess over 1 counts as a rounding error."""
@@ -41,4 +42,5 @@ def with_unit_quaternion(kind: type[nibabel.Nifti1Image], file: BufferedIOBase) 
         raise LongQuaternion(f"{length:g}")
     for name in FIELDS:
         header[name] = float(header[name]) / length
-    return kind(ArrayProxy(file, header), header.get_best_affine(), header)
+    files = {"image": FileHolder(fileobj=file)}
+    return kind(ArrayProxy(file, header), header.get_best_affine(), header, file_map=files)
