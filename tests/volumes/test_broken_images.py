@@ -150,6 +150,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "meta/cut.mha": (lambda p: cut(itk(p, NOISE), 0.6), "cut.mha: "),
     "nrrd/text.nrrd": (lambda p: p.write_text("hello"), "not a readable NRRD file, but text"),
     "meta/text.mha": (lambda p: p.write_text("hello"), "not a readable MetaImage file, but text"),
+    "nrrd/times.nrrd": (lambda p: itk(p, NOISE[None]), "a 3-D volume is needed, but this file's space has four dimensions"),
     "nrrd/flat.nrrd": (lambda p: itk(p, NOISE[0]), "a 3-D volume is needed, but this file has 2 dimensions"),
     "meta/nan.mha": (lambda p: itk(p, np.full(SHAPE, np.nan, np.float32)), "voxels are NaN or infinite"),
     "nrrd/colours.nrrd": (lambda p: itk(p, np.zeros((4, 4, 4, 3), np.uint8), True), "one plain number per voxel"),

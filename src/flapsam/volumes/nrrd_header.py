@@ -71,6 +71,8 @@ def check_nrrd(path: Path) -> Header:
         raise broken(path, f"dimension '{fields['dimension']}' is not from 1 to 4")
     if "none" in fields.get("spacedirections", "") and axes - fields["spacedirections"].split().count("none") < 3:
         raise FlapsamError(f"{path}: a 3-D volume is needed, but fewer than three of its axes have a direction in space")
+    if fields.get("spacedimension", "").strip() == "4":
+        raise FlapsamError(f"{path}: a 3-D volume is needed, but this file's space has four dimensions; save it as 3-D")
     space = SPACES.get(fields.get("space", "").lower()) or whole(fields.get("spacedimension", "3"), 1, 3)
     checks = _checks(axes, space or 0)
     for name, value in fields.items():
