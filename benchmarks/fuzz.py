@@ -461,7 +461,7 @@ def save_seg(folder: Path) -> None:
 
 
 def read_seg(folder: Path) -> None:
-    """Read the frames of the segmentation, which is not an image for ``find_series``."""
+    """Read the frames of the segmentation, which is not an image for ``sort_files``."""
     from flapsam.volumes import Series, read_image
 
     read_dicom(folder)
@@ -470,9 +470,9 @@ def read_seg(folder: Path) -> None:
 
 def read_dicom(folder: Path) -> None:
     """Read the series of a folder."""
-    from flapsam.volumes import find_series, is_dicom, read_image
+    from flapsam.volumes import is_dicom, read_image, sort_files
 
-    for series in find_series(folder, [path for path in sorted(folder.iterdir()) if is_dicom(path)]):
+    for series in sort_files([path for path in sorted(folder.iterdir()) if is_dicom(path)]).series:
         read_image(series)
 
 

@@ -19,13 +19,13 @@ import SimpleITK as sitk
 from flapsam.base.errors import FlapsamError
 from flapsam.volumes import (
     case_name,
-    find_series,
     is_dicom,
     is_image,
     is_nifti,
     legend_of,
     read_image,
     read_label,
+    sort_files,
     write_labels,
 )
 from tests.helpers.dicom import save_series
@@ -147,7 +147,7 @@ def test_a_file_is_named_for_what_it_is(name: str, tmp_path: Path):
 def test_a_dicom_file_is_named_for_what_it_is(content: bytes, what: str, tmp_path: Path):
     (tmp_path / "a.dcm").write_bytes(content)
     assert is_dicom(tmp_path / "a.dcm")
-    (series,) = find_series(tmp_path, [tmp_path / "a.dcm"])
+    (series,) = sort_files([tmp_path / "a.dcm"]).series
     with pytest.raises(FlapsamError, match=rf"a\.dcm: not a readable DICOM file, but .*{what}"):
         read_image(series)
 
@@ -170,7 +170,7 @@ def test_no_library_says_anything_on_the_terminal(
         tmp_path / "qfac.nii",
         tmp_path / "two.nii",
         tmp_path / "a.nrrd",
-        *find_series(folder, sorted(folder.iterdir())),
+        *sort_files(sorted(folder.iterdir())).series,
     ]
     for index, source in enumerate(sources):
         volume = read_image(source)

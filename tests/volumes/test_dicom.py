@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydicom.uid import UID, JPEGLSLossless, RLELossless
 
 from flapsam.base.errors import FlapsamError
-from flapsam.volumes import Volume, find_series, is_dicom, legend_of, read_image, write_labels
+from flapsam.volumes import Volume, is_dicom, legend_of, read_image, sort_files, write_labels
 from flapsam.volumes.itk import affine_of
 from tests.helpers.dicom import changed, save_enhanced, save_series
 
@@ -29,7 +29,7 @@ def synthetic_ct(shape: tuple[int, int, int] = (12, 10, 6)) -> Volume:
 
 
 def read_folder(folder: Path) -> Volume:
-    (series,) = find_series(folder, sorted(path for path in folder.iterdir() if is_dicom(path)))
+    (series,) = sort_files(sorted(path for path in folder.iterdir() if is_dicom(path))).series
     return read_image(series)
 
 
@@ -122,7 +122,7 @@ def test_series_are_separated_and_reports_are_left_out(tmp_path: Path):
     (file,) = report.iterdir()
     changed(file, lambda header: setattr(header, "SOPClassUID", "1.2.840.10008.5.1.4.1.1.88.11"))
     file.rename(tmp_path / "report.dcm")
-    all_series = find_series(tmp_path, sorted(path for path in tmp_path.iterdir() if path.is_file()))
+    all_series = sort_files(sorted(path for path in tmp_path.iterdir() if path.is_file())).series
     assert sorted((series.description, len(series.files)) for series in all_series) == [("first", 6), ("second", 4)]
 
 
@@ -146,7 +146,7 @@ def test_every_frame_of_a_segmentation_lies_at_its_position(whole_file: bool, tm
         save_enhanced(tmp_path / "in" / "one.dcm", image.array, image.affine, [4, 2, 0, 1, 5, 3])
     else:
         save_series(tmp_path / "in", image.array, image.affine, order=[3, 1, 5, 0, 2, 4])
-    (series,) = find_series(tmp_path / "in", sorted((tmp_path / "in").iterdir()))
+    (series,) = sort_files(sorted((tmp_path / "in").iterdir())).series
     volume = read_image(series)
     labels = np.zeros(volume.array.shape, np.uint8)
     labels[2:7, 3:8, 1:4] = 1
@@ -180,7 +180,7 @@ def test_every_frame_of_a_segmentation_lies_at_its_position(whole_file: bool, tm
 def test_an_empty_label_map_is_written_as_a_segmentation(tmp_path: Path):
     image = synthetic_ct()
     save_series(tmp_path / "in", image.array, image.affine)
-    (series,) = find_series(tmp_path / "in", sorted((tmp_path / "in").iterdir()))
+    (series,) = sort_files(sorted((tmp_path / "in").iterdir())).series
     _, path = write_labels(np.zeros((12, 10, 6), np.uint8), series, image.affine, tmp_path / "out", LEGEND)
     assert not pydicom.dcmread(path).pixel_array.any()
 
@@ -188,7 +188,7 @@ def test_an_empty_label_map_is_written_as_a_segmentation(tmp_path: Path):
 def test_a_series_without_a_study_cannot_be_the_source_of_a_segmentation(tmp_path: Path):
     image = synthetic_ct()
     save_series(tmp_path / "in", image.array, image.affine, change=lambda header, _: delattr(header, "StudyInstanceUID"))
-    (series,) = find_series(tmp_path / "in", sorted((tmp_path / "in").iterdir()))
+    (series,) = sort_files(sorted((tmp_path / "in").iterdir())).series
     with pytest.raises(FlapsamError, match=r"cannot be the source of a DICOM segmentation .*StudyInstanceUID"):
         write_labels(np.zeros((12, 10, 6), np.uint8), series, image.affine, tmp_path / "out", LEGEND)
     assert {path.name for path in tmp_path.iterdir()} == {"in"}

@@ -23,7 +23,7 @@ from pydicom.uid import (
 )
 
 from flapsam.base.errors import FlapsamError
-from flapsam.volumes import find_series, is_dicom, legend_of, read_image, source_at, write_labels
+from flapsam.volumes import is_dicom, legend_of, read_image, source_at, write_labels
 from flapsam.volumes.dicom import sort_files
 from flapsam.volumes.left_out import sentences
 from tests.helpers.dicom import changed, save_enhanced, save_series
@@ -98,7 +98,7 @@ def test_a_series_is_read_whatever_its_file_meta_say(name: str, tmp_path: Path):
     volume = read_folder(folder)
     np.testing.assert_array_equal(volume.array, CT.array)
     np.testing.assert_allclose(volume.affine, CT.affine, atol=1e-9)
-    (series,) = find_series(folder, sorted(folder.iterdir()))
+    (series,) = sort_files(sorted(folder.iterdir())).series
     labels = (CT.array > 1000).astype(np.uint8)
     _, segmentation = write_labels(labels, series, volume.affine, tmp_path / "out", legend_of(["kidney"]))
     assert pydicom.dcmread(segmentation).pixel_array.sum() == labels.sum()
@@ -203,7 +203,7 @@ def test_a_series_is_found_by_its_content(change: Callable, end: str, tmp_path: 
         path.rename(path.with_suffix(end))
     volume = read_folder(tmp_path)
     np.testing.assert_array_equal(volume.array, CT.array)
-    (series,) = find_series(tmp_path, sorted(tmp_path.iterdir()))
+    (series,) = sort_files(sorted(tmp_path.iterdir())).series
     labels = np.ones(CT.array.shape, np.uint8)
     _, segmentation = write_labels(labels, series, volume.affine, tmp_path / "out" / "a", legend_of(["kidney"]))
     assert pydicom.dcmread(segmentation).pixel_array.sum() == labels.size
@@ -252,7 +252,7 @@ def all_files(root: Path) -> list[Path]:
 )
 def test_a_series_may_be_spread_over_folders(split: Callable[[int], str], tmp_path: Path):
     root = spread(tmp_path, split)
-    (series,) = find_series(root, all_files(root))
+    (series,) = sort_files(all_files(root)).series
     assert series.folder == root
     volume = read_image(series)
     np.testing.assert_array_equal(volume.array, CT.array)
@@ -264,7 +264,7 @@ def test_copies_of_a_series_in_other_folders_stay_apart(tmp_path: Path):
     for name in "ab":
         save_series(tmp_path / name, CT.array, CT.affine)
     shutil.copytree(tmp_path / "a", tmp_path / "c")
-    all_series = find_series(tmp_path, all_files(tmp_path))
+    all_series = sort_files(all_files(tmp_path)).series
     assert [(series.folder.name, len(series.files)) for series in all_series] == [("a", 6), ("b", 6), ("c", 6)]
 
 
@@ -273,7 +273,7 @@ def test_overlapping_parts_of_a_series_are_one_volume(tmp_path: Path):
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     for path in [*sorted((tmp_path / "a").iterdir())[4:], *sorted((tmp_path / "b").iterdir())[:2]]:
         path.unlink()
-    (series,) = find_series(tmp_path, all_files(tmp_path))
+    (series,) = sort_files(all_files(tmp_path)).series
     np.testing.assert_array_equal(read_image(series).array, CT.array)
 
 
@@ -283,7 +283,7 @@ def test_series_that_share_a_uid_but_make_no_volume_stay_apart(tmp_path: Path):
     far[2, 3] += 100
     save_series(tmp_path / "a", CT.array, CT.affine)
     save_series(tmp_path / "b", CT.array, far)
-    assert len(find_series(tmp_path, all_files(tmp_path))) == 2
+    assert len(sort_files(all_files(tmp_path)).series) == 2
 
 
 def test_series_are_told_by_their_uids(tmp_path: Path):
@@ -299,7 +299,7 @@ def test_series_are_told_by_their_uids(tmp_path: Path):
         series="c",
         change=lambda header, i: setattr(header, "SeriesDescription", f"slice {i}"),
     )
-    assert [len(series.files) for series in find_series(tmp_path, all_files(tmp_path))] == [6, 6, 6]
+    assert [len(series.files) for series in sort_files(all_files(tmp_path)).series] == [6, 6, 6]
 
 
 def test_files_without_a_series_uid_are_one_series(tmp_path: Path):

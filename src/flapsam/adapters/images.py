@@ -66,7 +66,7 @@ def find_images(
 
     Args:
         paths: image files, folders, or lists (``.txt``) of such paths. Folders are searched at any depth for everything that
-            is not named like a label map. DICOM files are told by their content, and form series by their UIDs, also over
+            is not named like a label map. DICOM files are recognised by content, and form series by their UIDs, also over
             several folders. A list has one path per line, relative to the list's folder.
         trained: the adapter, which knows the number of modalities of a case.
         series: pattern for the description, number or UID of a series, which selects from folders with several DICOM series.

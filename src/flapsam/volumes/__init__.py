@@ -1,7 +1,7 @@
 """Reading and writing images: the file formats, and the volume with its position in space."""
 
 from flapsam.volumes.allocation import room
-from flapsam.volumes.dicom import Found, find_series, sort_files
+from flapsam.volumes.dicom import Found, sort_files
 from flapsam.volumes.formats import (
     FORMATS,
     Source,
@@ -42,7 +42,6 @@ __all__ = [
     "canonical_slice_axis",
     "case_name",
     "count_modalities",
-    "find_series",
     "is_dicom",
     "is_hidden",
     "is_image",

@@ -33,11 +33,6 @@ class Found:
     left_out: list[LeftOut] = field(default_factory=list)
 
 
-def find_series(folder: Path, files: Sequence[Path]) -> list[Series]:
-    """The series that ``sort_files`` finds in a folder."""
-    return sort_files(files).series
-
-
 def sort_files(files: Sequence[Path]) -> Found:
     """Group files into image series, by the UID of their series.
 

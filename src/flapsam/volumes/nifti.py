@@ -258,7 +258,7 @@ def _open(path: Path, modalities: bool = False) -> nibabel.Nifti1Image:
     try:
         check_file(path)
         # An open file is decompressed only once, however many parts are read one after another. Whether it is compressed
-        # is told by its content, because some programs name every file .nii.gz.
+        # follows from its content, because some programs name every file .nii.gz.
         stream = gzip.open(path) if _is_packed(path) else path.open("rb")  # noqa: SIM115 (the image reads it)
         kind = _kind(path, stream.read(352))
         stream.seek(0)
