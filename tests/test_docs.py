@@ -94,9 +94,10 @@ def unknown(words: list[str]) -> str:
                 continue
             if name not in options:
                 return f"option {name}"
-            if not (equals or options[name].is_flag) and not left:
+            values = 0 if options[name].is_flag else options[name].nargs - bool(equals)
+            if len(left) < values:
                 return f"a value of {name}"
-            del left[: 0 if equals or options[name].is_flag else 1]
+            del left[:values]
         else:
             given += 1
     if given > len(arguments) and all(argument.nargs == 1 for argument in arguments):

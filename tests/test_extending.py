@@ -17,19 +17,20 @@ from flapsam.federation.compression import CODECS, VALUES
 from flapsam.federation.traffic import strategy_table
 from flapsam.run.presets import PRESETS
 from flapsam.run.reading import read_config
-from flapsam.sam import STRATEGIES
+from flapsam.sam import ARCHITECTURES, STRATEGIES
+from flapsam.sam.sources import SOURCES
 from flapsam.sites import DATASETS
 from flapsam.volumes import FORMATS, Volume, formats
 from tests.federation import test_aggregation, test_compression
 from tests.helpers.docs import DOCS, blocks
 from tests.helpers.ledgers import read_events
 from tests.helpers.sites import make_sites, write_run
-from tests.sam import test_strategies
+from tests.sam import test_checkpoints, test_strategies
 from tests.sites import test_datasets
 from tests.volumes import test_formats
 
 TABLES: list[Any] = [
-    *(STRATEGIES, AGGREGATORS, VALUES, CODECS, DATASETS, FORMATS, PRESETS),
+    *(STRATEGIES, ARCHITECTURES, SOURCES, AGGREGATORS, VALUES, CODECS, DATASETS, FORMATS, PRESETS),
     *(test_strategies.EXPECTED, test_aggregation.EXPECTED, test_compression.BOUNDS),
 ]
 PAGE = DOCS / "extending.md"
@@ -63,7 +64,16 @@ def example(section: str) -> SimpleNamespace:
 
 
 def test_every_section_with_code_is_tested_here():
-    sections = ["A strategy", "An aggregator", "A codec", "A data set", "An image format", "A preset", "An engine"]
+    sections = [
+        "A strategy",
+        "A backbone",
+        "An aggregator",
+        "A codec",
+        "A data set",
+        "An image format",
+        "A preset",
+        "An engine",
+    ]
     assert list(dict.fromkeys(block.section for block in blocks(PAGE, "python"))) == sections
 
 
@@ -76,6 +86,13 @@ def test_the_strategy_example_passes(tmp_path: Path):
     assert row.less == pytest.approx(less, abs=5e-3)
     test_strategies.test_a_loaded_adapter_predicts_the_same("lora-masks", tmp_path)
     test_strategies.test_only_travelling_parameters_get_a_gradient("lora-masks")
+
+
+def test_the_backbone_example_passes():
+    example("A backbone")
+    test_checkpoints.test_the_architecture_is_inferred_from_the_tensors("sam-vit-s")
+    test_checkpoints.test_every_source_has_an_architecture_and_a_scaling()
+    test_strategies.test_counts_of_other_backbones_add_up("sam-vit-s")
 
 
 @pytest.mark.parametrize("weights", test_aggregation.WEIGHTS.values(), ids=test_aggregation.WEIGHTS)

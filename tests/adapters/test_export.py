@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers.models.sam.modeling_sam import SamModel
 
 from flapsam.sam import STRATEGIES, Sam, build, load_checkpoint, merge_adapters, read_checkpoint
-from flapsam.sam.naming import to_own_names, to_transformers_names
+from flapsam.sam.families import to_own_names
+from flapsam.sam.naming import to_transformers
 from tests.helpers.adapters import saved, trained
 from tests.helpers.command import flapsam
 from tests.helpers.golden import golden_network
@@ -57,7 +58,7 @@ def test_transformers_reads_the_merged_network(tmp_path: Path, capfd):
 def test_tensors_survive_renaming_for_transformers_and_back():
     """The golden network has SAM's own widths, so transformers has names for its first two upscaling steps."""
     state = golden_network().state_dict()
-    theirs = to_transformers_names(state)
+    theirs = to_transformers(state)
     assert {"mask_decoder.upscale_conv1.weight", "mask_decoder.upscale_conv2.bias"} <= theirs.keys()
     assert "vision_encoder.layers.0.attn.qkv.weight" in theirs
     restored = to_own_names(theirs)

@@ -11,11 +11,17 @@ from flapsam.sam import Assembled, assemble, travelling, travelling_state
 
 
 def trained(
-    name: str, *, seed: int = 3, size: int = 64, lora: Lora = Lora(rank=4), frozen: Sequence[OutputPart] = ()
+    name: str,
+    *,
+    backbone: str = "sam-tiny",
+    seed: int = 3,
+    size: int = 64,
+    lora: Lora = Lora(rank=4),
+    frozen: Sequence[OutputPart] = (),
 ) -> tuple[Assembled, AdapterCard]:
     """Return a network whose travelling tensors were perturbed, as by training, and its adapter card."""
-    backbone = Backbone(name="sam-tiny", weights="random")
-    assembled = assemble(backbone, image_size=size, classes=2, strategy_name=name, lora=lora, frozen=frozen, seed=seed)
+    chosen = Backbone(name=backbone, weights="random")
+    assembled = assemble(chosen, image_size=size, classes=2, strategy_name=name, lora=lora, frozen=frozen, seed=seed)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(0)
         for parameter in travelling(assembled.network).values():
@@ -28,7 +34,7 @@ def trained(
         lora=lora,
         frozen=list(frozen),
         backbone=BackboneCard(
-            name=backbone.name, pixels="paper", weights="random", masks="new", seed=seed, checksum=assembled.origin.checksum
+            name=backbone, pixels="paper", weights="random", masks="new", seed=seed, checksum=assembled.origin.checksum
         ),
         samples=Samples(size=size),
         classes=["kidney", "tumour"],

@@ -8,10 +8,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flapsam.run.config import Lora
-from flapsam.sam import Architecture, Sam, build, load_checkpoint, load_travelling, read_checkpoint, travelling_state
+from flapsam.sam import Sam, build, load_checkpoint, load_travelling, read_checkpoint, travelling_state
+from flapsam.sam.families import to_own_names
 from flapsam.sam.lora import apply_strategy
-from flapsam.sam.naming import to_own_names
 from flapsam.sam.strategies import STRATEGIES
+from flapsam.sam.vit import Vit
 from tests.helpers.places import GOLDEN
 
 
@@ -24,9 +25,9 @@ def golden_json(name: str) -> dict[str, Any]:
     return json.loads((GOLDEN / f"{name}.json").read_text())
 
 
-def golden_sizes() -> Architecture:
+def golden_sizes() -> Vit:
     sizes = golden_json("forward")["config"]
-    return Architecture(
+    return Vit(
         width=sizes["dim"],
         depth=sizes["depth"],
         heads=sizes["heads"],

@@ -20,8 +20,7 @@ from flapsam.learning.inference import (
 )
 from flapsam.learning.slices import stack_of
 from flapsam.run.config import Samples
-from flapsam.sam import build, fuse
-from flapsam.sam.architecture import ARCHITECTURES
+from flapsam.sam import ARCHITECTURES, build, fuse
 from flapsam.volumes import Volume
 from tests.helpers.adapters import trained
 from tests.learning.test_slices import Brightest

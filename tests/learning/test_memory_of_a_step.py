@@ -3,7 +3,7 @@ import pytest
 from flapsam.learning.memory import SHARE, memory_table, step_bytes, windows_that_fit
 from flapsam.run.config import Backbone, Lora, Training
 from flapsam.sam import assemble
-from flapsam.sam.encoder import checkpoint_layers
+from flapsam.sam.checkpointing import checkpoint_layers
 
 
 def network():
@@ -23,7 +23,7 @@ def test_memory_grows_linearly_with_the_slices():
 def test_checkpointing_saves_memory():
     net = network()
     straight = step_bytes(net, 2, Training())
-    checkpoint_layers(net.vision_encoder)
+    checkpoint_layers(net)
     assert step_bytes(net, 2, Training()) < 0.8 * straight
 
 

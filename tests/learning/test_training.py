@@ -11,7 +11,7 @@ from flapsam.base.errors import FlapsamError
 from flapsam.learning.training import Learner, _pull_back, batches, batches_per_epoch, fit, learning_rate, segmentation_loss
 from flapsam.run.config import Backbone, Lora, Samples, Training
 from flapsam.sam import assemble, travelling, travelling_state
-from flapsam.sam.encoder import checkpoint_layers
+from flapsam.sam.checkpointing import checkpoint_layers
 from flapsam.sites import IGNORED
 
 
@@ -171,7 +171,7 @@ def gradients(cases, options: Training, *, checkpointing: bool = False) -> dict[
     """The gradients of the first step."""
     net = network()
     if checkpointing:
-        checkpoint_layers(net.vision_encoder)
+        checkpoint_layers(net)
     fit(net, Learner(net, options.model_copy(update={"batch_size": 18})), cases, Samples(), seed=0)
     return {name: parameter.grad for name, parameter in travelling(net).items() if parameter.grad is not None}
 

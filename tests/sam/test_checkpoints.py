@@ -31,9 +31,10 @@ from flapsam.sam import (
     read_checkpoint,
 )
 from flapsam.sam.checkpoints import SHIPPED, warm_masks
+from flapsam.sam.families import family_of, to_own_names
 from flapsam.sam.lora import public_name
-from flapsam.sam.naming import naming_of, to_own_names
 from flapsam.sam.sources import SOURCES
+from flapsam.sam.vit import Vit
 from tests.helpers.golden import golden, golden_sizes
 
 
@@ -216,10 +217,11 @@ def test_a_checkpoint_of_the_wrong_size_is_refused():
 
 
 def test_the_naming_scheme_is_recognised(tmp_path: Path):
-    assert naming_of(golden("sam")) == "meta"
-    assert naming_of(load_file(transformers_folder(tmp_path) / "model.safetensors")) == "transformers"
-    assert naming_of(network().state_dict()) == "flapsam"
-    assert naming_of({"x": torch.zeros(1)}) is None
+    assert family_of(golden("sam")) is Vit
+    assert Vit.naming_of(golden("sam")) == "meta"
+    assert Vit.naming_of(load_file(transformers_folder(tmp_path) / "model.safetensors")) == "transformers"
+    assert Vit.naming_of(network().state_dict()) == "flapsam"
+    assert family_of({"x": torch.zeros(1)}) is None
 
 
 def test_every_source_has_an_architecture_and_a_scaling():
@@ -229,8 +231,9 @@ def test_every_source_has_an_architecture_and_a_scaling():
         assert source.name == name
         assert source.architecture in ARCHITECTURES
         assert source.pixels in PIXELS
-        assert source.sha256 in source.file
+        assert source.package or source.sha256 in source.file
         assert source.url is None or source.url.startswith("https://")
+        assert sum([source.ships, bool(source.url), bool(source.package and source.member and source.sha256)]) == 1
 
 
 def test_warm_masks_are_copies_of_the_checkpoints_first_mask():

@@ -10,9 +10,9 @@ import torch
 from flapsam.learning.slices import SliceStack
 from flapsam.learning.training import learning_rate, segmentation_loss
 from flapsam.run.config import Samples, Training
-from flapsam.sam import Architecture, Sam, build, load_checkpoint, named_parameters
-from flapsam.sam.checkpoints import resize_positions
-from flapsam.sam.naming import to_own_names
+from flapsam.sam import Sam, build, load_checkpoint, named_parameters
+from flapsam.sam.families import to_own_names
+from flapsam.sam.vit import Vit
 from tests.helpers.golden import (
     golden,
     golden_json,
@@ -94,7 +94,7 @@ def test_resized_positions_match_the_reference():
     tensors = golden("resize")
     stored = to_own_names({n.removeprefix("stored."): t for n, t in tensors.items() if n.startswith("stored.")})
     expected = to_own_names({n.removeprefix("loaded."): t for n, t in tensors.items() if n.startswith("loaded.")})
-    resized = resize_positions(stored, golden_sizes(), 96)
+    resized = golden_sizes().fitted(stored, 96)
     assert resized.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(resized[name], tensor, atol=1e-5, rtol=0)
@@ -154,4 +154,4 @@ def test_the_image_size_must_be_a_multiple_of_the_patch_size():
     from flapsam.base.errors import FlapsamError
 
     with pytest.raises(FlapsamError, match=r"samples\.size 100 is not a multiple of 16"):
-        Architecture(width=8, depth=1, heads=1, global_blocks=(0,)).tokens(100)
+        Vit(width=8, depth=1, heads=1, global_blocks=(0,)).tokens(100)

@@ -3,12 +3,11 @@
 import json
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers.models.sam.configuration_sam import SamConfig, SamPromptEncoderConfig
 
 from flapsam.adapters.store import AdapterCard, load_adapter
 from flapsam.adapters.trained import find_trained
@@ -16,7 +15,6 @@ from flapsam.base.errors import FlapsamError
 from flapsam.base.files import check_writable, write_text, written_whole
 from flapsam.run.config import Checkpoint
 from flapsam.sam import Sam, merge_adapters
-from flapsam.sam.naming import to_transformers_names
 
 TOLERANCE = 1e-3
 """Largest difference allowed between the logits of onnxruntime and PyTorch."""
@@ -30,17 +28,17 @@ def export(
     Args:
         trained: folder of an adapter or of a run.
         output: folder for ``config.json`` and ``model.safetensors`` (transformers), or ``model.onnx`` and ``flapsam.json``.
-        form: the format. ``transformers`` uses the names of ``SamModel`` where it has the tensors. The tensors that it lacks
-            begin with ``flapsam.``, and flapsam reads the folder as a backbone's checkpoint. ``onnx`` maps images
-            (batch, 3, size, size) in [0, 1] to logits (batch, classes + 1, size, size).
+        form: the format. ``transformers`` uses the names of ``SamModel`` or ``Sam2Model`` where it has the tensors. Those
+            that it lacks begin with ``flapsam.``, and flapsam reads the folder as a backbone's checkpoint. ``onnx`` maps
+            images (batch, 3, size, size) in [0, 1] to logits (batch, classes + 1, size, size).
         checkpoint: the backbone's checkpoint, if the adapter needs one.
 
     Returns:
         The files written.
 
     Raises:
-        FlapsamError: the adapter is damaged or belongs to another backbone, the folder cannot be written, the packages for
-            ONNX are missing, or the exported network computes different logits.
+        FlapsamError: the adapter is damaged or belongs to another backbone, transformers has no such backbone, the folder
+            cannot be written, the packages for ONNX are missing, or the exported network computes different logits.
     """
     adapter = find_trained(trained)
     check_writable(output)
@@ -52,24 +50,13 @@ def export(
 
 
 def _transformers(network: Sam, card: AdapterCard, output: Path) -> list[Path]:
-    tensors = {name: tensor.contiguous() for name, tensor in to_transformers_names(network.state_dict()).items()}
+    tensors, description = network.sizes.to_transformers(network)
     model, config = output / "model.safetensors", output / "config.json"
     with written_whole(model) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", "flapsam": card.model_dump_json()})
-    write_text(config, json.dumps(_config(network, len(card.classes)), indent=2, sort_keys=True) + "\n")
+        metadata = {"format": "pt", "flapsam": card.model_dump_json()}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+    write_text(config, json.dumps(description, indent=2, sort_keys=True) + "\n")
     return [config, model]
-
-
-def _config(network: Sam, classes: int) -> dict[str, Any]:
-    """Configuration for ``SamModel.from_pretrained``. Its decoder counts one mask fewer than it has mask tokens."""
-    sizes = network.sizes
-    prompt = SamPromptEncoderConfig(hidden_size=sizes.decoder_width, image_size=network.image_size, patch_size=sizes.patch)
-    decoder = network.mask_decoder.transformer.config.to_dict()
-    decoder |= {"num_multimask_outputs": classes, "iou_head_hidden_dim": sizes.iou_width}
-    config = SamConfig(
-        vision_config=network.vision_encoder.config, prompt_encoder_config=prompt, mask_decoder_config=decoder
-    ).to_dict()
-    return {**config, "architectures": ["SamModel"]}
 
 
 def _onnx(network: Sam, card: AdapterCard, output: Path) -> list[Path]:

@@ -35,13 +35,25 @@ def get(name: Annotated[str, typer.Argument(help="A name from `flapsam backbone 
 @app.command()
 def info(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint: .pth, .safetensors, or a transformers folder.")],
+    check: Annotated[
+        tuple[Path, str] | None,
+        typer.Option(
+            metavar="IMAGE BOX",
+            help="Segment what lies in a box of a PNG or JPEG, given as left,top,right,bottom in pixels, to see whether the "
+            "checkpoint works as its makers say.",
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where --check writes its mask.")] = Path("mask.png"),
     as_json: Json = False,
 ) -> None:
     """Describe a checkpoint: architecture, image size, parameters, checksum."""
     from flapsam.report import tables
-    from flapsam.sam.backbones import describe
+    from flapsam.sam.backbones import check_with_box, describe
 
     description = describe(checkpoint)
+    if check is not None:
+        check_with_box(checkpoint, *check, output)
+        description["mask"] = str(output)
     if as_json:
         return print_json(description)
     out.print(tables.plain_table([{"": name, checkpoint.name: str(value)} for name, value in description.items()]))

@@ -24,12 +24,12 @@ from flapsam.sam import (
     adapted_weights,
     architecture,
     assemble_run,
+    checkpoint_layers,
     strategy,
     tensors_of,
     travelling_state,
 )
 from flapsam.sam.checkpoints import find_checkpoint
-from flapsam.sam.encoder import checkpoint_layers
 from flapsam.sam.sources import source
 from flapsam.sites import Case, Site, label_map
 from flapsam.sites.pairs import check_geometry
@@ -76,7 +76,7 @@ def assembled_for(config: RunConfig) -> Assembled:
     assembled = assemble_run(config)
     assembled.network.to(config.device)
     if config.training.checkpointing:
-        checkpoint_layers(assembled.network.vision_encoder)
+        checkpoint_layers(assembled.network)
     return assembled
 
 

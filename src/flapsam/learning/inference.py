@@ -203,11 +203,10 @@ def _batches(network: Sam, stack: SliceStack, batch: int) -> Iterator[tuple[list
 def slices_at_once(network: Sam, shape: tuple[int, ...]) -> int:
     """Number of slices (height, width) per pass through the network: 8 on a CPU, 64 elsewhere, or fewer if only fewer fit.
 
-    The estimate counts the attention bias, the hidden layers of the MLPs and the probabilities at the slices' own size, each
-    of them three times in fp32.
+    The estimate counts the encoder's largest layers and the probabilities at the slices' own size, each of them three times
+    in fp32.
     """
-    sizes, tokens = network.sizes, (network.image_size // network.sizes.patch) ** 2
-    a_slice = 3 * 4 * (sizes.heads * tokens**2 + 4 * sizes.width * tokens + network.masks * shape[0] * shape[1])
+    a_slice = 3 * 4 * (network.sizes.values_a_slice(network.image_size) + network.masks * shape[0] * shape[1])
     return max(min(8 if network.pixel_mean.device.type == "cpu" else 64, BUDGET // a_slice), 1)
 
 

@@ -9,8 +9,7 @@ from torch import Tensor
 from flapsam.base.device import find_device
 from flapsam.learning.training import loss_of
 from flapsam.run.config import RANDOM, Backbone, Lora, Training
-from flapsam.sam import Sam, assemble
-from flapsam.sam.encoder import checkpoint_layers
+from flapsam.sam import Sam, assemble, checkpoint_layers
 
 SHARE = 0.8
 """Part of the free memory that a step may take."""
@@ -125,7 +124,7 @@ def memory_table(
     ).network.to(find_device(device))
     fixed = sum(p.numel() * p.element_size() for p in network.parameters()) + learned_bytes(network)
     straight = _line(network, Training(), precision)
-    checkpoint_layers(network.vision_encoder)
+    checkpoint_layers(network)
     checkpointing = _line(network, Training(), precision)
 
     def total(line: tuple[int, int], slices: int) -> int:

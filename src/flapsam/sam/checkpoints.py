@@ -9,7 +9,6 @@ from pathlib import Path
 from zipfile import BadZipFile
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -17,8 +16,7 @@ from torch import Tensor
 from flapsam.base.download import cache_folder
 from flapsam.base.errors import FlapsamError
 from flapsam.run.config import RANDOM, Backbone, Checkpoint
-from flapsam.sam.architecture import ARCHITECTURES, Architecture
-from flapsam.sam.naming import naming_of, to_own_names
+from flapsam.sam.families import family_of, to_own_names
 from flapsam.sam.network import Sam
 from flapsam.sam.sources import SOURCES
 
@@ -58,7 +56,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         state = {name: tensor for part in _parts(path) for name, tensor in _read_file(part).items()}
     else:
         state = _read_file(path)
-    if naming_of(state) is None:
+    if family_of(state) is None:
         raise FlapsamError(f"{path}: the tensors are another model's; give a checkpoint of Segment Anything")
     return state
 
@@ -81,7 +79,7 @@ def load_checkpoint(network: Sam, state: Mapping[str, Tensor], source: str, *, k
     named = to_own_names(state)
     if not keep_masks:
         named = {name: tensor for name, tensor in named.items() if not MASKS.match(name)}
-    fitted = resize_positions(named, network.sizes, network.image_size)
+    fitted = network.sizes.fitted(named, network.image_size)
     report = LoadReport()
     for name, current in network.state_dict().items():
         tensor = fitted.get(name)
@@ -125,43 +123,6 @@ def warm_masks(network: Sam, state: Mapping[str, Tensor]) -> None:
                 parameter.copy_(tensor)
 
 
-def resize_positions(state: Mapping[str, Tensor], sizes: Architecture, image_size: int) -> dict[str, Tensor]:
-    """Resize position embeddings bilinearly to another image size.
-
-    ``pos_embed`` is resized to the new token grid. ``rel_pos_h`` and ``rel_pos_w`` of the global blocks are resized to
-    2·tokens − 1 rows, while windowed blocks keep theirs.
-    """
-    tokens = sizes.tokens(image_size)
-    rows = 2 * tokens - 1
-    result = dict(state)
-    for name, tensor in state.items():
-        if name == "vision_encoder.pos_embed" and tensor.shape[1:3] != (tokens, tokens):
-            grid = F.interpolate(tensor.float().permute(0, 3, 1, 2), (tokens, tokens), mode="bilinear")
-            result[name] = grid.permute(0, 2, 3, 1)
-        block = re.match(r"vision_encoder\.layers\.(\d+)\.attn\.rel_pos_[hw]$", name)
-        if block and int(block[1]) in sizes.global_blocks and len(tensor) != rows:
-            # Interpolate it as a one-channel image whose width, the channels of a head, stays the same.
-            result[name] = F.interpolate(tensor.float()[None, None], (rows, tensor.shape[1]), mode="bilinear")[0, 0]
-    return result
-
-
-def infer_architecture(state: Mapping[str, Tensor]) -> str | None:
-    """The name in ``ARCHITECTURES`` that fits the shapes of a checkpoint's tensors; None for any other size."""
-    named = to_own_names(state)
-    try:
-        width, _, patch, _ = named["vision_encoder.patch_embed.projection.weight"].shape
-        decoder_width = len(named["vision_encoder.neck.conv1.weight"])
-        rel_pos = [tensor for name, tensor in named.items() if name.endswith(".attn.rel_pos_h")]
-        actual = (width, len(rel_pos), width // rel_pos[0].shape[1], patch, decoder_width)
-    except (KeyError, IndexError, ValueError):
-        return None
-    for name, sizes in ARCHITECTURES.items():
-        expected = (sizes.width, sizes.depth, sizes.heads, sizes.patch, sizes.decoder_width)
-        if actual == expected:
-            return name
-    return None
-
-
 def _parts(folder: Path) -> list[Path]:
     """The weight files in a folder that transformers saved."""
     index = folder / "model.safetensors.index.json"
@@ -189,6 +150,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         ) from error
     except (SafetensorError, BadZipFile, EOFError, OSError, RuntimeError, ValueError) as error:
         raise FlapsamError(f"{path}: not a readable checkpoint; is it truncated?") from error
+    if isinstance(state, dict) and state.keys() == {"model"}:
+        state = state["model"]  # Meta's files of SAM 2.1
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise FlapsamError(f"{path}: not a state dictionary; give a file that maps names to tensors")
     return state
@@ -219,5 +182,5 @@ def local_checkpoint(name: str) -> Path | None:
     known = SOURCES.get(name)
     if known is None:
         return None
-    path = (SHIPPED if known.url is None else cache_folder()) / known.file
+    path = (SHIPPED if known.ships else cache_folder()) / known.file
     return path if path.exists() else None

@@ -1,4 +1,6 @@
-"""SAM's mask decoder with one mask per class, and upscaling to the input's resolution."""
+"""SAM's mask decoder with one mask per class, and upscaling towards the input's resolution."""
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -41,19 +43,24 @@ class Output(nn.Module):
         self.upscaling = nn.Sequential(*layers)
         self.hypernetworks = nn.ModuleList(Mlp(width, width, sizes.upscaling[-1]) for _ in range(masks))
 
-    def forward(self, mask_tokens: Tensor, grid: Tensor) -> Tensor:
+    def forward(self, mask_tokens: Tensor, grid: Tensor, finer: Sequence[Tensor] = ()) -> Tensor:
         """Compute logits from the transformer's outputs.
 
         Args:
             mask_tokens: the transformed mask tokens (batch, masks, width).
             grid: the transformed image embedding (batch, width, tokens, tokens).
+            finer: the image at the resolution of each upsampling step, to be added to the step's result, coarsest first.
 
         Returns:
-            Logits (batch, masks, 16·tokens, 16·tokens).
+            Logits (batch, masks, size, size), where every upsampling step doubles the grid's size.
         """
-        pixels = self.upscaling(grid)
+        steps = iter(finer)
+        for layer in self.upscaling:
+            grid = layer(grid)
+            if finer and isinstance(layer, nn.ConvTranspose2d):
+                grid = grid + next(steps)
         filters = torch.stack([mlp(mask_tokens[:, i]) for i, mlp in enumerate(self.hypernetworks)], dim=1)
-        return torch.einsum("bmc,bchw->bmhw", filters, pixels)
+        return torch.einsum("bmc,bchw->bmhw", filters, grid)
 
 
 class MaskDecoder(nn.Module):
@@ -69,30 +76,43 @@ class MaskDecoder(nn.Module):
             layer_norm_eps=1e-5,  # SAM's value, unlike the default of transformers
         )
         config._attn_implementation = "sdpa"
+        self.masks = masks
         self.iou_token = nn.Embedding(1, width)
         self.transformer = SamTwoWayTransformer(config)
         self.iou_prediction_head = Mlp(width, sizes.iou_width, masks)
         self.output = Output(sizes, masks)
 
-    def forward(self, embedding: Tensor, positions: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, embedding: Tensor, positions: Tensor, prompt: Tensor, points: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Decode an image embedding.
 
         Args:
             embedding: the image encoder's output (batch, width, tokens, tokens).
             positions: the dense position encoding (1, width, tokens, tokens).
             prompt: the dense prompt embedding (1, width, 1, 1).
+            points: the embeddings of points and boxes (1, points, width); None without prompts.
 
         Returns:
-            Logits (batch, masks, 16·tokens, 16·tokens) and predicted IoU (batch, masks).
+            Logits (batch, masks, upscaled tokens, upscaled tokens) and predicted IoU (batch, masks).
         """
-        batch, _, height, width = embedding.shape
         tokens = torch.cat([self.iou_token.weight, self.output.mask_tokens.weight])
+        queries, grid = self.transform(tokens, embedding + prompt, positions, points)
+        return self.output(queries[:, 1 : 1 + self.masks], grid), self.iou_prediction_head(queries[:, 0])
+
+    def transform(self, tokens: Tensor, grid: Tensor, positions: Tensor, points: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Let the tokens (tokens, width) and points attend to the image (batch, channels, height, width), and it to them.
+
+        Returns:
+            The transformed tokens (batch, tokens and points, width), and the image in its own shape.
+        """
+        batch, _, height, width = grid.shape
+        if points is not None:
+            tokens = torch.cat([tokens, points[0]])
         queries, keys = self.transformer(
             point_embeddings=tokens.expand(batch, 1, -1, -1),
-            image_embeddings=embedding + prompt,
+            image_embeddings=grid,
             image_positional_embeddings=positions,
             attention_similarity=None,
         )
-        queries = queries.squeeze(1)
-        grid = keys.squeeze(1).transpose(1, 2).unflatten(2, (height, width))
-        return self.output(queries[:, 1:], grid), self.iou_prediction_head(queries[:, 0])
+        return queries.squeeze(1), keys.squeeze(1).transpose(1, 2).unflatten(2, (height, width))

@@ -1,13 +1,12 @@
 """The whole network: from images to one logit map per class and one for the background, without prompts."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.sam.configuration_sam import SamConfig, SamPromptEncoderConfig, SamVisionConfig
 from transformers.models.sam.modeling_sam import SamPromptEncoder
 
 from flapsam.sam.architecture import Architecture
-from flapsam.sam.decoder import MaskDecoder
-from flapsam.sam.encoder import image_encoder
 
 PIXELS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
     "paper": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
@@ -24,9 +23,9 @@ class Sam(nn.Module):
         self.sizes = sizes
         self.image_size = image_size
         self.masks = masks
-        self.vision_encoder = image_encoder(sizes, image_size)
+        self.vision_encoder = sizes.encoder(image_size)
         self.prompt_encoder = _prompt_encoder(sizes, image_size)
-        self.mask_decoder = MaskDecoder(sizes, masks)
+        self.mask_decoder = sizes.decoder(masks)
         mean, deviation = PIXELS[pixels]
         self.pixel_mean: Tensor
         self.pixel_deviation: Tensor
@@ -34,13 +33,16 @@ class Sam(nn.Module):
         self.register_buffer("pixel_deviation", torch.tensor(deviation)[:, None, None], persistent=False)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Encode images (batch, 3, size, size) in [0, 1] as an embedding (batch, decoder width, tokens, tokens)."""
-        return self.vision_encoder((images - self.pixel_mean) / self.pixel_deviation).last_hidden_state
+        """Encode images (batch, 3, size, size) in [0, 1] as an embedding (batch, channels, tokens, tokens)."""
+        return self.vision_encoder((images - self.pixel_mean) / self.pixel_deviation)
 
     def decode(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
         """Decode an embedding into logits (batch, masks, size, size) and predicted IoU (batch, masks)."""
         prompt = self.prompt_encoder.no_mask_embed.weight[:, :, None, None]
-        return self.mask_decoder(embedding, self._positions(), prompt)
+        logits, iou = self.mask_decoder(embedding, self.positions(), prompt)
+        if logits.shape[-1] != self.image_size:
+            logits = F.interpolate(logits, (self.image_size, self.image_size), mode="bilinear")
+        return logits, iou
 
     def logits(self, embedding: Tensor) -> Tensor:
         """Decode an embedding into logits (batch, masks, size, size) alone."""
@@ -50,7 +52,7 @@ class Sam(nn.Module):
         """Segment images (batch, 1 or 3, size, size) in [0, 1] into logits (batch, masks, size, size). Grey is repeated."""
         return self.logits(self.embed(images.expand(-1, 3, -1, -1)))
 
-    def _positions(self) -> Tensor:
+    def positions(self) -> Tensor:
         """The dense position encoding of the tokens' centres (1, decoder width, tokens, tokens)."""
         tokens = self.sizes.tokens(self.image_size)
         centres = (torch.arange(tokens, device=self.pixel_mean.device) + 0.5) / tokens
@@ -63,7 +65,7 @@ def _prompt_encoder(sizes: Architecture, image_size: int) -> SamPromptEncoder:
     config = SamConfig(
         vision_config=SamVisionConfig(num_pos_feats=sizes.decoder_width // 2, hidden_size=sizes.decoder_width),
         prompt_encoder_config=SamPromptEncoderConfig(
-            hidden_size=sizes.decoder_width, image_size=image_size, patch_size=sizes.patch
+            hidden_size=sizes.decoder_width, image_size=image_size, patch_size=sizes.stride
         ),
     )
     encoder = SamPromptEncoder(config)
@@ -78,11 +80,12 @@ def build(sizes: Architecture, *, image_size: int, classes: int, pixels: str = "
     """Build a network with random weights that depend only on ``seed``.
 
     Linear layers, convolutions and norms have PyTorch's default initialisation, as in Meta's code. Position embeddings of
-    the patches are drawn from a normal distribution with standard deviation 0.02. Relative positions start at zero.
+    the patches, where a backbone has them, are drawn from a normal distribution with standard deviation 0.02. Relative
+    positions and biases of attention start at zero.
 
     Args:
         sizes: the architecture.
-        image_size: side of the square input in pixels, a multiple of the patch size.
+        image_size: side of the square input in pixels, a multiple of ``sizes.multiple``.
         classes: number of classes, without the background.
         pixels: name of the input normalisation in ``PIXELS``.
         seed: seed of the random weights. The global random state stays as it was.
@@ -93,5 +96,6 @@ def build(sizes: Architecture, *, image_size: int, classes: int, pixels: str = "
         for module in network.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding, nn.LayerNorm)):
                 module.reset_parameters()
-        nn.init.normal_(network.get_parameter("vision_encoder.pos_embed"), std=0.02)
+        if isinstance(positions := getattr(network.vision_encoder, "pos_embed", None), nn.Parameter):
+            nn.init.normal_(positions, std=0.02)
     return network
