@@ -182,7 +182,9 @@ def test_shapes_of_the_large_published_checkpoints_load(name: str):
     with torch.device("meta"):
         net = build(architecture(name), image_size=224, classes=2)
         report = load_checkpoint(net, state, name)
-    global_blocks = len(architecture(name).global_blocks)
+    sizes = architecture(name)
+    assert isinstance(sizes, Vit)
+    global_blocks = len(sizes.global_blocks)
     assert len(report.resized) == 1 + 2 * global_blocks
     assert len(report.loaded) + len(report.new) == len(net.state_dict())
 

@@ -1,6 +1,7 @@
 """Every family of backbones: strategies, aggregators, and the reference implementations of each family."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -232,20 +233,22 @@ def test_sam_2_1_matches_transformers(name: str):
     ours = with_prompts(state, name, image_size=side, pixels="paper")
     image = torch.rand(1, 3, side, side, generator=generator)
     with torch.inference_mode():
-        fine, middle, coarse = theirs.get_image_features(image).fpn_hidden_states
+        features: Any = theirs.get_image_features(image)
+        fine, middle, coarse = features.fpn_hidden_states
         embedding = ours.embed(image)
         width = sizes.decoder_width
         coarse = (coarse + theirs.no_memory_embedding).permute(1, 2, 0).reshape(1, width, side // 16, side // 16)
         torch.testing.assert_close(embedding[:, :width], coarse, atol=1e-5, rtol=1e-5)
-        for features, part, factor in ((middle, embedding[:, width : 2 * width], 2), (fine, embedding[:, 2 * width :], 4)):
+        for expected, part, factor in ((middle, embedding[:, width : 2 * width], 2), (fine, embedding[:, 2 * width :], 4)):
             whole = torch.nn.functional.pixel_shuffle(part, factor)
-            torch.testing.assert_close(whole.flatten(2).permute(2, 0, 1), features, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(whole.flatten(2).permute(2, 0, 1), expected, atol=1e-5, rtol=1e-5)
         box = torch.tensor([[[10.0, 12.0, 40.0, 50.0]]])
         answer = theirs(pixel_values=image, input_boxes=box, multimask_output=True)
         prompt = ours.prompt_encoder.no_mask_embed.weight[:, :, None, None]
         points = embed_prompts(ours, box=(10, 12, 40, 50))
         masks, iou = ours.mask_decoder(embedding, ours.positions(), prompt, points)
-        score = ours.mask_decoder.object_score(embedding, ours.positions(), prompt, points)
+        decoder: Any = ours.mask_decoder
+        score = decoder.object_score(embedding, ours.positions(), prompt, points)
     torch.testing.assert_close(masks[:, 1:], answer.pred_masks[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(iou[:, 1:], answer.iou_scores[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(score, answer.object_score_logits[0], atol=1e-5, rtol=1e-5)
@@ -268,11 +271,12 @@ def test_prompts_of_sam_match_transformers():
     places = torch.tensor([[[place[:2] for place in points]]])
     pointed = {"input_points": places, "input_labels": torch.tensor([[[int(place[2]) for place in points]]])}
     image = torch.rand(1, 3, 64, 64)
-    for given, prompts in (
+    asked: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (boxes, {"box": box}),
         (pointed, {"points": points}),
         ({**boxes, **pointed}, {"box": box, "points": points}),
-    ):
+    ]
+    for given, prompts in asked:
         with torch.inference_mode():
             expected = theirs(pixel_values=image, multimask_output=True, **given).pred_masks[0]
         torch.testing.assert_close(prompted_masks(ours, image, **prompts)[:, 1:], expected, atol=1e-5, rtol=1e-5)

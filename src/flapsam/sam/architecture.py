@@ -3,11 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from flapsam.base.errors import FlapsamError
+
+if TYPE_CHECKING:
+    from flapsam.sam.decoder import MaskDecoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +62,11 @@ class Architecture(ABC):
         return image_size // self.stride
 
     @abstractmethod
-    def encoder(self, image_size: int) -> nn.Module:
+    def encoder(self, image_size: int) -> Any:
         """Build the image encoder."""
 
     @abstractmethod
-    def decoder(self, masks: int) -> nn.Module:
+    def decoder(self, masks: int) -> "MaskDecoder":
         """Build the mask decoder for a number of masks."""
 
     @abstractmethod

@@ -206,7 +206,7 @@ class HieraEncoder(nn.Module):
         self.ends: list[int] = []
         for stage, depth in enumerate(sizes.depths):
             for number in range(depth):
-                block = Sam2MultiScaleBlock(hiera, stage, number, len(self.layers))
+                block: Any = Sam2MultiScaleBlock(hiera, stage, number, len(self.layers))
                 block.attn = HieraAttention(block.dim, block.dim_out, sizes.heads * 2**stage, block.query_stride)
                 self.layers.append(block)
             self.ends.append(len(self.layers) - 1)
@@ -258,8 +258,8 @@ class HieraAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Attend over tokens (batch, height, width, channels)."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        return self.proj(_attend(*(layer(hidden_states) for layer in projections), self.heads, self.stride))
+        query, key, value = (layer(hidden_states) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        return self.proj(_attend(query, key, value, self.heads, self.stride))
 
 
 class FusedHieraAttention(nn.Module):
@@ -273,14 +273,15 @@ class FusedHieraAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Attend over tokens (batch, height, width, channels)."""
-        return self.proj(_attend(*self.qkv(hidden_states).chunk(3, dim=-1), self.heads, self.stride))
+        query, key, value = self.qkv(hidden_states).chunk(3, dim=-1)
+        return self.proj(_attend(query, key, value, self.heads, self.stride))
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int, stride: list[int] | None) -> Tensor:
     """Attention over all tokens (batch, height, width, channels) of a window, with pooled queries if there is a stride."""
     pooled = query if stride is None else F.max_pool2d(query.permute(0, 3, 1, 2), stride, stride).permute(0, 2, 3, 1)
-    parts = (tensor.flatten(1, 2).unflatten(2, (heads, -1)).transpose(1, 2) for tensor in (pooled, key, value))
-    return F.scaled_dot_product_attention(*parts).transpose(1, 2).reshape(pooled.shape)
+    query, key, value = (part.flatten(1, 2).unflatten(2, (heads, -1)).transpose(1, 2) for part in (pooled, key, value))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(pooled.shape)
 
 
 class HieraDecoder(MaskDecoder):

@@ -1,5 +1,7 @@
 """The whole network: from images to one logit map per class and one for the background, without prompts."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ class Sam(nn.Module):
         self.sizes = sizes
         self.image_size = image_size
         self.masks = masks
-        self.vision_encoder = sizes.encoder(image_size)
+        self.vision_encoder: Any = sizes.encoder(image_size)
         self.prompt_encoder = _prompt_encoder(sizes, image_size)
         self.mask_decoder = sizes.decoder(masks)
         mean, deviation = PIXELS[pixels]

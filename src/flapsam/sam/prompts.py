@@ -5,6 +5,7 @@ Runs never use prompts. These functions serve the Python API, ``flapsam backbone
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +70,7 @@ def embed_prompts(network: Sam, *, box: Box | None = None, points: Sequence[Poin
 
 def _token(network: Sam, column: float, row: float, kind: int) -> Tensor:
     """The token (width) of a pixel's centre. Its kind is 0 outside, 1 inside, 2 a box's first and 3 its second corner."""
-    encoder = network.prompt_encoder
+    encoder: Any = network.prompt_encoder
     place = (torch.tensor([column, row], device=network.pixel_mean.device) + 0.5) / network.image_size
     return encoder.shared_embedding(place[None])[0] + encoder.point_embed[kind].weight[0]
 
@@ -107,7 +108,7 @@ def mask_in(network: Sam, image: Tensor, *, box: Box | None = None, points: Sequ
     # The padding is zero after normalisation, as in Meta's code.
     whole = network.pixel_mean.expand(1, 3, size, size).clone()
     whole[:, :, : inner[0], : inner[1]] = resized
-    scaled = None if box is None else tuple(value * scale for value in box)
+    scaled = None if box is None else (box[0] * scale, box[1] * scale, box[2] * scale, box[3] * scale)
     places = [(column * scale, row * scale, inside) for column, row, inside in points]
     logits = prompted_masks(network, whole, box=scaled, points=places)[:, :1]
     logits = F.interpolate(logits, (size, size), mode="bilinear")[:, :, : inner[0], : inner[1]]

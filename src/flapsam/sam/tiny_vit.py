@@ -186,7 +186,8 @@ class ConvNorm(nn.Module):
 
     def fold(self) -> None:
         """Keep the folded kernel, for a network whose weights do not change any more."""
-        self.folded = tuple(tensor.detach() for tensor in self._fold())
+        kernel, shift = self._fold()
+        self.folded = (kernel.detach(), shift.detach())
 
     def _fold(self) -> tuple[Tensor, Tensor]:
         norm = self.norm

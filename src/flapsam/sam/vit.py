@@ -129,7 +129,7 @@ class VitEncoder(SamVisionEncoder):
 
     def __init__(self, sizes: Vit, image_size: int) -> None:
         tokens = sizes.tokens(image_size)
-        config = SamVisionConfig(
+        config: Any = SamVisionConfig(
             hidden_size=sizes.width,
             output_channels=sizes.decoder_width,
             num_hidden_layers=sizes.depth,
@@ -142,19 +142,21 @@ class VitEncoder(SamVisionEncoder):
         )
         config._attn_implementation = "sdpa"
         super().__init__(config)
+        self.tokens = tokens
         for block, layer in enumerate(self.layers):
             grid = tokens if block in sizes.global_blocks else sizes.window
             layer.attn = EncoderAttention(sizes.width, sizes.heads, grid)
 
     def forward(self, images: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Embed images."""
-        return super().forward(images).last_hidden_state
+        answer: Any = super().forward(images)
+        return answer.last_hidden_state
 
     def fuse(self) -> None:
         """Compute query, key and value in one product from now on."""
         for layer in self.layers:
             switched: Any = layer
-            if switched.window_size == self.config.image_size // self.config.patch_size:
+            if switched.window_size == self.tokens:
                 # One window covers the whole image, so cutting it out and putting it back would only copy it.
                 switched.window_size = 0
             switched.attn = FusedAttention(switched.attn)
@@ -215,7 +217,7 @@ class FusedAttention(nn.Module):
 
 def fused_projection(*projections: nn.Linear) -> nn.Linear:
     """One frozen linear layer whose outputs are those of the given ones, one after the other."""
-    fused = nn.utils.skip_init(nn.Linear, projections[0].in_features, sum(layer.out_features for layer in projections))
+    fused: Any = nn.utils.skip_init(nn.Linear, projections[0].in_features, sum(layer.out_features for layer in projections))
     fused.weight = nn.Parameter(torch.cat([layer.weight for layer in projections]), requires_grad=False)
     fused.bias = nn.Parameter(torch.cat([layer.bias for layer in projections]), requires_grad=False)
     return fused
