@@ -143,7 +143,8 @@ class TinyVitEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Embed images (batch, 3, size, size) as (batch, decoder width, tokens, tokens)."""
         first, second = self.stem
-        grid = second(F.gelu(first(images)))
+        # With channels last, blocks need no copies between convolutions and attention, and most convolutions are faster.
+        grid = second(_gelu(first(images.contiguous(memory_format=torch.channels_last))))
         for block in self.convolutions:
             grid = block(grid)
         for merge, start, end in zip(self.merges, self.stages, self.stages[1:], strict=False):
@@ -209,7 +210,7 @@ class InvertedBottleneck(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Transform (batch, channels, height, width)."""
-        return F.gelu(images + self.conv3(F.gelu(self.conv2(F.gelu(self.conv1(images))))))
+        return _gelu(images + self.conv3(_gelu(self.conv2(_gelu(self.conv1(images))))))
 
 
 class Merge(nn.Module):
@@ -223,7 +224,7 @@ class Merge(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Transform (batch, channels, height, width)."""
-        return self.conv3(F.gelu(self.conv2(F.gelu(self.conv1(images)))))
+        return self.conv3(_gelu(self.conv2(_gelu(self.conv1(images)))))
 
 
 class Block(GradientCheckpointingLayer):
@@ -266,7 +267,7 @@ class NormedMlp(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """Transform the last dimension."""
-        return self.lin2(F.gelu(self.lin1(self.layer_norm(rows))))
+        return self.lin2(_gelu(self.lin1(self.layer_norm(rows))))
 
 
 class WindowAttention(nn.Module):
@@ -291,7 +292,7 @@ class WindowAttention(nn.Module):
             projection(normed).unflatten(2, (self.heads, HEAD)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=self.biases[:, self.distance])
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=self.biases[None, :, self.distance])
         return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
@@ -305,13 +306,18 @@ class FusedWindowAttention(nn.Module):
         self.qkv = fused_projection(attention.q_proj, attention.k_proj, attention.v_proj)
         self.proj = attention.proj
         self.bias: Tensor
-        self.register_buffer("bias", attention.biases[:, attention.distance].detach())
+        self.register_buffer("bias", attention.biases[None, :, attention.distance].detach())
 
     def forward(self, windows: Tensor) -> Tensor:
         """Attend over tokens (windows, tokens, channels)."""
         query, key, value = self.qkv(self.layer_norm(windows)).unflatten(2, (3, self.heads, HEAD)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=self.bias)
         return self.proj(mixed.transpose(1, 2).flatten(2))
+
+
+def _gelu(values: Tensor) -> Tensor:
+    """GELU of a result that nothing else needs: in place unless it has a gradient, since new memory costs more than GELU."""
+    return F.gelu(values) if values.requires_grad else torch.ops.aten.gelu_(values)
 
 
 def _distances(window: int) -> Tensor:
