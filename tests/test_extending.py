@@ -23,8 +23,9 @@ from flapsam.sites import DATASETS
 from flapsam.volumes import FORMATS, Volume, formats
 from tests.federation import test_aggregation, test_compression
 from tests.helpers.docs import DOCS, blocks
+from tests.helpers.families import small_run
 from tests.helpers.ledgers import read_events
-from tests.helpers.sites import make_sites, write_run
+from tests.helpers.sites import make_sites
 from tests.sam import test_checkpoints, test_strategies
 from tests.sites import test_datasets
 from tests.volumes import test_formats
@@ -149,9 +150,10 @@ def test_the_preset_example_passes(tmp_path: Path):
     assert (config.rounds.count, config.lora.rank, config.training.batch_size) == (5, 8, 12)
 
 
+@pytest.mark.usefixtures("small_families")
 def test_an_engine_matches_the_local_one_and_tolerates_a_lost_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     data = make_sites(tmp_path / "data", sites=2, cases=4)
-    config = read_config(write_run(tmp_path / "run.yaml", data, rounds={"count": 2, "min_sites": 1}))
+    config = read_config(small_run(tmp_path / "run.yaml", data, rounds={"count": 2, "min_sites": 1}))
     simulate(config)
     run_over_bad_connections = example("An engine").run_over_bad_connections
     cut: list[tuple[str, int]] = []

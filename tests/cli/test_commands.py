@@ -13,20 +13,23 @@ from flapsam.cli.console import TrackerName
 from flapsam.report.tracking import TRACKERS
 from flapsam.sam import STRATEGIES
 from tests.helpers.command import flapsam
+from tests.helpers.families import small_run
 from tests.helpers.ledgers import read_events
-from tests.helpers.sites import load, make_sites, write_run
+from tests.helpers.sites import load, make_sites
+
+pytestmark = pytest.mark.usefixtures("small_families")
 
 FIELDS = {"modes": ["local", "federated", "centralised"], "rounds": {"count": 2}}
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(small_families: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small run in all modes."""
     from flapsam.experiments.simulation import simulate
     from flapsam.run.reading import read_config
 
     root = tmp_path_factory.mktemp("main")
-    config = write_run(root / "run.yaml", make_sites(root / "data", sites=2, cases=5), **FIELDS)
+    config = small_run(root / "run.yaml", make_sites(root / "data", sites=2, cases=5), **FIELDS)
     simulate(read_config(config))
     return root / "run"
 
@@ -140,7 +143,7 @@ def test_predict_accepts_files_and_folders(run: Path, tmp_path: Path, capfd):
 
 
 def test_simulate_prints_tables(tmp_path: Path, capfd):
-    config = write_run(
+    config = small_run(
         tmp_path / "run.yaml", make_sites(tmp_path / "data"), rounds={"count": 1}, modes=["local", "federated"]
     )
     outcome = flapsam(capfd, "simulate", config)
@@ -154,7 +157,7 @@ def test_simulate_prints_tables(tmp_path: Path, capfd):
 @pytest.mark.usefixtures("no_report")
 def test_an_automatic_micro_batch_is_kept_on_resuming(tmp_path: Path, capfd):
     training = {"micro_batch": "auto", "checkpointing": True, "batch_size": 4}
-    config = write_run(tmp_path / "run.yaml", make_sites(tmp_path / "data"), rounds={"count": 1}, training=training)
+    config = small_run(tmp_path / "run.yaml", make_sites(tmp_path / "data"), rounds={"count": 1}, training=training)
     for resume in ((), ("--resume",)):
         outcome = flapsam(capfd, "simulate", config, *resume)
         assert outcome.code == 0, outcome.err
@@ -178,7 +181,7 @@ def test_every_strategy_runs_and_is_deterministic(strategy: str, tmp_path: Path,
     data = make_sites(tmp_path / "data", sites=2, cases=3)
     adapters = []
     for name in ("a", "b"):
-        config = write_run(tmp_path / f"{name}.yaml", data, strategy=strategy, output=name, rounds={"count": 1})
+        config = small_run(tmp_path / f"{name}.yaml", data, strategy=strategy, output=name, rounds={"count": 1})
         outcome = flapsam(capfd, "simulate", config, "--json")
         assert outcome.code == 0, outcome.err
         folder = tmp_path / name / "adapter"
@@ -191,7 +194,7 @@ def test_another_seed_changes_the_adapter(tmp_path: Path, capfd):
     data = make_sites(tmp_path / "data", sites=2, cases=3)
     adapters = []
     for seed in (0, 1):
-        config = write_run(tmp_path / f"{seed}.yaml", data, seed=seed, output=str(seed), rounds={"count": 1})
+        config = small_run(tmp_path / f"{seed}.yaml", data, seed=seed, output=str(seed), rounds={"count": 1})
         assert flapsam(capfd, "simulate", config).code == 0
         adapters.append((tmp_path / str(seed) / "adapter" / "adapter_model.safetensors").read_bytes())
     assert adapters[0] != adapters[1]
@@ -200,7 +203,7 @@ def test_another_seed_changes_the_adapter(tmp_path: Path, capfd):
 @pytest.mark.usefixtures("no_report")
 def test_a_class_that_a_site_does_not_label_is_not_scored_there(tmp_path: Path, capfd):
     data = make_sites(tmp_path / "data")
-    config = write_run(tmp_path / "run.yaml", data, rounds={"count": 1})
+    config = small_run(tmp_path / "run.yaml", data, rounds={"count": 1})
     outcome = flapsam(capfd, "simulate", config, "--json", "--set", "data.site_labels={site_1: {ball: [1, 2], core: null}}")
     assert outcome.code == 0, outcome.err
     summaries = json.loads(outcome.out)["summaries"]["federated"]

@@ -17,7 +17,11 @@ from flapsam.experiments.paired import compare
 from flapsam.experiments.settings import SETTINGS, read_settings
 from flapsam.run.reading import read_config
 from tests.helpers.command import flapsam
-from tests.helpers.sites import make_sites, write_run
+from tests.helpers.families import small_run
+from tests.helpers.places import ROOT
+from tests.helpers.sites import make_sites
+
+pytestmark = pytest.mark.usefixtures("small_families")
 
 GRIDS = [
     {"strategies": ["lora", "partial-decoder"], "modes": ["federated", "local"]},
@@ -42,7 +46,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_bench(folder: Path, data: Path, **fields: object) -> Path:
     run = {"rounds": {"count": 1}, "bench": GRIDS, "output": "bench", **fields}
-    return write_run(folder / "run.yaml", data, **run)
+    return small_run(folder / "run.yaml", data, **run)
 
 
 def test_cells_are_the_combinations_of_the_grids_without_duplicates(data: Path, tmp_path: Path):
@@ -81,7 +85,7 @@ def test_one_subject_gives_no_interval_and_no_common_case_no_difference():
 
 
 @pytest.fixture(scope="module")
-def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(small_families: None, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bench that was interrupted in the fit of its third cell, then continued in part, and then completed."""
     config = read_config(write_bench(tmp_path_factory.mktemp("bench"), data))
     resumed = []
@@ -125,7 +129,8 @@ def test_an_interrupted_bench_ends_with_the_table_of_an_uninterrupted_one(finish
 
 def test_a_bench_killed_in_its_second_cell_resumes(finished: Path, data: Path, tmp_path: Path, capfd):
     path = write_bench(tmp_path, data, bench=GRIDS[1:2])
-    process = subprocess.Popen([sys.executable, "-m", "flapsam.cli", "bench", str(path)], stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "tests.helpers.small_cli", "bench", str(path)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=ROOT)
     cells = tmp_path / "bench" / "cells"
     deadline = time.monotonic() + 120
     # Kill it when the second cell has written its first event, long before its end.
@@ -145,7 +150,7 @@ def test_a_bench_killed_in_its_second_cell_resumes(finished: Path, data: Path, t
 
 
 def test_a_cell_has_the_scores_of_the_same_simulation(finished: Path, data: Path, tmp_path: Path, capfd):
-    run = write_run(tmp_path / "run.yaml", data, rounds={"count": 1}, strategy="lora", modes=["federated", "local"])
+    run = small_run(tmp_path / "run.yaml", data, rounds={"count": 1}, strategy="lora", modes=["federated", "local"])
     outcome = flapsam(capfd, "simulate", run, "--json")
     assert outcome.code == 0
     expected = json.loads(outcome.out)

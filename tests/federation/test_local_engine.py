@@ -17,10 +17,11 @@ from flapsam.federation.traffic import predict_traffic
 from flapsam.run.reading import read_config
 from flapsam.sam import assemble_run, travelling_state
 from tests.helpers.command import flapsam
+from tests.helpers.families import small_run
 from tests.helpers.ledgers import read_events
-from tests.helpers.sites import make_sites, write_run
+from tests.helpers.sites import make_sites
 
-pytestmark = pytest.mark.usefixtures("no_report")
+pytestmark = pytest.mark.usefixtures("no_report", "small_families")
 
 ENOUGH = {"median": 3, "trimmed-mean": 5}
 """Aggregator → number of sites that it needs; two are enough for the others."""
@@ -40,7 +41,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_aggregator_runs_with_mixed_ranks_and_saves_a_complete_adapter(name: str, many: Path, tmp_path: Path, capfd):
     """``predict`` rebuilds the network from the adapter's folder and returns the same label maps as the run."""
     sites = [f"site_{number}" for number in range(ENOUGH.get(name, 2))]
-    config = write_run(tmp_path / "run.yaml", many, aggregator=name, site_ranks={"site_1": 1}, rounds={"count": 2})
+    config = small_run(tmp_path / "run.yaml", many, aggregator=name, site_ranks={"site_1": 1}, rounds={"count": 2})
     outcome = flapsam(capfd, "simulate", config, "--set", f"data.sites={sites}", "--json")
     assert outcome.code == 0, outcome.err
     run = tmp_path / "run"
@@ -63,7 +64,7 @@ def test_every_aggregator_runs_with_mixed_ranks_and_saves_a_complete_adapter(nam
 def test_predicted_traffic_is_close_to_the_measured_traffic(codec: str, data: Path, tmp_path: Path):
     """The few steps of this run move all values alike. ``benchmarks/communication.py`` has runs that learn."""
     fields = {"compression": {"codec": codec, "density": 0.2}, "rounds": {"count": 3}, "site_ranks": {"site_1": 1}}
-    config = read_config(write_run(tmp_path / "run.yaml", data, **fields))
+    config = read_config(small_run(tmp_path / "run.yaml", data, **fields))
     simulate(config)
     predicted = predict_traffic(resolve(config))
     assert [row.rank for row in predicted] == [2, 1]
@@ -77,7 +78,7 @@ def test_predicted_traffic_is_close_to_the_measured_traffic(codec: str, data: Pa
 
 
 def test_traffic_prints_the_prediction_for_a_run(data: Path, tmp_path: Path, capfd):
-    config = write_run(tmp_path / "run.yaml", data, site_ranks={"site_1": 1})
+    config = small_run(tmp_path / "run.yaml", data, site_ranks={"site_1": 1})
     outcome = flapsam(capfd, "traffic", config)
     assert outcome.code == 0, outcome.err
     assert "Predicted traffic of a site in 2 rounds" in outcome.out
@@ -91,7 +92,7 @@ def test_traffic_prints_the_prediction_for_a_run(data: Path, tmp_path: Path, cap
 
 @pytest.mark.parametrize("optimizer", SERVER_OPTIMIZERS)
 def test_every_server_optimizer_moves_the_tensors_about_as_far(optimizer: str, data: Path, tmp_path: Path):
-    config = read_config(write_run(tmp_path / "run.yaml", data, server={"optimizer": optimizer}, rounds={"count": 3}))
+    config = read_config(small_run(tmp_path / "run.yaml", data, server={"optimizer": optimizer}, rounds={"count": 3}))
     simulate(config)
     start = travelling_state(assemble_run(config).network)
     ended = read_tensors(tmp_path / "run" / "adapter")
@@ -103,7 +104,7 @@ def test_every_server_optimizer_moves_the_tensors_about_as_far(optimizer: str, d
 def test_a_settled_run_ends(data: Path, tmp_path: Path):
     # No Dice rises by more than 1, so the run settles at the second validation, whose scores arrive during round 3.
     settings = {"count": 9, "patience": 1, "settled": 1.0}
-    simulate(read_config(write_run(tmp_path / "run.yaml", data, rounds=settings)))
+    simulate(read_config(small_run(tmp_path / "run.yaml", data, rounds=settings)))
     run = tmp_path / "run"
     assert [event["round"] for event in read_events(run, "round")] == [1, 2, 3]
     assert [(event["site"], event["round"]) for event in read_events(run, "delivery")] == [("site_0", 3), ("site_1", 3)]
@@ -113,7 +114,7 @@ def test_a_settled_run_ends(data: Path, tmp_path: Path):
 def test_a_run_that_goes_back_ends_with_the_same_bits(data: Path, tmp_path: Path, capfd):
     """With packets that lose bits, so what earlier rounds left unsent counts, too."""
     fields = {"rounds": {"count": 3, "keep": 1}, "compression": {"codec": "steps"}}
-    path = write_run(tmp_path / "run.yaml", data, **fields)
+    path = small_run(tmp_path / "run.yaml", data, **fields)
     config, run = read_config(path), tmp_path / "run"
     simulate(config)
     outcome = flapsam(capfd, "simulate", path, "--from-round", "2")
@@ -133,7 +134,7 @@ def test_a_run_that_goes_back_ends_with_the_same_bits(data: Path, tmp_path: Path
 
 
 def test_an_aggregator_that_bears_no_false_site_is_refused(data: Path, tmp_path: Path, capfd):
-    outcome = flapsam(capfd, "simulate", write_run(tmp_path / "run.yaml", data, aggregator="median"))
+    outcome = flapsam(capfd, "simulate", small_run(tmp_path / "run.yaml", data, aggregator="median"))
     assert outcome.code == 2
     assert "median bears no false site among 2 sites; use at least 3 sites" in outcome.err
     assert not (tmp_path / "run").exists()
@@ -145,7 +146,7 @@ def test_fedprox_stays_closer_to_the_start_of_the_round(data: Path, tmp_path: Pa
         folder = tmp_path / str(strength)
         training = {"window": 1, "batch_size": 8, "warmup_steps": 2, "proximal": strength}
         fields = {"training": training, "rounds": {"count": 1}, "aggregator": "ffa-lora", "compression": {"codec": "fp32"}}
-        simulate(read_config(write_run(folder / "run.yaml", data, **fields)))
+        simulate(read_config(small_run(folder / "run.yaml", data, **fields)))
         # With ffa-lora, only B of the factors trains. It starts at zero, so its norm is how far it moved.
         tensors = read_tensors(folder / "run" / "adapter")
         moved.append(np.sqrt(sum(float((tensor**2).sum()) for name, tensor in tensors.items() if ".lora_B" in name)))

@@ -1,14 +1,13 @@
 """A small member of every family of backbones, with random weights."""
 
-from collections.abc import Iterator
+from pathlib import Path
 
-import pytest
-
-from flapsam.sam import ARCHITECTURES, Architecture
+from flapsam.sam import Architecture
 from flapsam.sam.hiera import Hiera
-from flapsam.sam.sources import SOURCES, Source
+from flapsam.sam.sources import Source
 from flapsam.sam.tiny_vit import TinyVit
 from flapsam.sam.vit import Vit
+from tests.helpers.sites import write_run
 
 SMALL: dict[str, Architecture] = {
     "small-vit": Vit(
@@ -51,12 +50,9 @@ SMALL: dict[str, Architecture] = {
     ),
 }
 """Name → sizes. Every family has one."""
+SMALL_SOURCES = {name: Source(name, name, "paper", "Apache-2.0") for name in SMALL}
 
 
-@pytest.fixture
-def small_families(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Lets configurations name the members of ``SMALL``."""
-    for name, sizes in SMALL.items():
-        monkeypatch.setitem(ARCHITECTURES, name, sizes)
-        monkeypatch.setitem(SOURCES, name, Source(name, name, "paper", "Apache-2.0"))
-    yield
+def small_run(path: Path, data: Path, **fields: object) -> Path:
+    """Write a run as ``write_run`` does, on a smaller backbone, for tests in one process that use ``small_families``."""
+    return write_run(path, data, **{"backbone": {"name": "small-vit", "weights": "random"}, **fields})

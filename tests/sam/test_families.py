@@ -37,10 +37,8 @@ from flapsam.sam.families import to_own_names
 from flapsam.sam.prompts import embed_prompts, prompted_masks, published_form, with_prompts
 from tests.helpers.adapters import trained
 from tests.helpers.command import flapsam
-from tests.helpers.families import SMALL, small_families
+from tests.helpers.families import SMALL
 from tests.helpers.golden import golden, golden_json
-
-__all__ = ["small_families"]
 
 FAMILIES = {type(sizes) for sizes in ARCHITECTURES.values()}
 IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
