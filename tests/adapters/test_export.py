@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers.models.sam.modeling_sam import SamModel
 
-from flapsam.sam import STRATEGIES, Sam, build, load_checkpoint, merge_adapters, read_checkpoint
+from flapsam.adapters.store import save_adapter
+from flapsam.sam import STRATEGIES, Sam, build, load_checkpoint, merge_adapters, read_checkpoint, travelling_state
 from flapsam.sam.families import to_own_names
 from flapsam.sam.naming import to_transformers
 from tests.helpers.adapters import saved, trained
@@ -77,13 +78,16 @@ def test_flapsam_reads_the_merged_network(tmp_path: Path, capfd):
 
 
 @pytest.mark.no_cover
+@pytest.mark.usefixtures("small_families")
 def test_onnx_computes_the_same_logits(tmp_path: Path, capfd):
     onnxruntime = pytest.importorskip("onnxruntime")
-    outcome = flapsam(capfd, "export", saved(tmp_path / "adapter"), "-o", tmp_path / "out", "--format", "onnx", "--json")
+    assembled, card = trained("flap", backbone="small-tiny-vit")
+    save_adapter(tmp_path / "adapter", card, travelling_state(assembled.network))
+    outcome = flapsam(capfd, "export", tmp_path / "adapter", "-o", tmp_path / "out", "--format", "onnx", "--json")
     assert outcome.code == 0, outcome.err
     assert [Path(path).name for path in json.loads(outcome.out)["written"]] == ["flapsam.json", "model.onnx"]
     session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
-    expected = logits(trained("flap")[0].network)
+    expected = logits(assembled.network)
     for batch in (1, 3):
         (actual,) = session.run(None, {"images": IMAGES[:batch].numpy()})
         torch.testing.assert_close(torch.from_numpy(actual), expected[:batch], atol=1e-3, rtol=0)

@@ -1,11 +1,10 @@
 """More sites take no more memory: there is one network and one optimizer, and packets and moments are on disk."""
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from flapsam.experiments.phantom import make_phantom
+from tests.helpers.sites import make_sites
 
 # Prints the peak resident memory of its own process, in KiB.
 PROGRAM = """
@@ -29,14 +28,12 @@ def peak(config: Path) -> float:
 
 def test_twelve_sites_take_no_more_memory_than_three(tmp_path: Path, record_property):
     peaks = {}
-    make_phantom(tmp_path / "data3", sites=3, cases=3)
-    for number in range(12):
-        shutil.copytree(tmp_path / "data3" / f"site_{number % 3 + 1:02}", tmp_path / "data12" / f"site_{number:02}")
     for sites in (3, 12):
+        make_sites(tmp_path / f"data{sites}", sites=sites, cases=3)
         config = tmp_path / f"{sites}.yaml"
         config.write_text(f"""
-data: {{path: data{sites}, labels: {{kidney: 1, tumour: 2}}}}
-samples: {{clip: [-150, 300], size: 64}}
+data: {{path: data{sites}, labels: {{ball: 1, core: 2}}}}
+samples: {{size: 64}}
 backbone: {{name: sam-tiny, weights: random}}
 training: {{window: 1, batch_size: 12, augment: false, empty_slices: 0}}
 rounds: {{count: 1}}

@@ -196,7 +196,7 @@ def test_the_phantom_cannot_be_segmented_by_intensity_alone(tmp_path: Path):
     """Gaussian mixtures of voxel intensities score at most 0.5, even with priors tuned on the test cases."""
     from phantom_voxels import voxel_dice
 
-    make_phantom(tmp_path, sites=4, cases=10, seed=0)
+    make_phantom(tmp_path, sites=4, cases=5, seed=0)
     assert voxel_dice(tmp_path, per_site=True)["mean"] <= 0.5
     assert voxel_dice(tmp_path, per_site=False)["mean"] <= 0.5
 
