@@ -54,6 +54,13 @@ def test_a_federated_card_covers_every_site(card: AdapterCard):
     assert "not a medical device" in text
 
 
+def test_the_card_of_an_adapter_on_a_backbone_that_saw_medical_data_says_so(card: AdapterCard):
+    known = card.backbone.model_copy(update={"name": "lite-medsam", "weights": "lite_medsam.pth"})
+    text = model_card(card.model_copy(update={"backbone": known}), Cohort.parse("federated"), EVENTS)
+    assert "If cases of these sites are among them, the scores are too good." in text
+    assert "are among them" not in model_card(card, Cohort.parse("federated"), EVENTS)
+
+
 def test_a_local_card_covers_one_site(card: AdapterCard):
     text = model_card(card.model_copy(update={"mode": "local"}), Cohort.parse("local/south"), EVENTS)
     assert "| south | 8 | 1 | 2 | 0.500 | – | 0.500 |" in text

@@ -12,6 +12,7 @@ from flapsam.learning.metrics import CaseScores, Summary, by_site, rule_for_abse
 from flapsam.run.config import SPLITS
 from flapsam.run.ledger import Cases, CaseTested, Cohort, Event, SiteJoined
 from flapsam.sam import strategy
+from flapsam.sam.sources import SOURCES
 
 FEW_CASES = 5
 """Number of test cases below which the card calls a site's scores uncertain."""
@@ -148,6 +149,8 @@ def _limits(card: AdapterCard, cases: dict[str, Cases], scores: Sequence[CaseSco
     limits.append(f"Slices are segmented one at a time, {neighbours} neighbouring slices as context.")
     if card.backbone.weights == "random":
         limits.append("The backbone was not pretrained.")
+    elif (known := SOURCES.get(card.backbone.name)) and known.caution:
+        limits.append(known.caution)
     return limits
 
 

