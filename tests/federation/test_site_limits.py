@@ -25,6 +25,8 @@ from flapsam.run.reading import read_config
 from flapsam.sam import travelling_state
 from flapsam.sam.strategies import STRATEGIES
 from flapsam.sites import Case, Site
+from tests.helpers.adapters import trained
+from tests.helpers.families import SMALL
 from tests.helpers.reconstruction import ATTACK, make_volumes, proposal_of, site_of
 from tests.helpers.sites import make_sites, write_run
 
@@ -93,6 +95,15 @@ def test_no_strategy_that_is_safe_by_default_trains_patch_or_position_embeddings
             tensor for tensor in trained if any(part in tensor for part in ("patch_embed", "pos_embed", "rel_pos"))
         ]
         assert bool(embeddings) != (strategy in SAFE_STRATEGIES), strategy
+
+
+@pytest.mark.usefixtures("small_families")
+@pytest.mark.parametrize("backbone", SMALL)
+@pytest.mark.parametrize("strategy", sorted(SAFE_STRATEGIES))
+def test_no_safe_strategy_trains_what_sees_the_pixels_first(strategy: str, backbone: str):
+    trained_names = travelling_state(trained(strategy, backbone=backbone)[0].network)
+    first = ("patch_embed", "stem", "pos_embed", "rel_pos", "biases", "convolutions")
+    assert not [name for name in trained_names if any(part in name for part in first)]
 
 
 def case(slices: int, occupied: int) -> PreparedCase:

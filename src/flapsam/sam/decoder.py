@@ -49,7 +49,7 @@ class Output(nn.Module):
         Args:
             mask_tokens: the transformed mask tokens (batch, masks, width).
             grid: the transformed image embedding (batch, width, tokens, tokens).
-            finer: the image at the resolution of each upsampling step, to be added to the step's result, coarsest first.
+            finer: the image at the resolution of the first upsampling steps, to be added to their results, coarsest first.
 
         Returns:
             Logits (batch, masks, size, size), where every upsampling step doubles the grid's size.
@@ -57,8 +57,8 @@ class Output(nn.Module):
         steps = iter(finer)
         for layer in self.upscaling:
             grid = layer(grid)
-            if finer and isinstance(layer, nn.ConvTranspose2d):
-                grid = grid + next(steps)
+            if isinstance(layer, nn.ConvTranspose2d) and (features := next(steps, None)) is not None:
+                grid = grid + features
         filters = torch.stack([mlp(mask_tokens[:, i]) for i, mlp in enumerate(self.hypernetworks)], dim=1)
         return torch.einsum("bmc,bchw->bmhw", filters, grid)
 

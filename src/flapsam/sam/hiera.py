@@ -81,6 +81,8 @@ class Hiera(Architecture):
     """Blocks that attend over the whole image."""
     positions: int = 7
     """Side of the grid of position embeddings, which is interpolated to the image's size."""
+    patch: tuple[int, int] = (7, 4)
+    """Kernel and stride of the convolution that makes tokens of pixels."""
     upscaling: tuple[int, ...] = (64, 32)
 
     whose: ClassVar[Mapping[str, str]] = {
@@ -92,8 +94,8 @@ class Hiera(Architecture):
 
     @property
     def multiple(self) -> int:
-        """The last stage has half the embedding's resolution."""
-        return 2 * self.stride
+        """The last stage has half the embedding's resolution, and the first stage has whole windows."""
+        return max(2 * self.stride, self.windows[0] * self.patch[1])
 
     def config(self) -> "Sam2VisionConfig":
         """The encoder in the terms of transformers."""
@@ -110,6 +112,9 @@ class Hiera(Architecture):
             window_size_per_stage=list(self.windows),
             global_attention_blocks=list(self.global_blocks),
             window_positional_embedding_background_size=[self.positions, self.positions],
+            patch_kernel_size=[self.patch[0]] * 2,
+            patch_stride=[self.patch[1]] * 2,
+            patch_padding=[self.patch[0] // 2] * 2,
         )
         return Sam2VisionConfig(
             backbone_config=hiera, backbone_channel_list=widths[::-1], fpn_hidden_size=self.decoder_width
@@ -127,7 +132,7 @@ class Hiera(Architecture):
     def values_a_slice(self, image_size: int) -> int:
         """The hidden layer of the first stage's MLP, or the scores of a global block."""
         tokens = (image_size // self.stride) ** 2
-        return max(4 * self.width * (image_size // 4) ** 2, 4 * self.heads * tokens**2)
+        return max(4 * self.width * (image_size // self.patch[1]) ** 2, 4 * self.heads * tokens**2)
 
     @classmethod
     def naming_of(cls, state: Mapping[str, Tensor]) -> str | None:
@@ -170,7 +175,9 @@ class Hiera(Architecture):
 
         state = network.state_dict()
         vision = self.config()
-        vision.backbone_feature_sizes = [[network.image_size // part] * 2 for part in (4, 8, 16)]
+        vision.backbone_feature_sizes = [
+            [network.image_size // part] * 2 for part in (self.stride // 4, self.stride // 2, self.stride)
+        ]
         config = Sam2Config(
             vision_config=vision,
             prompt_encoder_config=Sam2PromptEncoderConfig(
