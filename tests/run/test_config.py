@@ -143,8 +143,9 @@ def test_background_ignore_and_the_value_0_are_no_classes(labels: dict, classes:
         ({"Background": 0, "ignore": 1}, {}, "name at least one class"),
         ({"kidney": 1}, {"kidney": 0}, "site_labels.a: kidney has the value 0, which is the background"),
         ({"kidney": 1, "Ignore": 255}, {"kidney": 255}, "value 255 stands for both"),
+        ({"kidney": 1, "mean": 2}, {}, "mean is the name of the mean over the classes; give the class another name"),
     ],
 )
-def test_a_class_cannot_have_the_value_0(labels: dict, of_site: dict, message: str):
+def test_values_and_names_with_a_meaning_of_their_own_are_refused(labels: dict, of_site: dict, message: str):
     with pytest.raises(ValueError, match=message):
         Data(path=Path(), labels=labels, site_labels={"a": of_site} if of_site else {})

@@ -136,7 +136,9 @@ def test_files_that_no_case_uses_are_listed(tmp_path: Path):
     file.rename(tmp_path / "a" / "images" / "slice.v2")
     (tmp_path / "dicom").rmdir()
     (tmp_path / "sites.csv").write_text("case,site\n" + "".join(f"a_{index},a\n" for index in range(2)))
-    found = unused(tmp_path, list_cases(tmp_path).cases)
+    cases = list_cases(tmp_path).cases
+    (tmp_path / "sites.csv").rename(tmp_path / "SITES.CSV")
+    found = unused(tmp_path, cases)
     assert {str(one.path.relative_to(tmp_path)): one.reason for one in found} == {
         "a/old.nii.gz": "no case of the data set",
         "a/images/a_2.nii.gz": "no case of the data set",

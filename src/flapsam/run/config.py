@@ -33,6 +33,8 @@ Checkpoint = Path | Literal["random"]
 RESERVED_LABELS = ("background", "ignore")
 """Names in ``labels`` that are not classes: values that count as background, and values that loss and scores leave out.
 Case, spaces, hyphens and underscores make no difference, as in ``Background`` or ``__ignore__``."""
+MEAN = "mean"
+"""Name of the mean over the classes beside the classes' own scores, so that no class can have it."""
 Absent = Literal["none", "one"]
 """Dice of a class that is in neither the truth nor the prediction of a case."""
 
@@ -85,6 +87,8 @@ class Data(StrictModel):
     def _check_labels(self) -> "Data":
         if not self.classes:
             raise ValueError("labels: name at least one class, such as {kidney: 1}; 0 is the background")
+        if MEAN in self.classes:
+            raise ValueError(f"labels: {MEAN} is the name of the mean over the classes; give the class another name")
         _check_distinct("labels", self.labels)
         _check_background("labels", self.labels)
         for site, labels in self.site_labels.items():

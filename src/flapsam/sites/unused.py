@@ -8,7 +8,7 @@ from flapsam.sites.case import Case
 from flapsam.volumes import LeftOut, is_dicom, is_hidden, is_image, is_nifti, reason_of
 
 OWN = ("sites.csv", "dataset.json", "run.yaml")
-"""Files that describe data sets and runs."""
+"""Files that describe data sets and runs, in small letters."""
 
 
 def unused(path: Path, cases: Iterable[Case]) -> list[LeftOut]:
@@ -31,7 +31,7 @@ def unused(path: Path, cases: Iterable[Case]) -> list[LeftOut]:
             continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for file in (folder / name for name in sorted(files)):
-            if file.resolve() not in used and not is_hidden(file) and file.name not in OWN:
+            if file.resolve() not in used and not is_hidden(file) and file.name.casefold() not in OWN:
                 left_out.append(LeftOut(file, _reason(file)))
     return left_out
 
