@@ -7,16 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from flapsam.base.errors import FlapsamError
 from flapsam.experiments.pretraining import Recipe, pretext_loss, pretrain, rate
 from flapsam.experiments.synthesis import TASKS, Scenes, draw_scenes
+from flapsam.experiments.teaching import Teacher
 from flapsam.run.observer import Observer
 from flapsam.sam import architecture, build, load_checkpoint, read_checkpoint
 from tests.helpers.command import flapsam
+from tests.helpers.families import SMALL
 
 RECIPE = Recipe(steps=5, batch=2, warmup=2, size=32)
+
+
+@pytest.fixture
+def few_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flapsam.experiments.pretraining.HELD_OUT", 16)
 
 
 def scenes(seed: int, batch: int = 8, size: int = 64) -> Scenes:
@@ -81,6 +88,7 @@ class Interrupted(Observer):
             raise KeyboardInterrupt
 
 
+@pytest.mark.usefixtures("few_held_out")
 def test_resumed_pretraining_ends_with_the_same_weights(tmp_path: Path):
     pretrain(tmp_path / "whole", RECIPE, command="x", threads=1, every=2)
     with pytest.raises(KeyboardInterrupt):
@@ -96,7 +104,44 @@ def test_resumed_pretraining_ends_with_the_same_weights(tmp_path: Path):
         pretrain(tmp_path / "nothing", RECIPE, command="x", threads=1, resume=True)
 
 
+@pytest.mark.usefixtures("few_held_out")
+def test_a_student_learns_its_teachers_embeddings(small_families: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The teacher has two tokens where the student has one pixel less, so it sees the scenes at half their size."""
+    teacher = build(SMALL["small-tiny-vit"], image_size=64, classes=3, seed=1)
+    save_file(teacher.state_dict(), tmp_path / "teacher.safetensors")
+    monkeypatch.setattr("flapsam.experiments.teaching.find_checkpoint", lambda backbone: tmp_path / "teacher.safetensors")
+    recipe = Recipe(steps=8, batch=2, warmup=2, size=64, backbone="small-hiera", teacher="small-tiny-vit", precision="fp32")
+    pretrain(tmp_path / "whole", recipe, command="x", threads=1, every=2)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(tmp_path / "parts", recipe, command="x", threads=1, every=2, observer=Interrupted(3))
+    pretrain(tmp_path / "parts", recipe, command="x", threads=1, every=2, resume=True)
+    whole, parts = (load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "parts"))
+    assert whole.keys() == build(SMALL["small-hiera"], image_size=64, classes=len(TASKS)).state_dict().keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    entries = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()[1:]]
+    assert entries[-1]["teacher's loss"] < entries[0]["teacher's loss"]
+
+
+def test_a_student_starts_with_its_teachers_decoder(small_families: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    teacher = build(SMALL["small-tiny-vit"], image_size=64, classes=3, seed=1)
+    save_file(teacher.state_dict(), tmp_path / "teacher.safetensors")
+    monkeypatch.setattr("flapsam.experiments.teaching.find_checkpoint", lambda backbone: tmp_path / "teacher.safetensors")
+    student = build(SMALL["small-hiera"], image_size=64, classes=2, seed=2)
+    lessons = Teacher("small-tiny-vit", student)
+    taught, own = teacher.state_dict(), student.state_dict()
+    for name in ("mask_decoder.transformer.layers.0.mlp.lin1.weight", "prompt_encoder.no_mask_embed.weight"):
+        assert torch.equal(own[name], taught[name])
+    # The student's grid has 4 × 4 tokens. The teacher has as many for images of 16 pixels.
+    images = torch.rand(2, 3, 64, 64)
+    assert lessons.embed(images).shape == (2, 32, 4, 4)
+    target = torch.nn.functional.layer_norm(lessons.embed(images).permute(0, 2, 3, 1), (32,)).permute(0, 3, 1, 2)
+    # At first, the comparing layer changes nothing.
+    assert lessons.loss(target.clone(), images).item() == pytest.approx(0, abs=1e-10)
+    assert lessons.loss(torch.zeros_like(target), images).item() == pytest.approx(1, abs=1e-3)
+
+
 @pytest.mark.no_cover
+@pytest.mark.usefixtures("few_held_out")
 def test_quick_pretraining_writes_a_usable_checkpoint(tmp_path: Path, capfd):
     outcome = flapsam(capfd, "pretrain", tmp_path, "--quick", "--json")
     assert outcome.code == 0, outcome.err

@@ -1,5 +1,6 @@
 """Commands about resources: ``traffic``, ``memory``, ``doctor``, ``pretrain``."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -98,19 +99,29 @@ def pretrain(
     steps: Annotated[int, typer.Option(min=1, help="Number of training steps.")] = 10_000,
     batch: Annotated[int, typer.Option(min=1, help="Number of scenes per step.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed for every random choice.")] = 0,
+    backbone: Annotated[str, typer.Option(help="Backbone to train.")] = "sam-tiny",
+    size: Annotated[int, typer.Option(min=1, help="Side of the scenes in pixels.")] = 128,
+    teacher: Annotated[
+        str, typer.Option(help="Backbone whose embeddings it learns, too, such as lite-medsam.", show_default=False)
+    ] = "",
     quick: Annotated[bool, typer.Option("--quick", help="Train for 20 steps only, to check that it works.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last state in the folder.")] = False,
     threads: Threads = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Train sam-tiny from scratch on synthetic images. This is how the weights that ship with flapsam were made."""
+    """Train a small backbone from scratch on synthetic images, as the weights that ship with flapsam were trained."""
     from flapsam.experiments.pretraining import Recipe
     from flapsam.experiments.pretraining import pretrain as run
 
-    recipe = Recipe(steps=20, batch=4, warmup=5, seed=seed) if quick else Recipe(steps=steps, batch=batch, seed=seed)
+    recipe = Recipe(steps=steps, batch=batch, seed=seed, backbone=backbone, size=size, teacher=teacher)
+    if quick:
+        recipe = replace(recipe, steps=20, batch=4, warmup=5)
+    given = {"backbone": backbone, "size": size, "teacher": teacher}
+    usual = {"backbone": "sam-tiny", "size": 128, "teacher": ""}
     length = "--quick" if quick else f"--steps {steps} --batch {batch}"
-    command = f"flapsam pretrain {length} --seed {seed}"
+    further = "".join(f" --{name} {value}" for name, value in given.items() if value != usual[name])
+    command = f"flapsam pretrain {length} --seed {seed}{further}"
     with interruptible(f"The last state is in {folder}; add --resume to continue.") as observer:
         scores = run(folder, recipe, command=command, threads=threads, resume=resume, observer=observer)
     if as_json:

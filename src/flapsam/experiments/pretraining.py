@@ -1,4 +1,4 @@
-"""Pretraining of sam-tiny on synthetic scenes, which produced the weights that ship with flapsam.
+"""Pretraining of small backbones on synthetic scenes, which produced the weights that ship with flapsam.
 
 Scenes are generated on the fly. Step ``n`` of a seed always sees the same scenes, so an interrupted run
 continues as if it had never stopped.
@@ -21,6 +21,7 @@ from flapsam.base.errors import FlapsamError
 from flapsam.base.files import check_writable, write_text, written_whole
 from flapsam.base.seeds import seed_for
 from flapsam.experiments.synthesis import TASKS, Scenes, draw_scenes
+from flapsam.experiments.teaching import Teacher
 from flapsam.run.observer import Observer
 from flapsam.sam import Sam, architecture, build
 
@@ -44,6 +45,10 @@ class Recipe:
     size: int = 128
     precision: str = "bf16"
     """Precision of the network's arithmetic under autocast. Weights and moments are fp32."""
+    teacher: str = ""
+    """Name of a backbone whose embeddings the network learns, too; empty for none."""
+    teaching: float = 1.0
+    """Weight of the teacher's loss beside that of the masks."""
 
 
 def rate(step: int, recipe: Recipe) -> float:
@@ -125,13 +130,17 @@ def pretrain(
         IoU of each task on held-out scenes, and their mean.
 
     Raises:
-        FlapsamError: the folder cannot be written, or there is nothing to resume.
+        FlapsamError: the folder cannot be written, there is nothing to resume, or the teacher is not on this machine.
     """
     observer = observer or Observer()
     check_writable(folder)
     set_up_torch(threads or default_threads(), deterministic=True)
     network = build(architecture(recipe.backbone), image_size=recipe.size, classes=len(TASKS), seed=recipe.seed)
+    teacher = Teacher(recipe.teacher, network) if recipe.teacher else None
     trained = [p for name, p in network.named_parameters() if not name.startswith("prompt_encoder.") or "no_mask" in name]
+    if teacher:
+        network.add_module("compared", teacher.compared)
+        trained += teacher.compared.parameters()
     optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
     state, log = folder / "state.safetensors", folder / "log.jsonl"
     start, spent = _load(state, network, optimizer, recipe) if resume else (0, 0.0)
@@ -141,14 +150,20 @@ def pretrain(
     began = time.perf_counter() - spent
     observer.begin("pretraining", recipe.steps, start)
     losses: list[float] = []
+    lessons: list[float] = []
     for step in range(start, recipe.steps):
         draw = torch.Generator().manual_seed(seed_for(recipe.seed, "scenes", step))
         scenes = draw_scenes(recipe.batch, recipe.size, draw)
         for group in optimizer.param_groups:
             group["lr"] = rate(step, recipe)
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
-            outputs = network(scenes.images)
+            embedding = network.embed(scenes.images)
+            outputs = network.logits(embedding)
         loss = pretext_loss(outputs.float(), scenes)
+        if teacher:
+            taught = teacher.loss(embedding.float(), scenes.images)
+            lessons.append(taught.item())
+            loss = loss + recipe.teaching * taught
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -160,7 +175,10 @@ def pretrain(
             scores = held_out_iou(network, recipe)
             spent = time.perf_counter() - began
             entry = {"step": done, "seconds": round(spent, 1), "loss": sum(losses) / len(losses), "iou": scores}
+            if lessons:
+                entry["teacher's loss"] = sum(lessons) / len(lessons)
             losses.clear()
+            lessons.clear()
             with log.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
             observer.say(f"step {done}: loss {entry['loss']:.3f}, held-out IoU {scores['mean']:.3f}, {spent:.0f} s")
@@ -210,6 +228,7 @@ def _export(
         "tasks": json.dumps(TASKS),
         "data": "synthetic images only",
     }
-    tensors = {name: tensor.half().contiguous() for name, tensor in network.state_dict().items()}
+    state = network.state_dict()
+    tensors = {name: tensor.half().contiguous() for name, tensor in state.items() if not name.startswith("compared.")}
     with written_whole(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
