@@ -116,7 +116,7 @@ def pretrain(
 
     recipe = Recipe(steps=steps, batch=batch, seed=seed, backbone=backbone, size=size, teacher=teacher)
     if quick:
-        recipe = replace(recipe, steps=20, batch=4, warmup=5)
+        recipe = replace(recipe, steps=20, batch=4, warmup=5, precision="fp32")
     given = {"backbone": backbone, "size": size, "teacher": teacher}
     usual = {"backbone": "sam-tiny", "size": 128, "teacher": ""}
     length = "--quick" if quick else f"--steps {steps} --batch {batch}"

@@ -1,6 +1,6 @@
 """A published SAM as the teacher of a smaller network, which learns to reproduce its embeddings.
 
-MobileSAM was made in this way (arXiv 2306.14289, section 3.2): only embeddings are compared, and the decoder is the teacher's.
+MobileSAM was made in this way (arXiv 2306.14289, section 3.2). Only embeddings are compared. The decoder is the teacher's.
 """
 
 import torch
