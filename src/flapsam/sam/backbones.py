@@ -5,13 +5,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from flapsam.base.download import cache_folder, checksum, download
-from flapsam.base.errors import FlapsamError
+from flapsam.base.errors import FlapsamError, choose
 from flapsam.base.files import written_whole
 from flapsam.base.wheel import take_from_wheel
 from flapsam.run.observer import Observer, watched
-from flapsam.sam import architecture, infer_architecture, read_checkpoint
+from flapsam.sam import PIXELS, architecture, infer_architecture, read_checkpoint
 from flapsam.sam.checkpoints import local_checkpoint
 from flapsam.sam.families import family_of, to_own_names
 from flapsam.sam.prompts import Box, mask_in, with_prompts
@@ -51,7 +52,12 @@ def fetch(name: str, observer: Observer) -> Path:
         else:
             download(known.url or "", path, sha256=known.sha256, on_bytes=watched(observer, name))
             observer.end()
-        read_checkpoint(path)
+        try:
+            read_checkpoint(path)
+        except FlapsamError:
+            # Otherwise the next `get` would take it for the backbone.
+            path.unlink()
+            raise
     return path
 
 
@@ -70,13 +76,13 @@ def describe(path: Path) -> dict[str, Any]:
         "names": family.whose[family.naming_of(state) or "meta"],
         "image size": family.trained_size(named) or (architecture(name).native_size if name else "unknown"),
         "parameters": sum(tensor.numel() for tensor in state.values()),
-        "masks": len(named["mask_decoder.output.mask_tokens.weight"]),
+        "masks": len(named.get("mask_decoder.output.mask_tokens.weight", ())),
         "SHA-256": checksum(path) if path.is_file() else "none, since this is a folder",
         **_metadata(path),
     }
 
 
-def check_with_box(path: Path, picture: Path, box: str, output: Path) -> None:
+def check_with_box(path: Path, picture: Path, box: str, output: Path, pixels: str | None = None) -> None:
     """Segment what lies in a box of a picture with a published checkpoint, and write the mask, white on black.
 
     Args:
@@ -84,26 +90,41 @@ def check_with_box(path: Path, picture: Path, box: str, output: Path) -> None:
         picture: a picture that Pillow reads.
         box: left, top, right and bottom in pixels of the picture, separated by commas.
         output: the mask's path, a PNG.
+        pixels: name of the input normalisation; if None, that of the source whose file has this name, or else of the size.
 
     Raises:
         FlapsamError: the checkpoint or the picture cannot be read, or the box is not in the picture.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
-    corners = _corners(box)
-    try:
-        with Image.open(picture) as opened:
-            pixels = np.asarray(opened.convert("RGB"), dtype=np.float32)
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise FlapsamError(f"{picture}: not a readable picture; give a PNG or a JPEG") from error
-    height, width = pixels.shape[:2]
+    corners, values = _corners(box), _picture(picture)
+    height, width = values.shape[:2]
     left, top, right, bottom = corners
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise FlapsamError(f"{picture}: it has {width} × {height} pixels, so the box {box} is not in it")
-    network = with_prompts(read_checkpoint(path), str(path))
-    mask = mask_in(network, torch.from_numpy(pixels / 255).permute(2, 0, 1), box=corners)
+    state = read_checkpoint(path)
+    if pixels is None:
+        named = [known for known in SOURCES.values() if known.file == path.name or known.name == infer_architecture(state)]
+        pixels = min(named, key=lambda known: known.file != path.name).pixels if named else "paper"
+    network = with_prompts(state, str(path), pixels=choose("pixels", pixels, {name: name for name in PIXELS}))
+    mask = mask_in(network, torch.from_numpy(values).permute(2, 0, 1), box=corners)
     with written_whole(output) as temporary:
         Image.fromarray(mask.numpy().astype(np.uint8) * 255).save(temporary, format="PNG")
+
+
+def _picture(path: Path) -> NDArray[np.float32]:
+    """A picture (height, width, 3) in [0, 1]. Values of more than 8 bits are scaled between their minimum and maximum."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as opened:
+            if opened.mode.startswith("I") or opened.mode == "F":
+                values = np.asarray(opened, dtype=np.float32)
+                values = (values - values.min()) / max(float(np.ptp(values)), 1e-9)
+                return np.repeat(values[..., None], 3, axis=2)
+            return np.asarray(opened.convert("RGB"), dtype=np.float32) / 255
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise FlapsamError(f"{path}: not a readable picture; give a PNG or a JPEG") from error
 
 
 def _corners(text: str) -> Box:

@@ -27,7 +27,7 @@ MASKS = re.compile(r"^mask_decoder\.(iou_prediction_head|output\.mask_tokens|out
 """Parts specific to a model's own masks. They mean nothing for other classes, so they start with random weights."""
 
 UPSCALING = re.compile(r"^mask_decoder\.output\.upscaling\.")
-"""SAM has two of the four upsampling steps. The other two start with random weights."""
+"""SAM has two upsampling steps. If the network has more, the others start with random weights."""
 
 
 @dataclass
@@ -38,9 +38,12 @@ class LoadReport:
     resized: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
     """Tensors of the network that the checkpoint did not provide."""
+    unused: list[str] = field(default_factory=list)
+    """Tensors of the checkpoint that the network does not have."""
 
     def __str__(self) -> str:
-        return f"{len(self.loaded)} tensors loaded ({len(self.resized)} resized), {len(self.new)} new"
+        text = f"{len(self.loaded)} tensors loaded ({len(self.resized)} resized), {len(self.new)} new"
+        return f"{text}, {len(self.unused)} of the checkpoint not used" if self.unused else text
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -80,7 +83,7 @@ def load_checkpoint(network: Sam, state: Mapping[str, Tensor], source: str, *, k
     if not keep_masks:
         named = {name: tensor for name, tensor in named.items() if not MASKS.match(name)}
     fitted = network.sizes.fitted(named, network.image_size)
-    report = LoadReport()
+    report = LoadReport(unused=sorted(fitted.keys() - network.state_dict().keys()))
     for name, current in network.state_dict().items():
         tensor = fitted.get(name)
         if tensor is None:
@@ -104,8 +107,8 @@ def load_checkpoint(network: Sam, state: Mapping[str, Tensor], source: str, *, k
 def warm_masks(network: Sam, state: Mapping[str, Tensor]) -> None:
     """Start every mask from the checkpoint's first mask: its token, and the layers of its hypernetwork that fit.
 
-    The last layer of SAM's hypernetworks is four times as wide and does not fit. If the checkpoint has no masks, nothing
-    changes.
+    Where there are four upsampling steps, the last layer of SAM's hypernetworks is four times as wide and does not fit. If
+    the checkpoint has no masks, nothing changes.
 
     Args:
         network: the network, changed in place.
@@ -114,7 +117,7 @@ def warm_masks(network: Sam, state: Mapping[str, Tensor]) -> None:
     named = to_own_names(state)
     output = network.mask_decoder.output
     token = named.get("mask_decoder.output.mask_tokens.weight")
-    if token is not None:
+    if token is not None and token.shape[1] == output.mask_tokens.weight.shape[1]:
         output.mask_tokens.weight.copy_(token[:1].expand_as(output.mask_tokens.weight))
     for hypernetwork in output.hypernetworks:
         for name, parameter in hypernetwork.named_parameters():
@@ -180,7 +183,7 @@ def find_checkpoint(backbone: Backbone) -> Checkpoint:
 def local_checkpoint(name: str) -> Path | None:
     """The file of a known backbone's weights, if it is on this machine."""
     known = SOURCES.get(name)
-    if known is None:
+    if known is None or not known.file:
         return None
     path = (SHIPPED if known.ships else cache_folder()) / known.file
     return path if path.exists() else None

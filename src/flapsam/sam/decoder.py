@@ -52,7 +52,7 @@ class Output(nn.Module):
             finer: the image at the resolution of the first upsampling steps, to be added to their results, coarsest first.
 
         Returns:
-            Logits (batch, masks, size, size), where every upsampling step doubles the grid's size.
+            Logits (batch, masks, height, width), where every upsampling step doubles the grid's height and width.
         """
         steps = iter(finer)
         for layer in self.upscaling:

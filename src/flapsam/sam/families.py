@@ -64,11 +64,11 @@ def to_own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def infer_architecture(state: Mapping[str, Tensor]) -> str | None:
     """The name in ``ARCHITECTURES`` that fits the shapes of a checkpoint's tensors; None for any other size."""
-    family, named = family_of(state), to_own_names(state)
+    family = family_of(state) or Vit
     for name, sizes in ARCHITECTURES.items():
         try:
-            if isinstance(sizes, family or Vit) and sizes.matches(named):
+            if isinstance(sizes, family) and sizes.matches(family.to_own_names(state)):
                 return name
-        except (KeyError, IndexError, ValueError):
+        except (KeyError, IndexError, ValueError, RuntimeError):
             continue
     return None

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import lcm
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -62,8 +63,8 @@ TO_TRANSFORMERS = (
     (r"^(mask_decoder\.transformer\..*)\.out_proj\.", r"\1.o_proj."),
 )
 POINTS = "prompt_encoder.point_embed"
-IMAGES = re.compile(r"^(vision_encoder|prompt_encoder|mask_decoder)\.")
-"""Tensors that are not for video, in the network's names."""
+STILL = re.compile(r"^(vision_encoder|prompt_encoder|mask_decoder)\.")
+"""Names, in the network's own scheme, of tensors that still images need. The others are for video."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,7 @@ class Hiera(Architecture):
     @property
     def multiple(self) -> int:
         """The last stage has half the embedding's resolution, and the first stage has whole windows."""
-        return max(2 * self.stride, self.windows[0] * self.patch[1])
+        return lcm(2 * self.stride, self.windows[0] * self.patch[1])
 
     def config(self) -> "Sam2VisionConfig":
         """The encoder in the terms of transformers."""
@@ -123,7 +124,7 @@ class Hiera(Architecture):
     def encoder(self, image_size: int) -> "HieraEncoder":
         """Build the encoder: (batch, 3, size, size) → (batch, 4 · decoder width, tokens, tokens)."""
         self.tokens(image_size)
-        return HieraEncoder(self)
+        return HieraEncoder(self, image_size)
 
     def decoder(self, masks: int) -> "HieraDecoder":
         """Build SAM 2.1's decoder."""
@@ -152,7 +153,7 @@ class Hiera(Architecture):
         for name, tensor in split_thirds(renamed(state, rules)).items():
             if name == f"{POINTS}.weight":
                 result |= {f"{POINTS}.{kind}.weight": row[None] for kind, row in enumerate(tensor)}
-            elif IMAGES.match(name):
+            elif STILL.match(name):
                 result[name] = tensor
         return result
 
@@ -199,12 +200,11 @@ class Hiera(Architecture):
 class HieraEncoder(nn.Module):
     """SAM 2.1's image encoder from transformers, with each fused query-key-value projection split into three layers."""
 
-    def __init__(self, sizes: Hiera) -> None:
-        from transformers.models.sam2.modeling_sam2 import Sam2MultiScaleBlock, Sam2PatchEmbeddings, Sam2VisionNeck
+    def __init__(self, sizes: Hiera, image_size: int) -> None:
+        from transformers.models.sam2.modeling_sam2 import Sam2MultiScaleBlock, Sam2PatchEmbeddings
 
         super().__init__()
-        config = sizes.config()
-        hiera: Any = config.backbone_config
+        hiera: Any = sizes.config().backbone_config
         self.stem = Sam2PatchEmbeddings(hiera)
         side, window = sizes.positions, sizes.windows[0]
         self.pos_embed = nn.Parameter(torch.zeros(1, sizes.width, side, side))
@@ -217,12 +217,14 @@ class HieraEncoder(nn.Module):
                 block.attn = HieraAttention(block.dim, block.dim_out, sizes.heads * 2**stage, block.query_stride)
                 self.layers.append(block)
             self.ends.append(len(self.layers) - 1)
-        self.neck = Sam2VisionNeck(config)
+        self.neck = Neck([sizes.width * 2**stage for stage in range(4)], sizes.decoder_width)
         width = sizes.decoder_width
         # Meta's code keeps these two convolutions in the decoder and applies them when it encodes an image.
         self.conv_s0 = nn.Conv2d(width, width // 8, 1)
         self.conv_s1 = nn.Conv2d(width, width // 4, 1)
         self.no_memory_embedding = nn.Parameter(torch.zeros(1, 1, width))
+        self.interpolation: Tensor
+        self.register_buffer("interpolation", _bicubic(side, image_size // sizes.patch[1]), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Embed images as one tensor (batch, 4 · width, tokens, tokens): the embedding, and finer features in channels."""
@@ -233,14 +235,14 @@ class HieraEncoder(nn.Module):
             rows = layer(rows)
             if number in self.ends:
                 stages.append(rows)
-        _, coarse, middle, fine = self.neck(stages)[0]
+        fine, middle, coarse = self.neck(stages)
         embedding = coarse + self.no_memory_embedding[0, 0, :, None, None]
         finer = (F.pixel_unshuffle(self.conv_s1(middle), 2), F.pixel_unshuffle(self.conv_s0(fine), 4))
         return torch.cat([embedding, *finer], dim=1)
 
     def _positions(self, side: int) -> Tensor:
         """Position embeddings of the first stage's tokens (1, side, side, channels)."""
-        whole = F.interpolate(self.pos_embed, (side, side), mode="bicubic")
+        whole = torch.einsum("hi,bcij,wj->bchw", self.interpolation, self.pos_embed, self.interpolation)
         repeats = side // self.pos_embed_window.shape[-1]
         return (whole + self.pos_embed_window.tile(1, 1, repeats, repeats)).permute(0, 2, 3, 1)
 
@@ -249,6 +251,28 @@ class HieraEncoder(nn.Module):
         for layer in self.layers:
             switched: Any = layer
             switched.attn = FusedHieraAttention(switched.attn)
+
+
+def _bicubic(old: int, new: int) -> Tensor:
+    """Bicubic interpolation of ``old`` values to ``new``, as a matrix (new, old), so that gradients are deterministic."""
+    one_hot = torch.eye(old).view(1, old, old, 1)
+    return F.interpolate(one_hot, (new, 1), mode="bicubic")[0, :, :, 0].T.contiguous()
+
+
+class Neck(nn.Module):
+    """The feature pyramid: every stage in the decoder's width. The last stage is added to the one before it."""
+
+    def __init__(self, widths: list[int], width: int) -> None:
+        super().__init__()
+        # As in Meta's code, the first convolution belongs to the last stage.
+        self.convs = nn.ModuleList(nn.Conv2d(stage, width, 1) for stage in reversed(widths))
+
+    def forward(self, stages: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Features (batch, width, height, width) of the first three of four stages (batch, height, width, channels)."""
+        last, coarse, middle, fine = (
+            conv(stage.permute(0, 3, 1, 2)) for conv, stage in zip(self.convs, reversed(stages), strict=True)
+        )
+        return fine, middle, coarse + F.interpolate(last, scale_factor=2.0, mode="nearest")
 
 
 class HieraAttention(nn.Module):

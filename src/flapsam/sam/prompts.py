@@ -16,7 +16,6 @@ from flapsam.sam.architecture import Architecture
 from flapsam.sam.checkpoints import load_checkpoint
 from flapsam.sam.families import architecture, infer_architecture, to_own_names
 from flapsam.sam.network import Sam, build
-from flapsam.sam.sources import SOURCES
 
 MASKS = 4
 """Number of masks of a published SAM: one for a clear prompt, and three for one that may mean a whole or its parts."""
@@ -27,27 +26,31 @@ Point = tuple[float, float, bool]
 """Column and row in pixels, and whether the point lies in the structure."""
 
 
-def with_prompts(state: Mapping[str, Tensor], source: str, *, pixels: str = "own", image_size: int | None = None) -> Sam:
-    """Build the network of a published checkpoint whole, with its own four masks.
+def with_prompts(state: Mapping[str, Tensor], source: str, *, pixels: str = "paper", image_size: int | None = None) -> Sam:
+    """Build the network of a published checkpoint, with its own four masks.
 
     Args:
         state: the tensors that ``read_checkpoint`` returns.
         source: the checkpoint's name in error messages.
-        pixels: name of the input normalisation in ``PIXELS``, or ``own`` for the one that the backbone was trained with.
-        image_size: side of the input in pixels; that of the backbone's training if None.
+        pixels: name of the input normalisation in ``PIXELS`` that the checkpoint was trained with.
+        image_size: side of the input in pixels; that of the checkpoint's training if None.
 
     Raises:
-        FlapsamError: the checkpoint has an unknown size, or was trained without prompts.
+        FlapsamError: the checkpoint has an unknown size, was trained without prompts, or has more tensors than a SAM.
     """
-    name = infer_architecture(state)
+    name, named = infer_architecture(state), to_own_names(state)
     if name is None:
         raise FlapsamError(f"{source}: a SAM of unknown size, which cannot be prompted")
-    if len(to_own_names(state)["mask_decoder.output.mask_tokens.weight"]) != MASKS:
+    if len(named.get("mask_decoder.output.mask_tokens.weight", ())) != MASKS:
         raise FlapsamError(f"{source}: {name} was trained without prompts, so it cannot be prompted")
     sizes = published_form(architecture(name))
-    pixels = SOURCES[name].pixels if pixels == "own" else pixels
-    network = build(sizes, image_size=image_size or sizes.native_size, classes=MASKS - 1, pixels=pixels)
-    load_checkpoint(network, state, source, keep_masks=True)
+    size = image_size or sizes.trained_size(named) or sizes.native_size
+    network = build(sizes, image_size=size, classes=MASKS - 1, pixels=pixels)
+    report = load_checkpoint(network, state, source, keep_masks=True)
+    if report.unused:
+        raise FlapsamError(
+            f"{source}: not a plain {name}, because it also has the tensor {report.unused[0]}; it cannot be prompted here"
+        )
     return network.eval()
 
 
@@ -77,7 +80,7 @@ def _token(network: Sam, column: float, row: float, kind: int) -> Tensor:
 
 @torch.inference_mode()
 def prompted_masks(network: Sam, images: Tensor, *, box: Box | None = None, points: Sequence[Point] = ()) -> Tensor:
-    """The low-resolution logits (batch, 4, size / 4, size / 4) of all masks for images (batch, 3, size, size) in [0, 1].
+    """The logits of all four masks for images (batch, 3, size, size) in [0, 1], at four times the embedding's resolution.
 
     The first mask is the one for a clear prompt. Coordinates are in pixels of these images.
     """
@@ -105,7 +108,7 @@ def mask_in(network: Sam, image: Tensor, *, box: Box | None = None, points: Sequ
     scale = size / max(height, width)
     inner = (max(round(height * scale), 1), max(round(width * scale), 1))
     resized = F.interpolate(image[None], inner, mode="bilinear", antialias=True)
-    # The padding is zero after normalisation, as in Meta's code.
+    # The padding is zero after normalisation, as in the code of SAM. That of SAM 2 stretches images instead.
     whole = network.pixel_mean.expand(1, 3, size, size).clone()
     whole[:, :, : inner[0], : inner[1]] = resized
     scaled = None if box is None else (box[0] * scale, box[1] * scale, box[2] * scale, box[3] * scale)

@@ -11,7 +11,7 @@ MOBILE_SAM = "https://github.com/ChaoningZhang/MobileSAM/raw/master/weights/mobi
 HUB = "https://huggingface.co/{}/resolve/main/{}"
 SEEN_PUBLIC_DATA = (
     "The makers of the backbone trained it on public medical data sets. If cases of these sites are among them, the scores "
-    "are too good."
+    "may be optimistic."
 )
 
 
@@ -40,7 +40,7 @@ class Source:
     @property
     def ships(self) -> bool:
         """Whether the weights are part of flapsam."""
-        return self.url is None and not self.package
+        return bool(self.file) and self.url is None and not self.package
 
 
 def _meta(name: str, digits: str) -> Source:

@@ -17,7 +17,7 @@ from transformers.models.sam.modeling_sam import SamVisionNeck
 
 from flapsam.sam.architecture import Architecture
 from flapsam.sam.decoder import MaskDecoder
-from flapsam.sam.naming import DECODER_FROM_META, renamed
+from flapsam.sam.naming import DECODER_FROM_META, PROJECTIONS, renamed
 from flapsam.sam.vit import fused_projection
 
 HEAD = 32
@@ -57,7 +57,7 @@ class TinyVit(Architecture):
     expansion: int = 4
     """Channels of hidden layers, as a multiple of the stage's width."""
 
-    whose: ClassVar[Mapping[str, str]] = {"meta": "Meta's", "flapsam": "flapsam's own"}
+    whose: ClassVar[Mapping[str, str]] = {"meta": "those of MobileSAM and LiteMedSAM", "flapsam": "flapsam's own"}
 
     def encoder(self, image_size: int) -> "TinyVitEncoder":
         """Build the encoder: (batch, 3, size, size) → (batch, decoder width, tokens, tokens)."""
@@ -74,14 +74,14 @@ class TinyVit(Architecture):
 
     @classmethod
     def naming_of(cls, state: Mapping[str, Tensor]) -> str | None:
-        """Meta's names, or the network's own."""
+        """The names of MobileSAM, whose decoder has Meta's, or the network's own."""
         if "image_encoder.patch_embed.seq.0.c.weight" in state:
             return "meta"
         return "flapsam" if "vision_encoder.stem.0.conv.weight" in state else None
 
     @classmethod
     def to_own_names(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Rename the tensors, number the blocks of all stages through, and split each fused qkv, which lies head by head."""
+        """Rename the tensors, number the blocks of all stages consecutively, and split each fused qkv head by head."""
         if cls.naming_of(state) == "flapsam":
             return dict(state)
         block = re.compile(r"^image_encoder\.layers\.([1-3])\.blocks\.(\d+)\.")
@@ -107,12 +107,14 @@ class TinyVit(Architecture):
 
 
 def _split_by_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Split each fused projection (heads · [query, key, value] · 32, …) in three."""
+    """Split each fused projection (heads · [query, key, value] · channels of a head, …) in three."""
     result: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        if ".attn.qkv." in name:
-            for part, rows in zip(("q_proj", "k_proj", "v_proj"), tensor.unflatten(0, (-1, 3, HEAD)).unbind(1), strict=True):
-                result[name.replace("qkv", part)] = rows.flatten(0, 1)
+        block, fused, last = name.partition(".attn.qkv.")
+        if fused:
+            heads = len(state[f"{block}.attn.biases"])
+            for part, rows in zip(PROJECTIONS, tensor.unflatten(0, (heads, 3, -1)).unbind(1), strict=True):
+                result[f"{block}.attn.{part}.{last}"] = rows.flatten(0, 1)
         else:
             result[name] = tensor
     return result
@@ -164,7 +166,7 @@ class TinyVitEncoder(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """A convolution without bias and a batch norm that stays as it was trained, computed as one convolution.
+    """A convolution without bias and a batch norm with the statistics of its training, computed as one convolution.
 
     The statistics do not change while the network trains, whatever mode it is in, so the norm only scales and shifts every
     channel. The scale is multiplied into the kernel, which is far smaller than the image.
@@ -174,28 +176,42 @@ class ConvNorm(nn.Module):
         super().__init__()
         groups = width if depthwise else 1
         self.conv = nn.Conv2d(width_in, width, kernel, stride, kernel // 2, groups=groups, bias=False)
-        self.norm = nn.BatchNorm2d(width)
-        # The number of batches that the statistics were gathered from is not needed any more.
-        self.norm.num_batches_tracked = None
-        self.folded: tuple[Tensor, Tensor] | None = None
+        self.norm: Norm | None = Norm(width)
 
     def forward(self, images: Tensor) -> Tensor:
         """Convolve (batch, channels, height, width) and normalise."""
-        kernel, shift = self.folded or self._fold()
         conv = self.conv
+        if self.norm is None:
+            return conv(images)
+        scale, shift = self.norm.scale_and_shift()
+        kernel = conv.weight * scale[:, None, None, None]
         return F.conv2d(images, kernel, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
 
     def fold(self) -> None:
-        """Keep the folded kernel, for a network whose weights do not change any more."""
-        kernel, shift = self._fold()
-        self.folded = (kernel.detach(), shift.detach())
+        """Keep the kernel multiplied by the scale, for a network whose weights do not change any more."""
+        if self.norm is not None:
+            scale, shift = self.norm.scale_and_shift()
+            self.conv.weight = nn.Parameter(self.conv.weight * scale[:, None, None, None], requires_grad=False)
+            self.conv.bias = nn.Parameter(shift.detach(), requires_grad=False)
+            self.norm = None
 
-    def _fold(self) -> tuple[Tensor, Tensor]:
-        norm = self.norm
-        assert norm.running_var is not None
-        assert norm.running_mean is not None
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        return self.conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+
+class Norm(nn.Module):
+    """A batch norm whose statistics stay."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.running_mean: Tensor
+        self.running_var: Tensor
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """What every channel is multiplied by, and what is added then. Epsilon is PyTorch's, as for published weights."""
+        scale = self.weight * (self.running_var + 1e-5).rsqrt()
+        return scale, self.bias - self.running_mean * scale
 
 
 class InvertedBottleneck(nn.Module):

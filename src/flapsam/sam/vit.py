@@ -64,7 +64,8 @@ class Vit(Architecture):
     @classmethod
     def naming_of(cls, state: Mapping[str, Tensor]) -> str | None:
         """Meta's names, those of ``SamModel``, or the network's own."""
-        if "image_encoder.patch_embed.proj.weight" in state:
+        positions = state.get("image_encoder.pos_embed")
+        if "image_encoder.patch_embed.proj.weight" in state and (positions is None or positions.ndim == 4):
             return "meta"
         if "vision_encoder.patch_embed.projection.weight" in state:
             return "transformers" if any(".qkv." in name for name in state) else "flapsam"

@@ -8,7 +8,7 @@ from flapsam.sites.case import Case
 from flapsam.volumes import LeftOut, is_dicom, is_hidden, is_image, is_nifti, reason_of
 
 OWN = ("sites.csv", "dataset.json", "run.yaml")
-"""Files that describe data sets and runs, in small letters."""
+"""Files that describe data sets and runs, in lower case."""
 
 
 def unused(path: Path, cases: Iterable[Case]) -> list[LeftOut]:
