@@ -122,7 +122,7 @@ def _picture(path: Path) -> NDArray[np.float32]:
                 values = np.asarray(opened, dtype=np.float32)
                 values = (values - values.min()) / max(float(np.ptp(values)), 1e-9)
                 return np.repeat(values[..., None], 3, axis=2).astype(np.float32)
-            return np.asarray(opened.convert("RGB"), dtype=np.float32) / 255
+            return np.asarray(opened.convert("RGB"), dtype=np.float32) / np.float32(255)
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise FlapsamError(f"{path}: not a readable picture; give a PNG or a JPEG") from error
 
