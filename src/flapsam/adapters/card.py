@@ -164,8 +164,22 @@ def _details(card: AdapterCard) -> dict[str, str]:
     return {
         "Intensities": f"{clip}scaled to [0, 1] over {extent}",
         "Slices": f"{direction}, {shape} to {samples.size} × {samples.size} pixels, channels `{samples.channels}`",
-        "Backbone": f"`{card.backbone.name}`, weights `{card.backbone.weights}`, SHA-256 of the frozen tensors "
-        f"`{card.backbone.checksum}`",
+        "Backbone": f"`{card.backbone.name}`, weights `{card.backbone.weights}`{_origin(card)}, SHA-256 of the frozen "
+        f"tensors `{card.backbone.checksum}`",
         "Run": f"`{card.run}`, trained with flapsam {card.flapsam}; `{CARD}` describes the adapter in full",
         "Licence": markdown(card.licence),
     }
+
+
+def _origin(card: AdapterCard) -> str:
+    """Where the backbone's file comes from, if it has the name under which it is published."""
+    for known in SOURCES.values():
+        if known.file == card.backbone.weights:
+            return (
+                f" from the Python package `{known.package}`"
+                if known.package
+                else f" from <{known.url}>"
+                if known.url
+                else ""
+            )
+    return ""
