@@ -3,14 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from flapsam.base.errors import FlapsamError
-
-if TYPE_CHECKING:
-    from flapsam.sam.decoder import MaskDecoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +63,7 @@ class Architecture(ABC):
         """Build the image encoder."""
 
     @abstractmethod
-    def decoder(self, masks: int) -> "MaskDecoder":
+    def decoder(self, masks: int) -> Any:
         """Build the mask decoder for a number of masks."""
 
     @abstractmethod

@@ -9,6 +9,7 @@ from transformers.models.sam.configuration_sam import SamConfig, SamPromptEncode
 from transformers.models.sam.modeling_sam import SamPromptEncoder
 
 from flapsam.sam.architecture import Architecture
+from flapsam.sam.decoder import MaskDecoder
 
 PIXELS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
     "paper": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
@@ -27,7 +28,7 @@ class Sam(nn.Module):
         self.masks = masks
         self.vision_encoder: Any = sizes.encoder(image_size)
         self.prompt_encoder = _prompt_encoder(sizes, image_size)
-        self.mask_decoder = sizes.decoder(masks)
+        self.mask_decoder: MaskDecoder = sizes.decoder(masks)
         mean, deviation = PIXELS[pixels]
         self.pixel_mean: Tensor
         self.pixel_deviation: Tensor
