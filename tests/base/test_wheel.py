@@ -22,7 +22,7 @@ MEMBER = "made_up/asset/weights.pth"
 
 @pytest.fixture
 def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the wheel of made-up 1.0, which pip is told to use in place of an index, by its own settings."""
+    """A folder with the wheel of made-up 1.0, which pip uses in place of an index, by its own settings."""
     folder = tmp_path / "wheels"
     folder.mkdir()
     with ZipFile(folder / "made_up-1.0-py3-none-any.whl", "w") as wheel:

@@ -1,5 +1,6 @@
 """Every family of backbones: strategies, aggregators, and the reference implementations of each family."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from flapsam.run.observer import Observer
 from flapsam.sam import (
     ARCHITECTURES,
     STRATEGIES,
+    Architecture,
     architecture,
     build,
     checkpoint_layers,
@@ -406,7 +408,12 @@ def test_metas_names_of_sam_2_1_are_those_of_the_network():
 @pytest.mark.usefixtures("small_families")
 @pytest.mark.parametrize("backbone", [name for name in SMALL if "tiny" not in name])
 def test_exported_names_are_converted_back(backbone: str):
-    network = build(SMALL[backbone], image_size=64, classes=3)
+    for sizes in (SMALL[backbone], replace(SMALL[backbone], upscaling=(8, 4, 4))):
+        assert_exported_names_are_converted_back(backbone, sizes)
+
+
+def assert_exported_names_are_converted_back(backbone: str, sizes: Architecture) -> None:
+    network = build(sizes, image_size=64, classes=3)
     own = network.state_dict()
     exported, config = network.sizes.to_transformers(network)
     assert config["architectures"] == [{"small-vit": "SamModel", "small-hiera": "Sam2Model"}[backbone]]

@@ -174,12 +174,6 @@ def _details(card: AdapterCard) -> dict[str, str]:
 def _origin(card: AdapterCard) -> str:
     """Where the backbone's file comes from, if it has the name under which it is published."""
     for known in SOURCES.values():
-        if known.file == card.backbone.weights:
-            return (
-                f" from the Python package `{known.package}`"
-                if known.package
-                else f" from <{known.url}>"
-                if known.url
-                else ""
-            )
+        if known.file == card.backbone.weights and not known.ships:
+            return f" from the Python package `{known.package}`" if known.package else f" from <{known.url}>"
     return ""

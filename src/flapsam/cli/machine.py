@@ -118,9 +118,8 @@ def pretrain(
     if quick:
         recipe = replace(recipe, steps=20, batch=4, warmup=5, precision="fp32")
     given = {"backbone": backbone, "size": size, "teacher": teacher}
-    usual = {"backbone": "sam-tiny", "size": 128, "teacher": ""}
     length = "--quick" if quick else f"--steps {steps} --batch {batch}"
-    further = "".join(f" --{name} {value}" for name, value in given.items() if value != usual[name])
+    further = "".join(f" --{name} {value}" for name, value in given.items() if value != getattr(Recipe(), name))
     command = f"flapsam pretrain {length} --seed {seed}{further}"
     with interruptible(f"The last state is in {folder}; add --resume to continue.") as observer:
         scores = run(folder, recipe, command=command, threads=threads, resume=resume, observer=observer)

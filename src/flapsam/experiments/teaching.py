@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flapsam.base.errors import FlapsamError
 from flapsam.run.config import RANDOM, Backbone
 from flapsam.sam import Sam, architecture, build, fuse, load_checkpoint, read_checkpoint
 from flapsam.sam.checkpoints import find_checkpoint, warm_masks
@@ -30,8 +29,7 @@ class Teacher:
         """
         known = source(name)
         checkpoint = find_checkpoint(Backbone(name=name))
-        if checkpoint == RANDOM:
-            raise FlapsamError(f"{name}: a teacher needs weights")
+        assert checkpoint != RANDOM
         state = read_checkpoint(checkpoint)
         sizes = architecture(known.architecture)
         tokens = student.sizes.tokens(student.image_size)

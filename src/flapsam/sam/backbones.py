@@ -104,9 +104,11 @@ def check_with_box(path: Path, picture: Path, box: str, output: Path, pixels: st
         raise FlapsamError(f"{picture}: it has {width} × {height} pixels, so the box {box} is not in it")
     state = read_checkpoint(path)
     if pixels is None:
-        named = [known for known in SOURCES.values() if known.file == path.name or known.name == infer_architecture(state)]
-        pixels = min(named, key=lambda known: known.file != path.name).pixels if named else "paper"
-    network = with_prompts(state, str(path), pixels=choose("pixels", pixels, {name: name for name in PIXELS}))
+        of_file = next((known for known in SOURCES.values() if known.file == path.name), None)
+        known = of_file or SOURCES.get(infer_architecture(state) or "")
+        pixels = known.pixels if known else "paper"
+    choose("pixels", pixels, PIXELS)
+    network = with_prompts(state, str(path), pixels=pixels)
     mask = mask_in(network, torch.from_numpy(values).permute(2, 0, 1), box=corners)
     with written_whole(output) as temporary:
         Image.fromarray(mask.numpy().astype(np.uint8) * 255).save(temporary, format="PNG")

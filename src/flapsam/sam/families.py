@@ -65,9 +65,10 @@ def to_own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def infer_architecture(state: Mapping[str, Tensor]) -> str | None:
     """The name in ``ARCHITECTURES`` that fits the shapes of a checkpoint's tensors; None for any other size."""
     family = family_of(state) or Vit
+    named = family.to_own_names(state)
     for name, sizes in ARCHITECTURES.items():
         try:
-            if isinstance(sizes, family) and sizes.matches(family.to_own_names(state)):
+            if isinstance(sizes, family) and sizes.matches(named):
                 return name
         except (KeyError, IndexError, ValueError, RuntimeError):
             continue

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from flapsam.sam.architecture import Architecture
 from flapsam.sam.decoder import MaskDecoder, Mlp
-from flapsam.sam.naming import DECODER_FROM_META, DECODER_FROM_TRANSFORMERS, renamed, split_thirds, to_transformers
+from flapsam.sam.naming import (
+    DECODER_FROM_META,
+    DECODER_IN_TRANSFORMERS,
+    Rules,
+    from_transformers,
+    renamed,
+    split_thirds,
+    to_transformers,
+)
 from flapsam.sam.vit import fused_projection
 
 if TYPE_CHECKING:
@@ -37,31 +45,22 @@ FROM_META = (
     (r"^(mask_decoder\.transformer\.layers\.\d\.mlp)\.layers\.1\.", r"\1.lin2."),
     *DECODER_FROM_META,
 )
-FROM_TRANSFORMERS = (
-    (r"^vision_encoder\.backbone\.patch_embed\.", "vision_encoder.stem."),
-    (r"^vision_encoder\.backbone\.blocks\.", "vision_encoder.layers."),
-    (r"^vision_encoder\.backbone\.", "vision_encoder."),
-    (r"^no_memory_embedding$", "vision_encoder.no_memory_embedding"),
-    (r"^mask_decoder\.conv_s", "vision_encoder.conv_s"),
-    (r"^mask_decoder\.obj_score_token\.", "mask_decoder.object_score_token."),
-    (r"^mask_decoder\.pred_obj_score_head\.", "mask_decoder.object_score_head."),
-    (r"^(mask_decoder\.transformer\.layers\.\d\.mlp)\.proj_in\.", r"\1.lin1."),
-    (r"^(mask_decoder\.transformer\.layers\.\d\.mlp)\.proj_out\.", r"\1.lin2."),
-    (r"^(mask_decoder\.transformer\..*)\.o_proj\.", r"\1.out_proj."),
-    *DECODER_FROM_TRANSFORMERS,
+IN_TRANSFORMERS: Rules = (
+    ("vision_encoder.backbone.patch_embed.", "vision_encoder.stem."),
+    ("vision_encoder.backbone.blocks.", "vision_encoder.layers."),
+    ("vision_encoder.backbone.pos_embed", "vision_encoder.pos_embed"),
+    ("no_memory_embedding", "vision_encoder.no_memory_embedding"),
+    ("mask_decoder.conv_s", "vision_encoder.conv_s"),
+    ("mask_decoder.obj_score_token.", "mask_decoder.object_score_token."),
+    ("mask_decoder.pred_obj_score_head.", "mask_decoder.object_score_head."),
+    ("mask_decoder.transformer.layers.{block}.mlp.proj_in.", "mask_decoder.transformer.layers.{block}.mlp.lin1."),
+    ("mask_decoder.transformer.layers.{block}.mlp.proj_out.", "mask_decoder.transformer.layers.{block}.mlp.lin2."),
+    ("mask_decoder.transformer.{attention}.o_proj.", "mask_decoder.transformer.{attention}.out_proj."),
+    *DECODER_IN_TRANSFORMERS,
 )
-TO_TRANSFORMERS = (
-    (r"^vision_encoder\.stem\.", "vision_encoder.backbone.patch_embed."),
-    (r"^vision_encoder\.layers\.", "vision_encoder.backbone.blocks."),
-    (r"^vision_encoder\.pos_embed", "vision_encoder.backbone.pos_embed"),
-    (r"^vision_encoder\.no_memory_embedding$", "no_memory_embedding"),
-    (r"^vision_encoder\.conv_s", "mask_decoder.conv_s"),
-    (r"^mask_decoder\.object_score_token\.", "mask_decoder.obj_score_token."),
-    (r"^mask_decoder\.object_score_head\.", "mask_decoder.pred_obj_score_head."),
-    (r"^(mask_decoder\.transformer\.layers\.\d\.mlp)\.lin1\.", r"\1.proj_in."),
-    (r"^(mask_decoder\.transformer\.layers\.\d\.mlp)\.lin2\.", r"\1.proj_out."),
-    (r"^(mask_decoder\.transformer\..*)\.out_proj\.", r"\1.o_proj."),
-)
+"""Beginnings of names in transformers → those in the network, as in ``DECODER_IN_TRANSFORMERS``."""
+
+FROM_TRANSFORMERS = from_transformers(IN_TRANSFORMERS)
 POINTS = "prompt_encoder.point_embed"
 STILL = re.compile(r"^(vision_encoder|prompt_encoder|mask_decoder)\.")
 """Names, in the network's own scheme, of tensors that still images need. The others are for video."""
@@ -193,7 +192,7 @@ class Hiera(Architecture):
             ),
         ).to_dict()
         points = torch.cat([state.pop(f"{POINTS}.{kind}.weight") for kind in range(4)])
-        tensors = renamed(to_transformers({**state, f"{POINTS}.weight": points}), TO_TRANSFORMERS)
+        tensors = to_transformers({**state, f"{POINTS}.weight": points}, IN_TRANSFORMERS)
         return tensors, {**config, "architectures": ["Sam2Model"]}
 
 

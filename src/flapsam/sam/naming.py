@@ -4,12 +4,15 @@ Meta and transformers name them differently. The network's own names are those o
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-DECODER_FROM_META = (
+Rules = tuple[tuple[str, str], ...]
+"""Patterns in names → their replacements, applied in order."""
+
+DECODER_FROM_META: Rules = (
     (r"\.norm([1-4])\.", r".layer_norm\1."),
     (r"\.norm_final_attn\.", ".layer_norm_final_attn."),
     (r"\.pe_layer\.positional_encoding_gaussian_matrix$", ".shared_embedding.positional_embedding"),
@@ -23,38 +26,37 @@ DECODER_FROM_META = (
     (r"\.output_upscaling\.", ".output.upscaling."),
     (r"\.output_hypernetworks_mlps\.", ".output.hypernetworks."),
 )
-DECODER_FROM_TRANSFORMERS = (
-    (r"^shared_image_embedding\.", "prompt_encoder.shared_embedding."),
-    (r"\.mask_tokens\.", ".output.mask_tokens."),
-    (r"\.upscale_conv1\.", ".output.upscaling.0."),
-    (r"\.upscale_layer_norm\.", ".output.upscaling.1."),
-    (r"\.upscale_conv2\.", ".output.upscaling.3."),
-    (r"\.output_hypernetworks_mlps\.", ".output.hypernetworks."),
-    (r"(hypernetworks\.\d+|_head)\.layers\.0\.((?:weight|bias)$)", r"\1.layers.1.\2"),
-    (r"(hypernetworks\.\d+|_head)\.proj_in\.", r"\1.layers.0."),
-    (r"(hypernetworks\.\d+|_head)\.proj_out\.", r"\1.layers.2."),
+NECK_FROM_META: Rules = (
+    (r"^image_encoder\.neck\.0\.", "vision_encoder.neck.conv1."),
+    (r"^image_encoder\.neck\.1\.", "vision_encoder.neck.layer_norm1."),
+    (r"^image_encoder\.neck\.2\.", "vision_encoder.neck.conv2."),
+    (r"^image_encoder\.neck\.3\.", "vision_encoder.neck.layer_norm2."),
 )
-DECODER_TO_TRANSFORMERS = (
-    (r"\.output\.mask_tokens\.", ".mask_tokens."),
-    (r"\.output\.upscaling\.0\.", ".upscale_conv1."),
-    (r"\.output\.upscaling\.1\.", ".upscale_layer_norm."),
-    (r"\.output\.upscaling\.3\.", ".upscale_conv2."),
-    (r"\.output\.hypernetworks\.", ".output_hypernetworks_mlps."),
-    (r"(mlps\.\d+|_head)\.layers\.0\.", r"\1.proj_in."),
-    (r"(mlps\.\d+|_head)\.layers\.1\.", r"\1.layers.0."),
-    (r"(mlps\.\d+|_head)\.layers\.2\.", r"\1.proj_out."),
+DECODER_IN_TRANSFORMERS: Rules = (
+    ("mask_decoder.mask_tokens.", "mask_decoder.output.mask_tokens."),
+    ("mask_decoder.upscale_conv1.", "mask_decoder.output.upscaling.0."),
+    ("mask_decoder.upscale_layer_norm.", "mask_decoder.output.upscaling.1."),
+    ("mask_decoder.upscale_conv2.", "mask_decoder.output.upscaling.3."),
+    ("mask_decoder.output_hypernetworks_mlps.", "mask_decoder.output.hypernetworks."),
+    ("mask_decoder.{mlp}.layers.0.", "mask_decoder.{mlp}.layers.1."),
+    ("mask_decoder.{mlp}.proj_in.", "mask_decoder.{mlp}.layers.0."),
+    ("mask_decoder.{mlp}.proj_out.", "mask_decoder.{mlp}.layers.2."),
 )
-"""Patterns in names → their replacements, applied in order."""
+"""Beginnings of names in transformers → those in the network. ``PLACEHOLDERS`` says what the words in braces stand for."""
 
+PLACEHOLDERS = {
+    "{mlp}": r"(output\.hypernetworks\.\d+|\w+_head)",
+    "{block}": r"(\d+)",
+    "{attention}": r"(layers\.\d+\.\w+|final_attn_token_to_image)",
+}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 ENCODER_PROJECTION = re.compile(r"^vision_encoder\..*\.[qkv]_proj\.")
 OWN = "flapsam."
 """Prefix of tensors that SAM does not have, in a file that otherwise has the names of transformers."""
 
 
-def renamed(state: Mapping[str, Tensor], rules: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
+def renamed(state: Mapping[str, Tensor], rules: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
     """Apply all rules to all names. Names with the prefix ``OWN`` only lose it."""
-    rules = tuple(rules)
     result: dict[str, Tensor] = {}
     for name, tensor in state.items():
         own = name.removeprefix(OWN)
@@ -63,6 +65,19 @@ def renamed(state: Mapping[str, Tensor], rules: Iterable[tuple[str, str]]) -> di
                 own = re.sub(pattern, replacement, own)
         result[own] = tensor
     return result
+
+
+def from_transformers(pairs: Rules) -> Rules:
+    """Rules that convert names of transformers to the network's."""
+    shared = (r"^shared_image_embedding\.", "prompt_encoder.shared_embedding.")
+    return (shared, *(_rule(theirs, own) for theirs, own in pairs))
+
+
+def _rule(old: str, new: str) -> tuple[str, str]:
+    pattern = "^" + re.escape(old).replace(r"\{", "{").replace(r"\}", "}")
+    for word, meaning in PLACEHOLDERS.items():
+        pattern, new = pattern.replace(word, meaning), new.replace(word, r"\1")
+    return pattern, new
 
 
 def split_thirds(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -77,11 +92,15 @@ def split_thirds(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the tensors of the decoder and the prompt encoder to the names of transformers, and fuse the encoder's qkv.
+def to_transformers(state: Mapping[str, Tensor], pairs: Rules = DECODER_IN_TRANSFORMERS) -> dict[str, Tensor]:
+    """Convert the network's names to those of transformers, and fuse the encoder's query, key and value.
 
     Tensors that SAM does not have keep their names, with ``OWN`` in front. These are the hypernetworks if they are narrower
     here, and the last two upsampling steps, or all four if the first two are not as wide as SAM's.
+
+    Args:
+        state: the tensors in the network's names.
+        pairs: beginnings of names in transformers and in the network, in the order in which they convert to the network's.
     """
     width = state["mask_decoder.output.mask_tokens.weight"].shape[1]
     own = re.compile(r"\.output\.upscaling\.[4-9]")
@@ -89,15 +108,15 @@ def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         own = re.compile(r"\.output\.(hypernetworks|upscaling)\.")
     elif len(state["mask_decoder.output.hypernetworks.0.layers.2.weight"]) != width // 8:
         own = re.compile(r"\.output\.(hypernetworks\.|upscaling\.[4-9])")
+    rules = [_rule(ours, theirs) for theirs, ours in reversed(pairs)]
     result: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if own.search(name):
             result[OWN + name] = tensor
-        elif ENCODER_PROJECTION.match(name):
-            if ".q_proj." in name:
-                parts = [state[name.replace("q_proj", part)] for part in PROJECTIONS]
-                result[name.replace("q_proj", "qkv")] = torch.cat(parts)
-        else:
-            result |= renamed({name: tensor}, DECODER_TO_TRANSFORMERS)
+        elif not ENCODER_PROJECTION.match(name):
+            result |= renamed({name: tensor}, rules)
+        elif ".q_proj." in name:
+            parts = [state[name.replace("q_proj", part)] for part in PROJECTIONS]
+            result |= renamed({name.replace("q_proj", "qkv"): torch.cat(parts)}, rules)
     positions = "prompt_encoder.shared_embedding.positional_embedding"
     return result | {"shared_image_embedding.positional_embedding": result[positions].clone()}

@@ -17,7 +17,7 @@ from transformers.models.sam.modeling_sam import SamVisionNeck
 
 from flapsam.sam.architecture import Architecture
 from flapsam.sam.decoder import MaskDecoder
-from flapsam.sam.naming import DECODER_FROM_META, PROJECTIONS, renamed
+from flapsam.sam.naming import DECODER_FROM_META, NECK_FROM_META, PROJECTIONS, renamed
 from flapsam.sam.vit import fused_projection
 
 HEAD = 32
@@ -28,10 +28,7 @@ FROM_META = (
     (r"^image_encoder\.patch_embed\.seq\.2\.", "vision_encoder.stem.1."),
     (r"^image_encoder\.layers\.0\.blocks\.", "vision_encoder.convolutions."),
     (r"^image_encoder\.layers\.(\d)\.downsample\.", r"vision_encoder.merges.\1."),
-    (r"^image_encoder\.neck\.0\.", "vision_encoder.neck.conv1."),
-    (r"^image_encoder\.neck\.1\.", "vision_encoder.neck.layer_norm1."),
-    (r"^image_encoder\.neck\.2\.", "vision_encoder.neck.conv2."),
-    (r"^image_encoder\.neck\.3\.", "vision_encoder.neck.layer_norm2."),
+    *NECK_FROM_META,
     (r"\.c\.weight$", ".conv.weight"),
     (r"\.bn\.", ".norm."),
     (r"\.(attn|mlp)\.norm\.", r".\1.layer_norm."),

@@ -13,21 +13,27 @@ from transformers.models.sam.modeling_sam import SamVisionEncoder
 
 from flapsam.sam.architecture import Architecture
 from flapsam.sam.decoder import MaskDecoder
-from flapsam.sam.naming import DECODER_FROM_META, DECODER_FROM_TRANSFORMERS, renamed, split_thirds, to_transformers
+from flapsam.sam.naming import (
+    DECODER_FROM_META,
+    DECODER_IN_TRANSFORMERS,
+    NECK_FROM_META,
+    from_transformers,
+    renamed,
+    split_thirds,
+    to_transformers,
+)
 
 if TYPE_CHECKING:
     from flapsam.sam.network import Sam
 
 FROM_META = (
+    *NECK_FROM_META,
     (r"^image_encoder\.", "vision_encoder."),
     (r"\.blocks\.(\d+)\.", r".layers.\1."),
     (r"\.patch_embed\.proj\.", ".patch_embed.projection."),
-    (r"\.neck\.0\.", ".neck.conv1."),
-    (r"\.neck\.1\.", ".neck.layer_norm1."),
-    (r"\.neck\.2\.", ".neck.conv2."),
-    (r"\.neck\.3\.", ".neck.layer_norm2."),
     *DECODER_FROM_META,
 )
+FROM_TRANSFORMERS = from_transformers(DECODER_IN_TRANSFORMERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +80,7 @@ class Vit(Architecture):
     @classmethod
     def to_own_names(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rename the tensors, and split each fused qkv into thirds."""
-        rules = {"meta": FROM_META, "transformers": DECODER_FROM_TRANSFORMERS}.get(cls.naming_of(state) or "meta", ())
+        rules = {"meta": FROM_META, "transformers": FROM_TRANSFORMERS}.get(cls.naming_of(state) or "meta", ())
         return split_thirds(renamed(state, rules))
 
     def matches(self, state: Mapping[str, Tensor]) -> bool:
