@@ -27,6 +27,7 @@ from flapsam.sam.prompts import with_prompts
 
 ROWS = [
     ("sam-tiny", 128),
+    ("sam-tiny-1", 128),
     ("lite-medsam", 56),
     ("lite-medsam", 64),
     ("lite-medsam", 112),

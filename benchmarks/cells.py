@@ -75,8 +75,8 @@ def paired(first: Mapping[str, float], second: Mapping[str, float]) -> tuple[str
 
 
 def hippocampus(data: Path, values: Mapping[str, Any]) -> RunConfig:
-    """Configuration of a run on the hippocampus at rank 16, with the fields in ``values``."""
-    fields = {"data.path": str(data.resolve()), "lora.rank": 16, **UNCOMPRESSED, **values}
+    """Configuration of a run on the hippocampus at rank 16 and sam-tiny-1, with the fields in ``values``."""
+    fields = {"data.path": str(data.resolve()), "backbone.name": "sam-tiny-1", "lora.rank": 16, **UNCOMPRESSED, **values}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.yaml"
         path.write_text("data: {labels: {anterior: 1, posterior: 2}}\n")

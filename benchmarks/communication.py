@@ -127,7 +127,7 @@ def draw(bench: Bench, runs: dict[str, RunTraffic], path: Path) -> None:
         offset = (6, -3) if number % 2 else (-6, -3)
         align = "left" if number % 2 else "right"
         left.annotate(str(number), place, offset, textcoords="offset points", color=colour, fontsize=8, ha=align)
-    left.set_title("sam-tiny on the hippocampus, 8 rounds: measured", fontsize=10)
+    left.set_title("sam-tiny-1 on the hippocampus, 8 rounds: measured", fontsize=10)
     left.set_xlabel("MiB of one site, up and down, all rounds")
     left.set_ylabel("difference of test Dice to fp32, by case (95 %)")
     left.legend(fontsize=7, frameon=False, loc="best")
@@ -169,7 +169,7 @@ def main() -> None:
         "Written by `python benchmarks/communication.py`. The script's docstring describes the measurements, and",
         "`../communication.md` discusses the results.",
         "",
-        "## Hippocampus, `sam-tiny`, rank 16, 8 rounds: measured",
+        "## Hippocampus, `sam-tiny-1`, rank 16, 8 rounds: measured",
         "",
         "`predicted` is the deviation of the prediction by `flapsam traffic` from the measured bytes.",
         "",

@@ -115,6 +115,7 @@ def configuration(folder: Path, fields: dict[str, Any]) -> RunConfig:
     path.write_text("data: {path: data, labels: {ball: 1, core: 2}}\noutput: run\n")
     values = {
         "samples.size": SIZE,
+        "backbone.name": "sam-tiny-1",
         "lora.rank": RANK,
         "rounds.count": ROUNDS,
         "rounds.patience": 3,

@@ -12,6 +12,7 @@ from flapsam.learning.memory import memory_table
 
 BACKBONES = {
     "sam-tiny": (128, 256),
+    "sam-tiny-1": (128, 256),
     "lite-medsam": (112, 256),
     "sam2.1-tiny": (224, 512),
     "sam-vit-b": (224, 512),

@@ -1,6 +1,7 @@
-"""Effect of the options and of lower precisions of ``flapsam predict`` on time and Dice, on the hippocampus.
+r"""Effect of the options and of lower precisions of ``flapsam predict`` on time and Dice, on the hippocampus.
 
-    flapsam simulate examples/hippocampus.yaml --set data.path=DATA --set output=RUN --set rounds.count=12
+    flapsam simulate examples/hippocampus.yaml --set data.path=DATA --set output=RUN --set rounds.count=12 \
+        --set backbone.name=sam-tiny-1
     python benchmarks/options.py DATA --run RUN [--threads 2]
 
 DATA is the Medical Segmentation Decathlon's hippocampus with one folder per site. The run's adapter segments the test cases

@@ -1,4 +1,4 @@
-"""Effect of pretraining: FLAP-SAM on the shipped sam-tiny against random weights, on the hippocampus at six sites.
+"""Effect of pretraining: FLAP-SAM on the shipped sam-tiny-1 against random weights, on the hippocampus at six sites.
 
     python benchmarks/pretrained.py DATA [--minutes 30]
 
@@ -26,7 +26,7 @@ RESULTS = HERE / "results" / "pretrained.json"
 WEIGHTS = ("shipped", "random")
 CELLS = [(8, 0), (6, 0), (6, 1), (6, 2), (20, 0), (8, 1), (8, 2)]
 """Rounds and seed, the most informative first."""
-OPTIONS = {"backbone.masks": "new", "training.empty_slices": 1, "training.augment": "none"}
+OPTIONS = {"backbone.name": "sam-tiny-1", "backbone.masks": "new", "training.empty_slices": 1, "training.augment": "none"}
 """Fields of both runs of a pair. Only the weights differ, and nothing else is taken from the checkpoint."""
 
 
@@ -34,7 +34,7 @@ def checksum(weights: str) -> str:
     """First digits of the SHA-256 of the shipped weights, or ``random``."""
     if weights == "random":
         return weights
-    return hashlib.sha256((SHIPPED / "sam-tiny.safetensors").read_bytes()).hexdigest()[:12]
+    return hashlib.sha256((SHIPPED / "sam-tiny-1.safetensors").read_bytes()).hexdigest()[:12]
 
 
 def cells_of_today() -> Cells:

@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from flapsam.experiments.pretraining import Recipe, held_out
 from flapsam.experiments.synthesis import TASKS
-from flapsam.sam import architecture, build, load_checkpoint, read_checkpoint
+from flapsam.sam import architecture, build, infer_architecture, load_checkpoint, read_checkpoint
 from flapsam.sam.checkpoints import SHIPPED
 
 SCENES = 8
@@ -29,8 +29,11 @@ SCENES = 8
 def main(weights: Path, picture: Path) -> None:
     with safe_open(weights, framework="pt") as file:
         recipe = Recipe(**json.loads(file.metadata()["recipe"]))
-    network = build(architecture(recipe.backbone), image_size=recipe.size, classes=len(TASKS))
-    load_checkpoint(network, read_checkpoint(weights), str(weights), keep_masks=True)
+    state = read_checkpoint(weights)
+    name = infer_architecture(state)
+    assert name is not None
+    network = build(architecture(name), image_size=recipe.size, classes=len(TASKS))
+    load_checkpoint(network, state, str(weights), keep_masks=True)
     scenes = held_out(recipe, 0)
     with torch.inference_mode():
         outputs = network.eval()(scenes.images)

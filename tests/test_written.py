@@ -12,9 +12,11 @@ from flapsam.adapters.store import load_adapter
 from flapsam.adapters.trained import find_trained
 from flapsam.base.errors import FlapsamError
 from flapsam.federation.packets import decode
+from flapsam.report.run import read_run
+from flapsam.run.config import RunConfig
 from flapsam.run.folder import RunFolder
 from flapsam.run.ledger import Fitted, RunEnded, read_ledger
-from flapsam.run.reading import fingerprint, read_config
+from flapsam.run.reading import changed, fingerprint, read_config
 from tests.federation.test_packets import CONTRACT
 from tests.helpers.places import WRITTEN
 
@@ -30,7 +32,8 @@ def with_format(path: Path, number: object) -> None:
 def test_a_run_still_loads():
     config = read_config(RUN / CONFIG)
     assert (config.format, config.strategy, config.lora.rank, config.rounds.count) == (1, "lora", 1, 2)
-    assert RunFolder(RUN).resume(config) == "ad77cfbecf484efb8166717e89d3d7cd"
+    renamed = changed(config, {"backbone.name": "sam-tiny-1"})
+    assert RunFolder(RUN).resume(renamed) == "ad77cfbecf484efb8166717e89d3d7cd"
     assert RunFolder(RUN).read_environment()["format"] == 1
     events = read_ledger(RUN / "events.jsonl")
     assert [event.bytes_up for event in events if isinstance(event, Fitted)] == [2074, 2060, 2117, 2110]
@@ -45,6 +48,16 @@ def test_the_adapter_of_a_run_still_loads():
     assert (card.run, card.rounds, card.classes) == ("ad77cfbecf484efb8166717e89d3d7cd", 2, ["ball", "core"])
     with torch.inference_mode():
         assert network(torch.zeros(1, 3, 32, 32)).shape == (1, 3, 32, 32)
+
+
+def test_a_run_on_the_first_sam_tiny_keeps_its_backbone():
+    assert read_config(RUN / CONFIG).backbone.name == "sam-tiny"
+    assert read_run(RUN).config.backbone.name == "sam-tiny-1"
+
+
+def test_a_run_on_the_first_sam_tiny_says_what_its_backbone_is_called_now():
+    with pytest.raises(FlapsamError, match=r"now called sam-tiny-1; add --set backbone\.name=sam-tiny-1 to resume"):
+        RunFolder(RUN).resume(read_config(RUN / CONFIG))
 
 
 def test_a_packet_can_still_be_decoded():
@@ -63,11 +76,23 @@ def test_the_format_number_does_not_change_the_fingerprint(tmp_path: Path):
     assert fingerprint(read_config(folder / CONFIG)) == fingerprint(read_config(RUN / CONFIG))
 
 
-@pytest.mark.parametrize("file", [CONFIG, ENVIRONMENT])
-def test_files_of_a_later_version_are_refused(file: str, tmp_path: Path):
+def test_cells_that_were_computed_with_the_first_sam_tiny_count_for_it_alone():
+    """The digits are those of the version in which it was the default."""
+    fields = {"data": {"path": "x", "labels": {"a": 1}}}
+    first, second = (
+        fingerprint(RunConfig.model_validate({**fields, "backbone": {"name": name}})) for name in ("sam-tiny-1", "sam-tiny")
+    )
+    assert first.startswith("0470db9451af")
+    assert second != first
+
+
+@pytest.mark.parametrize(("file", "number"), [(CONFIG, 2), (ENVIRONMENT, 3)])
+def test_files_of_a_later_version_are_refused(file: str, number: int, tmp_path: Path):
     folder = copytree(RUN, tmp_path / "run")
-    with_format(folder / file, 2)
-    with pytest.raises(FlapsamError, match=rf"{file}: format 2 is newer than flapsam .* knows; install a newer flapsam"):
+    with_format(folder / file, number)
+    with pytest.raises(
+        FlapsamError, match=rf"{file}: format {number} is newer than flapsam .* knows; install a newer flapsam"
+    ):
         RunFolder(folder).resume(read_config(folder / CONFIG))
 
 

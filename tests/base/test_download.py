@@ -118,7 +118,7 @@ def tiny_on_server(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     Handler.content = save(trained("full")[0].network.state_dict())
     monkeypatch.setenv("FLAPSAM_CACHE", str(tmp_path / "cache"))
     digits = hashlib.sha256(Handler.content).hexdigest()[:6]
-    source = sources.Source("tiny", "sam-tiny", "paper", "Apache-2.0", server, "tiny.safetensors", digits)
+    source = sources.Source("tiny", "sam-tiny-1", "paper", "Apache-2.0", server, "tiny.safetensors", digits)
     monkeypatch.setitem(sources.SOURCES, "tiny", source)
     return source
 
@@ -138,7 +138,7 @@ def test_backbone_get_list_and_info_work(tiny_on_server: sources.Source, tmp_pat
     assert json.loads(flapsam(capfd, "backbone", "list", "--json").out)[-1]["weights"] == str(path)
     assert "sam-tiny" in flapsam(capfd, "backbone", "list").out
     info = json.loads(flapsam(capfd, "backbone", "info", path, "--json").out)
-    assert (info["architecture"], info["image size"], info["masks"]) == ("sam-tiny", 64, 3)
+    assert (info["architecture"], info["image size"], info["masks"]) == ("sam-tiny-1", 64, 3)
     assert info["SHA-256"] == hashlib.sha256(Handler.content).hexdigest()
     assert "64" in flapsam(capfd, "backbone", "info", path).out
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from flapsam.base.errors import FlapsamError
 from flapsam.experiments.pretraining import Recipe, pretext_loss, pretrain, rate
@@ -16,6 +17,7 @@ from flapsam.experiments.synthesis import TASKS, Scenes, draw_scenes
 from flapsam.experiments.teaching import Teacher
 from flapsam.run.observer import Observer
 from flapsam.sam import architecture, build, load_checkpoint, read_checkpoint
+from flapsam.sam.tiny_vit import ConvNorm
 from tests.helpers.command import flapsam
 from tests.helpers.families import SMALL
 
@@ -147,6 +149,24 @@ def test_a_narrower_student_starts_with_a_decoder_of_its_own(small_families: Non
     student = build(replace(SMALL["small-hiera"], decoder_width=16), image_size=64, classes=2)
     lessons = Teacher("small-tiny-vit", student)
     assert lessons.loss(torch.rand(2, 64, 4, 4), torch.rand(2, 3, 64, 64)).item() > 0
+
+
+def test_pretraining_learns_the_statistics_that_fine_tuning_keeps():
+    """PyTorch's own batch norm is the reference."""
+    layer, norm = ConvNorm(3, 4, kernel=3), nn.BatchNorm2d(4)
+    images = torch.rand(5, 3, 8, 8)
+
+    def expected() -> torch.Tensor:
+        return norm(nn.functional.conv2d(images, layer.conv.weight, padding=1))
+
+    layer.learns_statistics = True
+    torch.testing.assert_close(layer(images), expected())
+    statistics = layer.state_dict()["norm.running_var"].clone()
+    torch.testing.assert_close(statistics, norm.running_var)
+    layer.learns_statistics = False
+    norm.eval()
+    torch.testing.assert_close(layer(images), expected())
+    assert torch.equal(layer.state_dict()["norm.running_var"], statistics)
 
 
 @pytest.mark.no_cover

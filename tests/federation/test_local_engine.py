@@ -19,7 +19,7 @@ from flapsam.sam import assemble_run, travelling_state
 from tests.helpers.command import flapsam
 from tests.helpers.families import small_run
 from tests.helpers.ledgers import read_events
-from tests.helpers.sites import make_sites
+from tests.helpers.sites import make_site, make_sites
 
 pytestmark = pytest.mark.usefixtures("no_report", "small_families")
 
@@ -58,6 +58,16 @@ def test_every_aggregator_runs_with_mixed_ranks_and_saves_a_complete_adapter(nam
     assert bool(changed) == (name == "fedex-lora")
     # PEFT would load only part of such an adapter, so there must be no configuration for it.
     assert (run / "adapter" / "adapter_config.json").exists() == (name != "fedex-lora")
+
+
+def test_a_site_whose_only_case_is_for_training_counts_in_every_round(tmp_path: Path):
+    data = make_sites(tmp_path / "data", sites=2, cases=4)
+    make_site(data / "single", 1, seed=2)
+    simulate(read_config(small_run(tmp_path / "run.yaml", data, rounds={"count": 3, "validate_every": 1})))
+    cases = {event["site"]: event["cases"] for event in read_events(tmp_path / "run", "site")}
+    assert cases["single"] == {"train": 1, "val": 0, "test": 0}
+    assert [event["round"] for event in read_events(tmp_path / "run", "fit") if event["site"] == "single"] == [1, 2, 3]
+    assert not read_events(tmp_path / "run", "refused")
 
 
 @pytest.mark.parametrize("codec", CODECS)

@@ -13,7 +13,7 @@ from flapsam.sam import Assembled, assemble, travelling, travelling_state
 def trained(
     name: str,
     *,
-    backbone: str = "sam-tiny",
+    backbone: str = "sam-tiny-1",
     seed: int = 3,
     size: int = 64,
     lora: Lora = Lora(rank=4),

@@ -67,7 +67,7 @@ def proposal_of(settings: dict[str, Any]) -> bytes:
     fields = ("batch_size", "betas", "cross_entropy", "dice", "learning_rate", "empty_slices", "schedule_power")
     tree = {
         "data": {"path": "/x", "labels": {"organ": 1, "lesion": 2}, "validation_fraction": settings["validation_fraction"]},
-        "backbone": {"name": "sam-tiny"},
+        "backbone": {"name": "sam-tiny-1"},
         "samples": {"size": SIZE, "resize": "stretch"},
         "strategy": settings["strategy"],
         "aggregator": "fedavg",

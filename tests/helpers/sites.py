@@ -63,7 +63,7 @@ def write_run(path: Path, data: Path, **fields: object) -> Path:
     tree = {
         "data": {"path": str(data), "labels": {"ball": 1, "core": 2}},
         "samples": {"size": 32},
-        "backbone": {"name": "sam-tiny", "weights": "random"},
+        "backbone": {"name": "sam-tiny-1", "weights": "random"},
         "lora": {"rank": 2},
         "training": {"window": 1, "batch_size": 8, "warmup_steps": 2},
         "rounds": {"count": 2},

@@ -96,7 +96,12 @@ def test_batches_depend_on_the_seed_alone(cases):
 
 def network(name: str = "flap"):
     return assemble(
-        Backbone(name="sam-tiny", weights="random"), image_size=32, classes=2, strategy_name=name, lora=Lora(rank=2), seed=0
+        Backbone(name="sam-tiny-1", weights="random"),
+        image_size=32,
+        classes=2,
+        strategy_name=name,
+        lora=Lora(rank=2),
+        seed=0,
     ).network
 
 

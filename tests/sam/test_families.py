@@ -380,7 +380,7 @@ def test_a_box_in_a_picture_of_any_shape_yields_a_mask_of_that_shape(lite_medsam
 def test_a_wrong_box_is_one_sentence(box: str, message: str, tmp_path: Path):
     Image.fromarray(np.zeros((90, 200), dtype=np.uint8)).save(tmp_path / "x.png")
     with pytest.raises(FlapsamError, match=message):
-        check_with_box(SHIPPED / "sam-tiny.safetensors", tmp_path / "x.png", box, tmp_path / "mask.png")
+        check_with_box(Path("tiny"), {}, tmp_path / "x.png", box, tmp_path / "mask.png")
     assert not (tmp_path / "mask.png").exists()
 
 
@@ -389,7 +389,7 @@ def test_what_cannot_be_prompted_is_refused(tmp_path: Path):
         with_prompts(read_checkpoint(SHIPPED / "sam-tiny.safetensors"), "tiny")
     (tmp_path / "x.png").write_bytes(b"no picture")
     with pytest.raises(FlapsamError, match=r"x\.png: not a readable picture"):
-        check_with_box(SHIPPED / "sam-tiny.safetensors", tmp_path / "x.png", "0,0,1,1", tmp_path / "mask.png")
+        check_with_box(Path("tiny"), {}, tmp_path / "x.png", "0,0,1,1", tmp_path / "mask.png")
 
 
 def test_metas_names_of_sam_2_1_are_those_of_the_network():

@@ -144,7 +144,7 @@ def test_plain_peft_loads_an_adapter(name: str, layers: list, tmp_path: Path):
     save_adapter(tmp_path, card, travelling_state(assembled.network))
     base = build(assembled.network.sizes, image_size=64, classes=2, seed=99)
     bare = assemble(
-        Backbone(name="sam-tiny", weights="random"),
+        Backbone(name="sam-tiny-1", weights="random"),
         image_size=64,
         classes=2,
         strategy_name="full",
@@ -193,9 +193,13 @@ def test_the_first_format_still_loads(weights: str, tmp_path: Path):
     assert logits.abs().mean().item() == pytest.approx(0.02993904985487461, abs=1e-5)
 
 
-def test_the_second_and_third_format_still_load(tmp_path: Path):
+def test_the_second_to_fourth_format_still_load(tmp_path: Path):
+    """What was called sam-tiny in them is called sam-tiny-1 now."""
     path = saved(tmp_path) / "flapsam.json"
     written = json.loads(path.read_text())
+    written["backbone"]["name"] = "sam-tiny"
+    path.write_text(json.dumps({**written, "format": 4}))
+    assert load_adapter(tmp_path)[1].backbone.name == "sam-tiny-1"
     del written["lora"], written["frozen"]
     third = {**written, "format": 3, "lora_rank": 4, "licence": "MIT"}
     path.write_text(json.dumps(third))

@@ -33,7 +33,7 @@ CARD, PEFT_CONFIG, PEFT_WEIGHTS, PLAIN_WEIGHTS = (
     "weights.safetensors",
 )
 PEFT_PREFIX = "base_model.model."
-CARD_FORMAT = 4
+CARD_FORMAT = 5
 """Version of ``flapsam.json``. ``_upgrade`` converts older ones."""
 LARGEST_SIZE = 4096
 """Largest side of the network's input in pixels, and largest rank."""
@@ -62,7 +62,7 @@ class AdapterCard(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    format: Literal[4] = CARD_FORMAT
+    format: Literal[5] = CARD_FORMAT
     flapsam: str = __version__
     run: str
     mode: str
@@ -151,6 +151,13 @@ def _upgrade(description: Any) -> Any:
         # In format 3, every query and value had low-rank factors, and the whole output part was trained.
         description = {**description, "format": 4, "lora": {"rank": description.get("lora_rank")}, "frozen": []}
         description.pop("lora_rank", None)
+    if description.get("format") == 4:
+        # Until format 4, sam-tiny was the network that is now called sam-tiny-1.
+        if isinstance(backbone, dict) and backbone.get("name") == "sam-tiny":
+            backbone = {**backbone, "name": "sam-tiny-1"}
+            if backbone.get("weights") == "sam-tiny.safetensors":
+                backbone["weights"] = "sam-tiny-1.safetensors"
+        description = {**description, "format": 5, "backbone": backbone}
     return description
 
 

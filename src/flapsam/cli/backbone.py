@@ -53,10 +53,12 @@ def info(
     """Describe a checkpoint: architecture, image size, parameters, checksum."""
     from flapsam.report import tables
     from flapsam.sam.backbones import check_with_box, describe
+    from flapsam.sam.checkpoints import read_checkpoint
 
-    description = describe(checkpoint)
+    state = read_checkpoint(checkpoint)
+    description = describe(checkpoint, state)
     if check is not None:
-        check_with_box(checkpoint, *check, output, pixels)
+        check_with_box(checkpoint, state, *check, output, pixels)
         description["mask"] = str(output)
     if as_json:
         return print_json(description)

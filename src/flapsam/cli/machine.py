@@ -110,13 +110,13 @@ def pretrain(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Train a small backbone from scratch on synthetic images, as the weights that ship with flapsam were trained."""
+    """Train a small backbone on synthetic images. docs/backbones.md says how the weights that ship were trained."""
     from flapsam.experiments.pretraining import Recipe
     from flapsam.experiments.pretraining import pretrain as run
 
     recipe = Recipe(steps=steps, batch=batch, seed=seed, backbone=backbone, size=size, teacher=teacher)
     if quick:
-        recipe = replace(recipe, steps=20, batch=4, warmup=5, precision="fp32")
+        recipe = replace(recipe, steps=20, batch=4, warmup=5)
     given = {"backbone": backbone, "size": size, "teacher": teacher}
     length = "--quick" if quick else f"--steps {steps} --batch {batch}"
     further = "".join(f" --{name} {value}" for name, value in given.items() if value != getattr(Recipe(), name))

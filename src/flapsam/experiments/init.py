@@ -246,7 +246,8 @@ def commented(tree: Mapping[str, Any], seen: Look, estimate: Estimate) -> str:
         if seen.layout not in SETTINGS
         else "as in the paper",
         "resize": "keeps proportions, because slices are much longer than they are wide",
-        "name": "ships with flapsam; for Meta's: sam-vit-b, with size 224 (first run `flapsam backbone get sam-vit-b`)",
+        "name": "ships with flapsam; published ones are lite-medsam, with size 112, and sam-vit-b, with 224 (first run "
+        "`flapsam backbone get NAME`)",
         "batch_size": f"slices per step, 4 to 12; aims at {STEPS} or more steps in a round at a site",
         "micro_batch": "slices of a batch that fit into memory at once",
         "count": "rounds of one local epoch each",

@@ -24,6 +24,7 @@ from flapsam.experiments.synthesis import TASKS, Scenes, draw_scenes
 from flapsam.experiments.teaching import Teacher
 from flapsam.run.observer import Observer
 from flapsam.sam import Sam, architecture, build
+from flapsam.sam.tiny_vit import ConvNorm
 
 HELD_OUT = 128
 """Number of scenes that are only scored."""
@@ -43,12 +44,14 @@ class Recipe:
     seed: int = 0
     backbone: str = "sam-tiny"
     size: int = 128
-    precision: str = "bf16"
-    """Precision of the network's arithmetic under autocast. Weights and moments are fp32."""
+    precision: str = "fp32"
+    """Precision of the network's arithmetic. With ``bf16`` it runs under autocast, which many processors only emulate."""
     teacher: str = ""
     """Name of a backbone whose embeddings the network learns, too; empty for none."""
     teaching: float = 1.0
     """Weight of the teacher's loss beside that of the masks."""
+    taught: int = 4
+    """Number of the batch's scenes that the teacher sees, because it is much slower than its student."""
 
 
 def rate(step: int, recipe: Recipe) -> float:
@@ -136,6 +139,9 @@ def pretrain(
     check_writable(folder)
     set_up_torch(threads or default_threads(), deterministic=True)
     network = build(architecture(recipe.backbone), image_size=recipe.size, classes=len(TASKS), seed=recipe.seed)
+    for module in network.modules():
+        if isinstance(module, ConvNorm):
+            module.learns_statistics = True
     teacher = Teacher(recipe.teacher, network) if recipe.teacher else None
     trained = [p for name, p in network.named_parameters() if not name.startswith("prompt_encoder.") or "no_mask" in name]
     if teacher:
@@ -161,7 +167,7 @@ def pretrain(
             outputs = network.logits(embedding)
         loss = pretext_loss(outputs.float(), scenes)
         if teacher:
-            taught = teacher.loss(embedding.float(), scenes.images)
+            taught = teacher.loss(embedding[: recipe.taught].float(), scenes.images[: recipe.taught])
             lessons.append(taught.item())
             loss = loss + recipe.teaching * taught
         optimizer.zero_grad(set_to_none=True)
@@ -226,7 +232,9 @@ def _export(
         "seconds": f"{seconds:.0f}",
         "held_out_iou": json.dumps({task: round(value, 4) for task, value in scores.items()}),
         "tasks": json.dumps(TASKS),
-        "data": "synthetic images only",
+        "data": f"synthetic images, and {recipe.teacher}'s embeddings of them"
+        if recipe.teacher
+        else "synthetic images only",
     }
     state = network.state_dict()
     tensors = {name: tensor.half().contiguous() for name, tensor in state.items() if not name.startswith("compared.")}

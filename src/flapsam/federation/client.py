@@ -198,7 +198,9 @@ class Client:
 
     def _scores(self) -> dict[str, float | None]:
         summary = summarise(score_cases(self.network, self.data.val, self.config))
-        return {VALIDATION + name: value for name, value in {"mean": summary.mean_dice, **summary.dice}.items()}
+        # A site without validation cases has no Dice, and says so for every class, as the server expects.
+        dice = {name: summary.dice.get(name) for name in self.config.data.classes}
+        return {VALIDATION + name: value for name, value in {"mean": summary.mean_dice, **dice}.items()}
 
 
 def score_cases(network: Sam, cases: Sequence[PreparedCase], config: RunConfig) -> list[CaseScores]:

@@ -24,7 +24,6 @@ from flapsam.run.ledger import (
     Validated,
     read_ledger,
 )
-from flapsam.run.reading import read_config
 
 TITLES: dict[str, str] = {"federated": "federated", "local": "local-only", "centralised": "centralised"}
 """Mode → its displayed name, in the order in which modes are shown."""
@@ -156,7 +155,7 @@ def read_run(path: Path) -> Run:
     folder = RunFolder(path)
     environment = folder.read_environment()
     events = read_ledger(folder.ledger, whole_lines=True) if folder.ledger.exists() else []
-    return Run(folder, read_config(folder.config), environment, events)
+    return Run(folder, folder.read_config(), environment, events)
 
 
 def _series(events: Iterable[InRound], value: Callable[[InRound], float | None]) -> Series:

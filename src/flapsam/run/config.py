@@ -40,7 +40,10 @@ Absent = Literal["none", "one"]
 
 
 CONFIG_FORMAT = 1
-"""Format of a run's configuration. A new field with a default keeps it. A change in a field's meaning raises it."""
+"""Format of a run's configuration. A new field with a default keeps it. A change in a field's meaning raises it.
+
+Configurations that users write have no number. So when ``sam-tiny`` became another network's name, the format of run folders
+was raised instead."""
 
 
 class StrictModel(BaseModel):

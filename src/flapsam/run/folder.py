@@ -11,9 +11,9 @@ from flapsam.base.errors import FlapsamError, too_new
 from flapsam.base.files import check_writable, write_text
 from flapsam.run.config import RunConfig
 from flapsam.run.ledger import Cohort
-from flapsam.run.reading import read_config, write_config
+from flapsam.run.reading import changed, read_config, write_config
 
-FOLDER_FORMAT = 1
+FOLDER_FORMAT = 2
 """Format of a run's folder: its files, the ledger's events, and the state that a run resumes from."""
 
 
@@ -138,14 +138,31 @@ class RunFolder:
             raise FlapsamError(f"{path}: {problem}")
         return metadata
 
+    def read_config(self) -> RunConfig:
+        """Read the configuration of the run in the folder.
+
+        Raises:
+            FlapsamError: as for ``read_environment``, or the configuration is wrong.
+        """
+        config = read_config(self.config)
+        if self.read_environment()["format"] == 1 and config.backbone.name == "sam-tiny":
+            # In format 1, sam-tiny was the network that is now called sam-tiny-1.
+            return changed(config, {"backbone.name": "sam-tiny-1"})
+        return config
+
     def resume(self, config: RunConfig) -> str:
         """Check that the run in the folder has this configuration, and return its id.
 
         Raises:
             FlapsamError: the run has another configuration, or a later version wrote it.
         """
-        run = self.read_environment()["run"]
+        run, stored = self.read_environment()["run"], self.read_config()
+        if (stored.backbone.name, config.backbone.name) == ("sam-tiny-1", "sam-tiny"):
+            raise FlapsamError(
+                f"{self.config}: the run here was begun with the backbone that is now called sam-tiny-1; add "
+                "--set backbone.name=sam-tiny-1 to resume it"
+            )
         # The texts may differ, because a later version writes fields that an earlier one did not know.
-        if write_config(read_config(self.config)) != write_config(config):
+        if write_config(stored) != write_config(config):
             raise FlapsamError(f"{self.config}: the run here has another configuration; resume it with that one")
         return run

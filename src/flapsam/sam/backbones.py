@@ -1,11 +1,13 @@
 """Listing, downloading and describing backbones, for the command line."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from flapsam.base.download import cache_folder, checksum, download
 from flapsam.base.errors import FlapsamError, choose
@@ -61,13 +63,13 @@ def fetch(name: str, observer: Observer) -> Path:
     return path
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Describe a checkpoint: architecture, tensor names, image size, parameters, checksum and the file's own metadata.
 
-    Raises:
-        FlapsamError: the file is not a SAM checkpoint.
+    Args:
+        path: the checkpoint.
+        state: the tensors that ``read_checkpoint`` returns for it.
     """
-    state = read_checkpoint(path)
     named = to_own_names(state)
     name = infer_architecture(state)
     family = family_of(state) or Vit
@@ -82,18 +84,21 @@ def describe(path: Path) -> dict[str, Any]:
     }
 
 
-def check_with_box(path: Path, picture: Path, box: str, output: Path, pixels: str | None = None) -> None:
+def check_with_box(
+    path: Path, state: Mapping[str, Tensor], picture: Path, box: str, output: Path, pixels: str | None = None
+) -> None:
     """Segment what lies in a box of a picture with a published checkpoint, and write the mask, white on black.
 
     Args:
         path: the checkpoint.
+        state: the tensors that ``read_checkpoint`` returns for it.
         picture: a picture that Pillow reads.
         box: left, top, right and bottom in pixels of the picture, separated by commas.
         output: the mask's path, a PNG.
         pixels: name of the input normalisation; if None, that of the source whose file has this name, or else of the size.
 
     Raises:
-        FlapsamError: the checkpoint or the picture cannot be read, or the box is not in the picture.
+        FlapsamError: the checkpoint was trained without prompts, the picture cannot be read, or the box is not in it.
     """
     from PIL import Image
 
@@ -102,7 +107,6 @@ def check_with_box(path: Path, picture: Path, box: str, output: Path, pixels: st
     left, top, right, bottom = corners
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise FlapsamError(f"{picture}: it has {width} × {height} pixels, so the box {box} is not in it")
-    state = read_checkpoint(path)
     if pixels is None:
         of_file = next((known for known in SOURCES.values() if known.file == path.name), None)
         known = of_file or SOURCES.get(infer_architecture(state) or "")

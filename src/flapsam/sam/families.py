@@ -16,9 +16,24 @@ ARCHITECTURES: dict[str, Architecture] = {
     "sam-vit-b": Vit(width=768, depth=12, heads=12, global_blocks=(2, 5, 8, 11)),
     "sam-vit-l": Vit(width=1024, depth=24, heads=16, global_blocks=(5, 11, 17, 23)),
     "sam-vit-h": Vit(width=1280, depth=32, heads=16, global_blocks=(7, 15, 23, 31)),
+    # Its grid of 16 × 16 tokens at 128 pixels is that of its teacher, LiteMedSAM, at 64. Windows cover it without padding.
+    "sam-tiny": TinyVit(
+        widths=(24, 64, 128, 128),
+        depths=(1, 1, 3, 1),
+        depth=5,
+        windows=(8, 16, 8),
+        stem=(3, 2, 1),
+        stride=8,
+        native_size=128,
+        default_size=128,
+        decoder_width=128,
+        decoder_mlp=512,
+        upscaling=(32, 16),
+        iou_width=128,
+    ),
     # The grid of 8 × 8 tokens fits into one window, so every block is global. The upscaling ends with 16 channels, since the
     # other sizes' 1/32 of the decoder's width would leave only 4.
-    "sam-tiny": Vit(
+    "sam-tiny-1": Vit(
         width=192,
         depth=6,
         heads=3,
@@ -30,8 +45,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         upscaling=(64, 32, 16, 16),
     ),
     # At 112 pixels, windows cover every stage without padding.
-    "lite-medsam": TinyVit(**_TINY_VIT, stem=(1, 1), stride=4, native_size=256, default_size=112, upscaling=(64, 32)),
-    "mobile-sam": TinyVit(**_TINY_VIT, stem=(3, 2)),
+    "lite-medsam": TinyVit(**_TINY_VIT, stem=(1, 1, 1), stride=4, native_size=256, default_size=112, upscaling=(64, 32)),
+    "mobile-sam": TinyVit(**_TINY_VIT, stem=(3, 2, 2)),
     "sam2.1-tiny": Hiera(width=96, heads=1, depth=12, depths=(1, 2, 7, 2), global_blocks=(5, 7, 9)),
     "sam2.1-small": Hiera(width=96, heads=1, depth=16, depths=(1, 2, 11, 2), global_blocks=(7, 10, 13)),
     "sam2.1-base-plus": Hiera(width=112, heads=2, depth=24, depths=(2, 3, 16, 3), global_blocks=(12, 16, 20), positions=14),

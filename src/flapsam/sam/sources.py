@@ -60,7 +60,7 @@ def _hub(identity: str, architecture: str, pixels: str, file: str = "model.safet
 
 
 _ALL = (
-    Source("sam-tiny", "sam-tiny", "paper", "Apache-2.0", None, "sam-tiny.safetensors"),
+    *(Source(name, name, "paper", "Apache-2.0", None, f"{name}.safetensors") for name in ("sam-tiny", "sam-tiny-1")),
     _meta("sam-vit-b", "01ec64"),
     _meta("sam-vit-l", "0b3195"),
     _meta("sam-vit-h", "4b8939"),

@@ -42,15 +42,15 @@ USELESS = re.compile(r"\.num_batches_tracked$|^image_encoder\.(norm_head|head)\.
 
 @dataclass(frozen=True, kw_only=True)
 class TinyVit(Architecture):
-    """Convolutions at the images' own or a quarter of their resolution, then three stages of attention in windows."""
+    """Convolutions at the images' own, half or a quarter of their resolution, then three stages of attention in windows."""
 
     widths: tuple[int, int, int, int]
     """Channels of each stage. Stage 0 has convolutions in place of attention."""
     depths: tuple[int, int, int, int]
     windows: tuple[int, int, int]
     """Side of the windows in the stages with attention, in tokens."""
-    stem: tuple[int, int]
-    """Kernel and stride of both convolutions at the beginning."""
+    stem: tuple[int, int, int]
+    """Kernel of both convolutions at the beginning, and the stride of each."""
     expansion: int = 4
     """Channels of hidden layers, as a multiple of the stage's width."""
 
@@ -67,7 +67,7 @@ class TinyVit(Architecture):
 
     def values_a_slice(self, image_size: int) -> int:
         """The hidden layer of the first stage's convolutions."""
-        return self.expansion * self.widths[0] * (image_size // self.stem[1] ** 2) ** 2
+        return self.expansion * self.widths[0] * (image_size // (self.stem[1] * self.stem[2])) ** 2
 
     @classmethod
     def naming_of(cls, state: Mapping[str, Tensor]) -> str | None:
@@ -122,10 +122,11 @@ class TinyVitEncoder(nn.Module):
 
     def __init__(self, sizes: TinyVit) -> None:
         super().__init__()
-        kernel, stride = sizes.stem
+        kernel, *strides = sizes.stem
         narrow, *wider = sizes.widths
         pairs = list(zip(sizes.widths, wider, strict=False))
-        self.stem = nn.Sequential(ConvNorm(3, narrow // 2, kernel, stride), ConvNorm(narrow // 2, narrow, kernel, stride))
+        stem = zip((3, narrow // 2), (narrow // 2, narrow), strides, strict=True)
+        self.stem = nn.Sequential(*(ConvNorm(width_in, width, kernel, stride) for width_in, width, stride in stem))
         self.convolutions = nn.ModuleList(InvertedBottleneck(narrow, sizes.expansion) for _ in range(sizes.depths[0]))
         # The last stage has the resolution of the one before it.
         self.merges = nn.ModuleList(
@@ -165,9 +166,13 @@ class TinyVitEncoder(nn.Module):
 class ConvNorm(nn.Module):
     """A convolution without bias and a batch norm with the statistics of its training, computed as one convolution.
 
-    The statistics do not change while the network trains, whatever mode it is in, so the norm only scales and shifts every
-    channel. The scale is multiplied into the kernel, which is far smaller than the image.
+    The statistics do not change while the network is fine-tuned, whatever mode it is in, so the norm only scales and shifts
+    every channel. The scale is multiplied into the kernel, which is far smaller than the image. Only pretraining from
+    scratch sets ``learns_statistics``.
     """
+
+    learns_statistics = False
+    """Whether, in training mode, the norm uses each batch's own statistics and remembers their running mean."""
 
     def __init__(self, width_in: int, width: int, kernel: int = 1, stride: int = 1, *, depthwise: bool = False) -> None:
         super().__init__()
@@ -180,6 +185,9 @@ class ConvNorm(nn.Module):
         conv = self.conv
         if self.norm is None:
             return conv(images)
+        if self.learns_statistics and self.training:
+            norm = self.norm
+            return F.batch_norm(conv(images), norm.running_mean, norm.running_var, norm.weight, norm.bias, training=True)
         scale, shift = self.norm.scale_and_shift()
         kernel = conv.weight * scale[:, None, None, None]
         return F.conv2d(images, kernel, shift, conv.stride, conv.padding, conv.dilation, conv.groups)

@@ -38,7 +38,6 @@ from flapsam.run.ledger import (
     SiteExcluded,
     SiteJoined,
 )
-from flapsam.run.reading import read_config
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class ServerSide:
         if not self.folder.is_begun:
             raise FlapsamError(f"{folder}: there is no run here")
         self._lock = alone(self.folder.lock)
-        self.config = read_config(self.folder.config)
+        self.config = self.folder.read_config()
         self.run: str = self.folder.read_environment()["run"]
         self.ledger = Ledger(self.folder.ledger)
         # The network is dropped after this, because the server only needs its tensors.
