@@ -66,7 +66,7 @@ def compute(config: RunConfig, epochs: int) -> dict[str, object]:
 
 def main() -> None:
     given = arguments(__doc__).parse_args()
-    values = [f"data.path={given.data.resolve()}", "training.empty_slices=1"]
+    values = [f"data.path={given.data.resolve()}", "training.empty_slices=1", "samples.size=160"]
     config = read_config(DESCRIPTION, values)
     cells = read_cells(RESULTS)
     end = time.monotonic() + 60 * given.minutes

@@ -26,7 +26,7 @@ SERVES = "view"
 SMALLER = {
     "flapsam data phantom sites": "flapsam data phantom sites --sites 2 --cases 4",
     "--cases 3 --seed 7": "--cases 2 --seed 7",
-    "size: 160 ": "size: 32 ",
+    "size: 128 ": "size: 32 ",
     "count: 12,": "count: 2,",
     "batch_size: 4 ": "batch_size: 12 ",
 }
