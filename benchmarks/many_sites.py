@@ -2,7 +2,7 @@
 
     python benchmarks/many_sites.py [--sites 20 200]
 
-Every site has four phantom cases. The run uses `sam-tiny`, preset `fast`, two rounds, and two workers with one thread each.
+Every site has four phantom cases. The run uses `sam-tiny-1`, preset `fast`, two rounds, two workers and one thread each.
 Every number of sites runs in a fresh process. Ten times a second, the resident memory of all its processes is read. The
 largest sum is recorded, and the largest value of the server and of a worker (pages that processes share count in each).
 `results/many_sites.json` keeps the figures, and `results/many_sites.md` is rewritten.
@@ -29,6 +29,7 @@ def measure(sites: int, folder: Path) -> dict:
     make_phantom(folder / "sites", sites=sites, cases=CASES, seed=0, on_case=lambda: None)
     tree = {
         "data": {"path": str(folder / "sites"), "labels": {"kidney": 1, "tumour": 2}},
+        "backbone": {"name": "sam-tiny-1"},
         "rounds": {"count": ROUNDS},
         "threads": 1,
         "output": str(folder / "run"),
@@ -67,7 +68,7 @@ def table(rows: list[dict]) -> str:
     lines = [
         "# Many sites on one machine",
         "",
-        f"Measured by `benchmarks/many_sites.py` on two cores: {CASES} phantom cases per site, `sam-tiny`, preset `fast`,",
+        f"Measured by `benchmarks/many_sites.py` on two cores: {CASES} phantom cases per site, `sam-tiny-1`, preset `fast`,",
         f"{ROUNDS} rounds, {WORKERS} workers with one thread each. MiB are peaks of resident memory. Rounds include",
         "aggregation.",
         "",

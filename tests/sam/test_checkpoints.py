@@ -292,8 +292,11 @@ def test_warm_masks_start_alike_only_where_they_train(strategy: str, frozen: lis
     assert torch.equal(logits[:, 0], logits[:, 1]) == alike
 
 
-SHIPS = {"sam-tiny": " --teacher lite-medsam", "sam-tiny-1": ""}
-"""Backbone whose weights ship → the options of its pretraining."""
+SHIPS = {
+    "sam-tiny": (" --teacher lite-medsam", "synthetic images, and lite-medsam's embeddings of them"),
+    "sam-tiny-1": ("", "synthetic images only"),
+}
+"""Backbone whose weights ship → the options of its pretraining, and the data that it was trained on."""
 RESIZED = {"sam-tiny": 0, "sam-tiny-1": 13}
 """Tensors that another image size changes. In sam-tiny-1, these are pos_embed and two relative positions in each of
 six blocks. sam-tiny has biases by distance within its windows alone."""
@@ -306,12 +309,12 @@ def test_the_shipped_weights_record_their_training_and_load_at_any_size(name: st
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     recipe = json.loads(metadata["recipe"])
-    command = "flapsam pretrain --steps {steps} --batch {batch} --seed {seed}" + SHIPS[name]
-    assert metadata["command"] == command.format(**recipe)
+    options, data = SHIPS[name]
+    assert metadata["command"] == "flapsam pretrain --steps {steps} --batch {batch} --seed {seed}".format(**recipe) + options
     assert int(metadata["steps"]) == recipe["steps"]
     assert float(metadata["seconds"]) > 0
     assert json.loads(metadata["held_out_iou"]).keys() == {*TASKS, "mean"}
-    assert metadata["data"].startswith("synthetic images")
+    assert metadata["data"] == data
     for size, resized in ((128, 0), (64, RESIZED[name]), (224, RESIZED[name])):
         net = build(architecture(name), image_size=size, classes=2)
         report = load_checkpoint(net, read_checkpoint(path), "shipped")

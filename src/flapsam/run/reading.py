@@ -161,10 +161,10 @@ def fingerprint(config: RunConfig) -> str:
     for field in ("format", "output", "bench", "threads", "device", "licence", "notes", "inference_batch"):
         tree.pop(field, None)
     del tree["data"]["path"]
-    # Until 0.1, sam-tiny-1 was the default and had the name sam-tiny. What was computed then still counts for it.
-    backbone = {name: value for name, value in tree.pop("backbone", {}).items() if name != "name"}
-    if config.backbone.name != "sam-tiny-1":
-        backbone["name"] = config.backbone.name
+    # The default's name counts, too, except for sam-tiny-1, which was the default once, so that old results count for it.
+    backbone = {**tree.pop("backbone", {}), "name": config.backbone.name}
+    if backbone["name"] == "sam-tiny-1":
+        del backbone["name"]
     if backbone:
         tree["backbone"] = backbone
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
