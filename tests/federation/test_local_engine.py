@@ -143,6 +143,26 @@ def test_a_run_that_goes_back_ends_with_the_same_bits(data: Path, tmp_path: Path
     assert sorted(told(read_events(run))) == sorted(told(events))
 
 
+def test_rounds_of_steps_are_equally_long_at_every_site_and_in_sum_on_pooled_data(tmp_path: Path):
+    data = make_sites(tmp_path / "data", sites=2, cases=4)
+    make_site(data / "large", 8, seed=2)
+    fields = {"rounds": {"count": 2, "steps": 3}, "modes": ["federated", "local", "centralised"]}
+    simulate(read_config(small_run(tmp_path / "run.yaml", data, **fields)))
+    steps = {(event["federation"].split("/")[0], event["steps"]) for event in read_events(tmp_path / "run", "fit")}
+    assert steps == {("federated", 3), ("local", 3), ("centralised", 9)}
+
+
+def test_a_run_with_few_labelled_cases_trains_on_these_alone(tmp_path: Path):
+    data = make_sites(tmp_path / "data", sites=2, cases=8)
+    config = small_run(tmp_path / "run.yaml", data, rounds={"count": 1})
+    simulate(read_config(config, ["data.training_cases=2", "training.empty_slices=1"]))
+    cases = [event["cases"] for event in read_events(tmp_path / "run", "site")]
+    # Of eight cases, two are for testing and one for validation.
+    assert cases == [{"train": 2, "val": 1, "test": 2}] * 2
+    # Two cases of six slices each.
+    assert {event["slices"] for event in read_events(tmp_path / "run", "fit")} == {12}
+
+
 def test_an_aggregator_that_bears_no_false_site_is_refused(data: Path, tmp_path: Path, capfd):
     outcome = flapsam(capfd, "simulate", small_run(tmp_path / "run.yaml", data, aggregator="median"))
     assert outcome.code == 2

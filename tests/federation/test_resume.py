@@ -66,7 +66,11 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("flapsam.json", "README.md")}
 
 
-FIELDS = {"rounds": {"count": 4}, "aggregator": "slow", "training": {"window": 3, "batch_size": 4, "warmup_steps": 2}}
+FIELDS = {
+    "rounds": {"count": 4, "steps": 7},
+    "aggregator": "slow",
+    "training": {"window": 3, "batch_size": 4, "warmup_steps": 2},
+}
 
 
 @pytest.fixture(scope="module")

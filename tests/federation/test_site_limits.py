@@ -20,7 +20,7 @@ from flapsam.federation.packets import Header, encode
 from flapsam.federation.preparation import assembled_for, resolve
 from flapsam.federation.shares import rounded
 from flapsam.learning.prepared import PreparedCase
-from flapsam.run.config import RunConfig, Training
+from flapsam.run.config import Rounds, RunConfig, Training
 from flapsam.run.reading import read_config
 from flapsam.sam import travelling_state
 from flapsam.sam.strategies import STRATEGIES
@@ -120,7 +120,27 @@ def case(slices: int, occupied: int) -> PreparedCase:
     ],
 )
 def test_only_cases_that_a_fit_is_certain_to_use_count(cases: list[PreparedCase], empty_slices: float, used: int):
-    assert cases_used(cases, Training(empty_slices=empty_slices)) == used
+    assert cases_used(cases, Training(empty_slices=empty_slices), Rounds()) == used
+
+
+@pytest.mark.parametrize(
+    ("steps", "used"),
+    [
+        # Cases of 8, 4 and 2 slices, in batches of two: seven steps an epoch. One step may be a single slice.
+        (1, 1),
+        # Half of eight steps: three batches and one slice are seven windows, which may all be of the first case.
+        (8, 1),
+        # Half of ten: four batches and one slice are nine, more than the first case has.
+        (10, 2),
+        # Half of twelve, eleven windows.
+        (12, 2),
+        # Thirteen steps always contain a whole epoch.
+        (13, 3),
+    ],
+)
+def test_a_fit_of_few_steps_may_use_few_cases(steps: int, used: int):
+    cases = [case(2, 2), case(8, 8), case(4, 4)]
+    assert cases_used(cases, Training(batch_size=2), Rounds(steps=steps)) == used
 
 
 @pytest.mark.parametrize(
@@ -139,7 +159,7 @@ def test_only_cases_that_a_fit_is_certain_to_use_count(cases: list[PreparedCase]
 )
 def test_steps_count_by_their_learning_rate(fields: dict, done: int, steps: float):
     options = Training.model_validate({"batch_size": 3, "window": 1, "warmup_steps": 1, **fields})
-    assert steps_of([case(12, 12)], options, done, rounds=1) == pytest.approx(steps, abs=0.05)
+    assert steps_of([case(12, 12)], options, done, Rounds(count=1)) == pytest.approx(steps, abs=0.05)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from flapsam.base.errors import FlapsamError
 from flapsam.learning.training import Learner, _pull_back, batches, batches_per_epoch, fit, learning_rate, segmentation_loss
-from flapsam.run.config import Backbone, Lora, Samples, Training
+from flapsam.run.config import Backbone, Lora, Rounds, Samples, Training
 from flapsam.sam import assemble, travelling, travelling_state
 from flapsam.sam.checkpointing import checkpoint_layers
 from flapsam.sites import IGNORED
@@ -84,8 +84,37 @@ def test_one_slice_is_used_if_all_are_empty(cases):
 def test_the_learning_rate_may_fall_until_the_end_of_the_run():
     options = Training(learning_rate=1.0, warmup_steps=2, schedule_epochs=None, schedule_power=1, epochs=2)
     # 3 rounds of 2 epochs of 2 batches are 12 steps, 10 of them after the warm-up.
-    rates = [learning_rate(step, 2, options, rounds=3) for step in range(12)]
+    rates = [learning_rate(step, 2, options, Rounds(count=3)) for step in range(12)]
     assert rates == pytest.approx([0.5, 0.5, 1.0, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
+
+
+def test_the_learning_rate_of_rounds_of_steps_falls_until_the_end_of_the_run():
+    options = Training(learning_rate=1.0, warmup_steps=2, schedule_epochs=None, schedule_power=1)
+    rates = [learning_rate(step, 100, options, Rounds(count=4, steps=3)) for step in range(12)]
+    assert rates == pytest.approx([0.5, 0.5, 1.0, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
+
+
+def test_rounds_of_steps_show_every_slice_once_an_epoch(cases):
+    """Eighteen slices in batches of four: five steps an epoch. The third round of two steps meets two epochs."""
+    options = Training(window=1, batch_size=4, augment="none", warmup_steps=2)
+    net = network()
+    learner = Learner(net, options, Rounds(count=5, steps=2))
+    seen: list[list[bytes]] = []
+    net.register_forward_pre_hook(lambda _, given: seen.append([image.numpy().tobytes() for image in given[0]]))
+    slices = [fit(net, learner, cases, Samples(), seed=0).slices for _ in range(5)]
+    assert slices == [8, 8, 6, 8, 6]
+    assert learner.steps == 10
+    every = sorted(image for batch in seen[:5] for image in batch)
+    assert every == sorted(image for batch in seen[5:] for image in batch)
+    shown = [image for images, _ in batches(cases, options, Samples(), 32, seed=7) for image in images]
+    assert every == sorted(image.numpy().tobytes() for image in shown)
+
+
+def test_batches_that_are_left_out_change_no_later_window(cases):
+    options = Training(window=1, batch_size=4, augment="paper")
+    whole, rest, again = (list(batches(cases, options, Samples(), 32, seed=3, first=first)) for first in (0, 2, 2))
+    assert [len(images) for images, _ in rest] == [len(images) for images, _ in whole[2:]]
+    assert all(torch.equal(a, b) for one, other in zip(rest, again, strict=True) for a, b in zip(one, other, strict=True))
 
 
 def test_batches_depend_on_the_seed_alone(cases):

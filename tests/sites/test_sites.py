@@ -8,7 +8,7 @@ from flapsam.base.errors import FlapsamError
 from flapsam.experiments.phantom import make_phantom
 from flapsam.federation.shares import client_shares, training_size
 from flapsam.run.config import Data, Rounds, RunConfig
-from flapsam.sites import HIDDEN, IGNORED, Case, Site, hold_out_validation, label_map, read_sites
+from flapsam.sites import HIDDEN, IGNORED, Case, Site, hold_out_validation, keep_for_training, label_map, read_sites
 from tests.helpers.places import SHARED
 from tests.helpers.sites import make_site, make_sites
 
@@ -56,6 +56,19 @@ def test_validation_cases_are_drawn_by_subject():
     assert len({case.subject for case in site.of("val")}) == 1
     assert not {case.subject for case in site.of("val")} & {case.subject for case in site.of("train")}
     assert site.of("test") == list(cases[8:])
+
+
+def test_few_training_subjects_are_among_more_of_them_and_bring_all_their_cases():
+    splits = ["train"] * 12 + ["val"] * 2 + ["test"] * 2
+    site = Site("a", tuple(Case(f"c{i}", "a", f"s{i // 2}", Path(), Path(), split) for i, split in enumerate(splits)))
+    kept = {count: keep_for_training(site, count, seed=0) for count in (1, 2, 4, 6, 9)}
+    assert [len(few.of("train")) for few in kept.values()] == [2, 4, 8, 12, 12]
+    for fewer, more in zip(kept.values(), list(kept.values())[1:], strict=False):
+        assert set(fewer.cases) <= set(more.cases)
+    assert kept[9] == site
+    assert all(few.of("val", "test") == site.of("val", "test") for few in kept.values())
+    others = {tuple(case.subject for case in keep_for_training(site, 2, seed).of("train")) for seed in range(8)}
+    assert len(others) > 1
 
 
 def test_the_only_training_subject_is_not_held_out():

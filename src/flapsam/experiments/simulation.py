@@ -62,7 +62,7 @@ from flapsam.run.ledger import (
 )
 from flapsam.run.observer import Observer
 from flapsam.sam import Assembled, Sam, fuse, load_tensors, travelling_state
-from flapsam.sites import Site, hold_out_validation, label_map, read_sites
+from flapsam.sites import Site, hold_out_validation, keep_for_training, label_map, read_sites
 from flapsam.sites.pairs import read_pair
 from flapsam.volumes import legend_of, write_label_like
 
@@ -177,6 +177,9 @@ def simulate(
     observer = observer or Observer()
     config = resolve(config)
     sites = read_sites(config.data, config.seed) if sites is None else sites
+    if (count := config.data.training_cases) is not None:
+        fraction, seed = config.data.validation_fraction, config.seed
+        sites = [keep_for_training(hold_out_validation(site, fraction, seed), count, seed) for site in sites]
     training = [site for site in sites if site.name not in config.data.unseen]
     _check_cases(sites, training)
     _check_ranks(training, config)
@@ -250,7 +253,8 @@ def train(prepared: Prepared, training: CohortTraining, workers: int, observer: 
     Returns:
         The number of rounds done.
     """
-    config, network, cohort = prepared.config, prepared.assembled.network, training.cohort
+    network, cohort = prepared.assembled.network, training.cohort
+    config = _with_all_steps(prepared) if cohort.mode == "centralised" else prepared.config
     together = cohort == TOGETHER
     load_tensors(network, prepared.start)
     agreement = (agree if together else agree_alone)(prepared.run, config, network)
@@ -344,6 +348,15 @@ def _measured(config: RunConfig, network: Sam, ledger: Ledger) -> RunConfig:
     if isinstance(config.training.micro_batch, int):
         ledger.write(MicroBatchChosen(windows=config.training.micro_batch))
     return config
+
+
+def _with_all_steps(prepared: Prepared) -> RunConfig:
+    """The configuration of the client that holds the pooled data: as many steps a round as all sites take together."""
+    rounds = prepared.config.rounds
+    if rounds.steps is None:
+        return prepared.config
+    rounds = rounds.model_copy(update={"steps": rounds.steps * len(prepared.shares)})
+    return prepared.config.model_copy(update={"rounds": rounds})
 
 
 def _trainings(

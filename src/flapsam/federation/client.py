@@ -104,7 +104,7 @@ class Client:
         metrics: dict[str, float | None] = {}
         if self.disclosure.scores and done > 0 and done % self.config.rounds.validate_every == 0:
             metrics |= self._scores()
-        learner = Learner(self.network, self.config.training, self.config.rounds.count)
+        learner = Learner(self.network, self.config.training, self.config.rounds)
         moments = self.state.moments_before(number)
         if moments is not None:
             learner.load(moments)
@@ -118,7 +118,8 @@ class Client:
                 learner,
                 self.data.train,
                 self.config.samples,
-                seed=seed_for(self.config.seed, number, self.data.site, "fit"),
+                # A round of steps goes on with an epoch that another round began, so its order depends on no round.
+                seed=seed_for(self.config.seed, 0 if self.config.rounds.steps else number, self.data.site, "fit"),
                 precision=self.config.precision,
                 on_step=on_step,
             )

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from flapsam.learning.augmentation import AUGMENTATIONS
 from flapsam.learning.features import Features, can_be_kept
 from flapsam.learning.prepared import PreparedCase
 from flapsam.learning.slices import labels_to_square, to_square
-from flapsam.run.config import Samples, Training
+from flapsam.run.config import Rounds, Samples, Training
 from flapsam.sam import Sam, travelling
 from flapsam.sites import IGNORED
 
@@ -75,17 +76,20 @@ def loss_of(
     return segmentation_loss(logits.float(), labels, options)
 
 
-def learning_rate(step: int, batches_per_epoch: int, options: Training, rounds: int = 1) -> float:
+ONE_ROUND = Rounds(count=1)
+
+
+def learning_rate(step: int, batches_per_epoch: int, options: Training, rounds: Rounds = ONE_ROUND) -> float:
     """Learning rate of step ``step``, which counts from 0 across a client's rounds.
 
     The rate warms up linearly to ``learning_rate``, then decays polynomially. It would reach zero after ``schedule_epochs``
-    epochs or, if that is not set, at the end of ``rounds`` rounds.
+    epochs or, if that is not set, at the end of the run's rounds.
     """
     warmup = options.warmup_steps
     if step <= warmup:
         return options.learning_rate * max(step, 1) / warmup
     if options.schedule_epochs is None:
-        length = max(rounds * options.epochs * batches_per_epoch - warmup, 1)
+        length = max(rounds.count * _steps(batches_per_epoch, options, rounds) - warmup, 1)
     else:
         length = options.schedule_epochs * batches_per_epoch
     remaining = 1 - (step - warmup - 1) / length
@@ -118,13 +122,13 @@ FIT_METRICS = ("loss", "cross_entropy", "dice_loss", "steps", "seconds", "waitin
 class Learner:
     """Training state of a client that outlives a round: Adam's moments and the number of steps so far."""
 
-    def __init__(self, network: Sam, options: Training, rounds: int = 1) -> None:
+    def __init__(self, network: Sam, options: Training, rounds: Rounds = ONE_ROUND) -> None:
         """Create the optimizer.
 
         Args:
             network: the network, whose travelling parameters are trained.
             options: training options of every fit.
-            rounds: number of rounds of the run, for a learning rate that decays until its end.
+            rounds: the rounds of the run, which say how many steps a fit takes and when the learning rate ends.
         """
         self.rounds = rounds
         self.parameters = travelling(network)
@@ -171,6 +175,15 @@ class Learner:
             raise FlapsamError(f"{path}: cannot read the client's saved state; start a new run") from error
 
 
+def steps_a_round(cases: Sequence[PreparedCase], options: Training, rounds: Rounds) -> int:
+    """Number of training steps of a client in a round."""
+    return _steps(batches_per_epoch(cases, options), options, rounds)
+
+
+def _steps(batches_per_epoch: int, options: Training, rounds: Rounds) -> int:
+    return rounds.steps or options.epochs * batches_per_epoch
+
+
 def batches_per_epoch(cases: Sequence[PreparedCase], options: Training) -> int:
     """Number of batches in an epoch.
 
@@ -188,6 +201,7 @@ def batches(
     size: int,
     seed: int,
     features: Features | None = None,
+    first: int = 0,
 ) -> Iterator[Batch]:
     """Cut one epoch of windows, in random order.
 
@@ -198,6 +212,7 @@ def batches(
         size: side of the network's square input in pixels.
         seed: seed of order and augmentation.
         features: embeddings of the cases, which take the place of images.
+        first: number of batches to leave out at the beginning. The windows are the same, but their augmentation is not.
 
     Yields:
         Images (slices, channels, size, size) in [0, 1] or embeddings (slices, width, tokens, tokens), and labels (slices,
@@ -207,7 +222,9 @@ def batches(
     augment = AUGMENTATIONS[options.augment]
     middles = _middles(cases, options, rng)
     order = rng.permutation(len(middles))
-    for start in range(0, len(order), options.batch_size):
+    if first:
+        rng = np.random.default_rng([seed, first])
+    for start in range(first * options.batch_size, len(order), options.batch_size):
         images, labels = [], []
         for index in order[start : start + options.batch_size]:
             case, centre = middles[index]
@@ -248,14 +265,17 @@ def fit(
     precision: str = "fp32",
     on_step: Callable[[], None] = lambda: None,
 ) -> FitReport:
-    """Train the network's travelling parameters for a round's local epochs.
+    """Train the network's travelling parameters for a round's local epochs or, if the rounds count in steps, for these.
+
+    A round of whole epochs shuffles anew. A round of steps goes on with the epoch where the learner's steps so far have
+    arrived, so that every slice has its turn, however short the rounds are.
 
     Args:
         network: the network with the parameters that the server sent. It is changed in place.
         learner: the site's training state. It is changed in place.
         cases: the training cases.
         samples: how volumes become samples.
-        seed: seed of window order and augmentation in this round at this site.
+        seed: seed of window order and augmentation at this site, of this round or, if rounds count in steps, of the run.
         precision: ``bf16`` runs the network under autocast.
         on_step: called after every step.
     """
@@ -271,8 +291,11 @@ def fit(
     start = [parameter.detach().clone() for parameter in trained] if options.proximal else []
     losses: list[Tensor] = []
     slices, waiting = 0, 0.0
-    for epoch in range(options.epochs):
-        upcoming = batches(cases, options, samples, network.image_size, seed_for(seed, epoch), features)
+    epoch, first = divmod(learner.steps, per_epoch) if learner.rounds.steps else (0, 0)
+    end = learner.steps + _steps(per_epoch, options, learner.rounds)
+    while learner.steps < end:
+        upcoming = batches(cases, options, samples, network.image_size, seed_for(seed, epoch), features, first)
+        upcoming = islice(upcoming, end - learner.steps)
         # If the network uses all cores, a prefetching thread costs more time than waiting: a third of the demo's rounds.
         if device.type != "cpu" or torch.get_num_threads() < default_threads():
             upcoming = ahead(upcoming)
@@ -298,6 +321,7 @@ def fit(
             learner.steps += 1
             slices += len(images)
             on_step()
+        epoch, first = epoch + 1, 0
     total, cross_entropy, dice = torch.stack(losses).mean(dim=0).tolist()
     return FitReport(len(losses), slices, total, cross_entropy, dice, time.perf_counter() - started, waiting)
 

@@ -77,6 +77,9 @@ class Data(StrictModel):
     validation_fraction: Fraction = 0.15
     """Share of each site's training subjects that are held out for validation, if the split has no ``val``. At least one
     subject is held out, and none if the share is 0."""
+    training_cases: Positive | None = None
+    """Number of subjects at each site whose cases train the model; all if not given or if a site has fewer. They are drawn
+    from the run's seed, and those of a smaller number are among those of a larger one. Validation and test cases stay."""
 
     @property
     def classes(self) -> list[str]:
@@ -234,6 +237,9 @@ class Rounds(StrictModel):
 
     count: Positive = 100
     """Maximum number of rounds of a run."""
+    steps: Positive | None = None
+    """Number of training steps of every site in a round, in place of ``training.epochs``. A site's next round goes on with
+    the epoch where the last one stopped. In mode ``centralised``, a round has as many steps as all sites take together."""
     weights: Literal["slices", "cases", "uniform"] | Named[Annotated[float, Field(ge=0)]] = "slices"
     """Weight of a client in the mean: its share of the training ``slices`` or ``cases``, the same for every client
     (``uniform``), or a number for each site."""

@@ -56,6 +56,22 @@ def hold_out_validation(site: Site, fraction: float, seed: int) -> Site:
     return _move(site, "train", "val", _drawn(training, fraction, 1, seed_for(seed, site.name, "validation split")))
 
 
+def keep_for_training(site: Site, count: int, seed: int) -> Site:
+    """Leave out all but ``count`` training subjects, so that one can see what few labelled cases give.
+
+    The subjects are drawn at random, and those of a smaller count are among those of a larger one.
+
+    Args:
+        site: the site, with its test and validation splits drawn.
+        count: number of subjects to keep. A site with fewer keeps all.
+        seed: the run's seed.
+    """
+    subjects = sorted({case.subject for case in site.of("train")})
+    order = np.random.default_rng(seed_for(seed, site.name, "training cases")).permutation(subjects).tolist()
+    kept = set(order[:count])
+    return replace(site, cases=tuple(case for case in site.cases if case.split != "train" or case.subject in kept))
+
+
 def _drawn(cases: Iterable[Case], fraction: float, at_least: int, seed: int) -> set[str]:
     subjects = sorted({case.subject for case in cases})
     if len(subjects) < 2 or fraction == 0:

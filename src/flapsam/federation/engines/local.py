@@ -8,7 +8,7 @@ from flapsam.federation.client import Client
 from flapsam.federation.engines.workers import Workers
 from flapsam.federation.rounds import Answer, Work, deliver, rounds
 from flapsam.federation.server import Server
-from flapsam.learning.training import batches_per_epoch
+from flapsam.learning.training import steps_a_round
 from flapsam.run.ledger import Cohort, Ledger
 from flapsam.run.observer import Observer
 
@@ -78,4 +78,4 @@ def _answers(
 
 def _steps(client: Client) -> int:
     """Number of training steps of a client in a round."""
-    return batches_per_epoch(client.data.train, client.config.training) * client.config.training.epochs
+    return steps_a_round(client.data.train, client.config.training, client.config.rounds)

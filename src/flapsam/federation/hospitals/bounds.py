@@ -1,11 +1,12 @@
 """What a run may ask of a site: the run's configuration is compared with the bounds of the site's own."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 from flapsam.federation.hospitals.site_config import SiteConfig
 from flapsam.learning.prepared import PreparedCase
-from flapsam.learning.training import batches_per_epoch, learning_rate
-from flapsam.run.config import RunConfig, Training
+from flapsam.learning.training import batches_per_epoch, learning_rate, steps_a_round
+from flapsam.run.config import Rounds, RunConfig, Training
 
 
 def refusals(config: RunConfig, site: SiteConfig) -> Iterator[tuple[str, str]]:
@@ -33,6 +34,7 @@ def _ranges(config: RunConfig, site: SiteConfig) -> Iterator[tuple[str, float, f
     training, bounds = config.training, site.bounds
     below_one = 1 - 1e-6
     yield "training.epochs", training.epochs, 1, bounds.max_epochs
+    yield "rounds.steps", config.rounds.steps or 1, 1, bounds.max_steps
     yield "training.batch_size", training.batch_size, 1, bounds.max_batch_size
     yield "training.learning_rate", training.learning_rate, 0, bounds.max_learning_rate
     yield "training.weight_decay", training.weight_decay, 0, bounds.max_weight_decay
@@ -46,17 +48,28 @@ def _ranges(config: RunConfig, site: SiteConfig) -> Iterator[tuple[str, float, f
     yield "number of classes", len(config.data.classes), 1, bounds.max_classes
 
 
-def cases_used(cases: Sequence[PreparedCase], options: Training) -> int:
+def cases_used(cases: Sequence[PreparedCase], options: Training, rounds: Rounds) -> int:
     """Number of cases of which a fit is certain to use a slice.
 
     Args:
         cases: the training cases.
         options: the run's training options. With ``empty_slices`` below 1, slices without any class may not be used.
+        rounds: the run's rounds. If they count in steps, a fit may be shorter than an epoch.
     """
-    return sum(case.slices > 0 and (options.empty_slices == 1 or len(case.occupied) > 0) for case in cases)
+    whole = sum(case.slices > 0 and (options.empty_slices == 1 or len(case.occupied) > 0) for case in cases)
+    if rounds.steps is None or rounds.steps > 2 * (batches_per_epoch(cases, options) - 1):
+        return whole
+    # The longer of the two epochs that a fit may belong to gives it at least half of its batches, the last of them perhaps
+    # with one window alone. In the worst case, these windows are of the cases with the most slices.
+    left, fewest = (math.ceil(rounds.steps / 2) - 1) * options.batch_size + 1, 0
+    for slices in sorted((case.slices for case in cases), reverse=True):
+        if left <= 0:
+            break
+        left, fewest = left - slices, fewest + 1
+    return min(whole, fewest)
 
 
-def steps_of(cases: Sequence[PreparedCase], options: Training, done: int, rounds: int) -> float:
+def steps_of(cases: Sequence[PreparedCase], options: Training, done: int, rounds: Rounds) -> float:
     """Number of steps of a fit, each counted by its learning rate as a share of the highest one.
 
     A schedule that falls to 0 at once would otherwise make one step out of many. A fit whose learning rate is 0 throughout
@@ -66,9 +79,9 @@ def steps_of(cases: Sequence[PreparedCase], options: Training, done: int, rounds
         cases: the training cases.
         options: the run's training options.
         done: number of steps that the client has done in earlier rounds.
-        rounds: number of rounds of the run.
+        rounds: the rounds of the run.
     """
     batches = batches_per_epoch(cases, options)
-    rates = [learning_rate(done + step, batches, options, rounds) for step in range(options.epochs * batches)]
+    rates = [learning_rate(done + step, batches, options, rounds) for step in range(steps_a_round(cases, options, rounds))]
     highest = max(rates, default=0)
     return sum(rates) / highest if highest > 0 else float(len(rates))

@@ -39,7 +39,7 @@ MOST_CASES, MOST_SLICES = 10**7, 10**10
 """Largest numbers of cases and slices that a site may claim to have."""
 LOCAL = ("output", "device", "threads", "bench")
 """Fields of a run that each participant sets for itself. They are never sent."""
-LOCAL_DATA = ("path", "layout", "table", "simulated_sites", "sites", "unseen")
+LOCAL_DATA = ("path", "layout", "table", "simulated_sites", "sites", "unseen", "training_cases")
 """Fields of ``data`` that each participant sets for itself. They are never sent either."""
 
 

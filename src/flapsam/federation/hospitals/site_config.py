@@ -46,6 +46,8 @@ class Bounds(StrictModel):
     """Minimum number of training steps of a fit. A step counts by its learning rate as a share of the fit's highest one."""
     max_epochs: Positive = 100
     """Maximum number of local epochs in a round."""
+    max_steps: Positive = 10_000
+    """Maximum number of steps in a round, if the run gives one."""
     max_batch_size: Positive = 256
     """Maximum number of windows in a batch."""
     max_learning_rate: Annotated[float, Field(gt=0)] = 0.01

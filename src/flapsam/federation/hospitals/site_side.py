@@ -194,7 +194,7 @@ class SiteSide:
         data |= {"path": site.data.path, "layout": site.data.layout, "table": site.data.table}
         # What decides which cases are used, and for what, is the site's own.
         data |= {name: getattr(site.data, name) for name in ("test_fraction", "validation_fraction")}
-        data |= {"simulated_sites": None, "sites": None, "unseen": []}
+        data |= {"simulated_sites": None, "sites": None, "unseen": [], "training_cases": None}
         # The labels of other sites do not apply here.
         labels = data.get("site_labels")
         data["site_labels"] = {self.name: labels[self.name]} if isinstance(labels, dict) and self.name in labels else {}
@@ -215,7 +215,7 @@ class SiteSide:
 
     def _check_cases(self, data: ClientData, config: RunConfig) -> None:
         """Check that a fit uses enough cases and takes enough steps, from its first round on."""
-        site, used = self.site, cases_used(data.train, config.training)
+        site, used = self.site, cases_used(data.train, config.training, config.rounds)
         if used < site.min_cases:
             self._refuse(
                 [("cases", f"this site has {used} training cases with a slice to train on, min_cases is {site.min_cases}")]
@@ -223,7 +223,7 @@ class SiteSide:
         self._check_steps(data, config, 0)
 
     def _check_steps(self, data: ClientData, config: RunConfig, done: int) -> None:
-        steps = steps_of(data.train, config.training, done, config.rounds.count)
+        steps = steps_of(data.train, config.training, done, config.rounds)
         if steps < self.site.bounds.min_steps:
             self._refuse(
                 [("bounds", f"a fit has the effect of {steps:.1f} steps, this site requires {self.site.bounds.min_steps}")]

@@ -18,13 +18,14 @@ def in_words(config: RunConfig, site: SiteConfig) -> list[str]:
     training, rounds = config.training, config.rounds
     chosen = strategy(config.strategy)
     trained = ["low-rank adapters"] * chosen.lora + [f"SAM's parameters {', '.join(chosen.trains)}"] * bool(chosen.trains)
-    epochs = f"{training.epochs} epoch" + "s" * (training.epochs > 1)
+    amount, unit = (rounds.steps, "step") if rounds.steps else (training.epochs, "epoch")
+    length = f"{amount} {unit}" + "s" * (amount > 1)
     left = "the trained tensors, and the numbers of cases and slices, rounded"
     if site.metrics:
         left += "; losses, validation Dice, steps and times"
     return [
         f"Train {' and '.join(trained)} (strategy {config.strategy}) of {config.backbone.name}.",
         f"Learn to segment {', '.join(config.data.classes)} from this site's training cases.",
-        f"Take part in up to {rounds.count} rounds of {epochs} each, with a learning rate of {training.learning_rate:g}.",
+        f"Take part in up to {rounds.count} rounds of {length} each, with a learning rate of {training.learning_rate:g}.",
         f"Leaves this site in each round: {left}. Codec: {config.compression.codec}, aggregator: {config.aggregator}.",
     ]
