@@ -23,7 +23,7 @@ from flapsam.federation.aggregation import Reply, aggregator
 from flapsam.federation.client import score_cases
 from flapsam.federation.state import ServerState
 from flapsam.run.observer import Observer
-from flapsam.sam import assemble_run, load_travelling
+from flapsam.sam import assemble_run, load_trained
 
 RESULTS = HERE / "results" / "averaging.json"
 ROUNDS = 8
@@ -63,7 +63,7 @@ def compute(data: Path, seed: int) -> dict[str, Any]:
                 numbers = range(end - length + 1, end + 1)
                 replies = [Reply.of(keeper.tensors[number], 1 / length) for number in numbers]
                 average = aggregator("flexlora", config.lora.rank).aggregate(replies, keeper.tensors[end], end)
-                load_travelling(network, average)
+                load_trained(network, average)
                 scores = score_cases(network, cases, config)
                 dice[f"{end}/{length}"] = {s.case: mean(value or 0.0 for value in s.dice.values()) for s in scores}
     return dice

@@ -90,7 +90,9 @@ def simulated(hospitals: Hospitals) -> Callable[[Path], dict[str, bytes]]:
 def test_a_federation_reproduces_the_simulations_adapter_with_little_overhead(
     hospitals: Hospitals, tmp_path: Path, simulated
 ):
-    config = write_run(tmp_path / "run.yaml", hospitals.data, rounds={"count": 3})
+    """Every site's own adapter is that of the simulation, too, and what is personal in it never leaves the site."""
+    fields = {"rounds": {"count": 3, "last_epochs": 1}, "personal": ["*.v_proj.lora_B.weight"]}
+    config = write_run(tmp_path / "run.yaml", hospitals.data, **fields)
     hospitals.start_run(config)
     hospitals.follow(config)
     run = tmp_path / "run"
@@ -98,6 +100,9 @@ def test_a_federation_reproduces_the_simulations_adapter_with_little_overhead(
     for site in hospitals.sites:
         (own,) = (hospitals.state_of(site) / "runs").iterdir()
         assert adapter_of(own) == adapter_of(run)
+        kept = adapter_of(own, "adapter-personal")
+        assert kept == adapter_of(tmp_path / "simulated", f"adapter-personal/{site}")
+        assert not [path for path in (hospitals.kit("server"), run) for path in path.rglob("*personal*")]
     for event in read_events(run, "round"):
         fits = [fit["site_seconds"] for fit in read_events(run, "fit") if fit["round"] == event["round"]]
         assert len(fits) == 3

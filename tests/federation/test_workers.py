@@ -23,18 +23,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def adapter(run: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (run / "adapter").glob("*.safetensors")}
+    paths = [path for folder in run.glob("adapter*") for path in folder.rglob("*.safetensors")]
+    return {str(path.relative_to(run)): path.read_bytes() for path in paths}
 
 
 def recorded(run: Path) -> list[tuple]:
     """The ledger's events without durations and sizes, which differ between runs."""
     fields = ("event", "federation", "round", "site", "slices", "loss", "dice")
-    kinds = ("fit", "round", "validation", "test")
+    kinds = ("fit", "round", "validation", "kept", "test")
     return [tuple(str(e.get(field)) for field in fields) for e in read_events(run) if e["event"] in kinds]
 
 
 def test_a_run_whose_worker_died_resumes_with_the_result_of_a_run_without_workers(data: Path, tmp_path: Path):
-    config = read_config(write_run(tmp_path / "run.yaml", data, rounds={"count": 3}))
+    fields = {"rounds": {"count": 3, "last_epochs": 1}, "personal": ["*.lora_B.weight"]}
+    config = read_config(write_run(tmp_path / "run.yaml", data, **fields))
     run = tmp_path / "run"
 
     def kill_a_worker() -> None:
@@ -48,8 +50,8 @@ def test_a_run_whose_worker_died_resumes_with_the_result_of_a_run_without_worker
     simulate(config, workers=2, resume=True)
     assert not multiprocessing.active_children()
     serial = tmp_path / "serial" / "run"
-    simulate(read_config(write_run(serial.parent / "run.yaml", data, rounds={"count": 3})))
-    assert adapter(run) == adapter(serial)
+    simulate(read_config(write_run(serial.parent / "run.yaml", data, **fields)))
+    assert adapter(run) == adapter(serial) and len(adapter(run)) == 4
     assert recorded(run) == recorded(serial)
 
 

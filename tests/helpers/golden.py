@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flapsam.run.config import Lora
-from flapsam.sam import Sam, build, load_checkpoint, load_travelling, read_checkpoint, travelling_state
+from flapsam.sam import Sam, build, load_checkpoint, load_trained, read_checkpoint, travelling_state
 from flapsam.sam.families import to_own_names
 from flapsam.sam.lora import apply_strategy
 from flapsam.sam.strategies import STRATEGIES
@@ -52,7 +52,7 @@ def golden_network_with_lora() -> Sam:
     """The same network with the reference's adapters. All parameters train."""
     network = apply_strategy(golden_network(), STRATEGIES["flap"], Lora(rank=4))
     adapters = {reference_to_public(name): tensor for name, tensor in golden("lora").items()}
-    load_travelling(network, {**travelling_state(network), **adapters})
+    load_trained(network, {**travelling_state(network), **adapters})
     return network.requires_grad_(True)
 
 

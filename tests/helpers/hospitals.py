@@ -181,5 +181,5 @@ def rounds_done(run: Path) -> int:
     return len(read_events(run, "round"))
 
 
-def adapter_of(run: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((run / "adapter").glob("*.safetensors"))}
+def adapter_of(run: Path, name: str = "adapter") -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((run / name).glob("*.safetensors"))}

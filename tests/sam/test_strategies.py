@@ -19,7 +19,7 @@ from flapsam.sam import (
     architecture,
     assemble,
     build,
-    load_travelling,
+    load_trained,
     strategy,
     travelling,
     travelling_state,
@@ -193,10 +193,14 @@ def test_the_first_format_still_loads(weights: str, tmp_path: Path):
     assert logits.abs().mean().item() == pytest.approx(0.02993904985487461, abs=1e-5)
 
 
-def test_the_second_to_fourth_format_still_load(tmp_path: Path):
+def test_the_second_to_fifth_format_still_load(tmp_path: Path):
     """What was called sam-tiny in them is called sam-tiny-1 now."""
     path = saved(tmp_path) / "flapsam.json"
     written = json.loads(path.read_text())
+    assert written.pop("personal") == []
+    path.write_text(json.dumps({**written, "format": 5}))
+    card = load_adapter(tmp_path)[1]
+    assert (card.format, card.backbone.name, card.personal) == (CARD_FORMAT, "sam-tiny-1", [])
     written["backbone"]["name"] = "sam-tiny"
     path.write_text(json.dumps({**written, "format": 4}))
     assert load_adapter(tmp_path)[1].backbone.name == "sam-tiny-1"
@@ -236,7 +240,7 @@ def test_damaged_adapters_are_refused(tmp_path: Path):
 def test_travelling_tensors_must_match_the_network():
     network = trained("lora")[0].network
     with pytest.raises(ValueError, match="1 tensors differ"):
-        load_travelling(network, {**travelling_state(network), "extra": torch.zeros(1)})
+        load_trained(network, {**travelling_state(network), "extra": torch.zeros(1)})
 
 
 def test_saved_tensors_are_the_travelling_ones(tmp_path: Path):

@@ -38,12 +38,19 @@ def model_card(card: AdapterCard, cohort: Cohort, events: Sequence[Event]) -> st
         cohort: the cohort that trained it.
         events: the events of the run's ledger.
     """
-    sites = [event for event in events if isinstance(event, SiteJoined) and cohort.site in (None, event.site)]
+    alone = cohort.site if cohort.mode == "local" else None
+    sites = [event for event in events if isinstance(event, SiteJoined) and alone in (None, event.site)]
+    own = markdown(cohort.site or "")
     cases = {event.site: event.cases for event in sites}
-    scores = [scores_of(event) for event in events if isinstance(event, CaseTested) and event.cohort == cohort]
+    scores = [
+        scores_of(event)
+        for event in events
+        if isinstance(event, CaseTested) and event.cohort == cohort and not event.elsewhere
+    ]
     training = {
         "federated": f"by federated learning across {_count(len(cases), 'site')}",
         "local": "at one site alone",
+        "personal": f"by federated learning across {_count(len(cases), 'site')}, and in part for {own} alone,",
         "centralised": f"on the pooled data of {_count(len(cases), 'site')}",
     }[card.mode]
     rank = f" at rank {card.lora.rank}" if strategy(card.strategy).lora else ""

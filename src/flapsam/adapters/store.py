@@ -22,7 +22,7 @@ from flapsam.base.names import Named, Names
 from flapsam.base.version import __version__
 from flapsam.run.config import RANDOM, Backbone, Checkpoint, ClassValues, Lora, OutputPart, Samples
 from flapsam.run.reading import described
-from flapsam.sam import Sam, adapted_weights, architecture, assemble, load_travelling, lora_config, strategy
+from flapsam.sam import Sam, architecture, assemble, load_trained, lora_config, strategy
 from flapsam.sam.sources import source
 from flapsam.sam.strategies import OUTPUT
 
@@ -33,7 +33,7 @@ CARD, PEFT_CONFIG, PEFT_WEIGHTS, PLAIN_WEIGHTS = (
     "weights.safetensors",
 )
 PEFT_PREFIX = "base_model.model."
-CARD_FORMAT = 5
+CARD_FORMAT = 6
 """Version of ``flapsam.json``. ``_upgrade`` converts older ones."""
 LARGEST_SIZE = 4096
 """Largest side of the network's input in pixels, and largest rank."""
@@ -62,7 +62,7 @@ class AdapterCard(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    format: Literal[5] = CARD_FORMAT
+    format: Literal[6] = CARD_FORMAT
     flapsam: str = __version__
     run: str
     mode: str
@@ -70,6 +70,8 @@ class AdapterCard(BaseModel):
     strategy: str
     lora: Lora
     frozen: list[OutputPart]
+    personal: list[str] = []
+    """Patterns of the names of parameters that each site trained for itself."""
     backbone: BackboneCard
     samples: Samples
     classes: Names
@@ -85,13 +87,14 @@ def save_adapter(folder: Path, card: AdapterCard, tensors: Mapping[str, Tensor])
     Args:
         folder: the adapter's folder.
         card: the adapter's description.
-        tensors: the travelling tensors, under the network's public names.
+        tensors: the trained tensors, under the network's public names.
     """
     chosen = strategy(card.strategy)
     output_with_lora = chosen.lora and chosen.trains == (OUTPUT,) and not card.frozen
     peft = {n: t.contiguous() for n, t in tensors.items() if ".lora_" in n or (output_with_lora and fnmatchcase(n, OUTPUT))}
-    if any(name in tensors and not chosen.selects(name) for name in adapted_weights(tensors.keys())):
-        # An aggregator also changed the adapted layers' own weights. PEFT must not load only a part of the adapter.
+    if not all(map(chosen.selects, tensors)):
+        # An aggregator also changed the adapted layers' own weights, or more trains than the strategy selects. PEFT must not
+        # load only a part of the adapter.
         peft = {}
     plain = {n: t.contiguous() for n, t in tensors.items() if n not in peft}
     if peft:
@@ -158,6 +161,9 @@ def _upgrade(description: Any) -> Any:
             if backbone.get("weights") == "sam-tiny.safetensors":
                 backbone["weights"] = "sam-tiny-1.safetensors"
         description = {**description, "format": 5, "backbone": backbone}
+    if description.get("format") == 5:
+        # In format 5, everything that trained travelled.
+        description = {**description, "format": 6, "personal": []}
     return description
 
 
@@ -201,6 +207,7 @@ def load_adapter(folder: Path, checkpoint: Checkpoint | None = None) -> tuple[Sa
         strategy_name=card.strategy,
         lora=card.lora,
         frozen=card.frozen,
+        personal=card.personal,
         seed=card.backbone.seed,
     )
     if assembled.origin.checksum != card.backbone.checksum:
@@ -210,7 +217,7 @@ def load_adapter(folder: Path, checkpoint: Checkpoint | None = None) -> tuple[Sa
             "--checkpoint"
         )
     try:
-        load_travelling(assembled.network, tensors)
+        load_trained(assembled.network, tensors)
     except ValueError as error:
         raise FlapsamError(f"{folder}: the weights do not fit its description: {error}") from error
     return assembled.network, card

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from flapsam.adapters.card import write_model_card
-from flapsam.adapters.store import AdapterCard, save_adapter
+from flapsam.adapters.store import AdapterCard, read_tensors, save_adapter
 from flapsam.base.environment import default_threads
 from flapsam.base.errors import FlapsamError
 from flapsam.base.files import alone, write_text
@@ -25,7 +25,7 @@ from flapsam.federation.aggregation import aggregator
 from flapsam.federation.agreement import Agreement
 from flapsam.federation.borne import check_borne, false_sites_borne
 from flapsam.federation.client import Client, ClientData
-from flapsam.federation.engines.local import run_rounds
+from flapsam.federation.engines.local import own_adapters, run_rounds
 from flapsam.federation.engines.workers import Workers
 from flapsam.federation.going_back import go_back
 from flapsam.federation.preparation import (
@@ -34,6 +34,7 @@ from flapsam.federation.preparation import (
     assembled_for,
     card_of,
     check_pairs,
+    has_own_adapters,
     prepare_site,
     resolve,
     start_of,
@@ -56,12 +57,13 @@ from flapsam.run.ledger import (
     Fitted,
     Ledger,
     MicroBatchChosen,
+    OwnAdapterKept,
     RunEnded,
     SiteJoined,
     bytes_sent,
 )
 from flapsam.run.observer import Observer
-from flapsam.sam import Assembled, Sam, fuse, load_tensors, travelling_state
+from flapsam.sam import Assembled, Sam, fuse, load_tensors, trained_state, travelling_state
 from flapsam.sites import Site, hold_out_validation, keep_for_training, label_map, read_sites
 from flapsam.sites.pairs import read_pair
 from flapsam.volumes import legend_of, write_label_like
@@ -93,6 +95,8 @@ class Results:
     """Number of parameters that train and travel."""
     traffic: Traffic | None
     """None where nothing travelled."""
+    crossed: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    """The shared adapter and those that sites keep for themselves → site → mean Dice on its test cases."""
     events: Sequence[Event] = ()
     """The run's ledger."""
 
@@ -115,6 +119,7 @@ class Results:
             "absent": rule_for_absent(score for scores in self.scores.values() for score in scores),
             "parameters": self.parameters,
             "traffic": traffic,
+            **({"crossed": self.crossed} if self.crossed else {}),
         }
 
 
@@ -139,7 +144,7 @@ class Prepared:
     ledger: Ledger
     assembled: Assembled
     start: Mapping[str, Tensor]
-    """The tensors that every cohort starts from."""
+    """The tensors that every cohort starts from, personal ones included."""
     shares: Mapping[str, float]
     """Site → its share in the mean."""
     trainings: Sequence[CohortTraining]
@@ -199,6 +204,12 @@ def simulate(
             rounds = train(prepared, part, workers, observer)
             test(prepared, part, observer)
             write_model_card(*_card(prepared, part.cohort, rounds), part.cohort, prepared.ledger.events())
+            if part.cohort == TOGETHER and has_own_adapters(config):
+                for data in part.clients:
+                    own = CohortTraining(Cohort("personal", data.site), [data], part.tested)
+                    load_tensors(prepared.assembled.network, read_tensors(folder.adapter(own.cohort)))
+                    test(prepared, own, observer)
+                    write_model_card(*_card(prepared, own.cohort, rounds), own.cohort, prepared.ledger.events())
         results = _results(prepared)
         write_text(folder.results, json.dumps(results.as_json(), indent=2) + "\n")
         prepared.ledger.write(RunEnded())
@@ -236,7 +247,7 @@ def prepare(config: RunConfig, run: str, sites: Sequence[Site], shares: Mapping[
         config = _measured(config, assembled.network, ledger)
         windows, batch = config.training.micro_batch, config.training.batch_size
         observer.say(f"micro_batch: {windows} of the {batch} windows of a batch fit into memory at once")
-    start = start_of(assembled.network, aggregator(config.aggregator, config.lora.rank))
+    start = trained_state(assembled.network) | start_of(assembled.network, aggregator(config.aggregator, config.lora.rank))
     trainings = [part for mode in config.modes for part in _trainings(mode, training, clients, sites)]
     return Prepared(config, run, folder, ledger, assembled, start, shares, trainings)
 
@@ -257,7 +268,7 @@ def train(prepared: Prepared, training: CohortTraining, workers: int, observer: 
     config = _with_all_steps(prepared) if cohort.mode == "centralised" else prepared.config
     together = cohort == TOGETHER
     load_tensors(network, prepared.start)
-    agreement = (agree if together else agree_alone)(prepared.run, config, network)
+    agreement = agree(prepared.run, config, network) if together else agree_alone(prepared.run, network, config.lora.rank)
     server = Server(
         agreement,
         prepared.shares if together else {data.site: 1.0 for data in training.clients},
@@ -274,9 +285,17 @@ def train(prepared: Prepared, training: CohortTraining, workers: int, observer: 
     side_by_side = min(workers, len(clients)) > 1
     with Workers(workers, partial(_own_clients, *description)) if side_by_side else nullcontext() as processes:
         run_rounds(cohort, server, clients, prepared.ledger, observer, processes)
-    folder, card = _card(prepared, cohort, server.rounds_done)
-    save_adapter(folder, card, server.tensors)
-    load_tensors(network, server.tensors)
+        shared = dict(prepared.start) | server.tensors
+        folder, card = _card(prepared, cohort, server.rounds_done)
+        save_adapter(folder, card, shared)
+        kept = {event.site for event in prepared.ledger.events() if isinstance(event, OwnAdapterKept)}
+        if together and has_own_adapters(config) and kept != {client.data.site for client in clients}:
+            for site, own in own_adapters(cohort, server, clients, observer, processes):
+                folder, card = _card(prepared, Cohort("personal", site), server.rounds_done)
+                save_adapter(folder, card, shared | own.tensors)
+                event = OwnAdapterKept(cohort=cohort, round=server.rounds_done, site=site, kept=own.kept, dice={**own.dice})
+                prepared.ledger.write(event)
+    load_tensors(network, shared)
     return server.rounds_done
 
 
@@ -310,8 +329,9 @@ def test(prepared: Prepared, training: CohortTraining, observer: Observer) -> No
                 precision=config.precision,
                 site=case.site,
             ).labels
-            target = prepared.folder.label_map(cohort.mode, case.site, case.name)
-            write_label_like(predicted, case.image, target, legend_of(config.data.classes))
+            if cohort.mode != "personal" or cohort.site == case.site:
+                target = prepared.folder.label_map(cohort.mode, case.site, case.name)
+                write_label_like(predicted, case.image, target, legend_of(config.data.classes))
             score = score_case(
                 case.name,
                 case.site,
@@ -382,12 +402,21 @@ def _card(prepared: Prepared, cohort: Cohort, rounds: int) -> tuple[Path, Adapte
 
 def _results(prepared: Prepared) -> Results:
     scores: dict[str, list[CaseScores]] = {}
+    by_adapter: dict[str, list[CaseScores]] = {}
     events = prepared.ledger.events()
     for event in events:
         if isinstance(event, CaseTested):
-            scores.setdefault(event.cohort.mode, []).append(scores_of(event))
+            by_adapter.setdefault(str(event.cohort), []).append(scores_of(event))
+            if not event.elsewhere:
+                scores.setdefault(event.cohort.mode, []).append(scores_of(event))
     parameters = sum(tensor.numel() for tensor in travelling_state(prepared.assembled.network).values())
-    return Results(prepared.folder.path, scores, parameters, _traffic(prepared.config, events), tuple(events))
+    crossed = {
+        adapter: {site: summarise(part).mean_dice for site, part in by_site(tested).items()}
+        for adapter, tested in by_adapter.items()
+        if adapter == str(TOGETHER) or adapter.startswith("personal/")
+    }
+    traffic = _traffic(prepared.config, events)
+    return Results(prepared.folder.path, scores, parameters, traffic, crossed if len(crossed) > 1 else {}, tuple(events))
 
 
 def _traffic(config: RunConfig, events: Sequence[Event]) -> Traffic | None:

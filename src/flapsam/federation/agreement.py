@@ -25,12 +25,14 @@ class Agreement:
     start: Mapping[str, Tensor]
     """The global tensors before the first round. Server and sites each make them from checkpoint and seed."""
     trained: Collection[str]
-    """Names of the tensors that clients train."""
+    """Names of the tensors that clients train and send."""
     aggregator: Aggregator
     compression: Compression = field(default_factory=Compression)
     """How packets are written."""
     ranks: Mapping[str, int] = field(default_factory=dict)
     """Site → rank of its adapters, for sites with a smaller rank than the run's."""
+    personal: Collection[str] = ()
+    """Names of the tensors that each client trains for itself and never sends."""
 
     @cached_property
     def contract(self) -> Contract:

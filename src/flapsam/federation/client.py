@@ -13,7 +13,7 @@ from flapsam.federation.state import ClientState
 from flapsam.learning.inference import predict_stack
 from flapsam.learning.metrics import CaseScores, score_case, summarise
 from flapsam.learning.prepared import PreparedCase
-from flapsam.learning.training import FIT_METRICS, Learner, fit
+from flapsam.learning.training import FIT_METRICS, ONE_ROUND, Learner, fit, steps_a_round
 from flapsam.run.config import RunConfig
 from flapsam.sam import Sam, load_tensors, only_these_train, tensors_of
 
@@ -37,6 +37,21 @@ class Disclosure:
     """Validation Dice."""
     exact_counts: bool = True
     """Exact numbers of slices, instead of rounded ones."""
+
+
+SHARED, PERSONAL, TRAINED_ON = "shared", "personal", "trained on"
+"""Candidates for a site's own adapter: the shared tensors, those with its personal ones, and these trained further."""
+
+
+@dataclass(frozen=True)
+class Own:
+    """The adapter that a site keeps for its own use."""
+
+    kept: str
+    """The chosen candidate."""
+    dice: dict[str, float | None]
+    """Candidate → its mean Dice on the site's validation cases."""
+    tensors: dict[str, Tensor]
 
 
 class Client:
@@ -72,6 +87,7 @@ class Client:
         self.agreement = agreement
         self.state = state
         self.rank = agreement.rank(data.site)
+        self.personal_start = tensors_of(network, agreement.personal)
 
     @property
     def held(self) -> int:
@@ -112,7 +128,7 @@ class Client:
         if self.config.training.moments == "reset":
             learner.reset_moments()
         contract = self.agreement.up(self.data.site, number)
-        with only_these_train(self.network, contract.shapes):
+        with only_these_train(self.network, {*contract.shapes, *self.agreement.personal}):
             report = fit(
                 self.network,
                 learner,
@@ -124,9 +140,12 @@ class Client:
                 on_step=on_step,
             )
         result = cut(tensors_of(self.network, contract.shapes), self.rank)
-        finite = all(tensor.isfinite().all() for tensor in result.values())
+        personal = tensors_of(self.network, self.agreement.personal)
+        finite = all(tensor.isfinite().all() for tensor in (*result.values(), *personal.values()))
         if finite:
             learner.save(self.state.moments(number))
+            if personal:
+                self.state.keep_personal(number, personal)
         if self.disclosure.losses:
             metrics |= {name: float(getattr(report, name)) for name in FIT_METRICS}
         header = Header(
@@ -156,6 +175,57 @@ class Client:
         self._receive(packets)
         return self._scores() if self.disclosure.scores else {}
 
+    def own(self, packets: Iterable[bytes]) -> Own:
+        """Choose the adapter that this site keeps for its own use after the last round, by its validation cases.
+
+        The candidates are the shared tensors, those with the site's personal ones, and these after ``rounds.last_epochs``
+        local epochs more. The site keeps the one with the highest mean Dice. Without validation cases, it keeps the shared
+        tensors with its personal ones, if it has any.
+
+        Args:
+            packets: the server's packets for this site, oldest first.
+
+        Raises:
+            PacketRefused: a packet is damaged or is not what was agreed.
+        """
+        done, _ = self._receive(packets)
+        names = {*self.agreement.contract.shapes, *self.agreement.personal}
+        personal = tensors_of(self.network, self.agreement.personal)
+        candidates: dict[str, dict[str, Tensor]] = {}
+        dice: dict[str, float | None] = {}
+
+        def consider(name: str) -> None:
+            candidates[name] = tensors_of(self.network, names)
+            dice[name] = summarise(score_cases(self.network, self.data.val, self.config)).mean_dice
+
+        if personal:
+            load_tensors(self.network, self.personal_start)
+        consider(SHARED)
+        if personal:
+            load_tensors(self.network, personal)
+            consider(PERSONAL)
+        if epochs := self.config.rounds.last_epochs:
+            self._fit_once_more(done + 1, epochs)
+            consider(TRAINED_ON)
+        known = {name: value for name, value in dice.items() if value is not None}
+        first = PERSONAL if personal else SHARED
+        kept = max(known, key=lambda name: (known[name], name == first)) if known else first
+        return Own(kept, dice, candidates[kept])
+
+    def _fit_once_more(self, number: int, epochs: int) -> None:
+        """Train everything on this site's cases, with a learning rate that warms up and falls to its end."""
+        options = self.config.training.model_copy(update={"epochs": epochs})
+        shortest = steps_a_round(self.data.train, options, ONE_ROUND)
+        options = options.model_copy(update={"warmup_steps": min(options.warmup_steps, max(shortest // 4, 1))})
+        fit(
+            self.network,
+            Learner(self.network, options),
+            self.data.train,
+            self.config.samples,
+            seed=seed_for(self.config.seed, number, self.data.site, "last fit"),
+            precision=self.config.precision,
+        )
+
     def _receive(self, packets: Iterable[bytes]) -> tuple[int, dict[str, Tensor]]:
         """Apply the packets and load the network; returns the rounds done and the global tensors at this site's rank."""
         number, tensors = self.state.held() or (0, cut(self.agreement.start, self.rank))
@@ -175,6 +245,7 @@ class Client:
         if self.agreement.remembers:
             self.state.hold(number, tensors)
         load_tensors(self.network, padded(tensors, self.agreement.contract.shapes))
+        load_tensors(self.network, self.personal_start | self.state.personal_before(number + 1))
         return number, tensors
 
     def _answer(

@@ -27,6 +27,8 @@ from flapsam.sam import (
     checkpoint_layers,
     strategy,
     tensors_of,
+    trained_state,
+    travelling,
     travelling_state,
 )
 from flapsam.sam.checkpoints import find_checkpoint
@@ -82,9 +84,9 @@ def assembled_for(config: RunConfig) -> Assembled:
 
 def start_of(network: Sam, method: Aggregator) -> dict[str, Tensor]:
     """The global tensors that this aggregator starts from, taken from a network that has not been trained yet."""
-    trained = travelling_state(network)
-    base_weights = adapted_weights(trained) if method.base_weights else set()
-    return trained | tensors_of(network, base_weights - trained.keys())
+    travel = travelling_state(network)
+    base_weights = adapted_weights(travel) if method.base_weights else set()
+    return travel | tensors_of(network, base_weights - travel.keys())
 
 
 def agree(run: str, config: RunConfig, network: Sam) -> Agreement:
@@ -96,14 +98,25 @@ def agree(run: str, config: RunConfig, network: Sam) -> Agreement:
         network: the network as assembled, before any training.
     """
     method = aggregator(config.aggregator, config.lora.rank)
-    start, trained = start_of(network, method), list(travelling_state(network))
-    return Agreement(run, start, trained, method, config.compression, config.site_ranks)
+    start, sent = start_of(network, method), list(travelling(network))
+    return Agreement(run, start, sent, method, config.compression, config.site_ranks, network.personal)
 
 
-def agree_alone(run: str, config: RunConfig, network: Sam) -> Agreement:
-    """The agreement of one client without a federation. Its own tensors are the mean, and nothing travels."""
-    alone = config.model_copy(update={"aggregator": "fedavg", "compression": Compression(codec="fp32"), "site_ranks": {}})
-    return agree(run, alone, network)
+def has_own_adapters(config: RunConfig) -> bool:
+    """Whether every site of a federation ends with an adapter of its own."""
+    return bool(config.personal) or config.rounds.last_epochs > 0
+
+
+def agree_alone(run: str, network: Sam, rank: int) -> Agreement:
+    """The agreement of one client without a federation. Its own tensors are the mean, and nothing travels.
+
+    Args:
+        run: the run's id.
+        network: the network as assembled, before any training.
+        rank: the adapters' rank.
+    """
+    start = trained_state(network)
+    return Agreement(run, start, list(start), aggregator("fedavg", rank), Compression(codec="fp32"))
 
 
 def check_pairs(sites: Sequence[Site]) -> None:
@@ -174,6 +187,7 @@ def card_of(run: str, mode: str, rounds: int, config: RunConfig, origin: Origin)
         strategy=config.strategy,
         lora=config.lora,
         frozen=config.frozen,
+        personal=config.personal,
         backbone=BackboneCard(
             name=config.backbone.name,
             pixels=config.backbone.pixels,

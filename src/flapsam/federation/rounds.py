@@ -27,7 +27,7 @@ from flapsam.run.ledger import (
     Validated,
 )
 
-Work = Literal["fit", "validate"]
+Work = Literal["fit", "validate", "own"]
 Scores = Mapping[str, float | None]
 
 

@@ -151,8 +151,13 @@ class ServerState:
         return self.folder / "replies"
 
 
+KEPT_A_ROUND = ("moments", "unsent", "personal")
+"""What a site keeps of each round, as the first part of its files' names."""
+
+
 class ClientState:
-    """A site's folder: the tensors it received, the reply of its last round, and Adam's moments and unsent changes.
+    """A site's folder: the tensors it received, the reply of its last round, Adam's moments, unsent changes and personal
+    tensors.
 
     A reply belongs to a round and to its ``origin``, the global tensors that the site was sent. If the run goes back and a
     round is repeated from other tensors, the site trains again.
@@ -163,7 +168,7 @@ class ClientState:
 
         Args:
             folder: the folder.
-            keep: number of rounds before the last one whose moments and unsent changes are kept, too.
+            keep: number of rounds before the last one of which as much is kept.
         """
         self.folder = folder
         self.keep = keep
@@ -186,6 +191,15 @@ class ClientState:
         """Keep the changes that a round leaves unsent."""
         _write(self.folder / f"unsent-{round_number:06d}.safetensors", {"": tensors}, {})
 
+    def personal_before(self, round_number: int) -> dict[str, Tensor]:
+        """The personal tensors after the newest round before this one. Empty before the first."""
+        paths = self._before("personal", round_number)
+        return _read(paths[-1])[0].get("", {}) if paths else {}
+
+    def keep_personal(self, round_number: int, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the personal tensors after a round."""
+        _write(self.folder / f"personal-{round_number:06d}.safetensors", {"": tensors}, {})
+
     def held(self) -> tuple[int, dict[str, Tensor]] | None:
         """The round whose result this site holds, and its tensors. None if the site has kept none."""
         path = self.folder / "held.safetensors"
@@ -204,8 +218,8 @@ class ClientState:
         return _bytes(self._reply(round_number, origin)) or _bytes(self._reply(round_number))
 
     def forget_from(self, round_number: int) -> None:
-        """Drop the moments and unsent changes of a round and of all later ones, which are about to be repeated."""
-        for kind in ("moments", "unsent"):
+        """Drop what was kept of a round and of all later ones, which are about to be repeated."""
+        for kind in KEPT_A_ROUND:
             for path in set(self._all(kind)) - set(self._before(kind, round_number)):
                 path.unlink()
 
@@ -214,8 +228,8 @@ class ClientState:
         target = self._reply(round_number, origin)
         write_bytes(target, reply)
         newest = -1 - self.keep
-        keep = {target, *self._all("moments")[newest:], *self._all("unsent")[newest:]}
-        for path in (*self._all("moments"), *self._all("unsent"), *self._all("reply")):
+        keep = {target, *(path for kind in KEPT_A_ROUND for path in self._all(kind)[newest:])}
+        for path in (path for kind in (*KEPT_A_ROUND, "reply") for path in self._all(kind)):
             if path not in keep:
                 path.unlink()
 

@@ -110,19 +110,35 @@ def _count(sizes: Architecture, name: str, image_size: int, classes: int, rank: 
 
 
 def _outline(
-    sizes: Architecture, name: str, *, image_size: int, classes: int, lora: Lora, frozen: Collection[OutputPart] = ()
+    sizes: Architecture,
+    name: str,
+    *,
+    image_size: int,
+    classes: int,
+    lora: Lora,
+    frozen: Collection[OutputPart] = (),
+    personal: Collection[str] = (),
 ) -> Sam:
     """The network without its weights, on the meta device."""
     with torch.device("meta"):
         network = build(sizes, image_size=image_size, classes=classes)
-        return apply_strategy(network, strategy(name), lora, frozen=frozen)
+        return apply_strategy(network, strategy(name), lora, frozen=frozen, personal=personal)
 
 
 def _outline_of(config: RunConfig, strategy_name: str) -> Sam:
     sizes = architecture(source(config.backbone.name).architecture)
     size = config.samples.size or sizes.default_size
     classes = len(config.data.classes)
-    return _outline(sizes, strategy_name, image_size=size, classes=classes, lora=config.lora, frozen=config.frozen)
+    return _outline(
+        sizes,
+        strategy_name,
+        image_size=size,
+        classes=classes,
+        lora=config.lora,
+        frozen=config.frozen,
+        # Full fine-tuning, for one, has no adapters that could be personal.
+        personal=config.personal if strategy_name == config.strategy else (),
+    )
 
 
 def _parameters(network: Sam) -> int:

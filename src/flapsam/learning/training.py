@@ -24,7 +24,7 @@ from flapsam.learning.features import Features, can_be_kept
 from flapsam.learning.prepared import PreparedCase
 from flapsam.learning.slices import labels_to_square, to_square
 from flapsam.run.config import Rounds, Samples, Training
-from flapsam.sam import Sam, travelling
+from flapsam.sam import Sam, trained
 from flapsam.sites import IGNORED
 
 Batch = tuple[Tensor, Tensor]
@@ -126,12 +126,12 @@ class Learner:
         """Create the optimizer.
 
         Args:
-            network: the network, whose travelling parameters are trained.
+            network: the network.
             options: training options of every fit.
             rounds: the rounds of the run, which say how many steps a fit takes and when the learning rate ends.
         """
         self.rounds = rounds
-        self.parameters = travelling(network)
+        self.parameters = trained(network)
         self.options = options
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
@@ -265,7 +265,7 @@ def fit(
     precision: str = "fp32",
     on_step: Callable[[], None] = lambda: None,
 ) -> FitReport:
-    """Train the network's travelling parameters for a round's local epochs or, if the rounds count in steps, for these.
+    """Train the network's trainable parameters for a round's local epochs or, if the rounds count in steps, for these.
 
     A round of whole epochs shuffles anew. A round of steps goes on with the epoch where the learner's steps so far have
     arrived, so that every slice has its turn, however short the rounds are.
@@ -287,8 +287,8 @@ def fit(
     features = Features(network, cases, samples, precision) if can_be_kept(network, options, samples) else None
     forward = network.logits if features else network
     device = network.pixel_mean.device
-    trained = [parameter for parameter in learner.parameters.values() if parameter.requires_grad]
-    start = [parameter.detach().clone() for parameter in trained] if options.proximal else []
+    moving = [parameter for parameter in learner.parameters.values() if parameter.requires_grad]
+    start = [parameter.detach().clone() for parameter in moving] if options.proximal else []
     losses: list[Tensor] = []
     slices, waiting = 0, 0.0
     epoch, first = divmod(learner.steps, per_epoch) if learner.rounds.steps else (0, 0)
@@ -316,7 +316,7 @@ def fit(
                 terms.append(share * torch.stack([loss.total, loss.cross_entropy, loss.dice]).detach())
             losses.append(torch.stack(terms).sum(dim=0))
             if options.proximal:
-                _pull_back(trained, start, options.proximal)
+                _pull_back(moving, start, options.proximal)
             learner.optimizer.step()
             learner.steps += 1
             slices += len(images)

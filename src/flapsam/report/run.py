@@ -25,7 +25,12 @@ from flapsam.run.ledger import (
     read_ledger,
 )
 
-TITLES: dict[str, str] = {"federated": "federated", "local": "local-only", "centralised": "centralised"}
+TITLES: dict[str, str] = {
+    "federated": "federated",
+    "local": "local-only",
+    "centralised": "centralised",
+    "personal": "personal",
+}
 """Mode → its displayed name, in the order in which modes are shown."""
 
 Series = dict[str, dict[int, float]]
@@ -105,7 +110,8 @@ class Run:
         """Mode → test scores, one entry per case."""
         tested: dict[str, list[CaseScores]] = {mode: [] for mode in self.modes}
         for event in self.of(CaseTested):
-            tested[event.cohort.mode].append(scores_of(event))
+            if not event.elsewhere:
+                tested[event.cohort.mode].append(scores_of(event))
         return {
             mode: sorted(scores, key=lambda score: (score.site, score.case)) for mode, scores in tested.items() if scores
         }

@@ -12,6 +12,7 @@ from flapsam.learning.memory import StepMemory
 from flapsam.learning.metrics import CaseScores, Summary, by_site, missing_cases, rule_for_absent, summarise
 from flapsam.report.run import TITLES
 from flapsam.report.units import NONE, number, over, size
+from flapsam.run.ledger import OwnAdapterKept
 
 ALL_CASES = "all cases"
 """Name of the row over the cases of all sites."""
@@ -22,7 +23,8 @@ def results_tables(results: Results) -> list[Table]:
     """All tables of a simulation: Dice by site, scores by class, and traffic if anything travelled."""
     pooled = {mode: sites["pooled"] for mode, sites in results.summaries().items()}
     traffic = [traffic_table(results)] if results.traffic else []
-    return [dice_table(results), class_table(pooled), *traffic]
+    own = [own_table(results)] if results.crossed else []
+    return [dice_table(results), class_table(pooled), *own, *traffic]
 
 
 def dice_table(results: Results) -> Table:
@@ -40,9 +42,14 @@ def dice_table(results: Results) -> Table:
     first = next(iter(summaries.values()))
     for site, summary in first.items():
         name = ALL_CASES if site == "pooled" else site
-        row = [name, str(summary.cases), *(mean_dice(sites[site]) for sites in summaries.values())]
+        # A site that never trained has no model of its own.
+        row = [
+            name,
+            str(summary.cases),
+            *(mean_dice(sites[site]) if site in sites else NONE for sites in summaries.values()),
+        ]
         if compared:
-            row.append(_gain(summaries["federated"][site], summaries["local"][site]))
+            row.append(_gain(summaries["federated"][site], summaries["local"].get(site)))
         table.add_row(*map(as_text, row), style="bold" if site == "pooled" else None)
     table.caption = _explained(rule, (mean_dice(summary) for sites in summaries.values() for summary in sites.values()))
     return table
@@ -58,6 +65,21 @@ def class_table(modes: dict[str, Summary]) -> Table:
             count = summary.dice_cases[name]
             distance = over(number(summary.hd95[name], 1), summary.hd95_cases[name], count)
             table.add_row(mode, as_text(name), str(count), number(value), distance)
+    return table
+
+
+def own_table(results: Results) -> Table:
+    """Mean test Dice of the shared adapter and of the one that each site keeps, at every site."""
+    kept = {f"personal/{event.site}": event.kept for event in results.events if isinstance(event, OwnAdapterKept)}
+    table = Table(title="Each site's own adapter, and the shared one: mean test Dice at every site")
+    for column in ("adapter", "is"):
+        table.add_column(column)
+    sites = list(next(iter(results.crossed.values())))
+    for site in sites:
+        table.add_column(as_text(site), justify="right")
+    for adapter, tested in results.crossed.items():
+        name = adapter.removeprefix("personal/") if adapter in kept else "shared"
+        table.add_row(as_text(name), kept.get(adapter, ""), *(number(tested.get(site)) for site in sites))
     return table
 
 
@@ -160,7 +182,7 @@ def mean_dice(summary: Summary) -> str:
     return over(number(summary.mean_dice), summary.mean_dice_cases, summary.cases)
 
 
-def _gain(federated: Summary, local: Summary) -> str:
-    if federated.mean_dice is None or local.mean_dice is None:
+def _gain(federated: Summary, local: Summary | None) -> str:
+    if local is None or federated.mean_dice is None or local.mean_dice is None:
         return NONE
     return f"{federated.mean_dice - local.mean_dice:+.3f}"

@@ -240,6 +240,9 @@ class Rounds(StrictModel):
     steps: Positive | None = None
     """Number of training steps of every site in a round, in place of ``training.epochs``. A site's next round goes on with
     the epoch where the last one stopped. In mode ``centralised``, a round has as many steps as all sites take together."""
+    last_epochs: Annotated[int, Field(ge=0)] = 0
+    """Number of local epochs after the last round, for which each site trains the shared model on its own cases. It keeps
+    the result as an adapter of its own if that has a higher Dice on its validation cases."""
     weights: Literal["slices", "cases", "uniform"] | Named[Annotated[float, Field(ge=0)]] = "slices"
     """Weight of a client in the mean: its share of the training ``slices`` or ``cases``, the same for every client
     (``uniform``), or a number for each site."""
@@ -335,6 +338,9 @@ class RunConfig(StrictModel):
     frozen: list[OutputPart] = []
     """Parts of the mask decoder's output that keep their initial weights and never travel, whatever the strategy trains:
     ``mask-tokens``, ``upscaling`` or ``hypernetworks``."""
+    personal: list[str] = []
+    """Patterns of the names of parameters that each site trains for itself and never sends, whatever the strategy trains,
+    such as ``*.lora_B.weight`` (FedSA-LoRA) or ``*norm*`` (FedBN). Each site then has an adapter of its own."""
     training: Training = Training()
     rounds: Rounds = Rounds()
     aggregator: str = "flexlora"

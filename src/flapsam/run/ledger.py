@@ -30,12 +30,13 @@ from flapsam.run.config import Absent, Mode
 class Cohort:
     """Those who train one model together: all sites, one site alone, or one client with the pooled data.
 
-    In the ledger its name is ``federated``, ``local/SITE`` or ``centralised``.
+    In the ledger its name is ``federated``, ``local/SITE`` or ``centralised``. ``personal/SITE`` stands for the adapter that
+    a site keeps for its own use after the federation.
     """
 
-    mode: Mode
+    mode: Mode | Literal["personal"]
     site: str | None = None
-    """The site that trains alone, in mode ``local``."""
+    """The site that trains alone or keeps the adapter, in modes ``local`` and ``personal``."""
 
     def __str__(self) -> str:
         return self.mode if self.site is None else f"{self.mode}/{self.site}"
@@ -48,9 +49,11 @@ class Cohort:
             ValueError: the name is not that of a cohort.
         """
         mode, slash, site = name.partition("/")
-        if (mode == "local") != bool(slash and site) or mode not in ("federated", "local", "centralised"):
-            raise ValueError(f"'{name}' is not a cohort; expected federated, centralised or local/SITE")
-        return cls(mode, as_name(site) if site else None)
+        if mode in ("local", "personal") and slash and site:
+            return cls(mode, as_name(site))
+        if mode in ("federated", "centralised") and not slash:
+            return cls(mode)
+        raise ValueError(f"'{name}' is not a cohort; expected federated, centralised, local/SITE or personal/SITE")
 
 
 TOGETHER = Cohort("federated")
@@ -268,6 +271,17 @@ class Delivered(RoundEvent):
     bytes_down: int
 
 
+class OwnAdapterKept(RoundEvent):
+    """After the last round, a site has chosen the adapter that it keeps for its own use."""
+
+    event: Literal["kept"] = "kept"
+    site: Name
+    kept: str
+    """The chosen candidate."""
+    dice: dict[str, float | None]
+    """Candidate → its mean Dice on the site's validation cases."""
+
+
 class CaseTested(CohortEvent):
     """A test case has been scored."""
 
@@ -279,6 +293,11 @@ class CaseTested(CohortEvent):
     """Class → 95 % Hausdorff distance in mm."""
     absent: Absent = "one"
     """Dice of a class that is in neither the truth nor the prediction. Earlier versions did not write it, and counted 1."""
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the adapter is one that another site keeps for its own use."""
+        return self.cohort.mode == "personal" and self.cohort.site != self.site
 
 
 class RunEnded(EventBase):
@@ -324,6 +343,7 @@ Event = Annotated[
     | AnswerLeftOut
     | AnswerMissing
     | Delivered
+    | OwnAdapterKept
     | CaseTested
     | RunEnded
     | LabelMapWritten,

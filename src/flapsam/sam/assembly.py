@@ -41,6 +41,7 @@ def assemble(
     strategy_name: str,
     lora: Lora,
     frozen: Collection[OutputPart] = (),
+    personal: Collection[str] = (),
     seed: int,
 ) -> Assembled:
     """Build the backbone, load its weights and apply the strategy.
@@ -52,6 +53,7 @@ def assemble(
         strategy_name: name of the strategy, which decides what trains.
         lora: the configuration of the adapters, if the strategy has any.
         frozen: parts of the decoder's output that do not train.
+        personal: patterns of the names of parameters that train but never travel.
         seed: seed of all random initial weights.
 
     Raises:
@@ -75,7 +77,7 @@ def assemble(
         if actual not in (None, known.architecture):
             raise FlapsamError(f"{checkpoint}: this is a {actual}, not a {backbone.name}; set backbone.name to {actual}")
         weights = f"{checkpoint.name}: {load_checkpoint(network, state, str(checkpoint))}"
-    apply_strategy(network, chosen, lora, frozen=frozen, seed=seed_for(seed, "adapters"))
+    apply_strategy(network, chosen, lora, frozen=frozen, personal=personal, seed=seed_for(seed, "adapters"))
     # Warm masks start out identical, and would stay so if no part specific to a class trained.
     output = network.mask_decoder.output
     per_class = [*output.mask_tokens.parameters(), *output.hypernetworks.parameters()]
@@ -97,5 +99,6 @@ def assemble_run(config: RunConfig) -> Assembled:
         strategy_name=config.strategy,
         lora=config.lora,
         frozen=config.frozen,
+        personal=config.personal,
         seed=config.seed,
     )

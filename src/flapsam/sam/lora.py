@@ -8,12 +8,14 @@ import hashlib
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from flapsam.base.errors import FlapsamError
 from flapsam.run.config import Lora, OutputPart, Projection
 from flapsam.sam.network import Sam
 from flapsam.sam.strategies import OUTPUT, Strategy
@@ -52,24 +54,45 @@ def _targets(lora: Lora, depth: int) -> list[str] | str:
 
 
 def apply_strategy(
-    network: Sam, strategy: Strategy, lora: Lora, *, frozen: Collection[OutputPart] = (), seed: int = 0
+    network: Sam,
+    strategy: Strategy,
+    lora: Lora,
+    *,
+    frozen: Collection[OutputPart] = (),
+    personal: Collection[str] = (),
+    seed: int = 0,
 ) -> Sam:
-    """Add the strategy's adapters in place and let only its parameters train.
+    """Add the strategy's adapters in place and let only its parameters and the personal ones train.
 
     Args:
         network: a network from ``build``.
         strategy: the strategy, which decides what trains.
         lora: the configuration of the adapters, if the strategy has any.
         frozen: parts of the decoder's output that do not train.
+        personal: patterns of the names of parameters that train but never travel.
         seed: seed of the adapters' initial weights. The global random state stays as it was.
+
+    Raises:
+        FlapsamError: no parameter has a name that fits one of the patterns.
     """
     if strategy.lora:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             inject_adapter_in_model(lora_config(lora, len(network.vision_encoder.layers)), network)
     stay = tuple(f"{OUTPUT.removesuffix('*')}{part.replace('-', '_')}." for part in frozen)
-    for name, parameter in named_parameters(network):
+    parameters = dict(named_parameters(network))
+    for name, parameter in parameters.items():
         parameter.requires_grad_(strategy.selects(name) and not name.startswith(stay))
+    own: set[str] = set()
+    for pattern in personal:
+        matching = {name for name in parameters if fnmatchcase(name, pattern)}
+        if not matching:
+            example = max(parameters)
+            raise FlapsamError(f"personal: no parameter has a name like '{pattern}'; one is {example}, and * is any text")
+        own |= matching
+    for name in own:
+        parameters[name].requires_grad_(True)
+    network.personal = frozenset(own)
     return network
 
 
@@ -84,25 +107,35 @@ def public_name(name: str) -> str:
     return name.replace(".base_layer.", ".").replace(f".{ADAPTER}.", ".")
 
 
-def travelling(network: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train and travel, sorted by name."""
+def trained(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, sorted by name."""
     return dict(sorted((name, p) for name, p in named_parameters(network) if p.requires_grad))
 
 
-def travelling_state(network: nn.Module) -> dict[str, Tensor]:
+def travelling(network: Sam) -> dict[str, nn.Parameter]:
+    """The parameters that train and travel, sorted by name."""
+    return {name: parameter for name, parameter in trained(network).items() if name not in network.personal}
+
+
+def trained_state(network: nn.Module) -> dict[str, Tensor]:
+    """Copy the tensors that train to the CPU."""
+    return tensors_of(network, trained(network))
+
+
+def travelling_state(network: Sam) -> dict[str, Tensor]:
     """Copy the tensors that travel to the CPU."""
     return tensors_of(network, travelling(network))
 
 
-def load_travelling(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Load the tensors that travel, and any others among ``tensors``.
+def load_trained(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load the tensors that train, and any others among ``tensors``.
 
     Raises:
-        ValueError: a tensor that travels is missing, or a name or shape is not the network's.
+        ValueError: a tensor that trains is missing, or a name or shape is not the network's.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in named_parameters(network)}
     mismatched = {name for name, tensor in tensors.items() if shapes.get(name) != tuple(tensor.shape)}
-    mismatched |= travelling(network).keys() - tensors.keys()
+    mismatched |= trained(network).keys() - tensors.keys()
     if mismatched:
         raise ValueError(f"{len(mismatched)} tensors differ in name or shape, the first is {min(mismatched)}")
     load_tensors(network, tensors)
@@ -130,7 +163,7 @@ def adapted_weights(names: Collection[str]) -> set[str]:
 @contextmanager
 def only_these_train(network: nn.Module, names: Collection[str]) -> Iterator[None]:
     """Until the context ends, freeze the trainable parameters that are not among these public names."""
-    resting = [parameter for name, parameter in travelling(network).items() if name not in names]
+    resting = [parameter for name, parameter in trained(network).items() if name not in names]
     for parameter in resting:
         parameter.requires_grad_(False)
     try:
@@ -151,7 +184,7 @@ def merge_adapters(network: Sam) -> Sam:
 
 
 def frozen_checksum(network: Sam) -> str:
-    """SHA-256 of all weights that do not travel. An adapter is valid only on top of exactly these."""
+    """SHA-256 of all weights that do not train. An adapter is valid only on top of exactly these."""
     digest = hashlib.sha256()
     stays = {name: p for name, p in named_parameters(network) if not p.requires_grad}
     stays |= {public_name(name): buffer for name, buffer in network.named_buffers()}

@@ -26,6 +26,8 @@ class Sam(nn.Module):
         self.sizes = sizes
         self.image_size = image_size
         self.masks = masks
+        self.personal: frozenset[str] = frozenset()
+        """Public names of the parameters that a site trains for itself and that never travel."""
         self.vision_encoder: Any = sizes.encoder(image_size)
         self.prompt_encoder = _prompt_encoder(sizes, image_size)
         self.mask_decoder: MaskDecoder = sizes.decoder(masks)

@@ -86,7 +86,8 @@ class Aggregator(ABC):
         replies = [reply for reply in replies if reply.weight > 0]
         if not replies:
             raise ValueError("no client had a weight above 0")
-        layers = lora_layers(previous)
+        # A factor whose other one stays with the clients is averaged like any tensor (FedSA-LoRA, arXiv 2410.01463).
+        layers = [layer for layer in lora_layers(previous) if layer + B in previous]
         factors = {layer + part for layer in layers for part in (A, B)}
         result = dict(previous)
         for name in previous:

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from flapsam.federation.client import Client
+from flapsam.federation.client import Client, Own
 from flapsam.federation.engines.workers import Workers
 from flapsam.federation.rounds import Answer, Work, deliver, rounds
 from flapsam.federation.server import Server
@@ -51,15 +51,38 @@ def run_rounds(
     observer.end()
 
 
+def own_adapters(
+    cohort: Cohort, server: Server, clients: Sequence[Client], observer: Observer, workers: Workers | None = None
+) -> Iterator[tuple[str, Own]]:
+    """Have every client choose the adapter that it keeps for its own use.
+
+    Args:
+        cohort: the sites that trained together.
+        server: the server, after its last round.
+        clients: the clients, in the order of the sites' names.
+        observer: follows the work of each site.
+        workers: processes that work for the clients in parallel, if any.
+
+    Yields:
+        Each site's name and its own adapter.
+    """
+    observer.begin(f"{cohort}: own adapters", len(clients))
+    for client, _, own in _answers("own", server, clients, observer, workers):
+        yield client.data.site, own
+        observer.step()
+    observer.end()
+
+
 def _answers(
     work: Work, server: Server, clients: Sequence[Client], observer: Observer, workers: Workers | None
 ) -> Iterator[tuple[Client, list[bytes], Any]]:
-    """Yield each client in order, with its packets and the result of its ``fit`` or ``validate``."""
+    """Yield each client in order, with its packets and the result of its method ``work``."""
     if workers is None:
         for client in clients:
             packets = server.packets(client.data.site, client.held)
             observer.works(client.data.site, work)
-            yield client, packets, client.fit(packets, observer.step) if work == "fit" else client.validate(packets)
+            answer = client.fit(packets, observer.step) if work == "fit" else getattr(client, work)(packets)
+            yield client, packets, answer
         return
     sent: deque[tuple[Client, list[bytes]]] = deque()
 

@@ -34,6 +34,7 @@ def _ranges(config: RunConfig, site: SiteConfig) -> Iterator[tuple[str, float, f
     training, bounds = config.training, site.bounds
     below_one = 1 - 1e-6
     yield "training.epochs", training.epochs, 1, bounds.max_epochs
+    yield "rounds.last_epochs", config.rounds.last_epochs, 0, bounds.max_epochs
     yield "rounds.steps", config.rounds.steps or 1, 1, bounds.max_steps
     yield "training.batch_size", training.batch_size, 1, bounds.max_batch_size
     yield "training.learning_rate", training.learning_rate, 0, bounds.max_learning_rate

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from flapsam.adapters.store import save_adapter
 from flapsam.base.errors import FlapsamError
 from flapsam.base.files import write_text
@@ -24,6 +26,7 @@ from flapsam.federation.preparation import (
     assembled_for,
     card_of,
     check_pairs,
+    has_own_adapters,
     prepare_site,
     resolve,
     with_modalities,
@@ -162,12 +165,24 @@ class SiteSide:
             SiteFailed: a packet was refused, or validation failed.
         """
         with failing_as("error"):
-            scores = self._answered(self.client.validate(packets))
+            kept = list(packets) if has_own_adapters(self.config) else packets
+            scores = self._answered(self.client.validate(kept))
             card = card_of(self.client.agreement.run, "federated", self.client.held, self.config, self.origin)
             names = self.client.agreement.contract.shapes
-            save_adapter(self.folder / "adapter", card, tensors_of(self.network, names))
+            shared = self.client.personal_start | tensors_of(self.network, names)
+            save_adapter(self.folder / "adapter", card, shared)
             log.info("the adapter is in %s", self.folder / "adapter")
+            if has_own_adapters(self.config):
+                self._keep_own(kept, shared)
             return json.dumps(scores).encode()
+
+    def _keep_own(self, packets: Iterable[bytes], shared: Mapping[str, Tensor]) -> None:
+        """Choose this site's own adapter and save it. Nothing about the choice leaves the site."""
+        own, folder = self.client.own(packets), self.folder / "adapter-personal"
+        card = card_of(self.client.agreement.run, "personal", self.client.held, self.config, self.origin)
+        save_adapter(folder, card, {**shared, **own.tensors})
+        scores = ", ".join(f"{name} {value:.3f}" for name, value in own.dice.items() if value is not None)
+        log.info("this site's own adapter is in %s: the %s one (validation Dice: %s)", folder, own.kept, scores or "none")
 
     def _answered(self, scores: Mapping[str, Any]) -> Mapping[str, Any]:
         """Enter scores in the journal before they leave. The same tensors get the same answer, and no run gets many.

@@ -1,6 +1,7 @@
 """What a run asks of a site, in plain words, for the people who decide whether the site takes part."""
 
 from flapsam.federation.hospitals.site_config import SiteConfig
+from flapsam.federation.preparation import has_own_adapters
 from flapsam.run.config import RunConfig
 from flapsam.sam import strategy
 
@@ -23,9 +24,11 @@ def in_words(config: RunConfig, site: SiteConfig) -> list[str]:
     left = "the trained tensors, and the numbers of cases and slices, rounded"
     if site.metrics:
         left += "; losses, validation Dice, steps and times"
+    own = ["Choose an adapter of this site's own at the end, which never leaves it."] if has_own_adapters(config) else []
     return [
         f"Train {' and '.join(trained)} (strategy {config.strategy}) of {config.backbone.name}.",
         f"Learn to segment {', '.join(config.data.classes)} from this site's training cases.",
         f"Take part in up to {rounds.count} rounds of {length} each, with a learning rate of {training.learning_rate:g}.",
+        *own,
         f"Leaves this site in each round: {left}. Codec: {config.compression.codec}, aggregator: {config.aggregator}.",
     ]

@@ -1,0 +1,178 @@
+"""Parameters that stay at the sites, and the adapter that each site keeps for its own use."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import zstandard
+from torch import Tensor
+
+from flapsam.adapters.store import load_adapter, read_tensors
+from flapsam.experiments.simulation import simulate
+from flapsam.federation import client as client_module
+from flapsam.federation.aggregation import AGGREGATORS, Reply, aggregator
+from flapsam.federation.client import PERSONAL, SHARED, TRAINED_ON, Client
+from flapsam.run.reading import read_config
+from flapsam.sam import trained_state
+from tests.helpers.command import flapsam
+from tests.helpers.families import small_run
+from tests.helpers.ledgers import read_events
+from tests.helpers.sites import make_sites
+
+pytestmark = pytest.mark.usefixtures("no_report", "small_families")
+
+SITES = ("site_0", "site_1", "site_2")
+PATTERNS = {"one factor": "*.lora_B.weight", "the output": "mask_decoder.output.*", "norms": "*layer_norm*"}
+"""What FedSA-LoRA keeps at the sites, what FedPer does, and what FedBN does. The strategy itself does not train norms."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_sites(tmp_path_factory.mktemp("data"), sites=3, cases=4)
+
+
+@dataclass
+class Seen:
+    """What sites received, sent and trained while a test ran."""
+
+    packets: list[bytes] = field(default_factory=list)
+    """All packets, unpacked."""
+    sent: list[Tensor] = field(default_factory=list)
+    """Tensors of a site that travel."""
+    personal: list[Tensor] = field(default_factory=list)
+    """Tensors of a site that do not."""
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a packet has the tensor's numbers, row by row or column by column."""
+        orders = [order.contiguous().numpy().tobytes() for order in (tensor, tensor.T if tensor.ndim == 2 else tensor)]
+        return any(order in packet for packet in self.packets for order in orders)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    """Watches every fit."""
+    result, fit = Seen(), Client.fit
+
+    def watched(client: Client, received: list[bytes], *rest) -> bytes:
+        answer = fit(client, received, *rest)
+        for packet in (*received, answer):
+            result.packets.append(zstandard.ZstdDecompressor().decompress(packet[40:], 1 << 24))
+        for name, tensor in trained_state(client.network).items():
+            (result.personal if name in client.agreement.personal else result.sent).append(tensor)
+        return answer
+
+    monkeypatch.setattr(Client, "fit", watched)
+    return result
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=list(PATTERNS))
+def test_nothing_personal_stands_in_a_packet(pattern: str, data: Path, tmp_path: Path, seen: Seen):
+    fields = {"aggregator": "fedavg", "compression": {"codec": "fp32"}, "personal": [pattern]}
+    config, run = read_config(small_run(tmp_path / "run.yaml", data, **fields)), tmp_path / "run"
+    simulate(config)
+    assert len(seen.packets) == 12
+    # The search finds the numbers that a site sends, so it would find the others.
+    assert seen.sent and all(map(seen.holds, seen.sent))
+    assert seen.personal and not any(map(seen.holds, seen.personal))
+    start = trained_state(load_adapter(run / "adapter")[0])
+    word = pattern.strip("*.").removesuffix(".weight")
+    own = {site: read_tensors(run / "adapter-personal" / site) for site in SITES}
+    for name, tensor in read_tensors(run / "adapter").items():
+        if word in name:
+            assert torch.equal(tensor, start[name])
+    kept = {event["site"]: event["kept"] for event in read_events(run, "kept")}
+    moved = {
+        name
+        for site in SITES
+        for name in own[site]
+        if kept[site] == PERSONAL and not torch.equal(own[site][name], start[name])
+    }
+    assert all(word in name for name in moved)
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_every_aggregator_averages_a_factor_whose_other_one_is_personal(name: str):
+    factor, values = "layer.lora_B.weight", [1.0, 2.0, 3.0, 9.0, 5.0]
+    method, number = aggregator(name, 1), 1
+    previous = {factor: torch.zeros(2, 1)}
+    replies = [Reply.of({factor: torch.full((2, 1), value)}, 1.0) for value in values]
+    expected = {"median": 3.0, "trimmed-mean": 10 / 3}.get(name, 4.0)
+    assert torch.equal(method.aggregate(replies, previous, number)[factor], torch.full((2, 1), expected))
+
+
+def test_every_site_keeps_an_adapter_that_is_tested_at_all_sites(data: Path, tmp_path: Path, capfd):
+    fields = {"rounds": {"count": 1, "last_epochs": 2}, "modes": ["federated", "local"]}
+    path, run = small_run(tmp_path / "run.yaml", data, **fields), tmp_path / "run"
+    outcome = flapsam(capfd, "simulate", path, "--set", "data.unseen=[site_2]")
+    assert outcome.code == 0, outcome.err
+    assert "Each site's own adapter" in outcome.out
+    kept = {event["site"]: event for event in read_events(run, "kept")}
+    assert kept.keys() == {"site_0", "site_1"}
+    results = json.loads((run / "results.json").read_text())
+    assert results["crossed"].keys() == {"federated", "personal/site_0", "personal/site_1"}
+    assert all(sites.keys() == set(SITES) for sites in results["crossed"].values())
+    tested = {(case["site"], case["case"]) for case in results["cases"]["personal"]}
+    assert tested == {(site, case) for site, case in tested if site != "site_2"} and len(tested) == 2
+    shared = read_tensors(run / "adapter")
+    for site, event in kept.items():
+        best = max(event["dice"], key=lambda name: (event["dice"][name], name == SHARED))
+        assert event["dice"].keys() == {SHARED, TRAINED_ON} and event["kept"] == best
+        own = read_tensors(run / "adapter-personal" / site)
+        assert all(torch.equal(own[name], shared[name]) for name in shared) == (best == SHARED)
+        mean = np.mean([list(case["dice"].values()) for case in results["cases"]["personal"] if case["site"] == site])
+        assert results["crossed"][f"personal/{site}"][site] == pytest.approx(mean)
+    out = tmp_path / "out"
+    own = run / "adapter-personal" / "site_1"
+    outcome = flapsam(capfd, "predict", own, data, "--split", "test", "-o", out, "--threads", "1", "--json")
+    assert outcome.code == 0, outcome.err
+    for label_map in (run / "predictions" / "personal" / "site_1").iterdir():
+        assert (out / "site_1" / label_map.name).read_bytes() == label_map.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("has_personal", "epochs", "dice", "kept"),
+    [
+        (False, 1, [0.5, 0.6], TRAINED_ON),
+        (False, 1, [0.5, 0.5], SHARED),
+        (False, 1, [None, None], SHARED),
+        (True, 0, [0.5, 0.6], PERSONAL),
+        (True, 0, [0.7, 0.6], SHARED),
+        (True, 1, [0.6, 0.6, 0.6], PERSONAL),
+        (True, 1, [0.6, 0.5, 0.7], TRAINED_ON),
+        (True, 1, [None, None, None], PERSONAL),
+    ],
+)
+def test_validation_cases_decide_what_a_site_keeps(
+    has_personal: bool, epochs: int, dice: list[float | None], kept: str, monkeypatch: pytest.MonkeyPatch
+):
+    scores = iter(dice)
+    tensors = {"a": torch.zeros(1)} if has_personal else {}
+    agreement = SimpleNamespace(personal=list(tensors), contract=SimpleNamespace(shapes={}))
+    rounds = SimpleNamespace(last_epochs=epochs)
+    this = SimpleNamespace(
+        agreement=agreement,
+        network=None,
+        personal_start=tensors,
+        data=SimpleNamespace(val=[]),
+        config=SimpleNamespace(rounds=rounds),
+        _receive=lambda packets: (3, {}),
+        _fit_once_more=lambda number, epochs: None,
+    )
+    monkeypatch.setattr(client_module, "tensors_of", lambda network, names: tensors)
+    monkeypatch.setattr(client_module, "load_tensors", lambda network, tensors: None)
+    monkeypatch.setattr(client_module, "score_cases", lambda *_: None)
+    monkeypatch.setattr(client_module, "summarise", lambda _: SimpleNamespace(mean_dice=next(scores)))
+    own = Client.own(this, [])  # type: ignore[arg-type]
+    assert own.kept == kept
+    assert list(own.dice.values()) == dice
+
+
+def test_a_pattern_that_fits_no_parameter_is_refused(data: Path, tmp_path: Path, capfd):
+    config = small_run(tmp_path / "run.yaml", data, personal=["*.nothing"])
+    outcome = flapsam(capfd, "simulate", config)
+    assert outcome.code == 2
+    assert "personal: no parameter has a name like '*.nothing'" in outcome.err and "Traceback" not in outcome.err
