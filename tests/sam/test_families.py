@@ -141,6 +141,8 @@ def test_counts_of_lite_medsam():
         "lora": 425_984,
         "lora-decoder": 4_344_003,
         "flap": 920_128,
+        # By hand: 2 · 8,448 for blocks with 128 channels, 6 · 10,528 for those with 160, and 2 · 20,928 for those with 320.
+        "flap-volume": 920_128 + 121_920,
     }
 
 

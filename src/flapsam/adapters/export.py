@@ -30,7 +30,8 @@ def export(
         output: folder for ``config.json`` and ``model.safetensors`` (transformers), or ``model.onnx`` and ``flapsam.json``.
         form: the format. ``transformers`` uses the names of ``SamModel`` or ``Sam2Model`` where it has the tensors. Those
             that it lacks begin with ``flapsam.``, and flapsam reads the folder as a backbone's checkpoint. ``onnx`` maps
-            images (batch, 3, size, size) in [0, 1] to logits (batch, classes + 1, size, size).
+            images (batch, 3, size, size) in [0, 1] to logits (batch, classes + 1, size, size). Where slices meet, as in
+            ``flap-volume``, the batch is a run of neighbouring slices.
         checkpoint: the backbone's checkpoint, if the adapter needs one.
 
     Returns:
@@ -50,6 +51,8 @@ def export(
 
 
 def _transformers(network: Sam, card: AdapterCard, output: Path) -> list[Path]:
+    if network.reach:
+        raise FlapsamError(f"transformers has no model in which slices meet, as {card.strategy} needs; use the format onnx")
     tensors, description = network.sizes.to_transformers(network)
     model, config = output / "model.safetensors", output / "config.json"
     with written_whole(model) as temporary:

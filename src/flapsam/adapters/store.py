@@ -92,9 +92,9 @@ def save_adapter(folder: Path, card: AdapterCard, tensors: Mapping[str, Tensor])
     chosen = strategy(card.strategy)
     output_with_lora = chosen.lora and chosen.trains == (OUTPUT,) and not card.frozen
     peft = {n: t.contiguous() for n, t in tensors.items() if ".lora_" in n or (output_with_lora and fnmatchcase(n, OUTPUT))}
-    if not all(map(chosen.selects, tensors)):
-        # An aggregator also changed the adapted layers' own weights, or more trains than the strategy selects. PEFT must not
-        # load only a part of the adapter.
+    if chosen.volume or not all(map(chosen.selects, tensors)):
+        # Slices meet in adapters that PEFT does not know, or an aggregator also changed the adapted layers' own weights, or
+        # more trains than the strategy selects. PEFT must not load only a part of the adapter.
         peft = {}
     plain = {n: t.contiguous() for n, t in tensors.items() if n not in peft}
     if peft:

@@ -46,7 +46,8 @@ def resolve(config: RunConfig) -> RunConfig:
     """
     sizes = architecture(source(config.backbone.name).architecture)
     find_checkpoint(config.backbone)
-    strategy(config.strategy)
+    if strategy(config.strategy).volume and config.training.window < 3:
+        raise FlapsamError(f"training.window: {config.strategy} trains on neighbouring slices; set it to 3 or more")
     size = config.samples.size or sizes.default_size
     sizes.tokens(size)
     method = aggregator(config.aggregator, config.lora.rank)

@@ -34,6 +34,9 @@ CERTAIN = 65535
 """Stored value of probability 1."""
 BUDGET = 2**30
 """Bytes that the slices in one pass through the network may take, roughly."""
+EVERY = slice(None)
+Batch = tuple[list[int], Tensor, list[int], slice]
+"""Indices of slices, images, which may be of more slices, indices of blank slices, and which of the images are wanted."""
 WORTH = 1.2
 """How many times faster than fp32 a lower precision must be to be chosen."""
 
@@ -162,13 +165,14 @@ def class_probabilities(
     resize, shape = stack.samples.resize, stack.shape[1:]
     batch = batch or slices_at_once(network, shape)
     blank_probabilities = None
-    with closing(ahead(_batches(network, stack, batch))) as batches:
-        for indices, images, blanks in batches:
+    batches = _runs(network, stack, batch) if network.reach else _batches(network, stack, batch)
+    with closing(ahead(batches)) as batches:
+        for indices, images, blanks, halo in batches:
             if indices:
                 with torch.inference_mode():
                     squares = images.to(device)
                     probabilities = torch.stack(
-                        [_logits(network, squares.flip(axes), precision).softmax(1).flip(axes) for axes in turns]
+                        [_logits(network, squares.flip(axes), precision, halo).softmax(1).flip(axes) for axes in turns]
                     ).mean(0)
                     probabilities = from_square(probabilities, shape, resize)
                 yield indices, probabilities
@@ -180,7 +184,21 @@ def class_probabilities(
                 yield current, blank_probabilities.expand(len(current), -1, -1, -1)
 
 
-def _batches(network: Sam, stack: SliceStack, batch: int) -> Iterator[tuple[list[int], Tensor, list[int]]]:
+def _runs(network: Sam, stack: SliceStack, batch: int) -> Iterator[Batch]:
+    """Yield consecutive slices, with those before and after them that their logits depend on. None counts as blank."""
+    reach, count = network.reach, len(stack)
+    # Slices that belong to two runs pass through the network twice, so a run is much longer than its ends.
+    batch = max(batch, 4 * reach)
+    for start in range(0, count, batch):
+        end = min(start + batch, count)
+        first, last = max(start - reach, 0), min(end + reach, count)
+        images = torch.cat(
+            [to_square(stack.window(i), network.image_size, stack.samples.resize) for i in range(first, last)]
+        )
+        yield list(range(start, end)), images, [], slice(start - first, end - first)
+
+
+def _batches(network: Sam, stack: SliceStack, batch: int) -> Iterator[Batch]:
     """Yield the slices to predict, their images, and the slices that are blank.
 
     Only the first blank slice of the stack is among those to predict.
@@ -196,7 +214,7 @@ def _batches(network: Sam, stack: SliceStack, batch: int) -> Iterator[tuple[list
             images.append(to_square(image, network.image_size, stack.samples.resize))
         blank_seen |= blank
         if len(indices) == batch or index == len(stack) - 1:
-            yield indices, torch.cat(images) if images else torch.empty(0), blanks
+            yield indices, torch.cat(images) if images else torch.empty(0), blanks, EVERY
             indices, images, blanks = [], [], []
 
 
@@ -238,11 +256,11 @@ def _seconds(network: Sam, images: Tensor, precision: Precision) -> float:
     return min(times[1:])
 
 
-def _logits(network: Sam, images: Tensor, precision: Precision) -> Tensor:
+def _logits(network: Sam, images: Tensor, precision: Precision, wanted: slice = EVERY) -> Tensor:
     half = HALF.get(precision)
     with torch.autocast(images.device.type, half or torch.bfloat16, enabled=half is not None):
         embedding = network.embed(images.expand(-1, 3, -1, -1))
-    return network.logits(embedding.float())
+    return network.logits(embedding[wanted].float())
 
 
 def _turns(flips: str, axis: int) -> Turns:

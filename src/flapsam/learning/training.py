@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -285,7 +286,7 @@ def fit(
     started = time.perf_counter()
     at_once = (options.micro_batch if isinstance(options.micro_batch, int) else options.batch_size) * options.window
     features = Features(network, cases, samples, precision) if can_be_kept(network, options, samples) else None
-    forward = network.logits if features else network
+    forward = network.logits if features else partial(network, depth=options.window)
     device = network.pixel_mean.device
     moving = [parameter for parameter in learner.parameters.values() if parameter.requires_grad]
     start = [parameter.detach().clone() for parameter in moving] if options.proximal else []

@@ -332,8 +332,8 @@ class RunConfig(StrictModel):
     samples: Samples = Samples()
     backbone: Backbone = Backbone()
     strategy: str = "flap"
-    """What trains and travels: ``full``, ``attention``, ``decoder``, ``partial-decoder``, ``lora``, ``lora-decoder`` or
-    ``flap``."""
+    """What trains and travels: ``full``, ``attention``, ``decoder``, ``partial-decoder``, ``lora``, ``lora-decoder``,
+    ``flap`` or ``flap-volume``."""
     lora: Lora = Lora()
     frozen: list[OutputPart] = []
     """Parts of the mask decoder's output that keep their initial weights and never travel, whatever the strategy trains:

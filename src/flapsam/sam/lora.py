@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from flapsam.base.errors import FlapsamError
 from flapsam.run.config import Lora, OutputPart, Projection
 from flapsam.sam.network import Sam
+from flapsam.sam.slice_adapters import add_slice_adapters
 from flapsam.sam.strategies import OUTPUT, Strategy
 
 ADAPTER = "default"
@@ -67,7 +68,8 @@ def apply_strategy(
     Args:
         network: a network from ``build``.
         strategy: the strategy, which decides what trains.
-        lora: the configuration of the adapters, if the strategy has any.
+        lora: the configuration of the adapters, if the strategy has any. Those in which slices meet have its rank as their
+            number of channels.
         frozen: parts of the decoder's output that do not train.
         personal: patterns of the names of parameters that train but never travel.
         seed: seed of the adapters' initial weights. The global random state stays as it was.
@@ -79,6 +81,8 @@ def apply_strategy(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             inject_adapter_in_model(lora_config(lora, len(network.vision_encoder.layers)), network)
+            if strategy.volume:
+                add_slice_adapters(network.vision_encoder, lora.rank, network.stack)
     stay = tuple(f"{OUTPUT.removesuffix('*')}{part.replace('-', '_')}." for part in frozen)
     parameters = dict(named_parameters(network))
     for name, parameter in parameters.items():

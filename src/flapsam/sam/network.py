@@ -10,6 +10,7 @@ from transformers.models.sam.modeling_sam import SamPromptEncoder
 
 from flapsam.sam.architecture import Architecture
 from flapsam.sam.decoder import MaskDecoder
+from flapsam.sam.slice_adapters import Stack, reach
 
 PIXELS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
     "paper": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
@@ -28,6 +29,7 @@ class Sam(nn.Module):
         self.masks = masks
         self.personal: frozenset[str] = frozenset()
         """Public names of the parameters that a site trains for itself and that never travel."""
+        self.stack = Stack()
         self.vision_encoder: Any = sizes.encoder(image_size)
         self.prompt_encoder = _prompt_encoder(sizes, image_size)
         self.mask_decoder: MaskDecoder = sizes.decoder(masks)
@@ -37,8 +39,15 @@ class Sam(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("pixel_deviation", torch.tensor(deviation)[:, None, None], persistent=False)
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Encode images (batch, 3, size, size) in [0, 1] as an embedding (batch, channels, tokens, tokens)."""
+    def embed(self, images: Tensor, depth: int | None = None) -> Tensor:
+        """Encode images (batch, 3, size, size) in [0, 1] as an embedding (batch, channels, tokens, tokens).
+
+        Args:
+            images: the images.
+            depth: number of consecutive slices of a volume that follow one another; the whole batch if None. It matters only
+                where slices meet (``reach``).
+        """
+        self.stack.slices, self.stack.depth = images.shape[0], depth or images.shape[0]
         return self.vision_encoder((images - self.pixel_mean) / self.pixel_deviation)
 
     def decode(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,9 +62,14 @@ class Sam(nn.Module):
         """Decode an embedding into logits (batch, masks, size, size) alone."""
         return self.decode(embedding)[0]
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, depth: int | None = None) -> Tensor:
         """Segment images (batch, 1 or 3, size, size) in [0, 1] into logits (batch, masks, size, size). Grey is repeated."""
-        return self.logits(self.embed(images.expand(-1, 3, -1, -1)))
+        return self.logits(self.embed(images.expand(-1, 3, -1, -1), depth))
+
+    @property
+    def reach(self) -> int:
+        """Number of slices on either side that a slice's logits depend on."""
+        return reach(self.vision_encoder)
 
     def positions(self) -> Tensor:
         """The dense position encoding of the tokens' centres (1, decoder width, tokens, tokens)."""

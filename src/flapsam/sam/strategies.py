@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from flapsam.base.errors import choose
+from flapsam.sam.slice_adapters import CHILD
 
 OUTPUT = "mask_decoder.output.*"
 
@@ -18,10 +19,13 @@ class Strategy:
     """Whether attention projections get adapters, which train and travel. The configuration's ``lora`` says which."""
     trains: tuple[str, ...]
     """Shell-style patterns of the names of SAM's own parameters that train."""
+    volume: bool = False
+    """Whether neighbouring slices meet in small adapters after the encoder's attentions, which train and travel."""
 
     def selects(self, parameter: str) -> bool:
         """Whether the parameter with this name trains and travels."""
-        return ".lora_" in parameter or any(fnmatchcase(parameter, pattern) for pattern in self.trains)
+        adapter = ".lora_" in parameter or f".{CHILD}." in parameter
+        return adapter or any(fnmatchcase(parameter, pattern) for pattern in self.trains)
 
 
 _ALL = (
@@ -37,6 +41,7 @@ _ALL = (
     Strategy("lora", "LoRA", lora=True, trains=()),
     Strategy("lora-decoder", "LoRA + decoder", lora=True, trains=("mask_decoder.*",)),
     Strategy("flap", "FLAP-SAM", lora=True, trains=(OUTPUT,)),
+    Strategy("flap-volume", "FLAP-SAM + slices", lora=True, trains=(OUTPUT,), volume=True),
 )
 
 STRATEGIES: dict[str, Strategy] = {strategy.name: strategy for strategy in _ALL}
