@@ -15,8 +15,10 @@ from flapsam.run.ledger import (
     Event,
     Fitted,
     Ledger,
+    NearlyFinal,
     RunEnded,
     bytes_sent,
+    nearly_final,
     parse_events,
     read_ledger,
 )
@@ -41,6 +43,7 @@ LINES: list[dict[str, Any]] = [
     {"event": "left_out", **FEDERATED, "site": "b", "reason": "its change is 1e+30 times the others'"},
     {"event": "missing", **FEDERATED, "site": "b", "reason": "it is gone", "work": "validate"},
     {"event": "delivery", **FEDERATED, "site": "a", "bytes_down": 20},
+    {"event": "kept", **FEDERATED, "site": "a", "kept": "shared", "dice": {"shared": 0.5, "trained on": None}},
     {"event": "test", "federation": "centralised", "site": "a", "case": "c", "dice": {"ball": 0.5}, "hd95": {"ball": None}},
     {"event": "label_map", "case": "a/c", "image": "c.nii", "of": [["c.nii", 1, 2]], "way": "0f", "written": [], "ml": {}},
     {"event": "end"},
@@ -64,12 +67,12 @@ def test_an_event_reads_back_as_it_was_written(line: dict[str, Any], tmp_path: P
     assert read_ledger(tmp_path / "events.jsonl") == [event]
 
 
-@pytest.mark.parametrize("name", ["federated", "centralised", "local/a"])
+@pytest.mark.parametrize("name", ["federated", "centralised", "local/a", "personal/a"])
 def test_a_cohort_is_parsed_from_its_name(name: str):
     assert str(Cohort.parse(name)) == name
 
 
-@pytest.mark.parametrize("name", ["", "local", "local/", "federated/a", "all", "Federated"])
+@pytest.mark.parametrize("name", ["", "local", "local/", "personal", "federated/a", "all", "Federated"])
 def test_an_invalid_cohort_name_is_refused(name: str):
     with pytest.raises(ValueError, match="is not a cohort"):
         Cohort.parse(name)
@@ -158,6 +161,23 @@ def test_bytes_are_summed_by_cohort_and_direction():
     events = parse_events(json.dumps(line) for line in LINES)
     assert bytes_sent(events, TOGETHER) == (107, 30)
     assert bytes_sent(events, Cohort("local", "a")) == (0, 0)
+
+
+def test_rounds_and_bytes_until_nearly_the_final_dice_are_those_by_hand():
+    events: list[Event] = []
+    for number, dices in enumerate([(0.2, 0.4), (0.7, 0.72), (0.6, 0.8), (0.7, 0.8)], 1):
+        for site, dice in zip("ab", dices, strict=True):
+            fit = {"event": "fit", "federation": "federated", "round": number, "site": site, "slices": 1}
+            score = {"event": "validation", "federation": "federated", "round": number, "site": site, "dice": {"mean": dice}}
+            size = {"bytes_up": 10 * number, "bytes_down": 100 * (number - 1)}
+            events += parse_events(map(json.dumps, ({**fit, **size}, score)))
+    # The final mean is 0.75, and 95 % of it is 0.7125. Round 2 has 0.71 and round 3 has 0.7.
+    nearly = nearly_final(events)
+    assert nearly is not None and nearly.rounds == 4
+    assert nearly.bytes_a_site == 10 + 20 + 30 + 40 + 100 + 200 + 300
+    # Round 2 reaches 90 %. Its result comes down in round 3.
+    assert nearly_final(events, 0.9) == NearlyFinal(2, 10 + 20 + 100 + 200)
+    assert nearly_final(events[:4]) is None
 
 
 def test_a_line_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

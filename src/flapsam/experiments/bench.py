@@ -25,7 +25,7 @@ from flapsam.federation.preparation import resolve
 from flapsam.learning.metrics import CaseScores, by_site, mean, rule_for_absent, summarise
 from flapsam.run.config import Data, Grid, RunConfig
 from flapsam.run.folder import RunFolder
-from flapsam.run.ledger import TOGETHER, Fitted, RoundClosed, bytes_sent
+from flapsam.run.ledger import TOGETHER, Fitted, RoundClosed, bytes_sent, nearly_final
 from flapsam.run.observer import Observer
 from flapsam.run.reading import changed, fingerprint
 from flapsam.sites import CaseList, Site, list_cases, read_sites
@@ -79,6 +79,8 @@ class CellResult:
     """Seconds of all rounds, with all sites one after another."""
     peak_bytes: int | None
     """Peak memory of the process during the cell; None where the system does not report it."""
+    bytes_95: float | None = None
+    """Bytes up and down of a site until 95 % of the final validation Dice; None if fewer than two rounds were validated."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,8 @@ class RowSummary:
     bytes_down: float | None
     seconds: float | None
     peak_bytes: int | None
+    bytes_95: float | None = None
+    """Bytes up and down of a site until 95 % of the final validation Dice."""
     cases: int = 0
     """Number of scored cases, summed over the seeds."""
     dice_cases: dict[str, int] = field(default_factory=dict)
@@ -160,6 +164,7 @@ class Bench:
             bytes_down=mean(result.bytes_down for result in seen),
             seconds=mean(result.seconds for result in seen),
             peak_bytes=max((result.peak_bytes for result in seen if result.peak_bytes), default=None),
+            bytes_95=mean(result.bytes_95 for result in seen),
             cases=sum(summary.cases for summary in summaries),
             dice_cases={name: sum(summary.dice_cases[name] for summary in summaries) for name in classes},
             absent=rule_for_absent(score for result in (*seen, *unseen) for score in result.scores),
@@ -373,6 +378,7 @@ def _compute(cell: Cell, config: RunConfig, path: Path, folds: Folds, observer: 
     results = simulate(config, resume=folder.is_begun, sites=sites, observer=observer)
     cases = [case for site in sites for case in site.of("test")]
     up, down = _traffic(results)
+    nearly = nearly_final(results.events)
     result = CellResult(
         cell=cell,
         scores=[score for score in results.scores[cell.row.mode] if cell.unseen in ("", score.site)],
@@ -382,6 +388,7 @@ def _compute(cell: Cell, config: RunConfig, path: Path, folds: Folds, observer: 
         bytes_down=down,
         seconds=round(sum(event.seconds for event in results.events if isinstance(event, RoundClosed)), 1),
         peak_bytes=peak_bytes(),
+        bytes_95=nearly.bytes_a_site if nearly else None,
     )
     write_text(path, json.dumps({"configuration": fingerprint(config), **asdict(result)}, indent=1) + "\n")
     for no_longer_needed in (folder.state, folder.predictions):

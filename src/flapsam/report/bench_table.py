@@ -66,6 +66,7 @@ def _line(row: RowSummary, classes: Sequence[str]) -> dict[str, str]:
         "parameters": NONE if row.parameters is None else f"{row.parameters:,}",
         "MiB up": if_done(_mib(row.bytes_up)),
         "MiB down": if_done(_mib(row.bytes_down)),
+        "MiB to 95 %": if_done(_mib(row.bytes_95)),
         "seconds": if_done(number(row.seconds, 0)),
         "peak GiB": if_done(number(row.peak_bytes / 2**30 if row.peak_bytes else None, 2)),
     }

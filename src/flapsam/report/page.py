@@ -27,6 +27,7 @@ from flapsam.report.section import Block, CaseName, Section, Table
 from flapsam.report.times import phase_times, site_times
 from flapsam.report.units import NONE, number, size
 from flapsam.run.config import SPLITS, RunConfig
+from flapsam.run.ledger import nearly_final
 from flapsam.run.observer import Observer
 from flapsam.run.reading import write_config
 from flapsam.sam import strategy
@@ -180,6 +181,10 @@ def _tiles(run: Run, rounds: int) -> list[Tile]:
     if federated and local and federated.mean_dice is not None and local.mean_dice is not None:
         tiles.append(Tile("collaborative gain", f"{federated.mean_dice - local.mean_dice:+.3f}", "federated − local-only"))
     tiles.append(Tile("sites", str(len(run.sites)), f"{rounds} of {run.config.rounds.count} rounds"))
+    if nearly := nearly_final(run.events):
+        tiles.append(
+            Tile("traffic per site to 95 %", size(nearly.bytes_a_site), f"of the final Dice, in round {nearly.rounds}")
+        )
     fits = sum(len(points) for points in _answered(run).values())
     if fits:
         ratio = 2 * full_packet_bytes(run.config) * fits / run.travelled

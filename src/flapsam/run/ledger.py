@@ -445,6 +445,43 @@ def bytes_sent(events: Iterable[Event], cohort: Cohort) -> tuple[int, int]:
     return up, down
 
 
+@dataclass(frozen=True)
+class NearlyFinal:
+    """What a federation needed until it was close to its end."""
+
+    rounds: int
+    bytes_a_site: float
+    """Bytes up and down of a site, on average, until it had the result of these rounds."""
+
+
+def nearly_final(events: Iterable[Event], share: float = 0.95) -> NearlyFinal | None:
+    """The first validated round whose mean validation Dice over the sites is at least ``share`` of the last one's.
+
+    Args:
+        events: the ledger of a run.
+        share: part of the final Dice.
+
+    Returns:
+        The rounds and bytes until then, or None if fewer than two rounds were validated or the last one's Dice is 0.
+    """
+    own = [event for event in events if isinstance(event, CohortEvent) and event.cohort == TOGETHER]
+    dices: dict[int, list[float]] = {}
+    for event in own:
+        if isinstance(event, Validated) and (value := event.dice.get("mean")) is not None:
+            dices.setdefault(event.round, []).append(value)
+    means = {number: sum(values) / len(values) for number, values in sorted(dices.items())}
+    final = means[max(means)] if means else 0.0
+    if len(means) < 2 or final == 0:
+        return None
+    rounds = next(number for number, value in means.items() if value >= share * final)
+    fits = [event for event in own if isinstance(event, Fitted)]
+    up = sum(event.bytes_up for event in fits if event.round <= rounds)
+    # What a round changes comes down with the next one, or is delivered after the last one.
+    down = sum(event.bytes_down for event in own if isinstance(event, Fitted) and event.round <= rounds + 1)
+    down += sum(event.bytes_down for event in own if isinstance(event, Delivered) and event.round <= rounds)
+    return NearlyFinal(rounds, (up + down) / len({event.site for event in fits}))
+
+
 def read_ledger(path: Path, *, whole_lines: bool = False) -> list[Event]:
     """Read all events of a ledger.
 
