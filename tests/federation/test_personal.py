@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 import zstandard
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from flapsam.adapters.store import load_adapter, read_tensors
+from flapsam.adapters.store import read_tensors
 from flapsam.experiments.simulation import simulate
 from flapsam.federation import client as client_module
 from flapsam.federation.aggregation import AGGREGATORS, Reply, aggregator
 from flapsam.federation.client import PERSONAL, SHARED, TRAINED_ON, Client
 from flapsam.run.reading import read_config
-from flapsam.sam import trained_state
+from flapsam.sam import assemble_run, load_tensors, trained_state
 from tests.helpers.command import flapsam
 from tests.helpers.families import small_run
 from tests.helpers.ledgers import read_events
@@ -78,20 +79,12 @@ def test_nothing_personal_stands_in_a_packet(pattern: str, data: Path, tmp_path:
     # The search finds the numbers that a site sends, so it would find the others.
     assert seen.sent and all(map(seen.holds, seen.sent))
     assert seen.personal and not any(map(seen.holds, seen.personal))
-    start = trained_state(load_adapter(run / "adapter")[0])
-    word = pattern.strip("*.").removesuffix(".weight")
-    own = {site: read_tensors(run / "adapter-personal" / site) for site in SITES}
-    for name, tensor in read_tensors(run / "adapter").items():
-        if word in name:
-            assert torch.equal(tensor, start[name])
-    kept = {event["site"]: event["kept"] for event in read_events(run, "kept")}
-    moved = {
-        name
-        for site in SITES
-        for name in own[site]
-        if kept[site] == PERSONAL and not torch.equal(own[site][name], start[name])
-    }
-    assert all(word in name for name in moved)
+    start, word = trained_state(assemble_run(config).network), pattern.strip("*.").removesuffix(".weight")
+    shared = read_tensors(run / "adapter")
+    assert shared.keys() == start.keys() and any(word in name for name in start)
+    for name, tensor in shared.items():
+        # Sites may have trained anything, but of what is personal the server knows only where it started.
+        assert torch.equal(tensor, start[name]) == (word in name or start[name].numel() == 0), name
 
 
 @pytest.mark.parametrize("name", AGGREGATORS)
@@ -149,26 +142,70 @@ def test_every_site_keeps_an_adapter_that_is_tested_at_all_sites(data: Path, tmp
 def test_validation_cases_decide_what_a_site_keeps(
     has_personal: bool, epochs: int, dice: list[float | None], kept: str, monkeypatch: pytest.MonkeyPatch
 ):
+    """The network is two numbers, one shared and one personal. The scores are given, the rest is the client's own code."""
+    network = nn.ParameterDict({"shared": torch.tensor([1.0]), "own": torch.tensor([0.0])})
+    start = {"own": torch.tensor([5.0])} if has_personal else {}
+    scored: list[dict[str, float]] = []
     scores = iter(dice)
-    tensors = {"a": torch.zeros(1)} if has_personal else {}
-    agreement = SimpleNamespace(personal=list(tensors), contract=SimpleNamespace(shapes={}))
-    rounds = SimpleNamespace(last_epochs=epochs)
+
+    def score(*_: object) -> SimpleNamespace:
+        scored.append({name: float(value.detach()) for name, value in network.items()})
+        return SimpleNamespace(mean_dice=next(scores))
+
+    def received(packets: object) -> tuple[int, dict]:
+        load_tensors(network, {"shared": torch.tensor([2.0]), "own": torch.tensor([3.0])})
+        return 3, {}
+
     this = SimpleNamespace(
-        agreement=agreement,
-        network=None,
-        personal_start=tensors,
+        agreement=SimpleNamespace(personal=start, contract=SimpleNamespace(shapes={"shared": (1,)})),
+        network=network,
+        personal_start=start,
         data=SimpleNamespace(val=[]),
-        config=SimpleNamespace(rounds=rounds),
-        _receive=lambda packets: (3, {}),
-        _fit_once_more=lambda number, epochs: None,
+        config=SimpleNamespace(rounds=SimpleNamespace(last_epochs=epochs)),
+        _receive=received,
+        _fit_once_more=lambda number, epochs: load_tensors(network, {"shared": torch.tensor([4.0])}),
     )
-    monkeypatch.setattr(client_module, "tensors_of", lambda network, names: tensors)
-    monkeypatch.setattr(client_module, "load_tensors", lambda network, tensors: None)
     monkeypatch.setattr(client_module, "score_cases", lambda *_: None)
-    monkeypatch.setattr(client_module, "summarise", lambda _: SimpleNamespace(mean_dice=next(scores)))
+    monkeypatch.setattr(client_module, "summarise", score)
     own = Client.own(this, [])  # type: ignore[arg-type]
-    assert own.kept == kept
-    assert list(own.dice.values()) == dice
+    assert (own.kept, list(own.dice.values())) == (kept, dice)
+    seen = dict(zip(own.dice, scored, strict=True))
+    assert seen[SHARED] == {"shared": 2.0, "own": 5.0 if has_personal else 3.0}
+    assert seen.get(PERSONAL) == ({"shared": 2.0, "own": 3.0} if has_personal else None)
+    assert seen.get(TRAINED_ON) == ({"shared": 4.0, "own": 3.0} if epochs else None)
+    # What is kept is what was scored.
+    assert {name: float(value) for name, value in own.tensors.items()}.items() <= seen[kept].items()
+
+
+def test_an_adapter_of_a_smaller_rank_trains_no_more_than_it_has(data: Path, tmp_path: Path):
+    fields = {"personal": ["*.lora_A.weight"], "site_ranks": {"site_1": 1}, "rounds": {"count": 2}}
+    simulate(read_config(small_run(tmp_path / "run.yaml", data, **fields)))
+    path = max((tmp_path / "run/state/federated/sites/site_1").glob("personal-*"))
+    factors = load_file(path)
+    assert factors and all(not tensor[1:].any() and tensor[0].any() for tensor in factors.values())
+
+
+def test_going_back_also_repeats_what_sites_keep_for_themselves(data: Path, tmp_path: Path):
+    fields = {"rounds": {"count": 2, "last_epochs": 1}, "personal": ["*.lora_B.weight"]}
+    config, run = read_config(small_run(tmp_path / "run.yaml", data, **fields)), tmp_path / "run"
+    simulate(config)
+    before = [read_events(run, kind) for kind in ("kept", "test")]
+    kept = {site: read_tensors(run / "adapter-personal" / site) for site in SITES}
+    simulate(config, from_round=2)
+    moved = read_events(run, "test")
+    dropped = [json.loads(line) for line in (run / "events-dropped.jsonl").read_text().splitlines()]
+    assert len([event for event in dropped if event["event"] == "test"]) == len(moved) == len(before[1])
+    assert [{**event, "time": ""} for event in read_events(run, "kept")] == [{**event, "time": ""} for event in before[0]]
+    for site in SITES:
+        again = read_tensors(run / "adapter-personal" / site)
+        assert all(torch.equal(again[name], kept[site][name]) for name in again)
+
+
+@pytest.mark.parametrize("fields", [{"strategy": "lora", "personal": ["*.lora_*"]}, {"personal": ["*"]}])
+def test_sites_that_would_share_nothing_are_refused(fields: dict, data: Path, tmp_path: Path, capfd):
+    outcome = flapsam(capfd, "simulate", small_run(tmp_path / "run.yaml", data, **fields))
+    assert outcome.code == 2
+    assert "personal: nothing is left that the sites share" in outcome.err and "Traceback" not in outcome.err
 
 
 def test_a_pattern_that_fits_no_parameter_is_refused(data: Path, tmp_path: Path, capfd):

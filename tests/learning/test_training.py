@@ -114,6 +114,9 @@ def test_batches_that_are_left_out_change_no_later_window(cases):
     options = Training(window=1, batch_size=4, augment="paper")
     whole, rest, again = (list(batches(cases, options, Samples(), 32, seed=3, first=first)) for first in (0, 2, 2))
     assert [len(images) for images, _ in rest] == [len(images) for images, _ in whole[2:]]
+    plain = options.model_copy(update={"augment": "none"})
+    first, second = (list(batches(cases, plain, Samples(), 32, seed=3, first=first)) for first in (0, 2))
+    assert all(torch.equal(one[0], other[0]) for one, other in zip(first[2:], second, strict=True))
     assert all(torch.equal(a, b) for one, other in zip(rest, again, strict=True) for a, b in zip(one, other, strict=True))
 
 

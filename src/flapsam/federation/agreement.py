@@ -7,7 +7,7 @@ from functools import cached_property
 from torch import Tensor
 
 from flapsam.federation.aggregation.aggregator import A, Aggregator, B
-from flapsam.federation.packets import Contract, Header
+from flapsam.federation.packets import Contract, Header, checksum
 from flapsam.run.config import Compression
 
 SERVER = "server"
@@ -31,13 +31,13 @@ class Agreement:
     """How packets are written."""
     ranks: Mapping[str, int] = field(default_factory=dict)
     """Site → rank of its adapters, for sites with a smaller rank than the run's."""
-    personal: Collection[str] = ()
-    """Names of the tensors that each client trains for itself and never sends."""
+    personal: Mapping[str, Tensor] = field(default_factory=dict)
+    """The tensors that each client trains for itself and never sends, before the first round."""
 
     @cached_property
     def contract(self) -> Contract:
-        """The contract for all global tensors at the run's rank."""
-        return Contract.of(self.start, self.compression)
+        """The contract for all global tensors at the run's rank. Its checksum is over the personal ones, too."""
+        return replace(Contract.of(self.start, self.compression), start=checksum({**self.start, **self.personal}))
 
     @cached_property
     def lossless(self) -> bool:

@@ -87,7 +87,8 @@ class Client:
         self.agreement = agreement
         self.state = state
         self.rank = agreement.rank(data.site)
-        self.personal_start = tensors_of(network, agreement.personal)
+        shapes = {name: tuple(tensor.shape) for name, tensor in agreement.personal.items()}
+        self.personal_start = padded(cut(agreement.personal, self.rank), shapes)
 
     @property
     def held(self) -> int:
@@ -96,7 +97,7 @@ class Client:
         return held[0] if held else 0
 
     def fit(self, packets: Iterable[bytes], on_step: Callable[[], None] = lambda: None) -> bytes:
-        """Take part in a round: validate the global tensors, train them on this site's data, and return the answer.
+        """Take part in a round: validate the global tensors with this site's personal ones, train both, return the answer.
 
         A round that was already answered gets the same bytes again.
 
@@ -161,7 +162,7 @@ class Client:
         return answer
 
     def validate(self, packets: Iterable[bytes]) -> dict[str, float | None]:
-        """Score the global tensors on this site's validation cases.
+        """Score the global tensors, with this site's personal ones, on its validation cases.
 
         Args:
             packets: the server's packets for this site, oldest first.
@@ -214,7 +215,7 @@ class Client:
 
     def _fit_once_more(self, number: int, epochs: int) -> None:
         """Train everything on this site's cases, with a learning rate that warms up and falls to its end."""
-        options = self.config.training.model_copy(update={"epochs": epochs})
+        options = self.config.training.model_copy(update={"epochs": epochs, "schedule_epochs": None})
         shortest = steps_a_round(self.data.train, options, ONE_ROUND)
         options = options.model_copy(update={"warmup_steps": min(options.warmup_steps, max(shortest // 4, 1))})
         fit(

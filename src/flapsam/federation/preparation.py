@@ -97,10 +97,16 @@ def agree(run: str, config: RunConfig, network: Sam) -> Agreement:
         run: the run's id.
         config: the resolved configuration.
         network: the network as assembled, before any training.
+
+    Raises:
+        FlapsamError: everything that trains is personal.
     """
     method = aggregator(config.aggregator, config.lora.rank)
     start, sent = start_of(network, method), list(travelling(network))
-    return Agreement(run, start, sent, method, config.compression, config.site_ranks, network.personal)
+    if not any(method.up(name, number) for name in sent for number in (1, 2)):
+        raise FlapsamError("personal: nothing is left that the sites share; keep fewer parameters at the sites")
+    personal = tensors_of(network, network.personal)
+    return Agreement(run, start, sent, method, config.compression, config.site_ranks, personal)
 
 
 def has_own_adapters(config: RunConfig) -> bool:

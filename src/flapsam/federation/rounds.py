@@ -128,6 +128,23 @@ def deliver(server: Server, cohort: Cohort, carry: Carry, record: Record) -> Non
             record(Delivered(cohort=cohort, round=number, site=site, bytes_down=answer.bytes_down))
 
 
+def keep_own(server: Server, cohort: Cohort, carry: Carry, record: Record) -> None:
+    """Have every site choose the adapter that it keeps for its own use. Its answer says no more than that it has done so.
+
+    Args:
+        server: the server, after its last round.
+        cohort: the clients that trained together.
+        carry: the engine.
+        record: writes an event to the ledger.
+    """
+    missing: set[str] = set()
+    for answer in carry("own"):
+        if answer.missing and answer.site in server.shares and answer.site not in missing:
+            missing.add(answer.site)
+            reason = answer.missing
+            record(AnswerMissing(cohort=cohort, round=server.rounds_done, site=answer.site, work="own", reason=reason))
+
+
 def settled(validation: Sequence[Mapping[str, float | None]], patience: int | None, gain: float) -> bool:
     """Whether validation Dice has stopped rising at more than half of the sites that report it.
 

@@ -153,7 +153,8 @@ def class_probabilities(
     Args:
         network: the network with its trained parameters.
         stack: the slices.
-        batch: number of slices per pass through the network; as many as fit if None.
+        batch: number of slices per pass through the network; as many as fit if None. Where slices meet, those before and
+            after them that their logits depend on pass through its encoder, too.
         precision: precision of the image encoder. The decoder always runs in fp32.
         turns: mirror images to average over.
 
@@ -187,8 +188,6 @@ def class_probabilities(
 def _runs(network: Sam, stack: SliceStack, batch: int) -> Iterator[Batch]:
     """Yield consecutive slices, with those before and after them that their logits depend on. None counts as blank."""
     reach, count = network.reach, len(stack)
-    # Slices that belong to two runs pass through the network twice, so a run is much longer than its ends.
-    batch = max(batch, 4 * reach)
     for start in range(0, count, batch):
         end = min(start + batch, count)
         first, last = max(start - reach, 0), min(end + reach, count)
@@ -219,13 +218,16 @@ def _batches(network: Sam, stack: SliceStack, batch: int) -> Iterator[Batch]:
 
 
 def slices_at_once(network: Sam, shape: tuple[int, ...]) -> int:
-    """Number of slices (height, width) per pass through the network: 8 on a CPU, 64 elsewhere, or fewer if only fewer fit.
+    """Number of slices (height, width) to predict in a pass: 8 on a CPU, 64 elsewhere, or fewer if only fewer fit.
 
     The estimate counts the encoder's largest layers and the probabilities at the slices' own size, each of them three times
     in fp32.
     """
     a_slice = 3 * 4 * (network.sizes.values_a_slice(network.image_size) + network.masks * shape[0] * shape[1])
-    return max(min(8 if network.pixel_mean.device.type == "cpu" else 64, BUDGET // a_slice), 1)
+    most = 8 if network.pixel_mean.device.type == "cpu" else 64
+    # Where slices meet, the ends of a run pass through the network twice, so it is worthwhile to have long runs.
+    ends = 2 * network.reach
+    return max(min(max(most, 3 * ends), BUDGET // a_slice) - ends, 1)
 
 
 def fastest_precision(network: Sam) -> Precision:

@@ -13,6 +13,7 @@ from flapsam.base.errors import FlapsamError
 from flapsam.base.files import make_folder, write_text
 from flapsam.base.version import __version__
 from flapsam.federation.traffic import StrategyTraffic, full_packet_bytes, strategy_table
+from flapsam.learning.metrics import summarise
 from flapsam.report.cases import CaseKey, cases_of, read_volumes, subjects_of
 from flapsam.report.figures.attendance import attendance
 from flapsam.report.figures.cases import dice_per_case
@@ -27,7 +28,7 @@ from flapsam.report.section import Block, CaseName, Section, Table
 from flapsam.report.times import phase_times, site_times
 from flapsam.report.units import NONE, number, size
 from flapsam.run.config import SPLITS, RunConfig
-from flapsam.run.ledger import nearly_final
+from flapsam.run.ledger import RunEnded, nearly_final
 from flapsam.run.observer import Observer
 from flapsam.run.reading import write_config
 from flapsam.sam import strategy
@@ -177,11 +178,13 @@ def _tiles(run: Run, rounds: int) -> list[Tile]:
         last = [points[max(points)] for points in validated.values()]
         if last:
             tiles.append(Tile("validation Dice", number(sum(last) / len(last)), "latest, mean over the sites"))
-    federated, local = pooled.get("federated"), pooled.get("local")
-    if federated and local and federated.mean_dice is not None and local.mean_dice is not None:
+    alone = {(score.site, score.case) for score in run.scores.get("local", ())}
+    federated = summarise([score for score in run.scores.get("federated", ()) if (score.site, score.case) in alone])
+    local = pooled.get("local")
+    if local and federated.mean_dice is not None and local.mean_dice is not None:
         tiles.append(Tile("collaborative gain", f"{federated.mean_dice - local.mean_dice:+.3f}", "federated − local-only"))
     tiles.append(Tile("sites", str(len(run.sites)), f"{rounds} of {run.config.rounds.count} rounds"))
-    if nearly := nearly_final(run.events):
+    if next(run.of(RunEnded), None) and (nearly := nearly_final(run.events)):
         tiles.append(
             Tile("traffic per site to 95 %", size(nearly.bytes_a_site), f"of the final Dice, in round {nearly.rounds}")
         )

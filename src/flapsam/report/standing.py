@@ -264,6 +264,9 @@ class Standing:
         }
 
     def _add_to_cohort(self, event: CohortEvent) -> None:
+        if event.cohort.mode == "personal":
+            # What a site keeps for itself is no training of its own.
+            return
         standing = self.cohorts.get(event.cohort) or self._plan_cohort(event.cohort)
         if standing is not self.under_way:
             if self.under_way is not None:

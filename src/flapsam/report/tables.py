@@ -37,21 +37,23 @@ def dice_table(results: Results) -> Table:
     for mode in summaries:
         table.add_column(TITLES[mode], justify="right")
     compared = {"federated", "local"} <= summaries.keys()
+    in_common: dict[str, Summary] = {}
+    cells: list[str] = []
     if compared:
         table.add_column("gain", justify="right")
+        alone = {(score.site, score.case) for score in results.scores["local"]}
+        scores = [score for score in results.scores["federated"] if (score.site, score.case) in alone]
+        in_common = {site: summarise(part) for site, part in by_site(scores).items()} | {"pooled": summarise(scores)}
     first = next(iter(summaries.values()))
     for site, summary in first.items():
         name = ALL_CASES if site == "pooled" else site
         # A site that never trained has no model of its own.
-        row = [
-            name,
-            str(summary.cases),
-            *(mean_dice(sites[site]) if site in sites else NONE for sites in summaries.values()),
-        ]
+        row = [name, str(summary.cases), *(_dice_of(sites.get(site), summary.cases) for sites in summaries.values())]
         if compared:
-            row.append(_gain(summaries["federated"][site], summaries["local"].get(site)))
+            row.append(_gain(in_common.get(site), summaries["local"].get(site)))
+        cells += row
         table.add_row(*map(as_text, row), style="bold" if site == "pooled" else None)
-    table.caption = _explained(rule, (mean_dice(summary) for sites in summaries.values() for summary in sites.values()))
+    table.caption = _explained(rule, cells)
     return table
 
 
@@ -182,7 +184,12 @@ def mean_dice(summary: Summary) -> str:
     return over(number(summary.mean_dice), summary.mean_dice_cases, summary.cases)
 
 
-def _gain(federated: Summary, local: Summary | None) -> str:
-    if local is None or federated.mean_dice is None or local.mean_dice is None:
+def _dice_of(summary: Summary | None, cases: int) -> str:
+    """Mean Dice over the classes, with its number of cases if that is not the row's."""
+    return over(number(summary.mean_dice), summary.mean_dice_cases, cases) if summary else NONE
+
+
+def _gain(federated: Summary | None, local: Summary | None) -> str:
+    if federated is None or local is None or federated.mean_dice is None or local.mean_dice is None:
         return NONE
     return f"{federated.mean_dice - local.mean_dice:+.3f}"

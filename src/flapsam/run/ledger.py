@@ -258,7 +258,7 @@ class AnswerMissing(RoundEvent):
     event: Literal["missing"] = "missing"
     site: Name
     reason: str
-    work: Literal["fit", "validate"] = "fit"
+    work: Literal["fit", "validate", "own"] = "fit"
 
     repeats = True
 
@@ -425,7 +425,10 @@ def _is_repeated(event: Event, cohort: Cohort, number: int) -> bool:
     """Whether a repetition of a cohort's rounds from ``number`` on writes this event again."""
     if isinstance(event, RunEnded):
         return True
-    if not isinstance(event, CohortEvent) or event.cohort != cohort or isinstance(event, WentBack):
+    if not isinstance(event, CohortEvent) or isinstance(event, WentBack):
+        return False
+    # The adapters that sites keep follow from the federated rounds.
+    if event.cohort != cohort and not (event.cohort.mode == "personal" and cohort == TOGETHER):
         return False
     if isinstance(event, Validated):
         # A site scores a round's result when it answers the next round.

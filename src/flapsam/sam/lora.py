@@ -89,7 +89,7 @@ def apply_strategy(
         parameter.requires_grad_(strategy.selects(name) and not name.startswith(stay))
     own: set[str] = set()
     for pattern in personal:
-        matching = {name for name in parameters if fnmatchcase(name, pattern)}
+        matching = {name for name in parameters if fnmatchcase(name, pattern) and not name.startswith(stay)}
         if not matching:
             example = max(parameters)
             raise FlapsamError(f"personal: no parameter has a name like '{pattern}'; one is {example}, and * is any text")
@@ -160,8 +160,9 @@ def tensors_of(network: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
 
 
 def adapted_weights(names: Collection[str]) -> set[str]:
-    """Names of the base weights of the layers whose adapters are among ``names``."""
-    return {name.removesuffix(".lora_A.weight") + ".weight" for name in names if name.endswith(".lora_A.weight")}
+    """Names of the base weights of the layers both of whose factors are among ``names``."""
+    layers = {name.removesuffix(".lora_A.weight") for name in names if name.endswith(".lora_A.weight")}
+    return {f"{layer}.weight" for layer in layers if f"{layer}.lora_B.weight" in names}
 
 
 @contextmanager

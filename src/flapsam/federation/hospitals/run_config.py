@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from flapsam.base.errors import FlapsamError
 from flapsam.run.config import RunConfig
 from flapsam.run.reading import read_config
 
@@ -20,4 +21,9 @@ def read_federated_config(path: Path, overrides: Iterable[str] = ()) -> RunConfi
     Raises:
         FlapsamError: the configuration is invalid.
     """
-    return read_config(path, [*overrides, *FIXED])
+    config = read_config(path, [*overrides, *FIXED])
+    if config.data.training_cases is not None:
+        raise FlapsamError(
+            f"{path}: data.training_cases is for simulations; each site decides which cases it has. Remove it"
+        )
+    return config

@@ -19,9 +19,9 @@ from flapsam.federation.hospitals.handshake import (
     read_message,
 )
 from flapsam.federation.packets import HEADER_BYTES
-from flapsam.federation.preparation import agree, assembled_for, card_of
+from flapsam.federation.preparation import agree, assembled_for, card_of, has_own_adapters
 from flapsam.federation.reported import read_scores
-from flapsam.federation.rounds import Carry, deliver, rounds
+from flapsam.federation.rounds import Carry, deliver, keep_own, rounds
 from flapsam.federation.server import UNKNOWN, Server
 from flapsam.federation.shares import TrainingSize, bounded, client_shares
 from flapsam.federation.state import ServerState
@@ -168,8 +168,10 @@ class ServerSide:
         deliver(self.server, TOGETHER, carry, self._record)
         card = card_of(self.run, TOGETHER.mode, self.server.rounds_done, self._with_modalities(), self.origin)
         folder = self.folder.adapter(TOGETHER)
-        save_adapter(folder, card, self.server.tensors)
+        save_adapter(folder, card, {**self.agreement.personal, **self.server.tensors})
         write_model_card(folder, card, TOGETHER, self.ledger.events())
+        if has_own_adapters(self.config):
+            keep_own(self.server, TOGETHER, carry, self._record)
         self.ledger.write(RunEnded())
         return True
 

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 from flapsam.adapters.store import save_adapter
 from flapsam.base.errors import FlapsamError
 from flapsam.base.files import write_text
@@ -57,6 +55,8 @@ class SiteSide:
         self.name = name
         self.site = site
         self.run = ""
+        self.chosen_after = ""
+        """SHA-256 of the packets after which this site chose its own adapter."""
         with failing_as("state"):
             self.journal = Journal(site.journal)
 
@@ -165,24 +165,40 @@ class SiteSide:
             SiteFailed: a packet was refused, or validation failed.
         """
         with failing_as("error"):
-            kept = list(packets) if has_own_adapters(self.config) else packets
-            scores = self._answered(self.client.validate(kept))
+            scores = self._answered(self.client.validate(packets))
             card = card_of(self.client.agreement.run, "federated", self.client.held, self.config, self.origin)
             names = self.client.agreement.contract.shapes
-            shared = self.client.personal_start | tensors_of(self.network, names)
-            save_adapter(self.folder / "adapter", card, shared)
+            save_adapter(
+                self.folder / "adapter", card, {**self.client.agreement.personal, **tensors_of(self.network, names)}
+            )
             log.info("the adapter is in %s", self.folder / "adapter")
-            if has_own_adapters(self.config):
-                self._keep_own(kept, shared)
             return json.dumps(scores).encode()
 
-    def _keep_own(self, packets: Iterable[bytes], shared: Mapping[str, Tensor]) -> None:
-        """Choose this site's own adapter and save it. Nothing about the choice leaves the site."""
-        own, folder = self.client.own(packets), self.folder / "adapter-personal"
-        card = card_of(self.client.agreement.run, "personal", self.client.held, self.config, self.origin)
-        save_adapter(folder, card, {**shared, **own.tensors})
-        scores = ", ".join(f"{name} {value:.3f}" for name, value in own.dice.items() if value is not None)
-        log.info("this site's own adapter is in %s: the %s one (validation Dice: %s)", folder, own.kept, scores or "none")
+    def own(self, packets: Iterable[bytes]) -> bytes:
+        """Choose this site's own adapter and save it. The answer is empty: nothing about the choice leaves the site.
+
+        Args:
+            packets: the server's packets for this site, oldest first.
+
+        Raises:
+            SiteFailed: a packet was refused, or the choice failed.
+        """
+        with failing_as("error"):
+            if not has_own_adapters(self.config):
+                self._refuse([("configuration", "the server asks for an adapter of this site's own, but the run has none")])
+            packets, folder = list(packets), self.folder / "adapter-personal"
+            after = hashlib.sha256(b"".join(packets)).hexdigest()
+            if after == self.chosen_after:
+                return b""
+            own = self.client.own(packets)
+            card = card_of(self.client.agreement.run, "personal", self.client.held, self.config, self.origin)
+            save_adapter(folder, card, {**self.client.agreement.personal, **own.tensors})
+            scores = ", ".join(f"{name} {value:.3f}" for name, value in own.dice.items() if value is not None)
+            log.info(
+                "this site's own adapter is in %s: the %s one (validation Dice: %s)", folder, own.kept, scores or "none"
+            )
+            self.chosen_after = after
+            return b""
 
     def _answered(self, scores: Mapping[str, Any]) -> Mapping[str, Any]:
         """Enter scores in the journal before they leave. The same tensors get the same answer, and no run gets many.

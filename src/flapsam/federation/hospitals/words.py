@@ -24,7 +24,11 @@ def in_words(config: RunConfig, site: SiteConfig) -> list[str]:
     left = "the trained tensors, and the numbers of cases and slices, rounded"
     if site.metrics:
         left += "; losses, validation Dice, steps and times"
-    own = ["Choose an adapter of this site's own at the end, which never leaves it."] if has_own_adapters(config) else []
+    own = []
+    if config.personal:
+        own.append(f"Train, for this site alone, the parameters {', '.join(config.personal)}. They never leave it.")
+    if has_own_adapters(config):
+        own.append(f"At the end, choose an adapter of this site's own, after {rounds.last_epochs} more epochs at the most.")
     return [
         f"Train {' and '.join(trained)} (strategy {config.strategy}) of {config.backbone.name}.",
         f"Learn to segment {', '.join(config.data.classes)} from this site's training cases.",

@@ -6,7 +6,18 @@ from dataclasses import dataclass
 from flapsam.learning.metrics import CaseScores, by_site, scores_of, summarise
 from flapsam.report.standing import CohortStanding, Standing
 from flapsam.run.config import RunConfig
-from flapsam.run.ledger import CaseTested, Cohort, CohortEvent, Delivered, Event, Fitted, RoundClosed, RunEnded, Validated
+from flapsam.run.ledger import (
+    TOGETHER,
+    CaseTested,
+    Cohort,
+    CohortEvent,
+    Delivered,
+    Event,
+    Fitted,
+    RoundClosed,
+    RunEnded,
+    Validated,
+)
 
 FIT = ("loss", "cross_entropy", "dice_loss", "seconds", "site_seconds", "waiting")
 """Fields of a fit that become curves."""
@@ -51,7 +62,9 @@ class Points:
         return [Point(series, name, step, float(value), time) for series, name, step, value in values if value is not None]
 
     def _values(self, event: Event, before: CohortStanding | None) -> Iterator[Value]:
-        if isinstance(event, CohortEvent):
+        if isinstance(event, CaseTested) and not event.elsewhere:
+            self.tests.setdefault(event.cohort, []).append(scores_of(event))
+        if isinstance(event, CohortEvent) and event.cohort in self.standing.cohorts:
             yield from self._of_cohort(self.standing.cohorts[event.cohort], event)
         # The Dice of a cohort's last round may only be complete once the next cohort has begun.
         for standing in filter(None, (before, self.standing.under_way)):
@@ -82,13 +95,11 @@ class Points:
                 if travels:
                     yield cohort, "bytes_up_so_far", event.round, standing.bytes_up
                     yield cohort, "bytes_down_so_far", event.round, standing.bytes_down
-            case CaseTested():
-                self.tests.setdefault(event.cohort, []).append(scores_of(event))
 
     def _at_the_end(self) -> Iterator[Value]:
         """Test Dice by site and pooled, at the last round, and all bytes including the delivery, one round later."""
         for cohort, scores in self.tests.items():
-            step = self.standing.cohorts[cohort].rounds
+            step = self.standing.cohorts[TOGETHER if cohort.mode == "personal" else cohort].rounds
             sites = {f"{cohort}/{site}": part for site, part in by_site(scores).items()}
             for series, part in {str(cohort): scores, **sites}.items():
                 summary = summarise(part)

@@ -76,7 +76,7 @@ class Post:
         """Send requests to sites and collect the answers.
 
         Args:
-            name: name of the task: ``join``, ``fit`` or ``validate``.
+            name: name of the task: ``join``, ``fit``, ``validate`` or ``own``.
             requests: each site and its request.
             deadline: seconds to wait for the answers.
 
@@ -248,6 +248,9 @@ class FlapsamController(Controller):
                     yield Answer(received.site, down, missing=received.problem)
             elif work == "fit":
                 yield Answer(received.site, down, fitted=received.take(), seconds=received.seconds)
+            elif work == "own":
+                received.take()
+                yield Answer(received.site, down)
             elif received.number == post.number:
                 scores = server.read_scores(received.take())
                 missing = "" if scores is not None else "its scores are invalid"
