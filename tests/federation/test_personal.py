@@ -212,4 +212,4 @@ def test_a_pattern_that_fits_no_parameter_is_refused(data: Path, tmp_path: Path,
     config = small_run(tmp_path / "run.yaml", data, personal=["*.nothing"])
     outcome = flapsam(capfd, "simulate", config)
     assert outcome.code == 2
-    assert "personal: no parameter has a name like '*.nothing'" in outcome.err and "Traceback" not in outcome.err
+    assert "personal: no parameter outside frozen matches '*.nothing'" in outcome.err and "Traceback" not in outcome.err

@@ -47,7 +47,9 @@ def resolve(config: RunConfig) -> RunConfig:
     sizes = architecture(source(config.backbone.name).architecture)
     find_checkpoint(config.backbone)
     if strategy(config.strategy).volume and config.training.window < 3:
-        raise FlapsamError(f"training.window: {config.strategy} trains on neighbouring slices; set it to 3 or more")
+        raise FlapsamError(
+            f"training.window: {config.strategy} needs neighbouring slices; set it to 3 or a larger odd number"
+        )
     size = config.samples.size or sizes.default_size
     sizes.tokens(size)
     method = aggregator(config.aggregator, config.lora.rank)

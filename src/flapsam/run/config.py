@@ -79,7 +79,8 @@ class Data(StrictModel):
     subject is held out, and none if the share is 0."""
     training_cases: Positive | None = None
     """Number of subjects at each site whose cases train the model; all if not given or if a site has fewer. They are drawn
-    from the run's seed, and those of a smaller number are among those of a larger one. Validation and test cases stay."""
+    at random with the run's seed, and a smaller number keeps a subset of what a larger one keeps. Validation and test cases
+    do not change. For simulations only."""
 
     @property
     def classes(self) -> list[str]:
@@ -241,8 +242,8 @@ class Rounds(StrictModel):
     """Number of training steps of every site in a round, in place of ``training.epochs``. A site's next round goes on with
     the epoch where the last one stopped. In mode ``centralised``, a round has as many steps as all sites take together."""
     last_epochs: Annotated[int, Field(ge=0)] = 0
-    """Number of local epochs after the last round, for which each site trains the shared model on its own cases. It keeps
-    the result as an adapter of its own if that has a higher Dice on its validation cases."""
+    """Number of epochs for which each site goes on training on its own cases after the last round. Each site then has an
+    adapter of its own: the model before or after these epochs, whichever has the higher Dice on its validation cases."""
     weights: Literal["slices", "cases", "uniform"] | Named[Annotated[float, Field(ge=0)]] = "slices"
     """Weight of a client in the mean: its share of the training ``slices`` or ``cases``, the same for every client
     (``uniform``), or a number for each site."""
@@ -339,8 +340,9 @@ class RunConfig(StrictModel):
     """Parts of the mask decoder's output that keep their initial weights and never travel, whatever the strategy trains:
     ``mask-tokens``, ``upscaling`` or ``hypernetworks``."""
     personal: list[str] = []
-    """Patterns of the names of parameters that each site trains for itself and never sends, whatever the strategy trains,
-    such as ``*.lora_B.weight`` (FedSA-LoRA) or ``*norm*`` (FedBN). Each site then has an adapter of its own."""
+    """Patterns of the names of parameters that each site trains for itself and never sends, such as ``*.lora_B.weight``
+    (FedSA-LoRA) or ``*norm*`` (as in FedBN). They train even if the strategy alone would not train them, but not if they are
+    ``frozen``. Each site then has an adapter of its own."""
     training: Training = Training()
     rounds: Rounds = Rounds()
     aggregator: str = "flexlora"

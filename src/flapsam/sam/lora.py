@@ -92,7 +92,10 @@ def apply_strategy(
         matching = {name for name in parameters if fnmatchcase(name, pattern) and not name.startswith(stay)}
         if not matching:
             example = max(parameters)
-            raise FlapsamError(f"personal: no parameter has a name like '{pattern}'; one is {example}, and * is any text")
+            raise FlapsamError(
+                f"personal: no parameter outside frozen matches '{pattern}'; one of the names is {example}, and * stands for "
+                "any text"
+            )
         own |= matching
     for name in own:
         parameters[name].requires_grad_(True)

@@ -24,6 +24,7 @@ def read_federated_config(path: Path, overrides: Iterable[str] = ()) -> RunConfi
     config = read_config(path, [*overrides, *FIXED])
     if config.data.training_cases is not None:
         raise FlapsamError(
-            f"{path}: data.training_cases is for simulations; each site decides which cases it has. Remove it"
+            f"{path}: data.training_cases works in simulations only; between hospitals, each site decides which of its "
+            "cases are used. Remove it"
         )
     return config

@@ -18,17 +18,25 @@ def in_words(config: RunConfig, site: SiteConfig) -> list[str]:
     """
     training, rounds = config.training, config.rounds
     chosen = strategy(config.strategy)
-    trained = ["low-rank adapters"] * chosen.lora + [f"SAM's parameters {', '.join(chosen.trains)}"] * bool(chosen.trains)
+    trained = ["low-rank adapters"] * chosen.lora + ["adapters between neighbouring slices"] * chosen.volume
+    trained += [f"SAM's parameters {', '.join(chosen.trains)}"] * bool(chosen.trains)
     amount, unit = (rounds.steps, "step") if rounds.steps else (training.epochs, "epoch")
     length = f"{amount} {unit}" + "s" * (amount > 1)
-    left = "the trained tensors, and the numbers of cases and slices, rounded"
+    left = (
+        "the trained tensors"
+        + " except this site's own" * bool(config.personal)
+        + ", and the numbers of cases and slices, rounded"
+    )
     if site.metrics:
         left += "; losses, validation Dice, steps and times"
     own = []
     if config.personal:
-        own.append(f"Train, for this site alone, the parameters {', '.join(config.personal)}. They never leave it.")
+        own.append(f"Train the parameters {', '.join(config.personal)} for this site alone. They never leave this site.")
+    if rounds.last_epochs:
+        more = f"{rounds.last_epochs} more epoch" + "s" * (rounds.last_epochs > 1)
+        own.append(f"At the end, train {more} for this site alone.")
     if has_own_adapters(config):
-        own.append(f"At the end, choose an adapter of this site's own, after {rounds.last_epochs} more epochs at the most.")
+        own.append("Then keep the model with the highest validation Dice for this site's own use.")
     return [
         f"Train {' and '.join(trained)} (strategy {config.strategy}) of {config.backbone.name}.",
         f"Learn to segment {', '.join(config.data.classes)} from this site's training cases.",
