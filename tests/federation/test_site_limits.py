@@ -13,6 +13,7 @@ from flapsam.federation.agreement import SERVER, cut
 from flapsam.federation.hospitals.bounds import cases_used, refusals, steps_of
 from flapsam.federation.hospitals.handshake import Proposal, SiteFailed
 from flapsam.federation.hospitals.journal import Journal
+from flapsam.federation.hospitals.run_config import read_federated_config
 from flapsam.federation.hospitals.site_config import SAFE_STRATEGIES, SiteConfig
 from flapsam.federation.hospitals.site_side import SiteSide
 from flapsam.federation.hospitals.split import fixed_split
@@ -122,6 +123,13 @@ def case(slices: int, occupied: int) -> PreparedCase:
 )
 def test_only_cases_that_a_fit_is_certain_to_use_count(cases: list[PreparedCase], empty_slices: float, used: int):
     assert cases_used(cases, Training(empty_slices=empty_slices), Rounds()) == used
+
+
+def test_a_run_between_hospitals_does_not_say_how_many_of_a_sites_cases_train(tmp_path: Path):
+    config = write_run(tmp_path / "run.yaml", tmp_path)
+    with pytest.raises(FlapsamError, match=r"data\.training_cases works in simulations only"):
+        read_federated_config(config, ["data.training_cases=2"])
+    assert read_federated_config(config).data.training_cases is None
 
 
 @pytest.mark.parametrize(

@@ -93,8 +93,8 @@ def apply_strategy(
         if not matching:
             example = max(parameters)
             raise FlapsamError(
-                f"personal: no parameter outside frozen matches '{pattern}'; one of the names is {example}, and * stands for "
-                "any text"
+                f"personal: no parameter outside frozen matches '{pattern}'; one of the names is {example}, and * stands "
+                "for any text"
             )
         own |= matching
     for name in own:
