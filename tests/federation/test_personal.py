@@ -17,6 +17,8 @@ from flapsam.experiments.simulation import simulate
 from flapsam.federation import client as client_module
 from flapsam.federation.aggregation import AGGREGATORS, Reply, aggregator
 from flapsam.federation.client import PERSONAL, SHARED, TRAINED_ON, Client
+from flapsam.report.page import report_page
+from flapsam.report.run import read_run
 from flapsam.run.reading import read_config
 from flapsam.sam import assemble_run, load_tensors, trained_state
 from tests.helpers.command import flapsam
@@ -105,6 +107,8 @@ def test_every_site_keeps_an_adapter_that_is_tested_at_all_sites(data: Path, tmp
     assert "Each site's own adapter" in outcome.out
     kept = {event["site"]: event for event in read_events(run, "kept")}
     assert kept.keys() == {"site_0", "site_1"}
+    page = report_page(read_run(run), images=False)
+    assert page.count('id="own-table"') == 1 and all(f">{event['kept']}</td>" in page for event in kept.values())
     results = json.loads((run / "results.json").read_text())
     assert results["crossed"].keys() == {"federated", "personal/site_0", "personal/site_1"}
     assert all(sites.keys() == set(SITES) for sites in results["crossed"].values())

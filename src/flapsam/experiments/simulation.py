@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from flapsam.federation.shares import client_shares, training_size
 from flapsam.federation.state import ClientState, ServerState
 from flapsam.federation.traffic import full_packet_bytes
 from flapsam.learning.inference import predict_volume
-from flapsam.learning.metrics import CaseScores, Summary, by_site, rule_for_absent, score_case, scores_of, summarise
+from flapsam.learning.metrics import CaseScores, Summary, by_site, crossed, rule_for_absent, score_case, scores_of, summarise
 from flapsam.run.config import SPLITS, Mode, RunConfig
 from flapsam.run.folder import RunFolder
 from flapsam.run.ledger import (
@@ -95,8 +95,6 @@ class Results:
     """Number of parameters that train and travel."""
     traffic: Traffic | None
     """None where nothing travelled."""
-    crossed: dict[str, dict[str, float | None]] = field(default_factory=dict)
-    """The shared adapter and those that sites keep for themselves → site → mean Dice on its test cases."""
     events: Sequence[Event] = ()
     """The run's ledger."""
 
@@ -119,7 +117,7 @@ class Results:
             "absent": rule_for_absent(score for scores in self.scores.values() for score in scores),
             "parameters": self.parameters,
             "traffic": traffic,
-            **({"crossed": self.crossed} if self.crossed else {}),
+            "crossed": crossed(self.events),
         }
 
 
@@ -402,21 +400,12 @@ def _card(prepared: Prepared, cohort: Cohort, rounds: int) -> tuple[Path, Adapte
 
 def _results(prepared: Prepared) -> Results:
     scores: dict[str, list[CaseScores]] = {}
-    by_adapter: dict[str, list[CaseScores]] = {}
     events = prepared.ledger.events()
     for event in events:
-        if isinstance(event, CaseTested):
-            by_adapter.setdefault(str(event.cohort), []).append(scores_of(event))
-            if not event.elsewhere:
-                scores.setdefault(event.cohort.mode, []).append(scores_of(event))
+        if isinstance(event, CaseTested) and not event.elsewhere:
+            scores.setdefault(event.cohort.mode, []).append(scores_of(event))
     parameters = sum(tensor.numel() for tensor in travelling_state(prepared.assembled.network).values())
-    crossed = {
-        adapter: {site: summarise(part).mean_dice for site, part in by_site(tested).items()}
-        for adapter, tested in by_adapter.items()
-        if adapter == str(TOGETHER) or adapter.startswith("personal/")
-    }
-    traffic = _traffic(prepared.config, events)
-    return Results(prepared.folder.path, scores, parameters, traffic, crossed if len(crossed) > 1 else {}, tuple(events))
+    return Results(prepared.folder.path, scores, parameters, _traffic(prepared.config, events), tuple(events))
 
 
 def _traffic(config: RunConfig, events: Sequence[Event]) -> Traffic | None:

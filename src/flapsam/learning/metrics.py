@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flapsam.run.config import Absent
-from flapsam.run.ledger import CaseTested
+from flapsam.run.ledger import CaseTested, Event
 from flapsam.sites import IGNORED
 
 
@@ -186,6 +186,25 @@ def by_site(scores: Iterable[CaseScores]) -> dict[str, list[CaseScores]]:
     for score in scores:
         sites.setdefault(score.site, []).append(score)
     return dict(sorted(sites.items()))
+
+
+def crossed(events: Iterable[Event]) -> dict[str, dict[str, float | None]]:
+    """The shared adapter and those that sites keep for their own use → site → mean Dice on its test cases.
+
+    Empty if no site keeps an adapter of its own.
+
+    Args:
+        events: the ledger of a run.
+    """
+    tested: dict[str, list[CaseScores]] = {}
+    for event in events:
+        if isinstance(event, CaseTested) and event.cohort.mode in ("federated", "personal"):
+            tested.setdefault(str(event.cohort), []).append(scores_of(event))
+    dices = {
+        adapter: {site: summarise(part).mean_dice for site, part in by_site(scores).items()}
+        for adapter, scores in tested.items()
+    }
+    return dices if len(dices) > 1 else {}
 
 
 def as_json_of(scores: Sequence[CaseScores]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from flapsam.report.figures.gain import modes_by_site
 from flapsam.report.figures.phases import phases
 from flapsam.report.figures.strips import strips
 from flapsam.report.figures.traffic import traffic
+from flapsam.report.own import own_adapters
 from flapsam.report.run import TITLES, Run, Series, read_run
 from flapsam.report.section import Block, CaseName, Section, Table
 from flapsam.report.times import phase_times, site_times
@@ -84,6 +85,7 @@ def report_page(run: Run, *, images: bool = True, link: Link | None = None, obse
     with chart_style():
         sections = [
             modes_by_site(run.scores, subjects_of(cases)),
+            own_adapters(run.events),
             dice_per_case(run.scores, run.classes),
             dice_curves({mode: run.validation(mode) for mode in run.modes}),
             traffic(run.bytes_up, run.bytes_down, run.delivered, federated, _strategies(run.config, federated)),

@@ -10,9 +10,9 @@ from flapsam.experiments.simulation import Results
 from flapsam.federation.traffic import RunTraffic, StrategyTraffic
 from flapsam.learning.memory import StepMemory
 from flapsam.learning.metrics import CaseScores, Summary, by_site, missing_cases, rule_for_absent, summarise
+from flapsam.report.own import TITLE, own_rows
 from flapsam.report.run import TITLES
 from flapsam.report.units import NONE, number, over, size
-from flapsam.run.ledger import OwnAdapterKept
 
 ALL_CASES = "all cases"
 """Name of the row over the cases of all sites."""
@@ -23,7 +23,8 @@ def results_tables(results: Results) -> list[Table]:
     """All tables of a simulation: Dice by site, scores by class, and traffic if anything travelled."""
     pooled = {mode: sites["pooled"] for mode, sites in results.summaries().items()}
     traffic = [traffic_table(results)] if results.traffic else []
-    own = [own_table(results)] if results.crossed else []
+    rows = own_rows(results.events)
+    own = [own_table(rows)] if rows else []
     return [dice_table(results), class_table(pooled), *own, *traffic]
 
 
@@ -70,18 +71,13 @@ def class_table(modes: dict[str, Summary]) -> Table:
     return table
 
 
-def own_table(results: Results) -> Table:
-    """Mean test Dice of the shared adapter and of the one that each site keeps, at every site."""
-    kept = {f"personal/{event.site}": event.kept for event in results.events if isinstance(event, OwnAdapterKept)}
-    table = Table(title="Each site's own adapter, and the shared one: mean test Dice at every site")
-    for column in ("adapter", "is"):
-        table.add_column(column)
-    sites = list(next(iter(results.crossed.values())))
-    for site in sites:
-        table.add_column(as_text(site), justify="right")
-    for adapter, tested in results.crossed.items():
-        name = adapter.removeprefix("personal/") if adapter in kept else "shared"
-        table.add_row(as_text(name), kept.get(adapter, ""), *(number(tested.get(site)) for site in sites))
+def own_table(rows: Sequence[Sequence[str]]) -> Table:
+    """Mean test Dice of the shared adapter and of the one that each site keeps, at every site, from ``own_rows``."""
+    table = Table(title=TITLE)
+    for place, column in enumerate(rows[0]):
+        table.add_column(as_text(column), justify="right" if place > 1 else "left")
+    for row in rows[1:]:
+        table.add_row(*map(as_text, row))
     return table
 
 
