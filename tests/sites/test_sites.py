@@ -7,7 +7,7 @@ import pytest
 from flapsam.base.errors import FlapsamError
 from flapsam.experiments.phantom import make_phantom
 from flapsam.federation.shares import client_shares, training_size
-from flapsam.run.config import Data, Rounds, RunConfig
+from flapsam.run.config import Data, Rounds, RunConfig, Split
 from flapsam.sites import HIDDEN, IGNORED, Case, Site, hold_out_validation, keep_for_training, label_map, read_sites
 from tests.helpers.places import SHARED
 from tests.helpers.sites import make_site, make_sites
@@ -59,8 +59,8 @@ def test_validation_cases_are_drawn_by_subject():
 
 
 def test_few_training_subjects_are_among_more_of_them_and_bring_all_their_cases():
-    splits = ["train"] * 12 + ["val"] * 2 + ["test"] * 2
-    site = Site("a", tuple(Case(f"c{i}", "a", f"s{i // 2}", Path(), Path(), split) for i, split in enumerate(splits)))
+    splits: dict[int, Split] = {**dict.fromkeys(range(12), "train"), 12: "val", 13: "val", 14: "test", 15: "test"}
+    site = Site("a", tuple(Case(f"c{i}", "a", f"s{i // 2}", Path(), Path(), split) for i, split in splits.items()))
     kept = {count: keep_for_training(site, count, seed=0) for count in (1, 2, 4, 6, 9)}
     assert [len(few.of("train")) for few in kept.values()] == [2, 4, 8, 12, 12]
     for fewer, more in zip(kept.values(), list(kept.values())[1:], strict=False):
