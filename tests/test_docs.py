@@ -245,7 +245,7 @@ def test_formulas_become_mathml(site: Path):
     """Compare with the number of LaTeX formulas in the Markdown, which are ``math`` blocks or inline between two dollars."""
     text = re.sub(r"^```math\n.*?^```$", "", (DOCS / "method.md").read_text(), flags=re.MULTILINE | re.DOTALL)
     page = (site / "method.html").read_text()
-    assert page.count('display="block"') == len(blocks(DOCS / "method.md", "math")) == 10
+    assert page.count('display="block"') == len(blocks(DOCS / "method.md", "math")) == 11
     assert page.count('display="inline"') == text.count("$") / 2 > 20
     for built in site.glob("*.html"):
         assert "arithmatex" not in built.read_text(), "no script would render it"

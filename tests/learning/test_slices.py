@@ -239,6 +239,7 @@ class Brightest(torch.nn.Module):
 
     image_size = 64
     masks = 2
+    reach = 0
     pixel_mean = torch.zeros(1)
 
     def embed(self, images: Tensor) -> Tensor:
