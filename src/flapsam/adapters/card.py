@@ -152,8 +152,8 @@ def _limits(card: AdapterCard, cases: dict[str, Cases], scores: Sequence[CaseSco
     for name, value in summarise(scores).dice.items():
         if value is not None and value < 0.5:
             limits.append(f"The mean Dice of {markdown(name)} is only {value:.3f}. Much of it is missed or wrong.")
-    neighbours = "with only the two" if card.samples.channels == "adjacent" else "without"
     if not strategy(card.strategy).volume:
+        neighbours = "with only the two" if card.samples.channels == "adjacent" else "without"
         limits.append(f"Slices are segmented one at a time, {neighbours} neighbouring slices as context.")
     if card.backbone.weights == "random":
         limits.append("The backbone was not pretrained.")

@@ -135,7 +135,7 @@ class Client:
                 learner,
                 self.data.train,
                 self.config.samples,
-                # A round of steps goes on with an epoch that another round began, so its order depends on no round.
+                # A round of steps continues an epoch that another round began, so its order depends on no round.
                 seed=seed_for(self.config.seed, 0 if self.config.rounds.steps else number, self.data.site, "fit"),
                 precision=self.config.precision,
                 on_step=on_step,

@@ -268,8 +268,8 @@ def fit(
 ) -> FitReport:
     """Train the network's trainable parameters for a round's local epochs or, if the rounds count in steps, for these.
 
-    A round of whole epochs shuffles anew. A round of steps goes on with the epoch where the learner's steps so far have
-    arrived, so that every slice has its turn, however short the rounds are.
+    A round of whole epochs draws its own order. A round of steps continues the epoch that the learner's steps so far have
+    reached, so that every slice has its turn, however short the rounds are.
 
     Args:
         network: the network with the parameters that the server sent. It is changed in place.

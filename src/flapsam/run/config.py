@@ -239,7 +239,7 @@ class Rounds(StrictModel):
     count: Positive = 100
     """Maximum number of rounds of a run."""
     steps: Positive | None = None
-    """Number of training steps of every site in a round, in place of ``training.epochs``. A site's next round goes on with
+    """Number of training steps of every site in a round, in place of ``training.epochs``. A site's next round continues
     the epoch where the last one stopped. In mode ``centralised``, a round has as many steps as all sites take together."""
     last_epochs: Annotated[int, Field(ge=0)] = 0
     """Number of epochs for which each site goes on training on its own cases after the last round. Each site then has an
