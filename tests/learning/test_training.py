@@ -8,7 +8,7 @@ from monai.losses.dice import DiceLoss
 from safetensors.torch import save_file
 
 from flapsam.base.errors import FlapsamError
-from flapsam.learning.training import Learner, _pull_back, batches, batches_per_epoch, fit, learning_rate, segmentation_loss
+from flapsam.learning.training import Learner, batches, batches_per_epoch, fit, learning_rate, pull_back, segmentation_loss
 from flapsam.run.config import Backbone, Lora, Rounds, Samples, Training
 from flapsam.sam import assemble, travelling, travelling_state
 from flapsam.sam.checkpointing import checkpoint_layers
@@ -189,7 +189,7 @@ def test_moments_of_another_network_are_refused(tmp_path: Path):
 def test_the_proximal_term_matches_the_value_by_hand():
     theta = torch.nn.Parameter(torch.tensor([3.0, -1.0]))
     theta.grad = torch.tensor([0.5, 0.5])
-    _pull_back([theta], [torch.tensor([1.0, 1.0])], 0.1)
+    pull_back([theta], [torch.tensor([1.0, 1.0])], 0.1)
     assert theta.grad.tolist() == pytest.approx([0.7, 0.3])  # 0.5 + 0.1 · (3 − 1), 0.5 + 0.1 · (−1 − 1)
 
 

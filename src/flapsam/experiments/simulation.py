@@ -41,6 +41,7 @@ from flapsam.federation.preparation import (
     with_modalities,
     with_windows,
 )
+from flapsam.federation.privacy.budget import Budget
 from flapsam.federation.server import Server
 from flapsam.federation.shares import client_shares, training_size
 from flapsam.federation.state import ClientState, ServerState
@@ -422,7 +423,17 @@ def _clients(
 ) -> dict[str, Client]:
     """Site → client. All clients share the network."""
     keep = config.rounds.keep
-    return {part.site: Client(network, part, config, agreement, ClientState(folder / part.site, keep)) for part in data}
+    return {
+        part.site: Client(
+            network,
+            part,
+            config,
+            agreement,
+            ClientState(folder / part.site, keep),
+            budget=Budget(folder / part.site / "privacy.jsonl"),
+        )
+        for part in data
+    }
 
 
 def _own_clients(config: RunConfig, agreement: Agreement, data: Sequence[ClientData], folder: Path) -> dict[str, Client]:

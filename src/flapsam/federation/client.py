@@ -5,15 +5,20 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from flapsam.base.errors import FlapsamError
+from flapsam.base.randomness import Randomness, SystemRandomness
 from flapsam.base.seeds import seed_for
 from flapsam.federation.agreement import SERVER, VALIDATION, Agreement, changed, cut, padded
 from flapsam.federation.packets import Contract, Header, PacketRefused, checksum, decode, encode, encode_lossy
+from flapsam.federation.privacy.accounting import Steps, planned
+from flapsam.federation.privacy.budget import Budget
 from flapsam.federation.shares import rounded
 from flapsam.federation.state import ClientState
 from flapsam.learning.inference import predict_stack
 from flapsam.learning.metrics import CaseScores, score_case, summarise
 from flapsam.learning.prepared import PreparedCase
-from flapsam.learning.training import FIT_METRICS, ONE_ROUND, Learner, fit, steps_a_round
+from flapsam.learning.private import fit_privately
+from flapsam.learning.training import FIT_METRICS, ONE_ROUND, FitReport, Learner, fit, steps_a_round
 from flapsam.run.config import RunConfig
 from flapsam.sam import Sam, load_tensors, only_these_train, tensors_of
 
@@ -38,6 +43,9 @@ class Disclosure:
     exact_counts: bool = True
     """Exact numbers of slices, instead of rounded ones."""
 
+
+NOTHING_ELSE = Disclosure(losses=False, scores=False, exact_counts=False)
+"""Only the tensors leave."""
 
 SHARED, PERSONAL, TRAINED_ON = "shared", "personal", "trained on"
 """Candidates for a site's own adapter: the shared tensors, those with its personal ones, and these trained further."""
@@ -66,6 +74,8 @@ class Client:
         state: ClientState,
         *,
         disclosure: Disclosure | None = None,
+        budget: Budget | None = None,
+        randomness: Randomness | None = None,
         check: Callable[[int, int], None] = lambda number, steps: None,
     ) -> None:
         """Start a run, or resume it from the saved state.
@@ -76,10 +86,17 @@ class Client:
             config: the run's configuration.
             agreement: what was agreed with the server.
             state: the site's folder.
-            disclosure: what leaves the site besides its tensors. Everything by default.
+            disclosure: what leaves the site besides its tensors. Everything by default, and nothing if the run is private.
+            budget: the site's ledger of the privacy that was spent. A private run needs it.
+            randomness: source of the noise of a private run. The operating system's by default.
             check: called before a fit, with the round's number and the steps done before. It may raise an error.
         """
         self.disclosure = disclosure or Disclosure()
+        self.budget = budget
+        self.randomness = randomness or SystemRandomness()
+        if config.privacy:
+            # Noise covers the tensors alone. Whatever else depends on the patients stays.
+            self.disclosure = NOTHING_ELSE
         self.check = check
         self.network = network
         self.data = data
@@ -130,16 +147,7 @@ class Client:
             learner.reset_moments()
         contract = self.agreement.up(self.data.site, number)
         with only_these_train(self.network, {*contract.shapes, *self.agreement.personal}):
-            report = fit(
-                self.network,
-                learner,
-                self.data.train,
-                self.config.samples,
-                # A round of steps continues an epoch that another round began, so its order depends on no round.
-                seed=seed_for(self.config.seed, 0 if self.config.rounds.steps else number, self.data.site, "fit"),
-                precision=self.config.precision,
-                on_step=on_step,
-            )
+            report = (self._fit_privately if self.config.privacy else self._fit)(number, learner, on_step)
         result = cut(tensors_of(self.network, contract.shapes), self.rank)
         personal = tensors_of(self.network, self.agreement.personal)
         finite = all(tensor.isfinite().all() for tensor in (*result.values(), *personal.values()))
@@ -149,12 +157,14 @@ class Client:
                 self.state.keep_personal(number, personal)
         if self.disclosure.losses:
             metrics |= {name: float(getattr(report, name)) for name in FIT_METRICS}
+        # A private fit's slices are those of the patients that happened to take part.
+        slices = 0 if self.config.privacy else report.slices
         header = Header(
             run=self.agreement.run,
             round=number,
             base=done,
             sender=self.data.site,
-            samples=report.slices if self.disclosure.exact_counts else rounded(report.slices),
+            samples=slices if self.disclosure.exact_counts else rounded(slices),
             metrics=metrics,
         )
         answer = self._answer(header, contract, start, result, keep_unsent=finite)
@@ -212,6 +222,41 @@ class Client:
         first = PERSONAL if personal else SHARED
         kept = max(known, key=lambda name: (known[name], name == first)) if known else first
         return Own(kept, dice, candidates[kept])
+
+    def _fit(self, number: int, learner: Learner, on_step: Callable[[], None]) -> FitReport:
+        return fit(
+            self.network,
+            learner,
+            self.data.train,
+            self.config.samples,
+            # A round of steps continues an epoch that another round began, so its order depends on no round.
+            seed=seed_for(self.config.seed, 0 if self.config.rounds.steps else number, self.data.site, "fit"),
+            precision=self.config.precision,
+            on_step=on_step,
+        )
+
+    def _fit_privately(self, number: int, learner: Learner, on_step: Callable[[], None]) -> FitReport:
+        """Enter the round's steps in the site's ledger, then take them.
+
+        Raises:
+            FlapsamError: the round would reveal more than it may, or there is no ledger.
+        """
+        privacy, steps = self.config.privacy, self.config.rounds.steps
+        if privacy is None or steps is None or self.budget is None:
+            raise FlapsamError("a private run needs a ledger of the privacy that is spent")
+        plan = planned(self.config)
+        self.budget.spend(self.agreement.run, number, Steps(plan.sampling, plan.noise, steps), plan)
+        return fit_privately(
+            self.network,
+            learner,
+            self.data.train,
+            self.config.samples,
+            privacy,
+            plan.noise,
+            randomness=self.randomness,
+            precision=self.config.precision,
+            on_step=on_step,
+        )
 
     def _fit_once_more(self, number: int, epochs: int) -> None:
         """Train everything on this site's cases, with a learning rate that warms up and falls to its end."""

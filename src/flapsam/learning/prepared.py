@@ -39,6 +39,13 @@ class PreparedCase:
     """Intensity of each modality at the percentile that intensities are clipped to, if there is one."""
     folder: Path
     """Folder that holds the unpacked files."""
+    subject: str = ""
+    """The person imaged, who may have several cases. Empty if it is not known, and then the case stands for itself."""
+
+    @property
+    def patient(self) -> str:
+        """The person imaged, or the case itself if it is not known who that is."""
+        return self.subject or self.name
 
     def stack(self, samples: Samples) -> SliceStack:
         """The images as a stack of slices, mapped from disk."""
@@ -107,6 +114,7 @@ def prepare(case: Case, label_map: LabelMap, samples: Samples, folder: Path) -> 
         bounds=tuple((low, high) for low, high in metadata["bounds"]),
         ceiling=tuple(metadata["ceiling"]) if metadata["ceiling"] else None,
         folder=folder,
+        subject=case.subject,
     )
 
 

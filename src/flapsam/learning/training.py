@@ -29,6 +29,8 @@ from flapsam.sam import Sam, trained
 from flapsam.sites import IGNORED
 
 Batch = tuple[Tensor, Tensor]
+Middle = tuple[PreparedCase, int]
+"""A case and the index of a window's middle slice."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,36 @@ def loss_of(
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         logits = forward(images)
     return segmentation_loss(logits.float(), labels, options)
+
+
+def backward(
+    forward: Callable[[Tensor], Tensor],
+    batch: Batch,
+    device: torch.device,
+    options: Training,
+    precision: str,
+    windows: int,
+) -> Tensor:
+    """Add the gradients of a batch's loss to the parameters' gradients.
+
+    Args:
+        forward: returns the logits of images.
+        batch: images and labels, as ``batches`` yields them.
+        device: device of the network.
+        options: training options. With ``micro_batch``, as many windows pass through the network at once.
+        precision: ``bf16`` runs the network under autocast.
+        windows: number of windows in a whole batch.
+
+    Returns:
+        The loss, the cross-entropy and the Dice loss, a tensor of shape (3,).
+    """
+    at_once = (options.micro_batch if isinstance(options.micro_batch, int) else windows) * options.window
+    terms = []
+    for part in zip(*(tensor.split(at_once) for tensor in batch), strict=True):
+        loss, share = loss_of(forward, part, device, options, precision), len(part[0]) / len(batch[0])
+        (loss.total * share).backward()
+        terms.append(share * torch.stack([loss.total, loss.cross_entropy, loss.dice]).detach())
+    return torch.stack(terms).sum(dim=0)
 
 
 ONE_ROUND = Rounds(count=1)
@@ -220,28 +252,58 @@ def batches(
         size, size). The slices of a batch's windows follow one another.
     """
     rng = np.random.default_rng(seed)
-    augment = AUGMENTATIONS[options.augment]
-    middles = _middles(cases, options, rng)
-    order = rng.permutation(len(middles))
+    every = middles(cases, options, rng)
+    order = rng.permutation(len(every))
     if first:
         rng = np.random.default_rng([seed, first])
     for start in range(first * options.batch_size, len(order), options.batch_size):
-        images, labels = [], []
-        for index in order[start : start + options.batch_size]:
-            case, centre = middles[index]
-            if features:
-                images.append(torch.from_numpy(features.of(case)[case.indices(centre, options.window)]))
-                truth = case.window_labels(centre, options.window)
-            else:
-                window = case.window(centre, options.window, samples)
-                image, truth = augment(window[0], window[1], rng)
-                images.append(to_square(image, size, samples.resize))
-            labels.append(labels_to_square(truth, size, samples.resize))
-        yield torch.cat(images), torch.cat(labels)
+        shown = [every[index] for index in order[start : start + options.batch_size]]
+        yield batch_of(shown, options, samples, size, rng, features)
 
 
-def _middles(cases: Sequence[PreparedCase], options: Training, rng: np.random.Generator) -> list[tuple[PreparedCase, int]]:
-    """The slices that an epoch shows: all slices with a class, and a random part of the others."""
+def batch_of(
+    shown: Sequence[Middle],
+    options: Training,
+    samples: Samples,
+    size: int,
+    rng: np.random.Generator,
+    features: Features | None = None,
+) -> Batch:
+    """Cut and augment windows.
+
+    Args:
+        shown: the windows, each as its case and its middle slice.
+        options: training options.
+        samples: how volumes become samples.
+        size: side of the network's square input in pixels.
+        rng: source of the augmentation.
+        features: embeddings of the cases, which take the place of images.
+
+    Returns:
+        Images and labels, as ``batches`` yields them.
+    """
+    augment = AUGMENTATIONS[options.augment]
+    images, labels = [], []
+    for case, centre in shown:
+        if features:
+            images.append(torch.from_numpy(features.of(case)[case.indices(centre, options.window)]))
+            truth = case.window_labels(centre, options.window)
+        else:
+            window = case.window(centre, options.window, samples)
+            image, truth = augment(window[0], window[1], rng)
+            images.append(to_square(image, size, samples.resize))
+        labels.append(labels_to_square(truth, size, samples.resize))
+    return torch.cat(images), torch.cat(labels)
+
+
+def middles(cases: Sequence[PreparedCase], options: Training, rng: np.random.Generator) -> list[Middle]:
+    """The slices that an epoch shows: all slices with a class, and a random part of the others.
+
+    Args:
+        cases: the training cases.
+        options: training options, whose ``empty_slices`` is the share of slices without a class.
+        rng: draws this share.
+    """
     every = [(case, centre) for case in cases for centre in range(case.slices)]
     if options.empty_slices == 1:
         return every
@@ -284,7 +346,6 @@ def fit(
     per_epoch = batches_per_epoch(cases, options)
     network.train()
     started = time.perf_counter()
-    at_once = (options.micro_batch if isinstance(options.micro_batch, int) else options.batch_size) * options.window
     features = Features(network, cases, samples, precision) if can_be_kept(network, options, samples) else None
     forward = network.logits if features else partial(network, depth=options.window)
     device = network.pixel_mean.device
@@ -306,29 +367,29 @@ def fit(
             waiting += time.perf_counter() - asked
             if batch is None:
                 break
-            images, labels = batch
             for group in learner.optimizer.param_groups:
                 group["lr"] = learning_rate(learner.steps, per_epoch, options, learner.rounds)
             learner.optimizer.zero_grad(set_to_none=True)
-            terms = []
-            for part in zip(images.split(at_once), labels.split(at_once), strict=True):
-                loss, share = loss_of(forward, part, device, options, precision), len(part[0]) / len(images)
-                (loss.total * share).backward()
-                terms.append(share * torch.stack([loss.total, loss.cross_entropy, loss.dice]).detach())
-            losses.append(torch.stack(terms).sum(dim=0))
+            losses.append(backward(forward, batch, device, options, precision, options.batch_size))
             if options.proximal:
-                _pull_back(moving, start, options.proximal)
+                pull_back(moving, start, options.proximal)
             learner.optimizer.step()
             learner.steps += 1
-            slices += len(images)
+            slices += len(batch[0])
             on_step()
         epoch, first = epoch + 1, 0
     total, cross_entropy, dice = torch.stack(losses).mean(dim=0).tolist()
     return FitReport(len(losses), slices, total, cross_entropy, dice, time.perf_counter() - started, waiting)
 
 
-def _pull_back(parameters: Sequence[Tensor], start: Sequence[Tensor], strength: float) -> None:
-    """Add the gradient of FedProx's term μ/2 · ‖θ − θ_start‖² to the parameters' gradients."""
+def pull_back(parameters: Sequence[Tensor], start: Sequence[Tensor], strength: float) -> None:
+    """Add the gradient of FedProx's term μ/2 · ‖θ − θ_start‖² to the parameters' gradients.
+
+    Args:
+        parameters: the parameters θ.
+        start: their values θ_start.
+        strength: μ.
+    """
     for parameter, origin in zip(parameters, start, strict=True):
         if parameter.grad is not None:
             parameter.grad.add_(parameter.detach() - origin, alpha=strength)

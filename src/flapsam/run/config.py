@@ -303,6 +303,28 @@ class ServerOptions(StrictModel):
     """Constant that is added to the root of the second moment (τ). ``fedavgm`` does not use it."""
 
 
+class Privacy(StrictModel):
+    """Differential privacy of every patient at every site (DP-SGD, Abadi et al. 2016, arXiv 1607.00133).
+
+    In each training step, a site draws patients at random, cuts the gradient of each to a fixed norm, adds them up and adds
+    Gaussian noise. What leaves the site then says little about any one patient, who is all cases of a ``subject``.
+    """
+
+    epsilon: Annotated[float, Field(gt=0, le=1000)] = 8
+    """Largest ε that the run's training may reveal about a patient of a site."""
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """Probability δ with which a run may reveal more than ε says. It should be well below 1 divided by a site's patients."""
+    clip: Annotated[float, Field(gt=0)] = 0.1
+    """Largest Euclidean norm of a patient's gradient. A larger gradient is scaled down to it."""
+    sampling: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Probability with which a patient takes part in a step."""
+    windows: Positive = 4
+    """Number of windows that a patient contributes to a step. They are drawn from all cases of the patient."""
+    repeats: Annotated[int, Field(ge=0)] = 2
+    """Number of rounds that a site may have to repeat after a crash or ``--from-round``. A repetition reveals as much as any
+    round, so the noise is set for this many rounds more than the run has."""
+
+
 class Grid(StrictModel):
     """Cells of ``flapsam bench``: every combination of these values. The run itself supplies what is not given."""
 
@@ -349,6 +371,7 @@ class RunConfig(StrictModel):
     """How the server aggregates the sites' tensors, such as ``fedavg`` or ``flexlora``."""
     server: ServerOptions = ServerOptions()
     compression: Compression = Compression()
+    privacy: Privacy | None = None
     site_ranks: Named[Positive] = {}
     """Site → rank of its adapters, for sites where it is smaller than ``lora.rank``."""
     modes: Annotated[list[Mode], Field(min_length=1)] = ["federated"]
@@ -389,6 +412,27 @@ class RunConfig(StrictModel):
         if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"preset: there is no '{name}'; choose {' or '.join(PRESETS)}")
         return with_preset(tree, name)
+
+    @model_validator(mode="after")
+    def _check_privacy(self) -> "RunConfig":
+        """Check that nothing in a private run depends on the patients but their noisy gradients."""
+        if self.privacy is None:
+            return self
+        rounds, problem = self.rounds, ""
+        if rounds.steps is None:
+            problem = "needs rounds.steps, because the length of an epoch tells how many slices a site has; set it"
+        elif self.training.schedule_epochs is not None:
+            problem = "needs training.schedule_epochs: null, because the length of an epoch tells how many slices a site has"
+        elif rounds.weights in ("slices", "cases"):
+            problem = (
+                f"does not go with rounds.weights: {rounds.weights}, because counts of patients' data do not leave a site; "
+                "set it to uniform, or to a number for each site"
+            )
+        elif rounds.patience is not None:
+            problem = "does not go with rounds.patience, because no validation Dice leaves a site; remove it"
+        if problem:
+            raise ValueError(f"privacy {problem}")
+        return self
 
 
 def reserved(name: str) -> str:

@@ -24,6 +24,8 @@ def refusals(config: RunConfig, site: SiteConfig) -> Iterator[tuple[str, str]]:
     if site.aggregators is not None and config.aggregator not in site.aggregators:
         allowed = ", ".join(site.aggregators)
         yield "aggregator", f"the run's aggregator is {config.aggregator}, this site's aggregators are {allowed}"
+    if site.privacy is not None and config.privacy is None:
+        yield "privacy", "the run has no differential privacy, this site requires it (privacy)"
     for name, value, low, high in _ranges(config, site):
         if not low <= value <= high:
             yield "bounds", f"the run's {name} is {value:g}, this site allows {low:g} to {high:g}"

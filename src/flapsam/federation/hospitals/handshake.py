@@ -19,6 +19,7 @@ REASONS: Mapping[str, str] = {
     "rounds": "its configuration allows fewer rounds than the run has",
     "bounds": "its configuration does not allow the run's settings; see the site's own log",
     "memory": "training needs more memory than its configuration allows",
+    "privacy": "its limit of differential privacy does not allow the run; see the site's own log",
     "cases": "it has fewer training cases than its configuration requires",
     "data": "its data or its configuration is invalid; see the site's own log",
     "backbone": "it does not have the backbone's weights",
@@ -89,11 +90,11 @@ class Presence(Message):
     modalities: Annotated[int, Field(ge=1, le=3)]
     """Number of modalities of the site's images."""
     cases: dict[Split, Annotated[int, Field(ge=0, le=MOST_CASES)]]
-    """Number of cases of every split."""
+    """Number of cases of every split; 0 in a private run, in which no counts leave a site."""
     training_cases: Annotated[int, Field(ge=1, le=MOST_CASES)]
-    """Number of training cases, before validation cases are held out."""
+    """Number of training cases, before validation cases are held out; 1 in a private run."""
     training_slices: Annotated[int, Field(ge=1, le=MOST_SLICES)]
-    """Number of slices in these training cases."""
+    """Number of slices in these training cases; 1 in a private run."""
     held: Annotated[int, Field(ge=0, lt=1 << 31)]
     """Round of the newest global tensors that the site has received; 0 before the first."""
 

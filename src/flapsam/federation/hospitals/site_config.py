@@ -68,6 +68,15 @@ class Bounds(StrictModel):
     """Maximum number of classes."""
 
 
+class PrivacyCeiling(StrictModel):
+    """The most that this site's answers may reveal about one of its patients, over all runs in its state."""
+
+    epsilon: Annotated[float, Field(gt=0)]
+    """Largest ε of differential privacy. Every run must be private and needs its part of it."""
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """Probability δ with which more may be revealed."""
+
+
 class SiteConfig(StrictModel):
     """A site's configuration, as in ``site.yaml``."""
 
@@ -87,6 +96,8 @@ class SiteConfig(StrictModel):
     reveals too much about them."""
     min_validation_cases: Positive = 1
     """Number of validation cases below which no Dice leaves the site."""
+    privacy: PrivacyCeiling | None = None
+    """The most that may be revealed about a patient. Runs without differential privacy are refused if it is given."""
     bounds: Bounds = Bounds()
     """What a run may ask of the site's training."""
     metrics: bool = True
@@ -115,9 +126,19 @@ class SiteConfig(StrictModel):
         return self.state / "journal.jsonl"
 
     @property
+    def privacy_spent(self) -> Path:
+        """The ledger of the privacy that this site's answers have spent."""
+        return self.state / "privacy.jsonl"
+
+    @property
     def split(self) -> Path:
         """The split that the site's first run has fixed."""
         return self.state / "split.json"
+
+    @property
+    def has_run(self) -> bool:
+        """Whether the site has taken part in a run."""
+        return any((self.state / "runs").glob("*"))
 
     @property
     def lock(self) -> Path:

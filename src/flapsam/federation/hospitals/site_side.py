@@ -30,8 +30,11 @@ from flapsam.federation.preparation import (
     with_modalities,
     with_windows,
 )
+from flapsam.federation.privacy.accounting import planned
+from flapsam.federation.privacy.budget import Budget, BudgetError, Ceiling
 from flapsam.federation.shares import rounded, training_size
 from flapsam.federation.state import ClientState
+from flapsam.learning.private import by_patient
 from flapsam.run.config import RANDOM, RunConfig
 from flapsam.run.reading import validated
 from flapsam.sam import Sam, tensors_of
@@ -82,6 +85,8 @@ class SiteSide:
             self.run = proposal.run
             self.journal.write("asked", self.run, words=in_words(config, self.site))
             self._check_bounds(config)
+        with failing_as("state"):
+            self.budget = self._open_budget(config)
         with failing_as("backbone"):
             find_checkpoint(config.backbone)
         with failing_as("configuration"):
@@ -115,17 +120,19 @@ class SiteSide:
                     scores=self.site.metrics and len(data.val) >= self.site.min_validation_cases,
                     exact_counts=False,
                 ),
+                budget=self.budget,
                 check=self._check_fit,
             )
             held = self.client.held
         log.info("taking part in run %s with %d training cases, from round %d", self.run, len(data.train), held + 1)
+        told = self.config.privacy is None
         presence = Presence(
             contract=agreement.contract.hash,
             backbone=self.origin.checksum,
             modalities=self.config.samples.modalities,
-            cases={split: rounded(len(site.of(split))) for split in ("train", "val", "test")},
-            training_cases=rounded(size.cases),
-            training_slices=rounded(size.slices),
+            cases={split: rounded(len(site.of(split))) if told else 0 for split in ("train", "val", "test")},
+            training_cases=rounded(size.cases) if told else 1,
+            training_slices=rounded(size.slices) if told else 1,
             held=held,
         )
         answer = presence.model_dump_json().encode()
@@ -244,9 +251,24 @@ class SiteSide:
             refused.append(("rounds", f"the run has {config.rounds.count} rounds, {rest}"))
         self._refuse(refused)
 
+    def _open_budget(self, config: RunConfig) -> Budget | None:
+        """Open the ledger of the privacy that was spent, and check that there is enough left for a private run."""
+        if config.privacy is None:
+            return None
+        own = self.site.privacy
+        ceiling = Ceiling(own.epsilon, own.delta) if own else None
+        budget = Budget(self.site.privacy_spent, ceiling, begun=self.site.has_run)
+        try:
+            budget.check(self.run, planned(config))
+        except BudgetError as reason:
+            self._refuse([("privacy", str(reason))])
+        return budget
+
     def _check_cases(self, data: ClientData, config: RunConfig) -> None:
         """Check that a fit uses enough cases and takes enough steps, from its first round on."""
-        site, used = self.site, cases_used(data.train, config.training, config.rounds)
+        site = self.site
+        # Any patient may be drawn for a step of a private fit, with all cases.
+        used = len(by_patient(data.train)) if config.privacy else cases_used(data.train, config.training, config.rounds)
         if used < site.min_cases:
             self._refuse(
                 [("cases", f"this site has {used} training cases with a slice to train on, min_cases is {site.min_cases}")]
@@ -300,6 +322,9 @@ def failing_as(code: str) -> Iterator[None]:
     except PacketRefused as reason:
         log.error("refused the server's packet: %s", reason)
         raise SiteFailed("packet") from reason
+    except BudgetError as error:
+        log.error("%s", error)
+        raise SiteFailed("privacy") from error
     except FlapsamError as error:
         log.error("%s", error)
         raise SiteFailed(code) from error

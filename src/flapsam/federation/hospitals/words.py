@@ -22,14 +22,19 @@ def in_words(config: RunConfig, site: SiteConfig) -> list[str]:
     trained += [f"SAM's parameters {', '.join(chosen.trains)}"] * bool(chosen.trains)
     amount, unit = (rounds.steps, "step") if rounds.steps else (training.epochs, "epoch")
     length = f"{amount} {unit}" + "s" * (amount > 1)
-    left = (
-        "the trained tensors"
-        + " except this site's own" * bool(config.personal)
-        + ", and the numbers of cases and slices, rounded"
-    )
-    if site.metrics:
+    left = "the trained tensors" + " except this site's own" * bool(config.personal)
+    if config.privacy:
+        left += ", with noise"
+    else:
+        left += ", and the numbers of cases and slices, rounded"
+    if site.metrics and not config.privacy:
         left += "; losses, validation Dice, steps and times"
     own = []
+    if privacy := config.privacy:
+        own.append(
+            f"Add so much noise that the run reveals at most ε = {privacy.epsilon:g} about any patient of this site, with "
+            f"δ = {privacy.delta:g} (differential privacy)."
+        )
     if config.personal:
         own.append(f"Train the parameters {', '.join(config.personal)} for this site alone. They never leave this site.")
     if rounds.last_epochs:

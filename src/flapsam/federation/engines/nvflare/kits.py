@@ -355,4 +355,7 @@ device: cpu                      # cpu, cuda, mps or auto
 # aggregators: [flexlora-aligned, fedavg]
 # max_rounds: 100
 # memory_gib: 16
+
+# Uncomment this to accept only runs with differential privacy that together reveal at most so much about a patient:
+# privacy: {epsilon: 8, delta: 1.0e-5}
 """

@@ -14,9 +14,10 @@ from flapsam.base.errors import FlapsamError
 from flapsam.federation.engines.nvflare.kits import FEW_DAYS, Kit, read_kit
 from flapsam.federation.hospitals.handshake import REASONS, Presence, Proposal, SiteFailed, read_message
 from flapsam.federation.hospitals.run_config import read_federated_config
-from flapsam.federation.hospitals.site_config import SiteConfig, read_site_config
+from flapsam.federation.hospitals.site_config import PrivacyCeiling, SiteConfig, read_site_config
 from flapsam.federation.hospitals.site_side import SiteSide
 from flapsam.federation.hospitals.words import in_words
+from flapsam.federation.privacy.budget import Budget
 from flapsam.learning.memory import free_bytes, training_bytes
 from flapsam.run.config import ClassValues, Data, RunConfig
 from flapsam.run.observer import Observer
@@ -65,6 +66,8 @@ def check_site(folder: Path, site_yaml: Path | None, run_yaml: Path | None, obse
     yield Finding("certificate", kit.days_left >= FEW_DAYS, f"valid until {until}, {kit.days_left} days left")
     yield _network(kit)
     yield from _data(kit.card.name, site, run, observer)
+    if site.privacy:
+        yield _privacy(site, site.privacy)
     place = next(folder for folder in (site.state, *site.state.parents) if folder.exists())
     disk = shutil.disk_usage(place).free / 2**30
     yield Finding("disk", disk >= DISK_GIB, f"{disk:.0f} GiB free in {place}")
@@ -123,11 +126,22 @@ def _data(name: str, site: SiteConfig, run: RunConfig | None, observer: Observer
     yield Finding("data", enough, f"{len(cases.cases)} cases, {training} for training (min_cases is {site.min_cases})")
 
 
+def _privacy(site: SiteConfig, most: PrivacyCeiling) -> Finding:
+    """Compare what earlier runs have revealed with the site's ceiling."""
+    try:
+        budget = Budget(site.privacy_spent, begun=site.has_run)
+        spent = budget.epsilon(most.delta)
+    except FlapsamError as error:
+        return Finding("privacy", False, str(error))
+    return Finding("privacy", spent < most.epsilon, f"ε is {spent:.3g} of {most.epsilon:g} so far, at δ = {most.delta:g}")
+
+
 def _rehearsal(name: str, site: SiteConfig, run: RunConfig, free: float) -> Iterator[Finding]:
     """Rehearse a run up to its first fit, with a temporary state."""
     with tempfile.TemporaryDirectory() as folder:
         rehearsed = site.model_copy(update={"state": Path(folder)})
-        for own, copy in ((site.journal, rehearsed.journal), (site.split, rehearsed.split)):
+        for name_of in ("journal", "split", "privacy_spent"):
+            own, copy = getattr(site, name_of), getattr(rehearsed, name_of)
             if own.exists():
                 shutil.copy(own, copy)
         side = SiteSide(name, rehearsed)
@@ -143,9 +157,9 @@ def _rehearsal(name: str, site: SiteConfig, run: RunConfig, free: float) -> Iter
             return
         finally:
             logger.removeHandler(listener)
-        size = f"{presence.training_cases} training cases, {presence.training_slices} slices"
-        yield Finding("run", True, f"takes part with {size}, backbone {presence.backbone[:12]}…")
         config = side.config
+        size = f" with {presence.training_cases} training cases, {presence.training_slices} slices"
+        yield Finding("run", True, f"takes part{'' if config.privacy else size}, backbone {presence.backbone[:12]}…")
         for sentence in in_words(config, site):
             yield Finding("asks", True, sentence)
         needed = training_bytes(side.network, config.training, config.precision) / 2**30
