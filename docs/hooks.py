@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import griffe
 import typer
@@ -84,7 +84,8 @@ def fields(path: str) -> str:
     module, name = path.rsplit(".", 1)
     model: type[BaseModel] = getattr(import_module(module), name)
     documented = griffe.load(module, search_paths=["src"])[name].members
-    group = next((key for key, field in RunConfig.model_fields.items() if field.annotation is model), "")
+    groups = {key: field.annotation for key, field in RunConfig.model_fields.items()}
+    group = next((key for key, kind in groups.items() if model is kind or model in get_args(kind)), "")
     columns = _columns(model, group)
     rows = [f"| field | {' | '.join(columns)} | meaning |\n|---|{'---|' * len(columns)}---|"]
     for field, info in model.model_fields.items():

@@ -195,10 +195,13 @@ def test_the_first_format_still_loads(weights: str, tmp_path: Path):
     assert logits.abs().mean().item() == pytest.approx(0.02993904985487461, abs=1e-5)
 
 
-def test_the_second_to_fifth_format_still_load(tmp_path: Path):
+def test_the_second_to_sixth_format_still_load(tmp_path: Path):
     """What was called sam-tiny in them is called sam-tiny-1 now."""
     path = saved(tmp_path) / "flapsam.json"
     written = json.loads(path.read_text())
+    assert written.pop("privacy") is None
+    path.write_text(json.dumps({**written, "format": 6}))
+    assert load_adapter(tmp_path)[1].privacy is None
     assert written.pop("personal") == []
     path.write_text(json.dumps({**written, "format": 5}))
     card = load_adapter(tmp_path)[1]

@@ -9,7 +9,7 @@ from flapsam.adapters.store import CARD, AdapterCard
 from flapsam.base.escaping import markdown
 from flapsam.base.files import write_text
 from flapsam.learning.metrics import CaseScores, Summary, by_site, rule_for_absent, scores_of, summarise
-from flapsam.run.config import SPLITS
+from flapsam.run.config import SPLITS, Privacy
 from flapsam.run.ledger import Cases, CaseTested, Cohort, Event, SiteJoined
 from flapsam.sam import strategy
 from flapsam.sam.sources import SOURCES
@@ -109,16 +109,21 @@ def _listed(names: Sequence[str]) -> str:
 def _sites(cases: dict[str, Cases], scores: Sequence[CaseScores], classes: Sequence[str]) -> str:
     summaries = {site: summarise(part) for site, part in by_site(scores).items()}
     rows = [
-        [markdown(site), *(str(counts[split]) for split in SPLITS), *_dice(summaries.get(site), classes)]
+        [markdown(site), *_told([counts[split] for split in SPLITS]), *_dice(summaries.get(site), classes)]
         for site, counts in cases.items()
     ]
     if len(rows) > 1:
-        total = [str(sum(counts[split] for counts in cases.values())) for split in SPLITS]
+        total = _told([sum(counts[split] for counts in cases.values()) for split in SPLITS])
         rows.append(["all sites", *total, *_dice(summarise(scores), classes)])
     dice = [f"Dice, {markdown(name)}" for name in classes]
     head = ["Site", "Training cases", "Validation cases", "Test cases", *dice, "Mean Dice"]
     rule = ["---", *("---:" for _ in head[1:])]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, rule, *rows])
+
+
+def _told(counts: Sequence[int]) -> list[str]:
+    """Numbers of cases. All are 0 where a site does not tell any, as in a private run."""
+    return [str(count) if any(counts) else "–" for count in counts]
 
 
 def _dice(summary: Summary | None, classes: Sequence[str]) -> list[str]:
@@ -141,7 +146,8 @@ def _counts(scores: Sequence[CaseScores]) -> str:
 
 
 def _limits(card: AdapterCard, cases: dict[str, Cases], scores: Sequence[CaseScores]) -> list[str]:
-    training_cases = _count(sum(counts["train"] for counts in cases.values()), "case")
+    number = sum(counts["train"] for counts in cases.values())
+    training_cases = _count(number, "case") if number else "an undisclosed number of cases"
     limits = [
         f"The adapter was trained on {training_cases} from {_count(len(cases), 'site')}. "
         "Expect lower scores elsewhere, on other scanners and patients."
@@ -169,7 +175,8 @@ def _details(card: AdapterCard) -> dict[str, str]:
     extent = {"window": "each slice and its two neighbours on either side", "volume": "the volume"}[samples.scaling]
     direction = "perpendicular to the axis of largest spacing" if samples.axis == "auto" else samples.axis
     shape = {"stretch": "stretched", "pad": "scaled and padded"}[samples.resize]
-    return {
+    private = {"Privacy": _privacy(card.privacy)} if card.privacy else {}
+    return private | {
         "Intensities": f"{clip}scaled to [0, 1] over {extent}",
         "Slices": f"{direction}, {shape} to {samples.size} × {samples.size} pixels, channels `{samples.channels}`",
         "Backbone": f"`{card.backbone.name}`, weights `{card.backbone.weights}`{_origin(card)}, SHA-256 of the frozen "
@@ -177,6 +184,13 @@ def _details(card: AdapterCard) -> dict[str, str]:
         "Run": f"`{card.run}`, trained with flapsam {card.flapsam}; `{CARD}` describes the adapter in full",
         "Licence": markdown(card.licence),
     }
+
+
+def _privacy(privacy: Privacy) -> str:
+    return (
+        f"differentially private for each patient of a site, with ε ≤ {privacy.epsilon:g} at δ = {privacy.delta:g} (DP-SGD; "
+        "every site adds its own noise; neighbouring data sets differ by one patient)"
+    )
 
 
 def _origin(card: AdapterCard) -> str:

@@ -20,7 +20,7 @@ from flapsam.base.errors import FlapsamError, too_new
 from flapsam.base.files import check_file, read_text, write_text, written_whole
 from flapsam.base.names import Named, Names
 from flapsam.base.version import __version__
-from flapsam.run.config import RANDOM, Backbone, Checkpoint, ClassValues, Lora, OutputPart, Samples
+from flapsam.run.config import RANDOM, Backbone, Checkpoint, ClassValues, Lora, OutputPart, Privacy, Samples
 from flapsam.run.reading import described
 from flapsam.sam import Sam, architecture, assemble, load_trained, lora_config, strategy
 from flapsam.sam.sources import source
@@ -33,7 +33,7 @@ CARD, PEFT_CONFIG, PEFT_WEIGHTS, PLAIN_WEIGHTS = (
     "weights.safetensors",
 )
 PEFT_PREFIX = "base_model.model."
-CARD_FORMAT = 6
+CARD_FORMAT = 7
 """Version of ``flapsam.json``. ``_upgrade`` converts older ones."""
 LARGEST_SIZE = 4096
 """Largest side of the network's input in pixels, and largest rank."""
@@ -62,7 +62,7 @@ class AdapterCard(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    format: Literal[6] = CARD_FORMAT
+    format: Literal[7] = CARD_FORMAT
     flapsam: str = __version__
     run: str
     mode: str
@@ -72,6 +72,8 @@ class AdapterCard(BaseModel):
     frozen: list[OutputPart]
     personal: list[str] = []
     """Patterns of the names of parameters that each site trained for itself."""
+    privacy: Privacy | None = None
+    """Differential privacy of the patients that the adapter was trained on, if it has any."""
     backbone: BackboneCard
     samples: Samples
     classes: Names
@@ -164,6 +166,9 @@ def _upgrade(description: Any) -> Any:
     if description.get("format") == 5:
         # In format 5, everything that trained travelled.
         description = {**description, "format": 6, "personal": []}
+    if description.get("format") == 6:
+        # In format 6, no training was private.
+        description = {**description, "format": 7, "privacy": None}
     return description
 
 

@@ -197,6 +197,8 @@ def card_of(run: str, mode: str, rounds: int, config: RunConfig, origin: Origin)
         lora=config.lora,
         frozen=config.frozen,
         personal=config.personal,
+        # What a site trains for itself at the end has no noise.
+        privacy=None if mode == "personal" else config.privacy,
         backbone=BackboneCard(
             name=config.backbone.name,
             pixels=config.backbone.pixels,

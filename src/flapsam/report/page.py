@@ -164,7 +164,17 @@ def _about(run: Run) -> str:
     return (
         f"Segmentation of {', '.join(run.classes)} at {len(run.sites)} sites. Backbone {config.backbone.name}, "
         f"strategy {config.strategy}{low_rank}, aggregator {config.aggregator}, codec {config.compression.codec}, "
-        f"preset {config.preset}, seed {config.seed}."
+        f"preset {config.preset}, seed {config.seed}.{_private(config)}"
+    )
+
+
+def _private(config: RunConfig) -> str:
+    privacy = config.privacy
+    if privacy is None:
+        return ""
+    return (
+        f" Differential privacy for every patient: ε ≤ {privacy.epsilon:g} at δ = {privacy.delta:g}. "
+        "Only tensors with noise left the sites, so there are no losses, validation scores or counts."
     )
 
 

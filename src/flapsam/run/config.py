@@ -372,6 +372,7 @@ class RunConfig(StrictModel):
     server: ServerOptions = ServerOptions()
     compression: Compression = Compression()
     privacy: Privacy | None = None
+    """Differential privacy of every patient; none if not given. ``{}`` takes the defaults."""
     site_ranks: Named[Positive] = {}
     """Site → rank of its adapters, for sites where it is smaller than ``lora.rank``."""
     modes: Annotated[list[Mode], Field(min_length=1)] = ["federated"]
