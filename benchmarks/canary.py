@@ -84,7 +84,7 @@ def direction_of(network: Sam, config: RunConfig, canary: PreparedCase) -> np.nd
     flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
     for parameter in parameters:
         parameter.grad = None
-    return clipped(flat.double().numpy(), 1e-12) / 1e-12
+    return clipped(flat.double().numpy(), 1e-12)
 
 
 def trial(
@@ -94,7 +94,7 @@ def trial(
     load_tensors(network, start)
     learner = Learner(network, config.training, config.rounds)
     if config.privacy:
-        noise = planned(config).noise
+        noise = planned(config).steps.noise
         fit_privately(network, learner, cases, config.samples, config.privacy, noise, randomness=SystemRandomness())
     else:
         fit(network, learner, cases, config.samples, seed=seed)
@@ -164,7 +164,8 @@ def main() -> None:
             network = assemble_run(config).network
             start = {k: v.clone() for k, v in tensors_of(network, trained(network)).items()}
             direction = direction_of(network, config, cases[-1])
-            cell = cells.setdefault(name, {"noise": planned(config).noise if epsilon else 0, "inside": [], "outside": []})
+            noise = planned(config).steps.noise if epsilon else 0
+            cell = cells.setdefault(name, {"noise": noise, "inside": [], "outside": []})
             while len(cell["outside"]) < options.trials and time.monotonic() < until:
                 seed = 2 * len(cell["outside"])
                 cell["inside"].append(trial(network, config, start, cases, direction, seed))

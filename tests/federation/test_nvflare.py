@@ -20,6 +20,7 @@ from safetensors import safe_open
 from flapsam import __version__
 from flapsam.experiments.simulation import simulate
 from flapsam.federation.hospitals.handshake import REASONS
+from flapsam.federation.privacy.budget import Budget
 from flapsam.run.reading import fingerprint, read_config
 from tests.helpers.command import flapsam
 from tests.helpers.hospitals import Hospitals, adapter_of, kill_all, rounds_done, until
@@ -109,9 +110,17 @@ def test_a_federation_reproduces_the_simulations_adapter_with_little_overhead(
         assert event["seconds"] - max(fits) < 2
 
 
+PRIVATE = {
+    "training": {"window": 1, "batch_size": 8, "warmup_steps": 2, "schedule_epochs": None},
+    "privacy": {"epsilon": 8, "delta": 1e-3},
+}
+"""A run with differential privacy."""
+
+
 def test_no_private_data_of_a_site_cross_the_wire_or_reach_the_server(hospitals: Hospitals, tmp_path: Path):
-    """Covers the run above and a run in which one site's data are broken, so that there is an error to report."""
-    config, run = write_run(tmp_path / "run.yaml", hospitals.data), tmp_path / "run"
+    """Covers the run above and a private one in which one site's data are broken, so that there is an error to report."""
+    fields = {**PRIVATE, "rounds": {"count": 2, "steps": 3, "weights": "uniform"}}
+    config, run = write_run(tmp_path / "run.yaml", hospitals.data, **fields), tmp_path / "run"
     broken = next((hospitals.data / "site_c" / "labels").iterdir())
     whole = broken.read_bytes()
     broken.write_bytes(whole[:100])
@@ -121,6 +130,12 @@ def test_no_private_data_of_a_site_cross_the_wire_or_reach_the_server(hospitals:
     assert f"site_c does not take part: {REASONS['data']}" in output
     own_log = (hospitals.state_of("site_c") / "site.log").read_text()
     assert broken.name in own_log
+    # Of a private run, the server learns no count, loss or score.
+    assert [set(event["cases"].values()) for event in read_events(run, "site")] == [{0}, {0}]
+    fits = read_events(run, "fit")
+    assert len(fits) == 4 and all(not fit["slices"] for fit in fits)
+    assert {fit[told] for fit in fits for told in ("loss", "steps", "seconds", "site_seconds")} == {None}
+    assert not read_events(run, "validation")
     sent = bytes(hospitals.proxy.record)
     packets = [path.read_bytes() for site in hospitals.sites for path in hospitals.state_of(site).rglob("reply-*.packet")]
     opened = [zstandard.ZstdDecompressor().decompress(packet[40:], 1 << 24) for packet in packets]
@@ -158,8 +173,12 @@ def descendant(hospitals: Hospitals, name: str, module: str) -> psutil.Process:
 
 
 def test_a_killed_fit_misses_only_its_own_round_and_a_killed_site_rejoins(hospitals: Hospitals, tmp_path: Path):
-    """A fit that runs out of memory is killed in the same way, and so is a site whose machine loses power."""
-    config, run = write_run(tmp_path / "run.yaml", hospitals.data, **{**LONG, "rounds": {"count": 6}}), tmp_path / "run"
+    """A fit that runs out of memory is killed in the same way, and so is a site whose machine loses power.
+
+    The run is private, and a fit that was killed counts as one that may have told something.
+    """
+    fields = {**PRIVATE, "rounds": {"count": 6, "steps": 60, "weights": "uniform"}}
+    config, run = write_run(tmp_path / "run.yaml", hospitals.data, **fields), tmp_path / "run"
     hospitals.start_run(config)
     until(lambda: fitting(hospitals, "site_b", run) == 2)
     descendant(hospitals, "site_b", "fit_process").kill()
@@ -177,6 +196,10 @@ def test_a_killed_fit_misses_only_its_own_round_and_a_killed_site_rejoins(hospit
     assert 3 in missed and missed | fits["site_c"] == {1, 2, 3, 4, 5, 6} and max(fits["site_c"]) == 6
     assert [job["outcome"] for job in read_events(run, "job_end")] == ["regroup", "done"]
     assert adapter_of(run)
+    identity = json.loads((run / "environment.json").read_text())["run"]
+    for site in hospitals.sites:
+        spent = Budget(hospitals.state_of(site) / "privacy.jsonl").spent()
+        assert {entry.round for entry in spent if entry.run == identity} >= fits[site]
 
 
 def test_neither_a_stop_nor_a_repeated_round_nor_a_killed_server_changes_the_adapter(

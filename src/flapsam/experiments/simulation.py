@@ -423,6 +423,9 @@ def _clients(
 ) -> dict[str, Client]:
     """Site → client. All clients share the network."""
     keep = config.rounds.keep
+    budgets = {part.site: Budget(folder / part.site / "privacy.jsonl") for part in data} if config.privacy else {}
+    for budget in budgets.values():
+        budget.create(begun=False)
     return {
         part.site: Client(
             network,
@@ -430,7 +433,7 @@ def _clients(
             config,
             agreement,
             ClientState(folder / part.site, keep),
-            budget=Budget(folder / part.site / "privacy.jsonl"),
+            budget=budgets.get(part.site),
         )
         for part in data
     }

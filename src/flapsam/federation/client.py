@@ -10,7 +10,7 @@ from flapsam.base.randomness import Randomness, SystemRandomness
 from flapsam.base.seeds import seed_for
 from flapsam.federation.agreement import SERVER, VALIDATION, Agreement, changed, cut, padded
 from flapsam.federation.packets import Contract, Header, PacketRefused, checksum, decode, encode, encode_lossy
-from flapsam.federation.privacy.accounting import Steps, planned
+from flapsam.federation.privacy.accounting import planned
 from flapsam.federation.privacy.budget import Budget
 from flapsam.federation.shares import rounded
 from flapsam.federation.state import ClientState
@@ -245,14 +245,14 @@ class Client:
         if privacy is None or steps is None or self.budget is None:
             raise FlapsamError("a private run needs a ledger of the privacy that is spent")
         plan = planned(self.config)
-        self.budget.spend(self.agreement.run, number, Steps(plan.sampling, plan.noise, steps), plan)
+        self.budget.spend(self.agreement.run, number, steps, plan)
         return fit_privately(
             self.network,
             learner,
             self.data.train,
             self.config.samples,
             privacy,
-            plan.noise,
+            plan.steps.noise,
             randomness=self.randomness,
             precision=self.config.precision,
             on_step=on_step,
@@ -291,7 +291,10 @@ class Client:
         if self.agreement.remembers:
             self.state.hold(number, tensors)
         load_tensors(self.network, padded(tensors, self.agreement.contract.shapes))
-        load_tensors(self.network, self.personal_start | self.state.personal_before(number + 1))
+        kept = self.state.personal_before(number + 1)
+        # Whatever is not personal in this run is the server's, even if an earlier version of the run kept it here.
+        kept = {name: tensor for name, tensor in kept.items() if name in self.personal_start}
+        load_tensors(self.network, self.personal_start | kept)
         return number, tensors
 
     def _answer(

@@ -1,7 +1,9 @@
 """What every participant derives from a run's configuration before the first round: data, network and agreement."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
@@ -163,7 +165,13 @@ def with_windows(config: RunConfig, network: Sam, known: int | None = None) -> R
     return config.model_copy(update={"training": config.training.model_copy(update={"micro_batch": windows})})
 
 
-def prepare_site(site: Site, config: RunConfig, cache: Path, on_case: Callable[[], None] = lambda: None) -> ClientData:
+def prepare_site(
+    site: Site,
+    config: RunConfig,
+    cache: Path,
+    on_case: Callable[[], None] = lambda: None,
+    unknown_labels: Literal["refuse", "ignore"] = "refuse",
+) -> ClientData:
     """Prepare a site's training and validation cases.
 
     Args:
@@ -171,11 +179,12 @@ def prepare_site(site: Site, config: RunConfig, cache: Path, on_case: Callable[[
         config: the resolved configuration.
         cache: folder for prepared volumes.
         on_case: called after every case.
+        unknown_labels: whether a label value that belongs to no class is an error, or is left out of the loss.
 
     Raises:
         FlapsamError: a case cannot be used.
     """
-    labels = label_map(config.data, site.name)
+    labels = replace(label_map(config.data, site.name), ignores_unknown=unknown_labels == "ignore")
 
     def prepared(cases: Sequence[Case]) -> list[PreparedCase]:
         result = []

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flapsam.base.errors import FlapsamError
 from flapsam.base.randomness import Randomness, normal, uniform
 from flapsam.learning.features import Features, can_be_kept
 from flapsam.learning.prepared import PreparedCase
@@ -47,8 +46,8 @@ def fit_privately(
 
     In a step, every patient takes part with probability ``privacy.sampling``, independently of all others. The gradient of a
     patient's windows, over all trained parameters together, is scaled down to the norm C = ``privacy.clip``. To the sum over
-    the patients, Gaussian noise with a standard deviation of ``noise`` · C is added. The optimizer sees this sum, divided by
-    C, and nothing else. No number that depends on how many patients there are takes part.
+    the patients, Gaussian noise with a standard deviation of ``noise`` · C is added. Of the patients, the optimizer sees
+    only this sum, divided by C. Their number enters nowhere.
 
     Args:
         network: the network with the parameters that the server sent. It is changed in place.
@@ -62,10 +61,7 @@ def fit_privately(
         on_step: called after every step.
 
     Returns:
-        What the fit did. It depends on the patients without any noise, so it must not leave the site.
-
-    Raises:
-        FlapsamError: a patient's gradient is not finite.
+        What the fit did. No noise protects it, so it must not leave the site.
     """
     options, steps = learner.options, learner.rounds.steps
     if steps is None or options.schedule_epochs is not None or not noise > 0:
@@ -89,9 +85,9 @@ def fit_privately(
             losses.append(backward(forward, batch, device, options, precision, privacy.windows))
             total += clipped(_flat_gradient(moving), privacy.clip)
             slices += len(batch[0])
-        total += noise * privacy.clip * normal(randomness, len(total))
+        total += noise * normal(randomness, len(total))
         learner.optimizer.zero_grad(set_to_none=True)
-        _set_gradient(moving, total / privacy.clip)
+        _set_gradient(moving, total)
         if options.proximal:
             pull_back(moving, start, options.proximal)
         learner.optimizer.step()
@@ -102,27 +98,30 @@ def fit_privately(
 
 
 def by_patient(cases: Sequence[PreparedCase]) -> list[list[PreparedCase]]:
-    """The cases of each patient, in the order of the patients' names."""
-    patients: dict[str, list[PreparedCase]] = {}
+    """The cases of each patient, in the order of the sites' and the patients' names."""
+    patients: dict[tuple[str, str], list[PreparedCase]] = {}
     for case in cases:
-        patients.setdefault(case.patient, []).append(case)
+        patients.setdefault((case.site, case.patient), []).append(case)
     return [patients[name] for name in sorted(patients)]
 
 
 def clipped(gradient: np.ndarray, most: float) -> np.ndarray:
-    """Scale a gradient down to a Euclidean norm of at most ``most``.
+    """Scale a gradient down to a Euclidean norm of at most ``most``, and divide it by ``most``.
+
+    A gradient that is not finite becomes 0. If it ended the fit, a server could send tensors with which the failure tells
+    whether a certain patient takes part.
 
     Args:
         gradient: the gradient (numbers,).
         most: the largest norm.
 
-    Raises:
-        FlapsamError: the gradient is not finite.
+    Returns:
+        A vector with a norm of at most 1.
     """
     norm = float(np.linalg.norm(gradient))
     if not math.isfinite(norm):
-        raise FlapsamError("a gradient is not finite, so this fit has no private result; lower training.learning_rate")
-    return gradient * ((1 - ROUNDING) * most / max(norm, most))
+        return np.zeros_like(gradient)
+    return gradient * ((1 - ROUNDING) / max(norm, most))
 
 
 def _drawn(
@@ -140,12 +139,13 @@ def _drawn(
     for cases, taken in zip(patients, takes_part, strict=True):
         if taken:
             every = middles(cases, options, rng)
-            chosen = rng.choice(len(every), min(privacy.windows, len(every)), replace=False)
+            # Always as many, so that neither memory nor time depends on how many slices a patient has.
+            chosen = np.resize(rng.permutation(len(every)), privacy.windows)
             yield batch_of([every[index] for index in chosen], options, samples, size, rng, features)
 
 
 def _with_gradient(network: Sam, learner: Learner, options: Training) -> list[nn.Parameter]:
-    """The trained parameters that the loss depends on, as an empty image shows. Noise would drive the others at random."""
+    """The trained parameters that the loss depends on, found with an empty image. Others would follow the noise alone."""
     learner.optimizer.zero_grad(set_to_none=True)
     images = network.pixel_mean.new_zeros(options.window, 3, network.image_size, network.image_size)
     labels = torch.zeros(options.window, network.image_size, network.image_size, dtype=torch.long)

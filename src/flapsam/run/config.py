@@ -306,23 +306,26 @@ class ServerOptions(StrictModel):
 class Privacy(StrictModel):
     """Differential privacy of every patient at every site (DP-SGD, Abadi et al. 2016, arXiv 1607.00133).
 
-    In each training step, a site draws patients at random, cuts the gradient of each to a fixed norm, adds them up and adds
-    Gaussian noise. What leaves the site then says little about any one patient, who is all cases of a ``subject``.
+    In each training step, a site draws patients at random, scales the gradient of each down to a largest norm, and adds
+    Gaussian noise to their sum. What leaves the site then says little about any one patient. All cases of a ``subject``
+    count as one patient.
     """
 
     epsilon: Annotated[float, Field(gt=0, le=1000)] = 8
-    """Largest ε that the run's training may reveal about a patient of a site."""
+    """Upper bound on the ε of the run's training, for each patient of a site."""
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    """Probability δ with which a run may reveal more than ε says. It should be well below 1 divided by a site's patients."""
-    clip: Annotated[float, Field(gt=0)] = 0.1
+    """Allowance δ, roughly the probability that a run reveals more than ε says. It should be well below 1 divided by the
+    number of a site's patients."""
+    clip: Annotated[float, Field(ge=1e-6, le=1e6)] = 0.1
     """Largest Euclidean norm of a patient's gradient. A larger gradient is scaled down to it."""
     sampling: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Probability with which a patient takes part in a step."""
     windows: Positive = 4
-    """Number of windows that a patient contributes to a step. They are drawn from all cases of the patient."""
-    repeats: Annotated[int, Field(ge=0)] = 2
-    """Number of rounds that a site may have to repeat after a crash or ``--from-round``. A repetition reveals as much as any
-    round, so the noise is set for this many rounds more than the run has."""
+    """Number of windows that a patient contributes to a step. They are drawn from all cases of the patient. A patient with
+    fewer windows contributes some of them more than once."""
+    repeats: Annotated[int, Field(ge=0, le=1000)] = 2
+    """Number of rounds that a site may repeat, after a crash or with ``--from-round``. A repetition reveals as much as any
+    round, so the noise is set for this many extra rounds."""
 
 
 class Grid(StrictModel):
@@ -426,11 +429,11 @@ class RunConfig(StrictModel):
             problem = "needs training.schedule_epochs: null, because the length of an epoch tells how many slices a site has"
         elif rounds.weights in ("slices", "cases"):
             problem = (
-                f"does not go with rounds.weights: {rounds.weights}, because counts of patients' data do not leave a site; "
-                "set it to uniform, or to a number for each site"
+                f"cannot be used with rounds.weights: {rounds.weights}, because counts of cases and slices do not leave a "
+                "site; set it to uniform, or to a number for each site"
             )
         elif rounds.patience is not None:
-            problem = "does not go with rounds.patience, because no validation Dice leaves a site; remove it"
+            problem = "cannot be used with rounds.patience, because no validation Dice leaves a site; remove it"
         if problem:
             raise ValueError(f"privacy {problem}")
         return self

@@ -1,5 +1,6 @@
 """Mapping from the values in label files to the classes of a run."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from flapsam.base.errors import FlapsamError
 from flapsam.run.config import Data, as_values, reserved
 
+log = logging.getLogger(__name__)
 IGNORED = -100
 """Class index of voxels that both loss and scores leave out."""
 HIDDEN = -99
@@ -25,6 +27,8 @@ class LabelMap:
     """Label value in the file → class index; 0 is the background."""
     annotated: frozenset[int]
     """Indices of the classes that this site annotates."""
+    ignores_unknown: bool = False
+    """Whether loss and scores leave out values that belong to no class, instead of an error."""
 
     def apply(self, array: NDArray, path: Path) -> NDArray[np.int8]:
         """Convert the label values of one file to class indices.
@@ -49,9 +53,10 @@ class LabelMap:
             result[voxels] = index
         if not known.all():
             unknown = ", ".join(str(value) for value in np.unique(array[~known])[:5])
-            raise FlapsamError(
-                f"{path}: label value {unknown} belongs to no class; add it to data.labels as a class, background or ignore"
-            )
+            problem = f"{path}: label value {unknown} belongs to no class"
+            if not self.ignores_unknown:
+                raise FlapsamError(f"{problem}; add it to data.labels as a class, background or ignore")
+            log.warning("%s; its voxels are left out", problem)
         if len(self.annotated) < len(self.classes):
             result[result == 0] = HIDDEN
         return result

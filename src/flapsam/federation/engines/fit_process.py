@@ -150,7 +150,9 @@ def main(name: str, site_config: Path, handle: int) -> None:
                     config = read_site_config(site_config)
                     _log_to(config.log)
                     limit_memory(config)
-                    locks.append(alone(config.lock))
+                    # Only once, because this process would wait for its own lock.
+                    if not locks:
+                        locks.append(alone(config.lock))
                     side = SiteSide(name, config)
             # Packets are released as they are read, so that their memory is free for the fit.
             packets = (parts.pop(0) for _ in sizes)

@@ -25,7 +25,7 @@ def refusals(config: RunConfig, site: SiteConfig) -> Iterator[tuple[str, str]]:
         allowed = ", ".join(site.aggregators)
         yield "aggregator", f"the run's aggregator is {config.aggregator}, this site's aggregators are {allowed}"
     if site.privacy is not None and config.privacy is None:
-        yield "privacy", "the run has no differential privacy, this site requires it (privacy)"
+        yield "privacy", "the run has no differential privacy, but this site requires it (privacy)"
     for name, value, low, high in _ranges(config, site):
         if not low <= value <= high:
             yield "bounds", f"the run's {name} is {value:g}, this site allows {low:g} to {high:g}"
@@ -46,6 +46,8 @@ def _ranges(config: RunConfig, site: SiteConfig) -> Iterator[tuple[str, float, f
     yield "sum of training.cross_entropy and training.dice", training.cross_entropy + training.dice, *bounds.loss_weights
     yield "training.foreground_weight", training.foreground_weight, *bounds.loss_weights
     yield "training.proximal", training.proximal, 0, bounds.max_proximal
+    if config.privacy:
+        yield "privacy.windows", config.privacy.windows, 1, bounds.max_batch_size
     yield "lora.rank", config.lora.rank, 1, bounds.max_rank
     yield "samples.size", config.samples.size or 1, 1, bounds.max_size
     yield "number of classes", len(config.data.classes), 1, bounds.max_classes

@@ -28,6 +28,8 @@ class Journal:
         """The answers to fits that have left the site: run, and checksum of the answer."""
         self.scores: dict[tuple[str, int, str], Any] = {}
         """Validation scores that have left the site, by run, round and checksum of the tensors."""
+        self.private = False
+        """Whether the site has taken part in a private run, so that there must be a ledger of what it spent."""
         try:
             content = path.read_bytes() if path.exists() else b""
             whole = content[: content.rfind(b"\n") + 1]
@@ -38,14 +40,14 @@ class Journal:
                 self._count(entry)
         except (ValueError, LookupError, TypeError, OSError) as error:
             raise FlapsamError(
-                f"{path}: cannot read this journal; move it elsewhere, then max_rounds starts at 0"
+                f"{path}: cannot read this journal; move it elsewhere, then max_rounds starts at 0. Keep privacy.jsonl"
             ) from error
 
     def write(self, what: str, run: str, **fields: Any) -> None:
         """Add an entry, and wait until it is on the disk.
 
         Args:
-            what: kind of the entry: ``asked``, ``refused``, ``joined``, ``fit`` or ``validated``.
+            what: kind of the entry: ``asked``, ``refused``, ``joined``, ``private``, ``fit`` or ``validated``.
             run: the run's id.
             fields: what else the entry says.
 
@@ -66,5 +68,7 @@ class Journal:
     def _count(self, entry: Mapping[str, Any]) -> None:
         if entry["what"] == "fit":
             self.fits.add((entry["run"], entry["answer"]))
+        elif entry["what"] == "private":
+            self.private = True
         elif entry["what"] == "validated":
             self.scores[entry["run"], entry["round"], entry["tensors"]] = entry["left"]

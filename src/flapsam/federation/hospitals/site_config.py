@@ -74,7 +74,7 @@ class PrivacyCeiling(StrictModel):
     epsilon: Annotated[float, Field(gt=0)]
     """Largest ε of differential privacy. Every run must be private and needs its part of it."""
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    """Probability δ with which more may be revealed."""
+    """Allowance δ, roughly the probability that more is revealed."""
 
 
 class SiteConfig(StrictModel):
@@ -102,7 +102,7 @@ class SiteConfig(StrictModel):
     """What a run may ask of the site's training."""
     metrics: bool = True
     """Whether losses, validation Dice, and the steps and times of training leave the site. The rounded numbers of cases and
-    slices always do."""
+    slices do so in any case, unless the run is private."""
     weights: Checkpoint | None = None
     """Checkpoint of the backbone, if ``flapsam backbone get`` did not download it."""
     device: str = "cpu"
@@ -134,11 +134,6 @@ class SiteConfig(StrictModel):
     def split(self) -> Path:
         """The split that the site's first run has fixed."""
         return self.state / "split.json"
-
-    @property
-    def has_run(self) -> bool:
-        """Whether the site has taken part in a run."""
-        return any((self.state / "runs").glob("*"))
 
     @property
     def lock(self) -> Path:

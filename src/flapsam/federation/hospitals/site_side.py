@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 from flapsam.adapters.store import save_adapter
@@ -75,6 +75,8 @@ class SiteSide:
         Raises:
             SiteFailed: the site does not take part.
         """
+        # A run that cannot be joined must not leave the client of another one behind.
+        self.__dict__.pop("client", None)
         version = version_in(message)
         if version != __version__:
             log.error("the server runs flapsam %s, this site runs %s", version, __version__)
@@ -99,13 +101,16 @@ class SiteSide:
             # Validation cases count unless the data have a split of their own, as in a simulation.
             size = training_size(site.of("train") if drawn.of("val") else site.of("train", "val"), config)
             config = with_modalities(config, site.cases)
-            data = prepare_site(site, config, self.site.state / "volumes")
+            # In a private run, a failure would tell the server which values the site's label maps contain.
+            unknown = "ignore" if config.privacy else "refuse"
+            data = prepare_site(site, config, self.site.state / "volumes", unknown_labels=unknown)
             self._check_cases(data, config)
         with failing_as("backbone"):
             assembled = assembled_for(config)
             self.network, self.origin = assembled.network, assembled.origin
         self.folder = self.site.run_folder(proposal.run)
         with failing_as("state"):
+            self._check_same_run(proposal)
             self.config = self._with_windows(config, self.network)
             agreement = agree(proposal.run, self.config, self.network)
             state = ClientState(self.folder / "site", self.config.rounds.keep)
@@ -193,19 +198,27 @@ class SiteSide:
         with failing_as("error"):
             if not has_own_adapters(self.config):
                 self._refuse([("configuration", "the server asks for an adapter of this site's own, but the run has none")])
-            packets, folder = list(packets), self.folder / "adapter-personal"
-            after = hashlib.sha256(b"".join(packets)).hexdigest()
-            if after == self.chosen_after:
-                return b""
-            own = self.client.own(packets)
-            card = card_of(self.client.agreement.run, "personal", self.client.held, self.config, self.origin)
-            save_adapter(folder, card, {**self.client.agreement.personal, **own.tensors})
-            scores = ", ".join(f"{name} {value:.3f}" for name, value in own.dice.items() if value is not None)
-            log.info(
-                "this site's own adapter is in %s: the %s one (validation Dice: %s)", folder, own.kept, scores or "none"
-            )
-            self.chosen_after = after
+            if self.config.privacy is None:
+                return self._keep_own(packets)
+            # In a private run, the server must not learn whether this succeeds, or watch how long it takes again and again.
+            if not (self.folder / "adapter-personal").exists():
+                with suppress(SiteFailed), failing_as("error"):
+                    self._keep_own(packets)
             return b""
+
+    def _keep_own(self, packets: Iterable[bytes]) -> bytes:
+        """Choose and save the adapter, unless it was chosen after the same packets before."""
+        packets, folder = list(packets), self.folder / "adapter-personal"
+        after = hashlib.sha256(b"".join(packets)).hexdigest()
+        if after == self.chosen_after:
+            return b""
+        own = self.client.own(packets)
+        card = card_of(self.client.agreement.run, "personal", self.client.held, self.config, self.origin)
+        save_adapter(folder, card, {**self.client.agreement.personal, **own.tensors})
+        scores = ", ".join(f"{name} {value:.3f}" for name, value in own.dice.items() if value is not None)
+        log.info("this site's own adapter is in %s: the %s one (validation Dice: %s)", folder, own.kept, scores or "none")
+        self.chosen_after = after
+        return b""
 
     def _answered(self, scores: Mapping[str, Any]) -> Mapping[str, Any]:
         """Enter scores in the journal before they leave. The same tensors get the same answer, and no run gets many.
@@ -257,22 +270,40 @@ class SiteSide:
             return None
         own = self.site.privacy
         ceiling = Ceiling(own.epsilon, own.delta) if own else None
-        budget = Budget(self.site.privacy_spent, ceiling, begun=self.site.has_run)
+        budget = Budget(self.site.privacy_spent, ceiling)
+        budget.create(begun=self.journal.private)
+        self.journal.write("private", self.run, epsilon=config.privacy.epsilon, delta=config.privacy.delta)
         try:
             budget.check(self.run, planned(config))
         except BudgetError as reason:
             self._refuse([("privacy", str(reason))])
         return budget
 
+    def _check_same_run(self, proposal: Proposal) -> None:
+        """Check that a run has the configuration with which this site joined it first.
+
+        Otherwise, a server could make what a run has kept at this site, such as personal tensors, part of what is sent.
+        """
+        path = self.folder / "proposal.sha256"
+        digest = hashlib.sha256(json.dumps(proposal.config, sort_keys=True).encode()).hexdigest()
+        if not path.exists():
+            write_text(path, digest)
+        elif path.read_text() != digest:
+            self._refuse([("bounds", "the run's configuration is not the one with which this site joined the run")])
+
     def _check_cases(self, data: ClientData, config: RunConfig) -> None:
         """Check that a fit uses enough cases and takes enough steps, from its first round on."""
         site = self.site
-        # Any patient may be drawn for a step of a private fit, with all cases.
-        used = len(by_patient(data.train)) if config.privacy else cases_used(data.train, config.training, config.rounds)
+        # A step of a private fit may draw any patient, with all of the patient's cases. So patients count here, not cases.
+        used = cases_used(data.train, config.training, config.rounds)
+        if privacy := config.privacy:
+            used = len(by_patient(data.train))
+            if site.privacy is None:
+                # The site has said nothing about ε, which may be so large that each step tells what its patients are like.
+                used = int(privacy.sampling * used)
         if used < site.min_cases:
-            self._refuse(
-                [("cases", f"this site has {used} training cases with a slice to train on, min_cases is {site.min_cases}")]
-            )
+            unit = "training patients in a step" if config.privacy else "training cases with a slice to train on"
+            self._refuse([("cases", f"this site has {used} {unit}, min_cases is {site.min_cases}")])
         self._check_steps(data, config, 0)
 
     def _check_steps(self, data: ClientData, config: RunConfig, done: int) -> None:

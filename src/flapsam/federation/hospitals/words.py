@@ -32,14 +32,15 @@ def in_words(config: RunConfig, site: SiteConfig) -> list[str]:
     own = []
     if privacy := config.privacy:
         own.append(
-            f"Add so much noise that the run reveals at most ε = {privacy.epsilon:g} about any patient of this site, with "
+            f"Add enough noise that the run reveals at most ε = {privacy.epsilon:g} about any patient of this site, with "
             f"δ = {privacy.delta:g} (differential privacy)."
         )
     if config.personal:
         own.append(f"Train the parameters {', '.join(config.personal)} for this site alone. They never leave this site.")
     if rounds.last_epochs:
         more = f"{rounds.last_epochs} more epoch" + "s" * (rounds.last_epochs > 1)
-        own.append(f"At the end, train {more} for this site alone.")
+        without = ", without noise. The result never leaves this site" if config.privacy else ""
+        own.append(f"At the end, train {more} for this site alone{without}.")
     if has_own_adapters(config):
         own.append("Then keep the model with the highest validation Dice for this site's own use.")
     return [

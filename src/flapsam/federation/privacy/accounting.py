@@ -1,8 +1,6 @@
 """What training steps with noise reveal about a patient, as ε and δ."""
 
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
 
@@ -10,11 +8,13 @@ from flapsam.base.errors import FlapsamError
 from flapsam.run.config import RunConfig
 
 PRECISION = 1e-3
-"""Relative width of the interval to which the search for the least noise comes down."""
+"""Relative width of the interval at which the search for the least noise stops."""
+LEAST = 0.3
+"""Least noise, as a multiple of the clipping norm. Less takes long to account for, and no sensible ε needs it."""
 FINE, COARSE = 1e-4, 1e-3
-"""Widths of the bins of privacy losses. Losses are rounded so that ε is an upper bound with either of them."""
+"""Widths of the bins of privacy losses. Losses are rounded up, so that ε is an upper bound with either of them."""
 LARGE = 10
-"""ε from which the fine bins change nothing that matters, and only take long."""
+"""ε from which the fine bins change nothing that matters and only take longer."""
 
 
 @dataclass(frozen=True, order=True)
@@ -29,11 +29,28 @@ class Steps:
     """Number of steps."""
 
 
-def epsilon(steps: Iterable[Steps], delta: float) -> float:
-    """What steps reveal about a patient in all: an upper bound of ε, in most cases tight to 1e-3.
+@dataclass(frozen=True)
+class Plan:
+    """What a private run may do at a site."""
 
-    Neighbours are data sets that differ by one patient more or less. The privacy loss distributions of the steps (Koskela et
-    al. 2020, arXiv 1906.03049; Doroshenko et al. 2022, arXiv 2207.04380) are composed by Google's ``dp-accounting``.
+    steps: Steps
+    """All steps that it may take."""
+    epsilon: float
+    """The ε that the run declares, which these steps do not exceed."""
+    delta: float
+    """The δ that the run declares."""
+
+    @property
+    def kind(self) -> tuple[float, float, float, float]:
+        """Everything but the number of steps."""
+        return self.steps.sampling, self.steps.noise, self.epsilon, self.delta
+
+
+def epsilon(steps: Steps, delta: float) -> float:
+    """What steps reveal about a patient: an upper bound on ε, in most cases tight to 1e-3.
+
+    Neighbours are data sets that differ in the presence of one patient. Google's ``dp-accounting`` composes the privacy loss
+    distributions of the steps (Koskela et al. 2020, arXiv 1906.03049; Doroshenko et al. 2022, arXiv 2207.04380).
 
     Args:
         steps: the steps.
@@ -42,16 +59,14 @@ def epsilon(steps: Iterable[Steps], delta: float) -> float:
     Raises:
         FlapsamError: ``dp-accounting`` is not installed.
     """
-    counts: Counter[tuple[float, float]] = Counter()
-    for part in steps:
-        counts[part.sampling, part.noise] += part.count
-    merged = tuple(sorted(Steps(*kind, count) for kind, count in counts.items() if count))
-    roughly = _epsilon(merged, delta, COARSE)
-    return roughly if roughly >= LARGE else _epsilon(merged, delta, FINE)
+    roughly = _epsilon(steps, delta, COARSE)
+    return roughly if roughly >= LARGE else _epsilon(steps, delta, FINE)
 
 
 def noise_for(epsilon_allowed: float, delta: float, sampling: float, count: int) -> float:
-    """The least noise with which steps reveal no more than this, or up to 2 % more, as a multiple of the clipping norm.
+    """The least noise with which steps reveal no more than this, as a multiple of the clipping norm.
+
+    It may be up to 2 % too high, but never too low.
 
     Args:
         epsilon_allowed: the largest ε.
@@ -65,7 +80,7 @@ def noise_for(epsilon_allowed: float, delta: float, sampling: float, count: int)
     return _noise(epsilon_allowed, delta, sampling, count)
 
 
-def planned(config: RunConfig) -> Steps:
+def planned(config: RunConfig) -> Plan:
     """All steps that a run may take at a site, with the noise that its ε and δ ask for.
 
     Args:
@@ -78,34 +93,28 @@ def planned(config: RunConfig) -> Steps:
     if privacy is None or rounds.steps is None:
         raise ValueError("the run is not private")
     count = (rounds.count + privacy.repeats) * rounds.steps
-    return Steps(privacy.sampling, noise_for(privacy.epsilon, privacy.delta, privacy.sampling, count), count)
+    noise = noise_for(privacy.epsilon, privacy.delta, privacy.sampling, count)
+    return Plan(Steps(privacy.sampling, noise, count), privacy.epsilon, privacy.delta)
 
 
-@lru_cache(maxsize=256)
-def _epsilon(steps: tuple[Steps, ...], delta: float, width: float) -> float:
-    if not steps:
-        return 0.0
+def _epsilon(steps: Steps, delta: float, width: float) -> float:
     library = _library()
     accountant = library.pld.PLDAccountant(value_discretization_interval=width)
-    for part in steps:
-        step = library.PoissonSampledDpEvent(part.sampling, library.GaussianDpEvent(part.noise))
-        accountant.compose(step, part.count)
+    step = library.PoissonSampledDpEvent(steps.sampling, library.GaussianDpEvent(steps.noise))
+    accountant.compose(step, steps.count)
     return float(accountant.get_epsilon(delta))
 
 
 @lru_cache(maxsize=64)
 def _noise(epsilon_allowed: float, delta: float, sampling: float, count: int) -> float:
-    one = Steps(sampling, 1.0, count)
-
     def enough(noise: float) -> bool:
-        return _epsilon((replace(one, noise=noise),), delta, COARSE) <= epsilon_allowed
+        return _epsilon(Steps(sampling, noise, count), delta, COARSE) <= epsilon_allowed
 
-    high = 1.0
+    if enough(LEAST):
+        return LEAST
+    low, high = LEAST, 2 * LEAST
     while not enough(high):
-        high *= 2
-    low = high / 2
-    while enough(low):
-        low, high = low / 2, low
+        low, high = high, 2 * high
     while high > low * (1 + PRECISION):
         middle = (low + high) / 2
         low, high = (low, middle) if enough(middle) else (middle, high)

@@ -17,7 +17,7 @@ from nvflare.apis.signal import Signal
 from flapsam.base.errors import FlapsamError
 from flapsam.base.version import __version__
 from flapsam.federation.engines.fit_process import FitProcess
-from flapsam.federation.hospitals.handshake import SiteFailed
+from flapsam.federation.hospitals.handshake import Proposal, SiteFailed, read_message
 from flapsam.federation.hospitals.site_config import read_site_config
 
 ANSWER, CODE, SECONDS, NUMBER, PACKETS, VERSION = "answer", "code", "seconds", "number", "packets", "version"
@@ -41,6 +41,8 @@ class FlapsamExecutor(Executor):
         super().__init__()
         self.ended = threading.Event()
         self.reports_seconds = False
+        self.private = True
+        """Whether the run has differential privacy, so that the site does not report times."""
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:  # noqa: D102
         if event_type == EventType.START_RUN:
@@ -67,6 +69,8 @@ class FlapsamExecutor(Executor):
             threading.Thread(target=_stop_if, args=(abort_signal, done, process), daemon=True).start()
             # The packets are removed from the request, so that their memory is free during a fit.
             packets = [memoryview(packet) for packet in shareable.pop(PACKETS)]
+            if task_name == "join":
+                self.private = _is_private(bytes(packets[0]))
             answer = process.join(bytes(packets[0])) if task_name == "join" else process.ask(task_name, packets)
             reply[CODE], reply[ANSWER] = "", np.frombuffer(answer, np.uint8)
         except SiteFailed as failure:
@@ -76,7 +80,7 @@ class FlapsamExecutor(Executor):
             reply[CODE] = "error"
         finally:
             done.set()
-        if self.reports_seconds:
+        if self.reports_seconds and not self.private:
             reply[SECONDS] = time.perf_counter() - started
         return reply
 
@@ -86,6 +90,14 @@ class FlapsamExecutor(Executor):
             # A lost connection must not end the signs of life.
             with suppress(Exception), engine.new_context() as context:
                 engine.fire_and_forget_aux_request(ALIVE, Shareable(), context, optional=True)
+
+
+def _is_private(proposal: bytes) -> bool:
+    """Whether a proposed run has differential privacy, or is none that this version can read."""
+    try:
+        return read_message(Proposal, proposal).config.get("privacy") is not None
+    except FlapsamError:
+        return True
 
 
 def _stop_if(abort: Signal, done: threading.Event, process: FitProcess) -> None:

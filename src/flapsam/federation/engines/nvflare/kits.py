@@ -356,6 +356,6 @@ device: cpu                      # cpu, cuda, mps or auto
 # max_rounds: 100
 # memory_gib: 16
 
-# Uncomment this to accept only runs with differential privacy that together reveal at most so much about a patient:
+# Uncomment this to accept only runs with differential privacy that together reveal at most this much about a patient:
 # privacy: {epsilon: 8, delta: 1.0e-5}
 """

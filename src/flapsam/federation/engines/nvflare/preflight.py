@@ -129,11 +129,11 @@ def _data(name: str, site: SiteConfig, run: RunConfig | None, observer: Observer
 def _privacy(site: SiteConfig, most: PrivacyCeiling) -> Finding:
     """Compare what earlier runs have revealed with the site's ceiling."""
     try:
-        budget = Budget(site.privacy_spent, begun=site.has_run)
-        spent = budget.epsilon(most.delta)
+        epsilon, delta = Budget(site.privacy_spent).total() if site.privacy_spent.exists() else (0.0, 0.0)
     except FlapsamError as error:
         return Finding("privacy", False, str(error))
-    return Finding("privacy", spent < most.epsilon, f"ε is {spent:.3g} of {most.epsilon:g} so far, at δ = {most.delta:g}")
+    spent = f"runs have spent ε = {epsilon:.3g} of {most.epsilon:g} and δ = {delta:.3g} of {most.delta:g}"
+    return Finding("privacy", epsilon < most.epsilon and delta < most.delta, spent)
 
 
 def _rehearsal(name: str, site: SiteConfig, run: RunConfig, free: float) -> Iterator[Finding]:
