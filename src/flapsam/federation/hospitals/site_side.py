@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
@@ -300,7 +301,7 @@ class SiteSide:
             used = len(by_patient(data.train))
             if site.privacy is None:
                 # The site has said nothing about ε, which may be so large that each step tells what its patients are like.
-                used = int(privacy.sampling * used)
+                used = math.ceil(privacy.sampling * used)
         if used < site.min_cases:
             unit = "training patients in a step" if config.privacy else "training cases with a slice to train on"
             self._refuse([("cases", f"this site has {used} {unit}, min_cases is {site.min_cases}")])
