@@ -1,6 +1,6 @@
 """The traffic of a run, known before anything runs: parameters counted from the network, and packets predicted."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -12,7 +12,7 @@ from flapsam.federation.agreement import SERVER, VALIDATION, Agreement, cut
 from flapsam.federation.packets import Contract, Header, encode
 from flapsam.federation.preparation import resolve
 from flapsam.learning.training import FIT_METRICS
-from flapsam.run.config import Lora, OutputPart, RunConfig
+from flapsam.run.config import Lora, OutputPart, Projection, RunConfig
 from flapsam.sam import (
     STRATEGIES,
     Architecture,
@@ -66,16 +66,22 @@ class RunTraffic:
 
 
 def strategy_table(
-    backbone: str, *, image_size: int | None = None, classes: int = 2, rank: int = 32, rounds: int = 100
+    backbone: str,
+    *,
+    image_size: int | None = None,
+    classes: int = 2,
+    rank: int = 32,
+    projections: Sequence[Projection] = ("q", "v"),
+    rounds: int = 100,
 ) -> list[StrategyTraffic]:
-    """The traffic of all registered strategies, in the registry's order.
+    """The traffic of all registered strategies, in the registry's order. By default, adapters are where the paper has them.
 
     Raises:
         FlapsamError: the backbone is unknown or the image size does not fit it.
     """
     sizes = architecture(source(backbone).architecture)
     size = image_size or sizes.default_size
-    counts = {name: _count(sizes, name, size, classes, rank) for name in STRATEGIES}
+    counts = {name: _count(sizes, name, size, classes, rank, tuple(projections)) for name in STRATEGIES}
     return [
         StrategyTraffic(name, STRATEGIES[name].paper_name, count, count * BYTES * 2 * rounds / 2**30, counts["full"] / count)
         for name, count in counts.items()
@@ -105,8 +111,11 @@ def predict_traffic(config: RunConfig) -> list[RunTraffic]:
 
 
 @cache
-def _count(sizes: Architecture, name: str, image_size: int, classes: int, rank: int) -> int:
-    return _parameters(_outline(sizes, name, image_size=image_size, classes=classes, lora=Lora(rank=rank)))
+def _count(
+    sizes: Architecture, name: str, image_size: int, classes: int, rank: int, projections: tuple[Projection, ...]
+) -> int:
+    lora = Lora(rank=rank, projections=list(projections))
+    return _parameters(_outline(sizes, name, image_size=image_size, classes=classes, lora=lora))
 
 
 def _outline(

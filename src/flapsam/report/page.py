@@ -144,13 +144,14 @@ def _strips(run: Run, cases: Mapping[CaseKey, Case], observer: Observer) -> Sect
 
 
 def _strategies(config: RunConfig, rounds: int) -> list[StrategyTraffic]:
-    """Traffic that the paper's strategies would cause with this network."""
+    """Traffic that the strategies would cause with this network and with adapters on the same projections."""
     try:
         return strategy_table(
             config.backbone.name,
             image_size=config.samples.size,
             classes=len(config.data.classes),
             rank=config.lora.rank,
+            projections=config.lora.projections,
             rounds=max(rounds, 1),
         )
     except FlapsamError:

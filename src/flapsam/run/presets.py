@@ -13,6 +13,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fast": {
         "samples": {"channels": "adjacent"},
         "backbone": {"masks": "warm"},
+        "lora": {"projections": ["q", "k", "v", "out"]},
         "training": {
             "window": 1,
             "batch_size": 12,
