@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from flapsam.learning import private
 from flapsam.learning.prepared import PreparedCase
 from flapsam.learning.private import by_patient, clipped, fit_privately
 from flapsam.learning.slices import labels_to_square, to_square
-from flapsam.learning.training import Learner, segmentation_loss
+from flapsam.learning.training import Batch, Learner, Middle, batch_of, segmentation_loss
 from flapsam.run.config import Privacy, Rounds, RunConfig, Samples, Training
 from flapsam.run.reading import read_config
 from flapsam.sam import Sam, assemble_run, trained
@@ -115,6 +116,24 @@ def test_a_step_is_the_sum_of_the_patients_clipped_gradients(
             total += 0 if parameter.grad is None else parameter.grad / clip
     assert min(norms) > clip
     assert np.allclose(found, flat(expected), rtol=1e-3, atol=1e-5) and np.abs(found).max() > 0.01
+
+
+def test_every_patient_contributes_as_many_windows(
+    cases: list[PreparedCase], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Otherwise, memory and time would tell how many slices a patient has."""
+    network, config = assembled(tmp_path, "flap")
+    shown: list[list[int]] = []
+
+    def watched(part: list[Middle], *rest: Any) -> Batch:
+        shown.append([centre for _, centre in part])
+        return batch_of(part, *rest)
+
+    monkeypatch.setattr(private, "batch_of", watched)
+    short = replace(cases[0], slices=2)
+    gradients(network, config.training, [short, cases[1]], WHOLE.model_copy(update={"windows": 5}), 1.0)
+    assert [len(part) for part in shown] == [5, 5]
+    assert sorted(shown[0]) in ([0, 0, 0, 1, 1], [0, 0, 1, 1, 1]) and len(set(shown[1])) == 5
 
 
 def test_patients_take_part_independently(cases: list[PreparedCase], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

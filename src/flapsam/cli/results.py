@@ -1,5 +1,6 @@
 """Commands that show a run's results: ``report``, ``view``, ``track``."""
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -7,12 +8,14 @@ from typing import Annotated
 import typer
 
 from flapsam.cli.console import (
+    Checkpoint,
     Json,
     Quiet,
     TrackerName,
     TrainedOption,
     interruptible,
     observing,
+    out,
     print_json,
     say,
 )
@@ -67,6 +70,37 @@ def view(
         say("Only this machine can reach it. Press Ctrl-C to stop.")
         with opened(address) if browser else nullcontext():
             server.run()
+
+
+@app.command()
+def audit(
+    path: Annotated[Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="Folder of a simulated run, or of its adapter.")],
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Folder of the data, if it is not where the run found it.")
+    ] = None,
+    checkpoint: Checkpoint = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="AUDIT.json", help="File to write.")] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Attack an adapter: do its losses tell which patients it was trained on?"""
+    from flapsam.base.files import write_text
+    from flapsam.experiments.audit import audit as attack
+    from flapsam.report import tables
+
+    with interruptible("Nothing was written.") as observer:
+        outcome = attack(path, data, checkpoint, observer)
+    if output:
+        write_text(output, json.dumps(outcome.as_json(), indent=2) + "\n")
+    if as_json:
+        return print_json(outcome.as_json())
+    out.print(tables.audit_table(outcome))
+    say(
+        "Members are training patients, and the others are test patients. An AUC of 0.5 is a guess. One attack that fails "
+        "is no proof of privacy."
+    )
+    if output:
+        say(f"Every patient's loss is in {output}")
 
 
 @app.command()

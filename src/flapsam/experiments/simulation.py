@@ -181,9 +181,8 @@ def simulate(
     observer = observer or Observer()
     config = resolve(config)
     sites = read_sites(config.data, config.seed) if sites is None else sites
-    if (count := config.data.training_cases) is not None:
-        fraction, seed = config.data.validation_fraction, config.seed
-        sites = [keep_for_training(hold_out_validation(site, fraction, seed), count, seed) for site in sites]
+    if config.data.training_cases is not None:
+        sites = divided(config, sites)
     training = [site for site in sites if site.name not in config.data.unseen]
     _check_cases(sites, training)
     _check_ranks(training, config)
@@ -214,6 +213,18 @@ def simulate(
         prepared.ledger.write(RunEnded())
         shutil.rmtree(folder.cache, ignore_errors=True)
     return results
+
+
+def divided(config: RunConfig, sites: Sequence[Site]) -> list[Site]:
+    """The sites with the split that a run uses: validation cases held out, and ``data.training_cases`` of each site kept.
+
+    Args:
+        config: the run's configuration.
+        sites: the sites, each with its test cases.
+    """
+    fraction, seed, count = config.data.validation_fraction, config.seed, config.data.training_cases
+    held_out = [hold_out_validation(site, fraction, seed) for site in sites]
+    return held_out if count is None else [keep_for_training(site, count, seed) for site in held_out]
 
 
 def prepare(config: RunConfig, run: str, sites: Sequence[Site], shares: Mapping[str, float], observer: Observer) -> Prepared:

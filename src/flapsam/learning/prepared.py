@@ -125,6 +125,9 @@ def _fingerprint(case: Case, label_map: LabelMap, samples: Samples) -> str:
         "annotated": sorted(label_map.annotated),
         "index_of": sorted(label_map.index_of.items()),
     }
+    if not label_map.ignores_unknown:
+        # As before there was this field, so that cases are not unpacked again.
+        del mapping["ignores_unknown"]
     return hashlib.sha256(json.dumps([RECORD, files, mapping, samples.axis, samples.clip_percentile]).encode()).hexdigest()
 
 

@@ -6,6 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flapsam.base.escaping import one_line
+from flapsam.experiments.audit import Audit, allowed
 from flapsam.experiments.simulation import Results
 from flapsam.federation.traffic import RunTraffic, StrategyTraffic
 from flapsam.learning.memory import StepMemory
@@ -133,6 +134,25 @@ def strategy_table(rows: Sequence[StrategyTraffic]) -> Table:
         table.add_column(column, justify="left" if column in ("strategy", "in the paper") else "right")
     for row in rows:
         table.add_row(row.strategy, row.paper_name, f"{row.parameters:,}", f"{row.gib:.3f}", f"{row.less:.1f}")
+    return table
+
+
+def audit_table(audit: Audit) -> Table:
+    """The outcome of a membership attack, beside what the adapter's differential privacy allows."""
+    table = Table(title=f"Membership attack by loss, {audit.members} members and {audit.others} others")
+    for column in ("", "measured", "95 % interval", "a guess", "allowed by privacy"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("AUC", number(audit.auc), f"{audit.low:.3f} to {audit.high:.3f}", "0.500", NONE)
+    for part in audit.found:
+        most = allowed(part.false, audit.privacy) if audit.privacy else None
+        name = f"members found at {part.false:.0%} false suspicions"
+        table.add_row(
+            name,
+            number(part.share),
+            f"{part.low:.3f} to {part.high:.3f}",
+            f"{part.false:.3f}",
+            NONE if most is None else number(most),
+        )
     return table
 
 

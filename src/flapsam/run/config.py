@@ -39,6 +39,8 @@ Absent = Literal["none", "one"]
 """Dice of a class that is in neither the truth nor the prediction of a case."""
 
 
+MOST_PRIVATE_STEPS = 1_000_000
+"""Largest number of steps of a private run. More would take long to account for."""
 CONFIG_FORMAT = 1
 """Format of a run's configuration. A new field with a default keeps it. A change in a field's meaning raises it.
 
@@ -313,7 +315,7 @@ class Privacy(StrictModel):
 
     epsilon: Annotated[float, Field(gt=0, le=1000)] = 8
     """Upper bound on the ε of the run's training, for each patient of a site."""
-    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    delta: Annotated[float, Field(ge=1e-12, lt=1)] = 1e-5
     """Allowance δ, roughly the probability that a run reveals more than ε says. It should be well below 1 divided by the
     number of a site's patients."""
     clip: Annotated[float, Field(ge=1e-6, le=1e6)] = 0.1
@@ -432,6 +434,10 @@ class RunConfig(StrictModel):
                 f"cannot be used with rounds.weights: {rounds.weights}, because counts of cases and slices do not leave a "
                 "site; set it to uniform, or to a number for each site"
             )
+        elif self.site_ranks:
+            problem = "cannot be used with site_ranks, because noise would fill the ranks that a site leaves out; remove it"
+        elif (total := rounds.steps * (rounds.count + self.privacy.repeats)) > MOST_PRIVATE_STEPS:
+            problem = f"allows at most {MOST_PRIVATE_STEPS:,} steps, and this run may have {total:,}; lower rounds.count"
         elif rounds.patience is not None:
             problem = "cannot be used with rounds.patience, because no validation Dice leaves a site; remove it"
         if problem:

@@ -11,6 +11,7 @@ from flapsam.base.errors import FlapsamError, too_new
 from flapsam.base.files import check_writable, write_text
 from flapsam.run.config import RunConfig
 from flapsam.run.ledger import Cohort
+from flapsam.run.presets import PRESETS
 from flapsam.run.reading import changed, read_config, write_config
 
 FOLDER_FORMAT = 2
@@ -161,6 +162,11 @@ class RunFolder:
             raise FlapsamError(
                 f"{self.config}: the run here was begun with the backbone that is now called sam-tiny-1; add "
                 "--set backbone.name=sam-tiny-1 to resume it"
+            )
+        if stored.lora.projections == ["q", "v"] and config.lora.projections == PRESETS["fast"]["lora"]["projections"]:
+            raise FlapsamError(
+                f"{self.config}: the run here was begun with adapters on queries and values alone, as preset fast had them "
+                "before; add --set 'lora.projections=[q, v]' to resume it"
             )
         # The texts may differ, because a later version writes fields that an earlier one did not know.
         if write_config(stored) != write_config(config):

@@ -2,7 +2,7 @@
 
 ``paper`` has the values of arXiv 2407.21739 and its published code, which are also the fields' own defaults. ``fast``
 reached the same Dice in the shortest time that we measured. ``benchmarks/results/training.md`` has the measurement of each
-value.
+value, and ``real_sam.md`` and ``lgg_federating.md`` beside it that of ``lora.projections``.
 """
 
 from collections.abc import Mapping

@@ -48,6 +48,7 @@ def _ranges(config: RunConfig, site: SiteConfig) -> Iterator[tuple[str, float, f
     yield "training.proximal", training.proximal, 0, bounds.max_proximal
     if config.privacy:
         yield "privacy.windows", config.privacy.windows, 1, bounds.max_batch_size
+        yield "privacy.sampling", config.privacy.sampling, bounds.min_sampling, 1
     yield "lora.rank", config.lora.rank, 1, bounds.max_rank
     yield "samples.size", config.samples.size or 1, 1, bounds.max_size
     yield "number of classes", len(config.data.classes), 1, bounds.max_classes

@@ -60,6 +60,8 @@ class Bounds(StrictModel):
     """Range of the sum of the weights of cross-entropy and Dice, and of the weight of the foreground."""
     max_proximal: Annotated[float, Field(ge=0)] = 10
     """Maximum μ of FedProx."""
+    min_sampling: Fraction = 0.05
+    """Minimum probability with which a patient takes part in a step of a private run."""
     max_rank: Positive = 64
     """Maximum rank of the adapters."""
     max_size: Positive = 1024

@@ -3,12 +3,11 @@
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
-from flapsam.adapters.store import save_adapter
+from flapsam.adapters.store import CARD, save_adapter
 from flapsam.base.errors import FlapsamError
 from flapsam.base.files import write_text
 from flapsam.base.version import __version__
@@ -111,7 +110,7 @@ class SiteSide:
             self.network, self.origin = assembled.network, assembled.origin
         self.folder = self.site.run_folder(proposal.run)
         with failing_as("state"):
-            self._check_same_run(proposal)
+            self._check_same_run(proposal, config)
             self.config = self._with_windows(config, self.network)
             agreement = agree(proposal.run, self.config, self.network)
             state = ClientState(self.folder / "site", self.config.rounds.keep)
@@ -202,7 +201,7 @@ class SiteSide:
             if self.config.privacy is None:
                 return self._keep_own(packets)
             # In a private run, the server must not learn whether this succeeds, or watch how long it takes again and again.
-            if not (self.folder / "adapter-personal").exists():
+            if not (self.folder / "adapter-personal" / CARD).exists():
                 with suppress(SiteFailed), failing_as("error"):
                     self._keep_own(packets)
             return b""
@@ -280,31 +279,27 @@ class SiteSide:
             self._refuse([("privacy", str(reason))])
         return budget
 
-    def _check_same_run(self, proposal: Proposal) -> None:
+    def _check_same_run(self, proposal: Proposal, config: RunConfig) -> None:
         """Check that a run has the configuration with which this site joined it first.
 
         Otherwise, a server could make what a run has kept at this site, such as personal tensors, part of what is sent.
         """
         path = self.folder / "proposal.sha256"
         digest = hashlib.sha256(json.dumps(proposal.config, sort_keys=True).encode()).hexdigest()
-        if not path.exists():
+        if not path.exists() and not (config.privacy and any((self.folder / "site").glob("*"))):
             write_text(path, digest)
-        elif path.read_text() != digest:
+        elif not path.exists() or path.read_text() != digest:
             self._refuse([("bounds", "the run's configuration is not the one with which this site joined the run")])
 
     def _check_cases(self, data: ClientData, config: RunConfig) -> None:
         """Check that a fit uses enough cases and takes enough steps, from its first round on."""
         site = self.site
         # A step of a private fit may draw any patient, with all of the patient's cases. So patients count here, not cases.
-        used = cases_used(data.train, config.training, config.rounds)
-        if privacy := config.privacy:
-            used = len(by_patient(data.train))
-            if site.privacy is None:
-                # The site has said nothing about ε, which may be so large that each step tells what its patients are like.
-                used = math.ceil(privacy.sampling * used)
+        # Not the patients of a step on average: with many values of privacy.sampling, a server could count them.
+        used = len(by_patient(data.train)) if config.privacy else cases_used(data.train, config.training, config.rounds)
         if used < site.min_cases:
-            unit = "training patients in a step" if config.privacy else "training cases with a slice to train on"
-            self._refuse([("cases", f"this site has {used} {unit}, min_cases is {site.min_cases}")])
+            unit = "patients" if config.privacy else "cases with a slice to train on"
+            self._refuse([("cases", f"this site has {used} training {unit}, min_cases is {site.min_cases}")])
         self._check_steps(data, config, 0)
 
     def _check_steps(self, data: ClientData, config: RunConfig, done: int) -> None:

@@ -160,7 +160,7 @@ class Budget:
     def _check(self, entries: Iterable[Spent], run: str, plan: Plan) -> None:
         others = [entry for entry in entries if entry.run != run]
         for entry in entries:
-            if entry.run == run and entry.plan.kind != plan.kind:
+            if entry.run == run and not plan.keeps(entry.plan):
                 raise BudgetError("the run's sampling, noise, ε or δ differ from earlier rounds; start a new run")
         if self.ceiling is None:
             return
