@@ -22,10 +22,9 @@ from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import torch
-from cells import HERE, read_cells, write_cells
+from cells import HERE, read_cells, write_case, write_cells
 from scipy import stats
 
 from flapsam.base.files import write_text
@@ -69,9 +68,7 @@ def make_patients(folder: Path) -> None:
         image = 100.0 * label + rng.normal(0, 10, SHAPE)
         if number == PATIENTS:
             image, label = rng.normal(0, 10, SHAPE), rng.integers(0, 2, SHAPE)
-        for kind, array in (("images", image.astype(np.float32)), ("labels", label.astype(np.uint8))):
-            (folder / "site" / kind).mkdir(parents=True, exist_ok=True)
-            nibabel.save(nibabel.Nifti1Image(array, np.diag([1, 1, 3, 1])), folder / "site" / kind / f"case_{number}.nii.gz")
+        write_case(folder / "site", f"case_{number}", image, label)
 
 
 def direction_of(network: Sam, config: RunConfig, canary: PreparedCase) -> np.ndarray:

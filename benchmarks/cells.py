@@ -8,6 +8,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import nibabel
+import numpy as np
+from numpy.typing import NDArray
+
 from flapsam.base.files import write_text
 from flapsam.learning.prepared import PreparedCase, prepare
 from flapsam.run.config import RunConfig, Split
@@ -65,6 +69,13 @@ def by_sites(
         write_text(kept, json.dumps(ordered, indent=1) + "\n")
         write_text(kept.with_suffix(".md"), table(ordered))
         print(table(ordered), flush=True)
+
+
+def write_case(site: Path, name: str, image: NDArray, label: NDArray) -> None:
+    """Write a made-up case into a site's folder. Its slices are axial and three times as thick as a pixel is wide."""
+    for kind, array in (("images", image.astype(np.float32)), ("labels", label.astype(np.uint8))):
+        (site / kind).mkdir(parents=True, exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(array, np.diag([1, 1, 3, 1])), site / kind / f"{name}.nii.gz")
 
 
 def paired(first: Mapping[str, float], second: Mapping[str, float]) -> tuple[str, int]:

@@ -12,9 +12,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import torch
+from cells import write_case
 
 from flapsam.base.randomness import SystemRandomness
 from flapsam.learning.prepared import prepare
@@ -44,10 +44,7 @@ def make_patients(folder: Path) -> None:
     label = np.zeros(SHAPE, np.uint8)
     label[40:80, 40:80] = 1
     for number in range(PATIENTS):
-        image = (100 * label + rng.normal(0, 10, SHAPE)).astype(np.float32)
-        for kind, array in (("images", image), ("labels", label)):
-            (folder / "site" / kind).mkdir(parents=True, exist_ok=True)
-            nibabel.save(nibabel.Nifti1Image(array, np.diag([1, 1, 3, 1])), folder / "site" / kind / f"case_{number}.nii.gz")
+        write_case(folder / "site", f"case_{number}", 100 * label + rng.normal(0, 10, SHAPE), label)
 
 
 def main() -> None:

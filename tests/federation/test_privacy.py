@@ -158,7 +158,7 @@ def test_a_run_takes_no_more_steps_than_its_noise_is_for(tmp_path: Path):
 
 def test_a_site_reveals_no_more_than_its_ceiling_over_all_runs(tmp_path: Path):
     """By hand: two runs with ε = 1 and δ = 1e-6 each, however many rounds they have, spend 2 and 2e-6."""
-    budget = opened(tmp_path / "privacy.jsonl", Ceiling(2.5, 2e-6))
+    budget = opened(tmp_path / "privacy.jsonl", Ceiling(epsilon=2.5, delta=2e-6))
     for run in ("a", "b"):
         for number in (1, 2):
             budget.check(run, PLAN)
@@ -248,7 +248,7 @@ import sys
 from pathlib import Path
 from flapsam.federation.privacy.accounting import Plan, Steps
 from flapsam.federation.privacy.budget import Budget, BudgetError, Ceiling
-budget = Budget(Path(sys.argv[1]), Ceiling(30, 1))
+budget = Budget(Path(sys.argv[1]), Ceiling(epsilon=30, delta=0.5))
 budget.create(begun=False)
 print("ready", flush=True)
 if sys.argv[3]:

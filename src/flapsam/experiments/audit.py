@@ -17,6 +17,7 @@ from scipy.stats import binomtest, bootstrap, mannwhitneyu
 from flapsam.adapters.store import load_adapter
 from flapsam.adapters.trained import find_trained
 from flapsam.base.errors import FlapsamError
+from flapsam.experiments.paired import RESAMPLES
 from flapsam.experiments.simulation import divided
 from flapsam.learning.prepared import PreparedCase, prepare
 from flapsam.learning.training import batch_of, loss_of
@@ -27,7 +28,6 @@ from flapsam.sites import label_map, read_sites
 
 FALSE = (0.01, 0.05)
 """Shares of others that are wrongly suspected."""
-RESAMPLES = 9999
 AT_ONCE = 8
 """Number of slices that pass through the network at once."""
 

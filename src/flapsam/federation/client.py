@@ -157,14 +157,14 @@ class Client:
                 self.state.keep_personal(number, personal)
         if self.disclosure.losses:
             metrics |= {name: float(getattr(report, name)) for name in FIT_METRICS}
-        # A private fit's slices are those of the patients that happened to take part.
-        slices = 0 if self.config.privacy else report.slices
+        slices = report.slices if self.disclosure.exact_counts else rounded(report.slices)
         header = Header(
             run=self.agreement.run,
             round=number,
             base=done,
             sender=self.data.site,
-            samples=slices if self.disclosure.exact_counts else rounded(slices),
+            # A private fit's slices are those of the patients that happened to take part.
+            samples=0 if self.config.privacy else slices,
             metrics=metrics,
         )
         answer = self._answer(header, contract, start, result, keep_unsent=finite)

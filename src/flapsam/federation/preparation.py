@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from torch import Tensor
 
@@ -170,7 +169,7 @@ def prepare_site(
     config: RunConfig,
     cache: Path,
     on_case: Callable[[], None] = lambda: None,
-    unknown_labels: Literal["refuse", "ignore"] = "refuse",
+    ignores_unknown: bool = False,
 ) -> ClientData:
     """Prepare a site's training and validation cases.
 
@@ -179,12 +178,12 @@ def prepare_site(
         config: the resolved configuration.
         cache: folder for prepared volumes.
         on_case: called after every case.
-        unknown_labels: whether a label value that belongs to no class is an error, or is left out of the loss.
+        ignores_unknown: whether a label value that belongs to no class is left out of the loss, instead of an error.
 
     Raises:
         FlapsamError: a case cannot be used.
     """
-    labels = replace(label_map(config.data, site.name), ignores_unknown=unknown_labels == "ignore")
+    labels = replace(label_map(config.data, site.name), ignores_unknown=ignores_unknown)
 
     def prepared(cases: Sequence[Case]) -> list[PreparedCase]:
         result = []

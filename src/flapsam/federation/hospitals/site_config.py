@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from flapsam.base.names import Name
+from flapsam.federation.privacy.budget import Ceiling
 from flapsam.run.config import Checkpoint, Fraction, Positive, StrictModel
 from flapsam.run.reading import read_options
 
@@ -70,15 +71,6 @@ class Bounds(StrictModel):
     """Maximum number of classes."""
 
 
-class PrivacyCeiling(StrictModel):
-    """The most that this site's answers may reveal about one of its patients, over all runs in its state."""
-
-    epsilon: Annotated[float, Field(gt=0)]
-    """Largest ε of differential privacy. Every run must be private and needs its part of it."""
-    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    """Allowance δ, roughly the probability that more is revealed."""
-
-
 class SiteConfig(StrictModel):
     """A site's configuration, as in ``site.yaml``."""
 
@@ -98,7 +90,7 @@ class SiteConfig(StrictModel):
     reveals too much about them."""
     min_validation_cases: Positive = 1
     """Number of validation cases below which no Dice leaves the site."""
-    privacy: PrivacyCeiling | None = None
+    privacy: Ceiling | None = None
     """The most that may be revealed about a patient. Runs without differential privacy are refused if it is given."""
     bounds: Bounds = Bounds()
     """What a run may ask of the site's training."""

@@ -31,7 +31,7 @@ from flapsam.federation.preparation import (
     with_windows,
 )
 from flapsam.federation.privacy.accounting import planned
-from flapsam.federation.privacy.budget import Budget, BudgetError, Ceiling
+from flapsam.federation.privacy.budget import Budget, BudgetError
 from flapsam.federation.shares import rounded, training_size
 from flapsam.federation.state import ClientState
 from flapsam.learning.private import by_patient
@@ -102,8 +102,8 @@ class SiteSide:
             size = training_size(site.of("train") if drawn.of("val") else site.of("train", "val"), config)
             config = with_modalities(config, site.cases)
             # In a private run, a failure would tell the server which values the site's label maps contain.
-            unknown = "ignore" if config.privacy else "refuse"
-            data = prepare_site(site, config, self.site.state / "volumes", unknown_labels=unknown)
+            private = config.privacy is not None
+            data = prepare_site(site, config, self.site.state / "volumes", ignores_unknown=private)
             self._check_cases(data, config)
         with failing_as("backbone"):
             assembled = assembled_for(config)
@@ -199,26 +199,25 @@ class SiteSide:
             if not has_own_adapters(self.config):
                 self._refuse([("configuration", "the server asks for an adapter of this site's own, but the run has none")])
             if self.config.privacy is None:
-                return self._keep_own(packets)
+                self._keep_own(packets)
             # In a private run, the server must not learn whether this succeeds, or watch how long it takes again and again.
-            if not (self.folder / "adapter-personal" / CARD).exists():
+            elif not (self.folder / "adapter-personal" / CARD).exists():
                 with suppress(SiteFailed), failing_as("error"):
                     self._keep_own(packets)
             return b""
 
-    def _keep_own(self, packets: Iterable[bytes]) -> bytes:
+    def _keep_own(self, packets: Iterable[bytes]) -> None:
         """Choose and save the adapter, unless it was chosen after the same packets before."""
         packets, folder = list(packets), self.folder / "adapter-personal"
         after = hashlib.sha256(b"".join(packets)).hexdigest()
         if after == self.chosen_after:
-            return b""
+            return
         own = self.client.own(packets)
         card = card_of(self.client.agreement.run, "personal", self.client.held, self.config, self.origin)
         save_adapter(folder, card, {**self.client.agreement.personal, **own.tensors})
         scores = ", ".join(f"{name} {value:.3f}" for name, value in own.dice.items() if value is not None)
         log.info("this site's own adapter is in %s: the %s one (validation Dice: %s)", folder, own.kept, scores or "none")
         self.chosen_after = after
-        return b""
 
     def _answered(self, scores: Mapping[str, Any]) -> Mapping[str, Any]:
         """Enter scores in the journal before they leave. The same tensors get the same answer, and no run gets many.
@@ -268,9 +267,7 @@ class SiteSide:
         """Open the ledger of the privacy that was spent, and check that there is enough left for a private run."""
         if config.privacy is None:
             return None
-        own = self.site.privacy
-        ceiling = Ceiling(own.epsilon, own.delta) if own else None
-        budget = Budget(self.site.privacy_spent, ceiling)
+        budget = Budget(self.site.privacy_spent, self.site.privacy)
         budget.create(begun=self.journal.private)
         self.journal.write("private", self.run, epsilon=config.privacy.epsilon, delta=config.privacy.delta)
         try:

@@ -18,7 +18,7 @@ LARGE = 10
 """ε from which the fine bins change nothing that matters and only take longer."""
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Steps:
     """Training steps of one kind: Poisson sampling of patients, clipping and Gaussian noise."""
 
@@ -64,6 +64,7 @@ def epsilon(steps: Steps, delta: float) -> float:
     return roughly if roughly >= LARGE else _epsilon(steps, delta, FINE)
 
 
+@lru_cache(maxsize=64)
 def noise_for(epsilon_allowed: float, delta: float, sampling: float, count: int) -> float:
     """The least noise with which steps reveal no more than this, as a multiple of the clipping norm.
 
@@ -78,7 +79,21 @@ def noise_for(epsilon_allowed: float, delta: float, sampling: float, count: int)
     Raises:
         FlapsamError: ``dp-accounting`` is not installed.
     """
-    return _noise(epsilon_allowed, delta, sampling, count)
+
+    def enough(noise: float) -> bool:
+        return _epsilon(Steps(sampling, noise, count), delta, COARSE) <= epsilon_allowed
+
+    # Near the answer, since the accounting of far less noise takes long: what many steps come close to (arXiv 1911.11607).
+    high = max(LEAST, sampling * math.sqrt(2 * count * math.log(1 / delta)) / epsilon_allowed)
+    while not enough(high):
+        high *= 2
+    low = max(LEAST, high / 2)
+    while high > LEAST and enough(low):
+        low, high = max(LEAST, low / 2), low
+    while high > low * (1 + PRECISION):
+        middle = (low + high) / 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
 
 
 def planned(config: RunConfig) -> Plan:
@@ -104,24 +119,6 @@ def _epsilon(steps: Steps, delta: float, width: float) -> float:
     step = library.PoissonSampledDpEvent(steps.sampling, library.GaussianDpEvent(steps.noise))
     accountant.compose(step, steps.count)
     return float(accountant.get_epsilon(delta))
-
-
-@lru_cache(maxsize=64)
-def _noise(epsilon_allowed: float, delta: float, sampling: float, count: int) -> float:
-    def enough(noise: float) -> bool:
-        return _epsilon(Steps(sampling, noise, count), delta, COARSE) <= epsilon_allowed
-
-    # Near the answer, since the accounting of far less noise takes long: what many steps come close to (arXiv 1911.11607).
-    high = max(LEAST, sampling * math.sqrt(2 * count * math.log(1 / delta)) / epsilon_allowed)
-    while not enough(high):
-        high *= 2
-    low = max(LEAST, high / 2)
-    while high > LEAST and enough(low):
-        low, high = max(LEAST, low / 2), low
-    while high > low * (1 + PRECISION):
-        middle = (low + high) / 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
 
 
 def _library() -> ModuleType:

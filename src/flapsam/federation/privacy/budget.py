@@ -6,23 +6,27 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Annotated
+
+from pydantic import Field
 
 from flapsam.base.errors import FlapsamError
 from flapsam.base.files import NO_LOCKS, make_folder, private
 from flapsam.federation.privacy.accounting import Plan, Steps
+from flapsam.run.config import StrictModel
 
 
 class BudgetError(FlapsamError):
     """A run would reveal more about a patient than it may."""
 
 
-@dataclass(frozen=True)
-class Ceiling:
-    """The most that a site's answers may reveal about one of its patients, over all runs."""
+class Ceiling(StrictModel):
+    """The most that a site's answers may reveal about one of its patients, over all runs in its state."""
 
-    epsilon: float
-    delta: float
+    epsilon: Annotated[float, Field(gt=0)]
+    """Largest ε of differential privacy. Every run must be private and needs its part of it."""
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """Allowance δ, roughly the probability that more is revealed."""
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from flapsam.base.errors import FlapsamError
 from flapsam.federation.engines.nvflare.kits import FEW_DAYS, Kit, read_kit
 from flapsam.federation.hospitals.handshake import REASONS, Presence, Proposal, SiteFailed, read_message
 from flapsam.federation.hospitals.run_config import read_federated_config
-from flapsam.federation.hospitals.site_config import PrivacyCeiling, SiteConfig, read_site_config
+from flapsam.federation.hospitals.site_config import SiteConfig, read_site_config
 from flapsam.federation.hospitals.site_side import SiteSide
 from flapsam.federation.hospitals.words import in_words
-from flapsam.federation.privacy.budget import Budget
+from flapsam.federation.privacy.budget import Budget, Ceiling
 from flapsam.learning.memory import free_bytes, training_bytes
 from flapsam.run.config import ClassValues, Data, RunConfig
 from flapsam.run.observer import Observer
@@ -126,7 +126,7 @@ def _data(name: str, site: SiteConfig, run: RunConfig | None, observer: Observer
     yield Finding("data", enough, f"{len(cases.cases)} cases, {training} for training (min_cases is {site.min_cases})")
 
 
-def _privacy(site: SiteConfig, most: PrivacyCeiling) -> Finding:
+def _privacy(site: SiteConfig, most: Ceiling) -> Finding:
     """Compare what earlier runs have revealed with the site's ceiling."""
     try:
         epsilon, delta = Budget(site.privacy_spent).total() if site.privacy_spent.exists() else (0.0, 0.0)
