@@ -71,6 +71,24 @@ def site(kit: KitArgument, data: SiteConfigOption = None, unit: Unit = False) ->
 
 
 @app.command()
+def key(kit: KitArgument, data: SiteConfigOption = None, as_json: Json = False) -> None:
+    """Show the public key with which a site signs in secure aggregation. It is made if there is none yet."""
+    from flapsam.federation.engines.nvflare.kits import read_kit
+    from flapsam.federation.hospitals.site_config import read_site_config
+    from flapsam.federation.preparation import check_secure_installed
+
+    check_secure_installed()
+    from flapsam.federation.secure_aggregation.identity import Identity
+
+    name = read_kit(kit, "site").card.name
+    public = Identity(read_site_config(data or kit / "site.yaml").identity).public
+    if as_json:
+        return print_json({name: public})
+    out.print(f"{name}: {public}", soft_wrap=True)
+    say("The other sites enter this line in site.yaml, under secure.partners. Give it to them by a way that you trust.")
+
+
+@app.command()
 def check(
     kit: KitArgument,
     data: SiteConfigOption = None,

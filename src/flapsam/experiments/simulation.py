@@ -12,7 +12,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -34,6 +34,8 @@ from flapsam.federation.preparation import (
     assembled_for,
     card_of,
     check_pairs,
+    collector_of,
+    first_range,
     has_own_adapters,
     prepare_site,
     resolve,
@@ -68,6 +70,9 @@ from flapsam.sam import Assembled, Sam, fuse, load_tensors, trained_state, trave
 from flapsam.sites import Site, hold_out_validation, keep_for_training, label_map, read_sites
 from flapsam.sites.pairs import read_pair
 from flapsam.volumes import legend_of, write_label_like
+
+if TYPE_CHECKING:
+    from flapsam.federation.secure_aggregation.member import Member
 
 
 @dataclass(frozen=True)
@@ -279,14 +284,17 @@ def train(prepared: Prepared, training: CohortTraining, workers: int, observer: 
     together = cohort == TOGETHER
     load_tensors(network, prepared.start)
     agreement = agree(prepared.run, config, network) if together else agree_alone(prepared.run, network, config.lora.rank)
+    state = ServerState(prepared.folder.server_state(cohort), config.rounds.keep)
     server = Server(
         agreement,
         prepared.shares if together else {data.site: 1.0 for data in training.clients},
-        ServerState(prepared.folder.server_state(cohort), config.rounds.keep),
+        state,
         options=config.server if together else None,
         seed=config.seed,
         max_change=config.rounds.max_change,
         classes=config.data.classes,
+        collector=collector_of(prepared.run, config, state, prepared.shares) if together else None,
+        first_range=first_range(config),
     )
     if together and (event := false_sites_borne(config, sum(share > 0 for share in prepared.shares.values()), least=1)):
         prepared.ledger.write(event)
@@ -437,6 +445,7 @@ def _clients(
     budgets = {part.site: Budget(folder / part.site / "privacy.jsonl") for part in data} if config.privacy else {}
     for budget in budgets.values():
         budget.create(begun=False)
+    members = _members(agreement.run, [part.site for part in data], folder) if agreement.secure else {}
     return {
         part.site: Client(
             network,
@@ -445,9 +454,20 @@ def _clients(
             agreement,
             ClientState(folder / part.site, keep),
             budget=budgets.get(part.site),
+            member=members.get(part.site),
         )
         for part in data
     }
+
+
+def _members(run: str, sites: Sequence[str], folder: Path) -> dict[str, "Member"]:
+    """Site → its side of secure aggregation. As between hospitals, each site has a key of its own."""
+    from flapsam.federation.secure_aggregation.identity import Identity
+    from flapsam.federation.secure_aggregation.member import Member
+
+    identities = {site: Identity(folder / site / "identity.key") for site in sites}
+    keys = {site: identity.public for site, identity in identities.items()}
+    return {site: Member(run, site, identity, keys, folder / site / "secure") for site, identity in identities.items()}
 
 
 def _own_clients(config: RunConfig, agreement: Agreement, data: Sequence[ClientData], folder: Path) -> dict[str, Client]:

@@ -12,6 +12,8 @@ from flapsam.run.config import Compression
 
 SERVER = "server"
 """Sender's name in packets from the server."""
+MASKED = "masked"
+"""Codec's name in packets that hold masked whole numbers."""
 VALIDATION = "validation."
 """Prefix of the validation metrics in a header; ``validation.mean`` is the mean over the classes."""
 
@@ -33,6 +35,8 @@ class Agreement:
     """Site → rank of its adapters, for sites with a smaller rank than the run's."""
     personal: Mapping[str, Tensor] = field(default_factory=dict)
     """The tensors that each client trains for itself and never sends, before the first round."""
+    secure: bool = False
+    """Whether sites send masked whole numbers, of which the server learns the sum alone."""
 
     @cached_property
     def contract(self) -> Contract:
@@ -64,6 +68,10 @@ class Agreement:
         """The contract of a site's packet in a round."""
         names = {name for name in self.trained if self.aggregator.up(name, number)}
         return self._cut(self.rank(site)).part(names)
+
+    def masked(self, site: str, number: int) -> Contract:
+        """The contract of a site's masked packet in a round."""
+        return replace(self.up(site, number), compression=Compression(codec=MASKED))
 
     def down(self, rank: int, number: int) -> Contract:
         """The contract of the packet that brings a round's changes to sites of this rank."""

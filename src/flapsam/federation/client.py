@@ -1,17 +1,22 @@
 """The client's side of the federated algorithm: a site turns the server's packets into an answer of its own."""
 
+import hashlib
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from flapsam.base.errors import FlapsamError
 from flapsam.base.randomness import Randomness, SystemRandomness
 from flapsam.base.seeds import seed_for
 from flapsam.federation.agreement import SERVER, VALIDATION, Agreement, changed, cut, padded
-from flapsam.federation.packets import Contract, Header, PacketRefused, checksum, decode, encode, encode_lossy
+from flapsam.federation.packets import Contract, Header, PacketRefused, checksum, decode, encode, encode_lossy, opened, seal
 from flapsam.federation.privacy.accounting import planned
 from flapsam.federation.privacy.budget import Budget
+from flapsam.federation.reported import CUT
 from flapsam.federation.shares import rounded
 from flapsam.federation.state import ClientState
 from flapsam.learning.inference import predict_stack
@@ -21,6 +26,12 @@ from flapsam.learning.private import fit_privately
 from flapsam.learning.training import FIT_METRICS, ONE_ROUND, FitReport, Learner, fit, steps_a_round
 from flapsam.run.config import RunConfig
 from flapsam.sam import Sam, load_tensors, only_these_train, tensors_of
+
+if TYPE_CHECKING:
+    # It needs packages that only runs with secure aggregation need.
+    from flapsam.federation.secure_aggregation.member import Member
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,7 @@ class Client:
         disclosure: Disclosure | None = None,
         budget: Budget | None = None,
         randomness: Randomness | None = None,
+        member: "Member | None" = None,
         check: Callable[[int, int], None] = lambda number, steps: None,
     ) -> None:
         """Start a run, or resume it from the saved state.
@@ -89,11 +101,13 @@ class Client:
             disclosure: what leaves the site besides its tensors. Everything by default, and nothing if the run is private.
             budget: the site's ledger of the privacy that was spent. A private run needs it.
             randomness: source of the noise of a private run. The operating system's by default.
+            member: the site's side of secure aggregation. A run with it needs it.
             check: called before a fit, with the round's number and the steps done before. It may raise an error.
         """
         self.disclosure = disclosure or Disclosure()
         self.budget = budget
         self.randomness = randomness or SystemRandomness()
+        self.member = member
         if config.privacy:
             # Noise covers the tensors alone. Whatever else depends on the patients stays.
             self.disclosure = NOTHING_ELSE
@@ -119,7 +133,7 @@ class Client:
         A round that was already answered gets the same bytes again.
 
         Args:
-            packets: the server's packets for this site, oldest first.
+            packets: the server's packets for this site, oldest first. With secure aggregation, the envelopes come last.
             on_step: called after every training step.
 
         Returns:
@@ -128,12 +142,18 @@ class Client:
         Raises:
             PacketRefused: a packet is damaged or is not what was agreed.
         """
+        member, envelopes = self._member(), b""
+        if member:
+            *packets, envelopes = packets
         done, start = self._receive(packets)
         number = done + 1
         origin = checksum(start)[:16]
+        if member:
+            # The whole numbers that a change becomes depend on the ring, too.
+            origin += hashlib.sha256(repr(member.coding(number)).encode()).hexdigest()[:16]
         kept = self.state.reply(number, origin)
         if kept is not None:
-            return kept
+            return self._masked(number, kept, bytes(envelopes), checksum(start)) if member else kept
         self.state.forget_from(number)
         metrics: dict[str, float | None] = {}
         if self.disclosure.scores and done > 0 and done % self.config.rounds.validate_every == 0:
@@ -169,7 +189,23 @@ class Client:
         )
         answer = self._answer(header, contract, start, result, keep_unsent=finite)
         self.state.commit(number, answer, origin)
-        return answer
+        return self._masked(number, answer, bytes(envelopes), checksum(start)) if member else answer
+
+    def agree(self, packets: Iterable[bytes]) -> bytes:
+        """Answer a message of secure aggregation.
+
+        Args:
+            packets: the server's message alone.
+
+        Raises:
+            PacketRefused: the message is invalid, or shows that the server or another site deceives.
+            FlapsamError: the run has no secure aggregation.
+        """
+        member = self._member()
+        if member is None:
+            raise FlapsamError("the server asks for secure aggregation, but the run has none")
+        (message,) = packets
+        return member.answer(bytes(message))
 
     def validate(self, packets: Iterable[bytes]) -> dict[str, float | None]:
         """Score the global tensors, with this site's personal ones, on its validation cases.
@@ -307,15 +343,52 @@ class Client:
     ) -> bytes:
         """Write the packet for the server. What the codec loses is sent with the next packet (Seide et al. 2014)."""
         seed = seed_for(self.config.seed, header.round, self.data.site, "codec")
-        if self.agreement.lossless:
+        member = self._member()
+        if self.agreement.lossless and member is None:
             return encode(header, contract, result, seed)
         feedback = self.config.compression.feedback
         unsent = self.state.unsent_before(header.round) if feedback else {}
         change = {name: result[name] - start[name] + unsent.get(name, 0.0) for name in result}
-        packet, sent = encode_lossy(header, contract, change, seed)
+        if member:
+            packet, sent = self._whole(member, header, change, seed)
+        else:
+            packet, sent = encode_lossy(header, contract, change, seed)
         if feedback and keep_unsent:
             self.state.keep_unsent(header.round, {**unsent, **{name: change[name] - sent[name] for name in change}})
         return packet
+
+    def _whole(
+        self, member: "Member", header: Header, change: Mapping[str, Tensor], seed: int
+    ) -> tuple[bytes, dict[str, Tensor]]:
+        """Write a change as whole numbers, which stay at this site, and return what they stand for."""
+        if not all(tensor.isfinite().all() for tensor in change.values()):
+            # Masked, they would spoil the sum unseen.
+            raise FlapsamError("this site's change is not finite, so it takes no part in the round")
+        ring, share, ranges = member.coding(header.round)
+        numbers, sent, cut = ring.whole(change, ranges, share, seed)
+        log.info("round %d: %d of %d numbers were cut to the agreed range", header.round, cut, len(numbers))
+        if self.disclosure.losses:
+            header = header.model_copy(update={"metrics": {**header.metrics, CUT: float(cut)}})
+        contract = self.agreement.masked(self.data.site, header.round)
+        return seal(header, contract, {"values": torch.from_numpy(numbers)}), sent
+
+    def _masked(self, number: int, answer: bytes, envelopes: bytes, start: str) -> bytes:
+        """Mask a packet of whole numbers, which then may leave the site. ``start`` is the checksum of the tensors before."""
+        member, contract = self._member(), self.agreement.masked(self.data.site, number)
+        assert member is not None
+        header, _, entries = opened(answer, lambda header: contract, self.agreement.contract.tensor_bytes)
+        masked = member.masked(number, envelopes, entries["values"].numpy(), start)
+        return seal(header, contract, {"values": torch.from_numpy(masked)})
+
+    def _member(self) -> "Member | None":
+        """The site's side of secure aggregation; None for a run without it.
+
+        Raises:
+            FlapsamError: the run has it, but this site does not.
+        """
+        if self.agreement.secure and self.member is None:
+            raise FlapsamError("a run with secure aggregation needs the keys of this site's partners")
+        return self.member if self.agreement.secure else None
 
     def _scores(self) -> dict[str, float | None]:
         summary = summarise(score_cases(self.network, self.data.val, self.config))

@@ -98,9 +98,14 @@ class Contract:
         return hashlib.sha256(repr(agreed).encode()).hexdigest()
 
     @property
+    def numbers(self) -> int:
+        """Number of numbers in all tensors."""
+        return sum(torch.Size(shape).numel() for shape in self.shapes.values())
+
+    @property
     def tensor_bytes(self) -> int:
         """Size of all tensors in bytes, as float32."""
-        return sum(4 * torch.Size(shape).numel() for shape in self.shapes.values())
+        return 4 * self.numbers
 
     @property
     def coder(self) -> Codec:
@@ -125,7 +130,7 @@ def encode(header: Header, contract: Contract, tensors: Mapping[str, Tensor], se
         tensors: the tensors, float32.
         seed: seed of the codec's rounding.
     """
-    return _seal(header, contract, contract.coder.encode(tensors, seed))
+    return seal(header, contract, contract.coder.encode(tensors, seed))
 
 
 def encode_lossy(
@@ -135,10 +140,17 @@ def encode_lossy(
     coder = contract.coder
     entries = coder.encode(tensors, seed)
     # The receiver refuses numbers that are not finite, so nothing is checked here.
-    return _seal(header, contract, entries), coder.read(entries, contract.shapes)
+    return seal(header, contract, entries), coder.read(entries, contract.shapes)
 
 
-def _seal(header: Header, contract: Contract, entries: Mapping[str, Tensor]) -> bytes:
+def seal(header: Header, contract: Contract, entries: Mapping[str, Tensor]) -> bytes:
+    """Write arrays as a packet.
+
+    Args:
+        header: the packet's header. Its codec and contract are filled in.
+        contract: names and shapes of the tensors that the arrays stand for.
+        entries: the arrays, by name.
+    """
     header = header.model_copy(update={"codec": contract.compression.codec, "contract": contract.hash})
     content = save(dict(entries), metadata={ENTRY: header.model_dump_json()})
     # Packets may be large, so every copy is freed as soon as possible, here and below.
@@ -162,6 +174,30 @@ def decode(data: bytes | memoryview, agreed: Callable[[Header], Contract], limit
     Raises:
         PacketRefused: the packet is damaged, too large, or does not fulfil the contract. Nothing in it has been used.
     """
+    header, contract, entries = opened(data, agreed, limit)
+    try:
+        contract.coder.check(entries, contract.shapes)
+        tensors = contract.coder.read(entries, contract.shapes)
+    except ValueError as error:
+        raise PacketRefused(str(error)) from error
+    # A finite scale times a finite number can still overflow to infinity.
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise PacketRefused(f"its tensor {name} holds NaN or infinity")
+    return header, tensors
+
+
+def opened(
+    data: bytes | memoryview, agreed: Callable[[Header], Contract], limit: int
+) -> tuple[Header, Contract, dict[str, Tensor]]:
+    """Check a packet as a whole, but not yet what its arrays hold. The arguments are those of ``decode``.
+
+    Returns:
+        The header, the contract that was agreed, and the arrays.
+
+    Raises:
+        PacketRefused: the packet is damaged, too large, or made for another contract.
+    """
     prefix = len(MAGIC) + hashlib.sha256().digest_size
     view = memoryview(data)
     body = view[prefix:]
@@ -183,16 +219,7 @@ def decode(data: bytes | memoryview, agreed: Callable[[Header], Contract], limit
         raise PacketRefused(f"it uses codec {header.codec!r}, but {contract.compression.codec} was agreed")
     if header.contract != contract.hash:
         raise PacketRefused("it was made for another contract: the shapes, codec options or starting weights differ")
-    try:
-        contract.coder.check(entries, contract.shapes)
-        tensors = contract.coder.read(entries, contract.shapes)
-    except ValueError as error:
-        raise PacketRefused(str(error)) from error
-    # A finite scale times a finite number can still overflow to infinity.
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise PacketRefused(f"its tensor {name} holds NaN or infinity")
-    return header, tensors
+    return header, contract, entries
 
 
 def _decompress(body: memoryview, limit: int) -> bytes:

@@ -1,8 +1,10 @@
 """What every participant derives from a run's configuration before the first round: data, network and agreement."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -10,11 +12,12 @@ from flapsam.adapters.store import AdapterCard, BackboneCard
 from flapsam.base.device import find_device, set_up_torch
 from flapsam.base.environment import default_threads
 from flapsam.base.errors import FlapsamError, choose
-from flapsam.federation.aggregation import Aggregator, aggregator
+from flapsam.federation.aggregation import AGGREGATORS, Aggregator, aggregator
 from flapsam.federation.agreement import Agreement
 from flapsam.federation.client import ClientData
 from flapsam.federation.compression import codec
 from flapsam.federation.server_optimizers import SERVER_OPTIMIZERS
+from flapsam.federation.state import ServerState
 from flapsam.learning.memory import windows_that_fit
 from flapsam.learning.prepared import PreparedCase, prepare
 from flapsam.run.config import Compression, RunConfig
@@ -38,6 +41,12 @@ from flapsam.sites import Case, Site, label_map
 from flapsam.sites.pairs import check_geometry
 from flapsam.volumes import count_modalities, read_geometry
 
+if TYPE_CHECKING:
+    from flapsam.federation.secure_aggregation.collector import Collector
+
+FIRST_STEPS = 32
+"""How many steps of full learning rate in the same direction the range of the first round allows."""
+
 
 def resolve(config: RunConfig) -> RunConfig:
     """Fill in everything that the configuration leaves open.
@@ -55,6 +64,14 @@ def resolve(config: RunConfig) -> RunConfig:
     sizes.tokens(size)
     method = aggregator(config.aggregator, config.lora.rank)
     codec(config.compression)
+    if config.secure:
+        if not method.sums:
+            sums = ", ".join(name for name, make in AGGREGATORS.items() if make(1).sums)
+            raise FlapsamError(
+                f"aggregator: {config.aggregator} needs every site's own tensors, but with secure aggregation the server "
+                f"learns their sum alone; choose one of {sums}"
+            )
+        check_secure_installed()
     if choose("server.optimizer", config.server.optimizer, SERVER_OPTIMIZERS) and not method.keeps_basis:
         raise FlapsamError(
             f"server.optimizer: {config.server.optimizer} needs adapters that keep their basis from round to round, but "
@@ -109,7 +126,34 @@ def agree(run: str, config: RunConfig, network: Sam) -> Agreement:
     if not any(method.up(name, number) for name in sent for number in (1, 2)):
         raise FlapsamError("personal: nothing is left that the sites share; keep fewer parameters at the sites")
     personal = tensors_of(network, network.personal)
-    return Agreement(run, start, sent, method, config.compression, config.site_ranks, personal)
+    return Agreement(run, start, sent, method, config.compression, config.site_ranks, personal, config.secure)
+
+
+def collector_of(run: str, config: RunConfig, state: ServerState, shares: Mapping[str, float]) -> "Collector | None":
+    """The server's side of secure aggregation; None for a run without it."""
+    if not config.secure:
+        return None
+    from flapsam.federation.secure_aggregation.collector import Collector
+
+    return Collector(run, state.folder, shares)
+
+
+def check_secure_installed() -> None:
+    """Check that the packages for secure aggregation are there.
+
+    Raises:
+        FlapsamError: one is missing.
+    """
+    if any(find_spec(name) is None for name in ("cryptography", "Crypto")):
+        raise FlapsamError("secure aggregation needs other packages: pip install 'flapsam[secure]'")
+
+
+def first_range(config: RunConfig) -> float:
+    """The range of a number's change in the first round of secure aggregation, which no data tell.
+
+    With Adam, a step changes a number by about the learning rate at most.
+    """
+    return FIRST_STEPS * config.training.learning_rate
 
 
 def has_own_adapters(config: RunConfig) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from flapsam.base.errors import FlapsamError
 from flapsam.federation.agreement import VALIDATION
 from flapsam.federation.packets import PacketRefused
-from flapsam.federation.reported import is_amount, read_scores
+from flapsam.federation.reported import CUT, is_amount, read_scores
 from flapsam.federation.server import Server
 from flapsam.learning.training import FIT_METRICS
 from flapsam.run.config import Rounds
@@ -24,10 +24,11 @@ from flapsam.run.ledger import (
     Event,
     Fitted,
     RoundClosed,
+    Summed,
     Validated,
 )
 
-Work = Literal["fit", "validate", "own"]
+Work = Literal["fit", "agree", "validate", "own"]
 Scores = Mapping[str, float | None]
 
 
@@ -39,7 +40,7 @@ class Answer:
     bytes_down: int
     """Size in bytes of the packets that the site received."""
     fitted: bytes | memoryview = b""
-    """The site's packet, if it was asked to fit."""
+    """The site's packet, if it was asked to fit, or its message, if it was asked to agree."""
     scores: Scores | None = None
     """Its validation scores, if it was asked to validate."""
     missing: str = ""
@@ -76,28 +77,44 @@ def rounds(server: Server, cohort: Cohort, options: Rounds, carry: Carry, record
     while server.rounds_done < options.count and not settled(server.validation, options.patience, options.settled):
         number = server.rounds_done + 1
         started = time.perf_counter()
-        refused: Counter[str] = Counter()
-        missing: set[str] = set()
-        for answer in carry("fit"):
-            site = answer.site
-            if answer.missing and site not in missing:
-                missing.add(site)
-                record(AnswerMissing(cohort=cohort, round=number, site=site, reason=answer.missing))
-            elif not answer.missing and refused[site] < REFUSALS:
-                refused[site] += not _receive(server, cohort, number, answer, record)
+        up, down = 0, 0
+        for step in server.steps():
+            sent, received = _step(server, cohort, number, "fit" if step == "fit" else "agree", carry, record)
+            up, down = up + sent, down + received
+            answered = len(server.state.replied())
+            if step == "fit" and answered < options.min_sites:
+                few = f"too few sites answered: {answered} of at least {options.min_sites} (rounds.min_sites)"
+                raise FlapsamError(f"round {number}: {few}; see the ledger for the reasons")
+            server.end_step()
         aggregating = time.perf_counter()
-        answered = len(server.state.replied())
-        if answered < options.min_sites:
-            few = f"too few sites answered: {answered} of at least {options.min_sites} (rounds.min_sites)"
-            raise FlapsamError(f"round {number}: {few}; see the ledger for the reasons")
 
         def leave_out(site: str, reason: str, number: int = number) -> None:
             record(AnswerLeftOut(cohort=cohort, round=number, site=site, reason=reason))
 
         server.close_round(options.min_sites, leave_out)
         closed = time.perf_counter()
+        if server.collector is not None:
+            sites = server.collector.summed
+            record(Summed(cohort=cohort, round=number, sites=sites, bytes_up=up, bytes_down=down))
         record(RoundClosed(cohort=cohort, round=number, seconds=closed - started, aggregation_seconds=closed - aggregating))
         yield number
+
+
+def _step(server: Server, cohort: Cohort, number: int, work: Work, carry: Carry, record: Record) -> tuple[int, int]:
+    """Carry out one step of a round. Returns the bytes up and down of its messages, without those of fits."""
+    refused: Counter[str] = Counter()
+    missing: set[str] = set()
+    up = down = 0
+    for answer in carry(work):
+        site = answer.site
+        if work == "agree":
+            up, down = up + len(answer.fitted), down + answer.bytes_down
+        if answer.missing and site not in missing:
+            missing.add(site)
+            record(AnswerMissing(cohort=cohort, round=number, site=site, work=work, reason=answer.missing))
+        elif not answer.missing and refused[site] < REFUSALS:
+            refused[site] += not (_receive if work == "fit" else _take)(server, cohort, number, answer, record)
+    return up, down
 
 
 def deliver(server: Server, cohort: Cohort, carry: Carry, record: Record) -> None:
@@ -181,11 +198,22 @@ def _receive(server: Server, cohort: Cohort, number: int, answer: Answer, record
         record(AnswerRefused(cohort=cohort, round=number, site=site, reason=str(refusal), bytes_up=size))
         return False
     _record_validation(cohort, number - 1, site, header.metrics, record)
-    reported: dict[str, Any] = {name: header.metrics.get(name) for name in FIT_METRICS}
+    reported: dict[str, Any] = {name: header.metrics.get(name) for name in (*FIT_METRICS, CUT)}
     if answer.seconds is not None:
         reported["site_seconds"] = answer.seconds
     reported |= {"bytes_down": answer.bytes_down, "bytes_up": size, "slices": header.samples}
     record(Fitted(cohort=cohort, round=number, site=site, **reported))
+    return True
+
+
+def _take(server: Server, cohort: Cohort, number: int, answer: Answer, record: Record) -> bool:
+    """Pass a message of secure aggregation on to the server. Returns whether it was accepted."""
+    assert server.collector is not None
+    try:
+        server.collector.take(answer.site, bytes(answer.fitted))
+    except PacketRefused as refusal:
+        record(AnswerRefused(cohort=cohort, round=number, site=answer.site, reason=str(refusal)))
+        return False
     return True
 
 

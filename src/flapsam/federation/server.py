@@ -4,6 +4,7 @@ Engines only carry the bytes, so a simulation on a laptop and a federation of ho
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,13 +13,21 @@ from flapsam.base.errors import FlapsamError
 from flapsam.base.seeds import seed_for
 from flapsam.federation.aggregation import Reply
 from flapsam.federation.agreement import SERVER, VALIDATION, Agreement, changed, cut
-from flapsam.federation.packets import Contract, Header, PacketRefused, decode, encode, encode_lossy
+from flapsam.federation.compression.codec import check_entries
+from flapsam.federation.packets import Contract, Header, PacketRefused, decode, encode, encode_lossy, opened
 from flapsam.federation.reported import check_metrics
 from flapsam.federation.screening import norm, too_large
 from flapsam.federation.server_optimizers import server_step
 from flapsam.federation.state import ServerState
 from flapsam.run.config import ServerOptions
 
+if TYPE_CHECKING:
+    # It needs packages that only runs with secure aggregation need.
+    from flapsam.federation.secure_aggregation.collector import Collector
+
+ROOM = 3.0
+"""With secure aggregation, the range of a tensor's change, as a multiple of the largest change of a number in the last mean.
+A site's own change may be larger than the mean's."""
 UNKNOWN = -1
 """Round of a site whose tensors are not known. It is before the start, for which there is no packet."""
 
@@ -41,6 +50,8 @@ class Server:
         seed: int = 0,
         max_change: float | None = None,
         classes: Collection[str] | None = None,
+        collector: "Collector | None" = None,
+        first_range: float = 1.0,
     ) -> None:
         """Start a run, or resume it from the saved state.
 
@@ -52,6 +63,8 @@ class Server:
             seed: the run's seed, from which the codec's rounding is seeded.
             max_change: how many times as large as the others' change a site's change may be. None: any size is accepted.
             classes: the run's classes, whose validation Dice sites may report. None: any names are accepted.
+            collector: the server's side of secure aggregation. A run with it needs it.
+            first_range: with secure aggregation, the range of every number's change in the first round.
 
         Raises:
             FlapsamError: the state is damaged or belongs to another run.
@@ -63,9 +76,12 @@ class Server:
         self.seed = seed
         self.max_change = max_change
         self.classes = classes
+        self.collector = collector
         ranks = {agreement.aggregator.rank, *agreement.ranks.values()}
         self.streams = {str(rank): rank for rank in sorted(ranks)}
         """Name of a stream → rank. Sites of the same rank get the same packets, one stream."""
+        self.ranges = dict.fromkeys(agreement.trained, first_range) if agreement.secure else {}
+        """Tensor → range of its change in the next round."""
         newest = state.newest()
         if newest is None:
             held = {stream: cut(agreement.start, rank) for stream, rank in self.streams.items()}
@@ -77,17 +93,53 @@ class Server:
             self.globals = groups["global"]
             self.held = {stream: groups.get(f"held-{stream}", {}) for stream in self.streams}
             self.moments = {kind: groups[kind] for kind in ("m", "v") if kind in groups}
+            self.ranges = {name: float(tensor) for name, tensor in groups.get("ranges", {}).items()}
             # Earlier versions kept the mean over the sites.
             self.validation: list[dict[str, float | None]] = [
                 scores if isinstance(scores, dict) else dict.fromkeys(shares, scores) for scores in metadata["validation"]
             ]
-            state.forget_replies()
+            # Masked answers that were added up already cannot be sent again with other masks.
+            if collector is None or not collector.holds_answers:
+                state.forget_replies()
 
-    def packets(self, site: str, held: int) -> list[bytes]:
-        """The packets for a site at round ``held``: every packet since, or one with all tensors if that is smaller.
+    def steps(self) -> Sequence[str]:
+        """The steps of the current round that are left: ``fit``, and those of secure aggregation before and after it."""
+        if self.collector is None:
+            return ["fit"]
+        number = self.rounds_done + 1
+        names = {name for name in self.agreement.trained if self.agreement.aggregator.up(name, number)}
+        return self.collector.begin(number, {name: self.ranges[name] for name in sorted(names)}, self.state.replied())
 
-        A site whose tensors are not known is at round ``UNKNOWN`` and gets all of them.
+    def end_step(self) -> None:
+        """Close a step of the current round.
+
+        Raises:
+            FlapsamError: too few sites have taken part in it.
         """
+        if self.collector is not None:
+            self.collector.end(self.state.replied())
+
+    def asks(self, site: str) -> bool:
+        """Whether a site has a part in the current step."""
+        return self.collector is None or self.collector.asks(site)
+
+    def packets(self, site: str, held: int, work: str = "fit") -> list[bytes]:
+        """What a site needs for some work.
+
+        Args:
+            site: the site.
+            held: the round whose result it holds. A site whose tensors are not known is at round ``UNKNOWN``.
+            work: the work. In secure aggregation, ``agree`` needs a message alone, and ``fit`` one more.
+
+        Returns:
+            Every packet since round ``held``, or one with all tensors if that is smaller, and the message.
+        """
+        if self.collector is not None and work == "agree":
+            return [self.collector.message(site)]
+        more = [self.collector.message(site)] if self.collector is not None and work == "fit" else []
+        return [*self._packets(site, held), *more]
+
+    def _packets(self, site: str, held: int) -> list[bytes]:
         rank, agreement = self.agreement.rank(site), self.agreement
         header = Header(run=agreement.run, round=self.rounds_done, base=self.rounds_done, sender=SERVER)
         if held == self.rounds_done and (agreement.remembers or held == 0):
@@ -130,19 +182,39 @@ class Server:
                 raise PacketRefused(f"its sender is {header.sender!r}, but it came from {site!r}")
             if header.round != number or header.base != self.rounds_done:
                 raise PacketRefused(f"it answers round {header.round}, but the current round is {number}")
-            return agreement.up(site, number)
+            return agreement.masked(site, number) if agreement.secure else agreement.up(site, number)
 
+        if self.collector is not None:
+            return self._receive_masked(packet, site, agreed)
         header, part = decode(packet, agreed, agreement.contract.tensor_bytes)
-        try:
-            check_metrics(header.metrics, self.classes)
-        except ValueError as error:
-            raise PacketRefused(str(error)) from error
+        self._check_metrics(header)
         start = cut(self.globals, agreement.rank(site))
         tensors = changed(start, part, agreement.lossless)
         change = norm(tensor - start[name] if agreement.lossless else tensor for name, tensor in part.items())
         metadata = {"validation": header.metrics.get(f"{VALIDATION}mean"), "change": change}
         self.state.keep_reply(site, {name: tensors[name] for name in part}, metadata)
         return header
+
+    def _receive_masked(self, packet: bytes | memoryview, site: str, agreed: Callable[[Header], Contract]) -> Header:
+        """Keep a masked answer. Nothing can be read in it."""
+        assert self.collector is not None
+        if not self.collector.asks(site):
+            raise PacketRefused(f"{site} has no part in this round's sum")
+        header, contract, entries = opened(packet, agreed, self.agreement.contract.tensor_bytes)
+        self._check_metrics(header)
+        size = self.collector.ring.size(contract.numbers)
+        try:
+            check_entries(entries, {"values": (torch.uint8, size)})
+        except ValueError as error:
+            raise PacketRefused(str(error)) from error
+        self.state.keep_reply(site, entries, {"validation": header.metrics.get(f"{VALIDATION}mean")})
+        return header
+
+    def _check_metrics(self, header: Header) -> None:
+        try:
+            check_metrics(header.metrics, self.classes)
+        except ValueError as error:
+            raise PacketRefused(str(error)) from error
 
     def close_round(self, least: int = 1, on_left_out: Callable[[str, str], object] = lambda site, reason: None) -> int:
         """Aggregate the round's replies, in the order of the sites' names.
@@ -161,6 +233,8 @@ class Server:
             FlapsamError: too few replies are left, or none of them has a weight above 0.
         """
         number = self.rounds_done + 1
+        if self.collector is not None:
+            return self._close_sum(number)
         kept = {site: self.state.reply(site, self.shares[site]) for site in self.state.replied()}
         changes = {site: metadata["change"] for site, (reply, metadata) in kept.items() if reply.weight > 0}
         bad = too_large(changes, self.max_change)
@@ -177,18 +251,43 @@ class Server:
             if outcome is not None:
                 break
             bad = {max(changes, key=changes.__getitem__): "with it, the round's result is not finite"}
+        self._close(number, outcome, {site: metadata for site, (_, metadata) in kept.items()})
+        return number
+
+    def _close_sum(self, number: int) -> int:
+        """Close a round of secure aggregation."""
+        assert self.collector is not None
+        masked, metadata = self.state.masked_replies()
+        shapes = self.agreement.up(SERVER, number).shapes
+        total = self.collector.total(masked, self.agreement.up(SERVER, number).numbers)
+        mean = self.collector.ring.mean(total, shapes, self.ranges, self.collector.share)
+        reply = Reply.of({name: self.globals[name] + mean[name] for name in mean}, weight=1.0)
+        outcome = self._aggregated([reply], number)
+        if outcome is None:
+            raise FlapsamError(f"round {number}: the result is not finite; start a new run, or go back with --from-round")
+        largest = {name: float(tensor.abs().max()) for name, tensor in mean.items()}
+        self.ranges |= {name: ROOM * value for name, value in largest.items() if value > 0}
+        self._close(number, outcome, metadata)
+        return number
+
+    def _close(
+        self,
+        number: int,
+        outcome: tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]],
+        replies: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        """Write a round's packets and its result. ``replies`` holds what was kept with each site's answer."""
         result, moments = outcome
         held = dict(self.held)
         packets = {}
         for stream, rank in self.streams.items():
             packets[stream], held[stream] = self._packet(stream, rank, number, result)
         # An answer brings the validation scores of the round before.
-        validation = [*self.validation, {site: metadata["validation"] for site, (_, metadata) in kept.items()}]
+        validation = [*self.validation, {site: about["validation"] for site, about in replies.items()}]
         self._commit(number, result, held, moments, validation, packets)
         for stream in self.streams:
             # Beyond this size, one packet with all tensors is smaller than the chain of packets.
             self.state.forget_packets(stream, self.agreement.contract.tensor_bytes if self.agreement.remembers else 0)
-        return number
 
     def _aggregated(
         self, replies: Sequence[Reply], number: int
@@ -231,6 +330,8 @@ class Server:
         packets: Mapping[str, bytes] | None = None,
     ) -> None:
         groups = {"global": tensors, **moments}
+        if self.ranges:
+            groups["ranges"] = {name: torch.tensor([value]) for name, value in self.ranges.items()}
         if not self.agreement.lossless:
             groups |= {f"held-{stream}": part for stream, part in held.items()}
         self.state.commit(number, groups, {"run": self.agreement.run, "validation": validation}, packets or {})

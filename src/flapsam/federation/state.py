@@ -128,6 +128,14 @@ class ServerState:
 
         return Reply(weight, places.keys(), read), metadata
 
+    def masked_replies(self) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]]]:
+        """The masked changes that have arrived, packed, and the metadata kept with each."""
+        masked, metadata = {}, {}
+        for site, path in self.replied().items():
+            groups, metadata[site] = _read(path)
+            masked[site] = groups[""]["values"].numpy()
+        return masked, metadata
+
     def forget_replies(self) -> None:
         """Drop the replies of the current round. Each site keeps its own and sends it again."""
         for path in self.replied().values():

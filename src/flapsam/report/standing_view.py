@@ -29,7 +29,7 @@ FEW = 12
 """Largest number of sites that are shown one by one. If there are more, they are only counted."""
 NAMED = 3
 """Number of working sites that are named if sites are only counted."""
-WORKS = {"fit": "training", "validate": "validating", "own": "choosing its own adapter"}
+WORKS = {"fit": "training", "validate": "validating", "own": "choosing its own adapter", "agree": "agreeing"}
 STALE = 3
 """Number of rounds' time without any event after which a run has probably stopped."""
 

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from flapsam.base.errors import too_new
 from flapsam.base.names import Name, Named, as_name, folded
-from flapsam.run.presets import PRESETS, with_preset
+from flapsam.run.presets import PRESETS, SECURE, with_preset
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -39,6 +39,8 @@ Absent = Literal["none", "one"]
 """Dice of a class that is in neither the truth nor the prediction of a case."""
 
 
+LEAST_SECURE = 3
+"""Least number of sites in a sum of secure aggregation. Of two sites, each knows the other's change from the sum."""
 MOST_PRIVATE_STEPS = 1_000_000
 """Largest number of steps of a private run. More would take long to account for."""
 CONFIG_FORMAT = 1
@@ -378,6 +380,10 @@ class RunConfig(StrictModel):
     compression: Compression = Compression()
     privacy: Privacy | None = None
     """Differential privacy of every patient; none if not given. ``{}`` takes the defaults."""
+    secure: bool = False
+    """Whether the server learns only the weighted sum of the sites' changes in a round, and no site's own (secure
+    aggregation, Bonawitz et al. 2017). It needs at least three sites, and an aggregator that is a mean: ``fedavg``,
+    ``ffa-lora`` or ``rolora``."""
     site_ranks: Named[Positive] = {}
     """Site → rank of its adapters, for sites where it is smaller than ``lora.rank``."""
     modes: Annotated[list[Mode], Field(min_length=1)] = ["federated"]
@@ -417,7 +423,23 @@ class RunConfig(StrictModel):
         name = tree.get("preset", cls.model_fields["preset"].default)
         if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"preset: there is no '{name}'; choose {' or '.join(PRESETS)}")
-        return with_preset(tree, name)
+        return with_preset(tree, name, SECURE if tree.get("secure") is True else {})
+
+    @model_validator(mode="after")
+    def _check_secure(self) -> "RunConfig":
+        """Check that nothing in a run with secure aggregation needs a single site's change."""
+        if not self.secure:
+            return self
+        problem = ""
+        if self.rounds.max_change is not None:
+            problem = "cannot be used with rounds.max_change, because nobody sees a site's change; set it to null"
+        elif self.rounds.min_sites < LEAST_SECURE:
+            problem = f"needs at least {LEAST_SECURE} sites in every sum; set rounds.min_sites to {LEAST_SECURE} or more"
+        elif self.site_ranks:
+            problem = "cannot be used with site_ranks; remove it"
+        if problem:
+            raise ValueError(f"secure {problem}")
+        return self
 
     @model_validator(mode="after")
     def _check_privacy(self) -> "RunConfig":

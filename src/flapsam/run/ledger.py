@@ -212,6 +212,19 @@ class Fitted(RoundEvent):
     """Seconds of the fit in which the network waited for slices."""
     site_seconds: float | None = None
     """Seconds from the request to the answer, where the engine measures them."""
+    cut: float | None = None
+    """With secure aggregation, how many numbers of the change were beyond the agreed range and were cut to it."""
+
+
+class Summed(RoundEvent):
+    """The server has learned the sum of the sites' changes by secure aggregation."""
+
+    event: Literal["summed"] = "summed"
+    sites: list[Name]
+    """The sites in the sum."""
+    bytes_up: int
+    """Bytes of the sites' messages for it, without their masked changes."""
+    bytes_down: int
 
 
 class Validated(RoundEvent):
@@ -258,7 +271,7 @@ class AnswerMissing(RoundEvent):
     event: Literal["missing"] = "missing"
     site: Name
     reason: str
-    work: Literal["fit", "validate", "own"] = "fit"
+    work: Literal["fit", "agree", "validate", "own"] = "fit"
 
     repeats = True
 
@@ -337,6 +350,7 @@ Event = Annotated[
     | FalseSitesBorne
     | WentBack
     | Fitted
+    | Summed
     | Validated
     | RoundClosed
     | AnswerRefused
@@ -443,8 +457,8 @@ def _line(event: Event) -> str:
 def bytes_sent(events: Iterable[Event], cohort: Cohort) -> tuple[int, int]:
     """Bytes up and bytes down of all packets of a cohort, including refused packets and the delivery of the result."""
     own = [event for event in events if isinstance(event, CohortEvent) and event.cohort == cohort]
-    up = sum(event.bytes_up for event in own if isinstance(event, Fitted | AnswerRefused))
-    down = sum(event.bytes_down for event in own if isinstance(event, Fitted | Delivered))
+    up = sum(event.bytes_up for event in own if isinstance(event, Fitted | AnswerRefused | Summed))
+    down = sum(event.bytes_down for event in own if isinstance(event, Fitted | Delivered | Summed))
     return up, down
 
 

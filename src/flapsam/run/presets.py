@@ -33,10 +33,21 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 """Preset → field, or group of fields → field → value."""
 
 
-def with_preset(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A configuration as a tree of fields, with the preset's values where it gives none."""
+SECURE: Mapping[str, Any] = {"aggregator": "fedavg", "rounds": {"max_change": None, "min_sites": 3}}
+"""What secure aggregation needs. It replaces a preset's values."""
+
+
+def with_preset(tree: Mapping[str, Any], name: str, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A configuration as a tree of fields, with the preset's values where it gives none.
+
+    Args:
+        tree: the configuration.
+        name: the preset.
+        more: values that replace the preset's.
+    """
     filled = dict(tree)
-    for field, value in PRESETS[name].items():
-        given = tree.get(field, {} if isinstance(value, Mapping) else value)
-        filled[field] = {**value, **given} if isinstance(value, Mapping) and isinstance(given, Mapping) else given
+    for values in (more or {}, PRESETS[name]):
+        for field, value in values.items():
+            given = filled.get(field, {} if isinstance(value, Mapping) else value)
+            filled[field] = {**value, **given} if isinstance(value, Mapping) and isinstance(given, Mapping) else given
     return filled

@@ -39,6 +39,9 @@ class Aggregator(ABC):
     base_weights = False
     """Whether the adapted layers' own weights change, too. If so, they are among the global tensors and travel down."""
 
+    sums = False
+    """Whether the result depends on the weighted sum of the clients' tensors alone, so that no client's own are needed."""
+
     def __init__(self, rank: int) -> None:
         self.rank = rank
 

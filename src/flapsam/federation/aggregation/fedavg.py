@@ -14,6 +14,8 @@ class FedAvg(Aggregator):
     trained tensor travels up and down.
     """
 
+    sums = True
+
     def factors(
         self, layer: str, replies: Sequence[Reply], previous: Mapping[str, Tensor], number: int
     ) -> dict[str, Tensor]:

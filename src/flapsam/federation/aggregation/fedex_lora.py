@@ -17,6 +17,7 @@ class FedExLora(FedAvg):
     added to their mean.
     """
 
+    sums = False
     base_weights = True
 
     def factors(

@@ -20,6 +20,8 @@ class LoraFair(FedAvg):
     closest to P that the row space of Ā allows. Traffic as with ``fedavg``.
     """
 
+    sums = False
+
     def factors(
         self, layer: str, replies: Sequence[Reply], previous: Mapping[str, Tensor], number: int
     ) -> dict[str, Tensor]:

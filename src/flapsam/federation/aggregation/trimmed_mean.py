@@ -24,6 +24,8 @@ class TrimmedMean(FedAvg):
     of the products B·A. Traffic as with ``fedavg``.
     """
 
+    sums = False
+
     def dropped(self, count: int) -> int:
         """Number of clients dropped at either end, out of ``count``."""
         return int(SHARE * count)

@@ -35,14 +35,15 @@ def run_rounds(
     def carry(work: Work) -> Iterator[Answer]:
         for client, packets, answer in _answers(work, server, clients, observer, workers):
             down = sum(map(len, packets))
-            if work == "fit":
+            if work in ("fit", "agree"):
                 yield Answer(client.data.site, down, fitted=answer)
             else:
                 yield Answer(client.data.site, down, scores=answer)
 
     options = clients[0].config.rounds
-    # Every site of a simulation answers, so there are never too few.
-    options = options.model_copy(update={"min_sites": 1})
+    if server.collector is None:
+        # Every site of a simulation answers, so there are never too few.
+        options = options.model_copy(update={"min_sites": 1})
     steps = sum(map(_steps, clients))
     observer.begin(str(cohort), steps * options.count, steps * server.rounds_done)
     for _ in rounds(server, cohort, options, carry, ledger.write):
@@ -77,9 +78,11 @@ def _answers(
     work: Work, server: Server, clients: Sequence[Client], observer: Observer, workers: Workers | None
 ) -> Iterator[tuple[Client, list[bytes], Any]]:
     """Yield each client in order, with its packets and the result of its method ``work``."""
+    if work in ("fit", "agree"):
+        clients = [client for client in clients if server.asks(client.data.site)]
     if workers is None:
         for client in clients:
-            packets = server.packets(client.data.site, client.held)
+            packets = server.packets(client.data.site, client.held, work)
             observer.works(client.data.site, work)
             answer = client.fit(packets, observer.step) if work == "fit" else getattr(client, work)(packets)
             yield client, packets, answer
@@ -88,7 +91,7 @@ def _answers(
 
     def jobs() -> Iterator[tuple[str, list[bytes]]]:
         for client in clients:
-            sent.append((client, server.packets(client.data.site, client.held)))
+            sent.append((client, server.packets(client.data.site, client.held, work)))
             observer.works(client.data.site, work)
             yield client.data.site, sent[-1][1]
 

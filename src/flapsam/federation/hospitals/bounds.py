@@ -26,6 +26,10 @@ def refusals(config: RunConfig, site: SiteConfig) -> Iterator[tuple[str, str]]:
         yield "aggregator", f"the run's aggregator is {config.aggregator}, this site's aggregators are {allowed}"
     if site.privacy is not None and config.privacy is None:
         yield "privacy", "the run has no differential privacy, but this site requires it (privacy)"
+    if site.secure is not None and site.secure.required and not config.secure:
+        yield "secure", "the run has no secure aggregation, but this site requires it (secure.required)"
+    if config.secure and site.secure is None:
+        yield "secure", "the run has secure aggregation, but site.yaml does not name this site's partners (secure.partners)"
     for name, value, low, high in _ranges(config, site):
         if not low <= value <= high:
             yield "bounds", f"the run's {name} is {value:g}, this site allows {low:g} to {high:g}"

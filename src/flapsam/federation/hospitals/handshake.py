@@ -20,6 +20,7 @@ REASONS: Mapping[str, str] = {
     "bounds": "its configuration does not allow the run's settings; see the site's own log",
     "memory": "training needs more memory than its configuration allows",
     "privacy": "its limit on differential privacy does not allow the run; see the site's own log",
+    "secure": "it does not take part in secure aggregation as asked; see the site's own log",
     "cases": "it has fewer training cases than its configuration requires",
     "data": "its data or its configuration is invalid; see the site's own log",
     "backbone": "it does not have the backbone's weights",

@@ -19,9 +19,9 @@ from flapsam.federation.hospitals.handshake import (
     read_message,
 )
 from flapsam.federation.packets import HEADER_BYTES
-from flapsam.federation.preparation import agree, assembled_for, card_of, has_own_adapters
+from flapsam.federation.preparation import agree, assembled_for, card_of, collector_of, first_range, has_own_adapters
 from flapsam.federation.reported import read_scores
-from flapsam.federation.rounds import Carry, deliver, keep_own, rounds
+from flapsam.federation.rounds import Carry, Work, deliver, keep_own, rounds
 from flapsam.federation.server import UNKNOWN, Server
 from flapsam.federation.shares import TrainingSize, bounded, client_shares
 from flapsam.federation.state import ServerState
@@ -133,14 +133,20 @@ class ServerSide:
             seed=self.config.seed,
             max_change=options.max_change,
             classes=self.config.data.classes,
+            collector=collector_of(self.run, self.config, state, shares),
+            first_range=first_range(self.config),
         )
         if event := false_sites_borne(self.config, sum(shares[site] > 0 for site in self.held), options.min_sites):
             self.ledger.write(event)
         self.agreement = self.server.agreement = self.agreement.without_start()
 
-    def packets(self, site: str) -> list[bytes]:
-        """The packets that bring a site up to date, oldest first."""
-        return self.server.packets(site, self.held[site])
+    def packets(self, site: str, work: Work) -> list[bytes]:
+        """The packets that a site needs for some work, oldest first."""
+        return self.server.packets(site, self.held[site], work)
+
+    def asked(self, work: Work) -> list[str]:
+        """The sites that have a part in some work."""
+        return [site for site in self.held if work not in ("fit", "agree") or self.server.asks(site)]
 
     def read_scores(self, answer: bytes) -> dict[str, float | None] | None:
         """Read a site's validation Dice from JSON. None if the JSON is invalid."""

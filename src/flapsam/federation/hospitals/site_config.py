@@ -6,9 +6,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from flapsam.base.names import Name
+from flapsam.base.names import Name, Named
 from flapsam.federation.privacy.budget import Ceiling
-from flapsam.run.config import Checkpoint, Fraction, Positive, StrictModel
+from flapsam.run.config import LEAST_SECURE, Checkpoint, Fraction, Positive, StrictModel
 from flapsam.run.reading import read_options
 
 SAFE_STRATEGIES = ("flap", "lora", "lora-decoder", "decoder", "partial-decoder")
@@ -71,6 +71,17 @@ class Bounds(StrictModel):
     """Maximum number of classes."""
 
 
+class SecurePartners(StrictModel):
+    """The sites with which this one takes part in secure aggregation."""
+
+    partners: Annotated[Named[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]], Field(min_length=LEAST_SECURE - 1)]
+    """Other site → its public key, as ``flapsam federation key`` shows it there. Ask that site for it, not the server."""
+    min_sites: Annotated[int, Field(ge=LEAST_SECURE)] = LEAST_SECURE
+    """Least number of sites, this one included, in a sum that this site takes part in."""
+    required: bool = True
+    """Whether runs without secure aggregation are refused."""
+
+
 class SiteConfig(StrictModel):
     """A site's configuration, as in ``site.yaml``."""
 
@@ -92,6 +103,8 @@ class SiteConfig(StrictModel):
     """Number of validation cases below which no Dice leaves the site."""
     privacy: Ceiling | None = None
     """The most that may be revealed about a patient. Runs without differential privacy are refused if it is given."""
+    secure: SecurePartners | None = None
+    """The partners in secure aggregation. Without it, runs with secure aggregation are refused."""
     bounds: Bounds = Bounds()
     """What a run may ask of the site's training."""
     metrics: bool = True
@@ -123,6 +136,11 @@ class SiteConfig(StrictModel):
     def privacy_spent(self) -> Path:
         """The ledger of the privacy that this site's answers have spent."""
         return self.state / "privacy.jsonl"
+
+    @property
+    def identity(self) -> Path:
+        """The site's own key, with which it signs in secure aggregation."""
+        return self.state / "identity.key"
 
     @property
     def split(self) -> Path:

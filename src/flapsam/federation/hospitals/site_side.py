@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flapsam.adapters.store import CARD, save_adapter
 from flapsam.base.errors import FlapsamError
@@ -40,6 +40,9 @@ from flapsam.run.reading import validated
 from flapsam.sam import Sam, tensors_of
 from flapsam.sam.checkpoints import find_checkpoint
 from flapsam.sites import hold_out_validation, read_site
+
+if TYPE_CHECKING:
+    from flapsam.federation.secure_aggregation.member import Member
 
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
@@ -126,6 +129,7 @@ class SiteSide:
                     exact_counts=False,
                 ),
                 budget=self.budget,
+                member=self._member(proposal, config),
                 check=self._check_fit,
             )
             held = self.client.held
@@ -163,6 +167,21 @@ class SiteSide:
             if (self.run, digest) not in self.journal.fits:
                 self.journal.write("fit", self.run, round=self.client.held + 1, answer=digest, bytes=len(answer))
             return answer
+
+    def agree(self, packets: Iterable[bytes]) -> bytes:
+        """Run ``Client.agree``.
+
+        Args:
+            packets: the server's message alone.
+
+        Returns:
+            The site's message for the server.
+
+        Raises:
+            SiteFailed: the message was refused.
+        """
+        with failing_as("secure"):
+            return self.client.agree(packets)
 
     def validate(self, packets: Iterable[bytes]) -> bytes:
         """Run ``Client.validate`` and save the adapter for the site's own use.
@@ -276,13 +295,31 @@ class SiteSide:
             self._refuse([("privacy", str(reason))])
         return budget
 
+    def _member(self, proposal: Proposal, config: RunConfig) -> "Member | None":
+        """The site's side of secure aggregation; None for a run without it."""
+        if not config.secure or self.site.secure is None:
+            return None
+        from flapsam.federation.secure_aggregation.identity import Identity
+        from flapsam.federation.secure_aggregation.member import Member
+
+        secure = self.site.secure
+        return Member(
+            self.run,
+            self.name,
+            Identity(self.site.identity),
+            secure.partners,
+            self.folder / "site" / "secure",
+            asked=digest_of(proposal),
+            least=secure.min_sites,
+        )
+
     def _check_same_run(self, proposal: Proposal, config: RunConfig) -> None:
         """Check that a run has the configuration with which this site joined it first.
 
         Otherwise, a server could make what a run has kept at this site, such as personal tensors, part of what is sent.
         """
         path = self.folder / "proposal.sha256"
-        digest = hashlib.sha256(json.dumps(proposal.config, sort_keys=True).encode()).hexdigest()
+        digest = digest_of(proposal)
         if not path.exists() and not (config.privacy and any((self.folder / "site").glob("*"))):
             write_text(path, digest)
         elif not path.exists() or path.read_text() != digest:
@@ -334,6 +371,11 @@ class SiteSide:
         if result is not config and known is None:
             write_text(path, json.dumps(result.training.micro_batch))
         return result
+
+
+def digest_of(proposal: Proposal) -> str:
+    """SHA-256 of what a run asks of every site."""
+    return hashlib.sha256(json.dumps(proposal.config, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

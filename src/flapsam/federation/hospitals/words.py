@@ -30,6 +30,8 @@ def in_words(config: RunConfig, site: SiteConfig) -> list[str]:
     if site.metrics and not config.privacy:
         left += "; losses, validation Dice, steps and times"
     own = []
+    if config.secure:
+        own.append("Mask what leaves, so that the server learns only the sum with the other sites' (secure aggregation).")
     if privacy := config.privacy:
         own.append(
             f"Add enough noise that the run reveals at most ε = {privacy.epsilon:g} about any patient of this site, with "

@@ -76,7 +76,7 @@ class Post:
         """Send requests to sites and collect the answers.
 
         Args:
-            name: name of the task: ``join``, ``fit``, ``validate`` or ``own``.
+            name: name of the task: ``join``, ``fit``, ``agree``, ``validate`` or ``own``.
             requests: each site and its request.
             deadline: seconds to wait for the answers.
 
@@ -230,11 +230,12 @@ class FlapsamController(Controller):
 
         def requests() -> Iterator[tuple[str, Shareable]]:
             # Sites that need the same packets share them in memory.
-            packets: dict[tuple[int, int], list[np.ndarray]] = {}
-            for site in server.held:
-                key = server.agreement.rank(site), server.held[site]
+            packets: dict[tuple[int, int, str], list[np.ndarray]] = {}
+            for site in server.asked(work):
+                # In secure aggregation, every site has a message of its own.
+                key = server.agreement.rank(site), server.held[site], site if server.agreement.secure else ""
                 if key not in packets:
-                    packets[key] = [np.frombuffer(packet, np.uint8) for packet in server.packets(site)]
+                    packets[key] = [np.frombuffer(packet, np.uint8) for packet in server.packets(site, work)]
                 bytes_down[site] = sum(packet.nbytes for packet in packets[key])
                 data = Shareable()
                 data[PACKETS] = packets[key]
@@ -248,6 +249,11 @@ class FlapsamController(Controller):
                     yield Answer(received.site, down, missing=received.problem)
             elif work == "fit":
                 yield Answer(received.site, down, fitted=received.take(), seconds=received.seconds)
+            elif work == "agree":
+                content = received.take()
+                # A late answer belongs to another step.
+                if received.number == post.number:
+                    yield Answer(received.site, down, fitted=content)
             elif work == "own":
                 received.take()
                 yield Answer(received.site, down)

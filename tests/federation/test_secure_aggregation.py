@@ -1,0 +1,704 @@
+"""Secure aggregation: exact sums, and a server and sites that deceive."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from flapsam.base.errors import FlapsamError
+from flapsam.experiments.simulation import simulate
+from flapsam.federation.aggregation import AGGREGATORS, Reply, aggregator
+from flapsam.federation.packets import PacketRefused
+from flapsam.federation.secure_aggregation import crypto
+from flapsam.federation.secure_aggregation.collector import Collector, capped
+from flapsam.federation.secure_aggregation.identity import Identity, is_signed
+from flapsam.federation.secure_aggregation.member import Member, envelope_key
+from flapsam.federation.secure_aggregation.messages import (
+    Answered,
+    Confirmations,
+    Envelopes,
+    Keys,
+    Opening,
+    Revealed,
+    Roster,
+    Shares,
+    digest,
+    read,
+    threshold,
+    written,
+)
+from flapsam.federation.secure_aggregation.ring import Ring
+from flapsam.run.config import RunConfig
+from flapsam.run.reading import read_config
+from tests.helpers.command import flapsam
+from tests.helpers.ledgers import read_events
+from tests.helpers.sites import make_sites, write_run
+
+RUN = "0" * 32
+RANGES = {"w": 1.0}
+
+
+@dataclass
+class Round:
+    """Sites and a server that carry out rounds, and may be made to deceive."""
+
+    folder: Path
+    names: list[str]
+    shares: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.shares = self.shares or dict.fromkeys(self.names, 1 / len(self.names))
+        identities = {name: Identity(self.folder / name / "identity.key") for name in self.names}
+        keys = {name: identity.public for name, identity in identities.items()}
+        self.members = {
+            name: Member(RUN, name, identity, keys, self.folder / name / "secure") for name, identity in identities.items()
+        }
+        self.restart()
+
+    def restart(self) -> None:
+        """The server starts again, with what is on its disk."""
+        self.server = Collector(RUN, self.folder / "server", self.shares)
+        self.masked: dict[str, np.ndarray] = {}
+
+    def step(self, gone: Iterable[str] = ()) -> None:
+        """Carry one step's messages between the server and all sites that are not gone."""
+        for name in [name for name in self.names if self.server.asks(name) and name not in gone]:
+            self.server.take(name, self.members[name].answer(self.server.message(name)))
+
+    def fit(self, changes: Mapping[str, np.ndarray], number: int = 1, gone: Iterable[str] = ()) -> None:
+        for name in [name for name in self.names if self.server.asks(name) and name not in gone]:
+            self.masked[name] = self.members[name].masked(number, self.server.message(name), changes[name])
+
+    def carry_out(
+        self, changes: Mapping[str, np.ndarray], gone: Mapping[str, Iterable[str]] | None = None, number: int = 1
+    ) -> np.ndarray:
+        """A whole round. ``gone`` says which sites no longer answer from which step on."""
+        left: set[str] = set()
+        for step in self.server.begin(number, RANGES, self.masked):
+            left |= set((gone or {}).get(step, ()))
+            if step == "fit":
+                self.fit(changes, number, left)
+            else:
+                self.step(left)
+            self.server.end(self.masked)
+        return self.server.total(self.masked, len(next(iter(changes.values()))))
+
+
+def changes_of(names: Iterable[str], count: int = 1000) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {name: rng.integers(-9, 10, count).astype(np.int32) for name in names}
+
+
+def expected(changes: Mapping[str, np.ndarray], names: Iterable[str], bits: int) -> np.ndarray:
+    return np.sum([changes[name].astype(np.int64) for name in names], axis=0) % 2**bits
+
+
+FIVE = list("abcde")
+SIX = list("abcdef")
+
+
+# Arithmetic
+
+
+@pytest.mark.parametrize("bits", [8, 11, 16, 24])
+def test_packed_numbers_are_restored_and_take_their_bits(bits: int):
+    rng = np.random.default_rng(bits)
+    for count in (0, 1, 7, 65_536, 65_543):
+        numbers = rng.integers(0, 2**bits, count, dtype=np.uint32)
+        packed = Ring(bits).packed(numbers)
+        assert packed.dtype == np.uint8 and len(packed) == Ring(bits).size(count) == -(-count * bits // 8)
+        assert (Ring(bits).unpacked(packed, count) == numbers).all()
+
+
+def test_a_change_becomes_the_whole_numbers_that_arithmetic_by_hand_gives():
+    # Of 8 bits, the largest number is 127. A quarter of it is 31.75, so half of the range is 15.875: 15 or 16.
+    numbers, sent, cut = Ring(8).whole({"w": torch.tensor([0.0, 0.5, -2.0, 2.0])}, {"w": 1.0}, 0.25, seed=0)
+    assert numbers[0] == 0 and numbers[1] in (15, 16) and numbers[2:].tolist() == [-31, 31] and cut == 2
+    assert sent["w"].tolist() == pytest.approx([0, numbers[1] / 31.75, -31 / 31.75, 31 / 31.75])
+    # The range is the tensor's own.
+    twice, _, _ = Ring(8).whole({"w": torch.tensor([1.0])}, {"w": 2.0}, 0.25, seed=0)
+    assert twice[0] in (15, 16)
+
+
+def test_rounding_at_random_is_right_on_average():
+    values = torch.full((40_000,), 0.3)
+    numbers, _, _ = Ring(8).whole({"w": values}, {"w": 1.0}, 0.1, seed=1)
+    exact = 0.3 * 12.7
+    assert set(numbers.tolist()) == {3, 4}
+    assert numbers.mean() == pytest.approx(exact, abs=4 * 0.5 / 200)
+
+
+@pytest.mark.parametrize("shares", [[1 / 3] * 3, [0.1] * 10, [0.01] * 100, [0.7, 0.25, 0.04, 0.01], [1.0]])
+def test_sums_never_leave_the_ring_and_are_right_to_one_step_per_site(shares: list[float]):
+    ring = Ring.of(shares)
+    assert min(shares) * ring.largest >= 8
+    rng = np.random.default_rng(3)
+    changes = [torch.tensor(rng.uniform(-1, 1, 500), dtype=torch.float32) for _ in shares]
+    # Where all are at the end of the range, the sum is the largest.
+    for change in changes:
+        change[:2] = torch.tensor([1.0, -1.0])
+    total = np.zeros(500, np.uint32)
+    for number, (change, share) in enumerate(zip(changes, shares, strict=True)):
+        total = ring.reduced(total + ring.reduced(ring.whole({"w": change}, RANGES, share, number)[0]))
+    mean = ring.mean(total, {"w": (500,)}, RANGES, sum(shares))["w"]
+    exact = sum(share * change.double() for share, change in zip(shares, changes, strict=True)) / sum(shares)
+    assert torch.is_tensor(exact)
+    assert (mean - exact).abs().max() <= len(shares) / ring.largest
+    assert mean[0] > 0.8 and mean[1] < -0.8
+
+
+def test_eight_bits_are_enough_for_ten_sites_and_few_more_for_a_hundred():
+    assert Ring.of([0.1] * 10).bits == 8
+    assert Ring.of([0.01] * 100).bits == 11
+    # A site that has no say needs no levels.
+    assert Ring.of([0.5, 0.5, 0.0]).bits == 8
+
+
+def test_the_threshold_is_above_two_thirds_and_never_below_three():
+    assert {count: threshold(count) for count in (3, 4, 5, 6, 10, 100)} == {3: 3, 4: 3, 5: 4, 6: 5, 10: 7, 100: 67}
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_an_aggregator_is_a_sum_if_the_mean_alone_gives_the_same_result(name: str):
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"l.weight": (6, 5), "l.lora_A.weight": (2, 5), "l.lora_B.weight": (6, 2), "n": (4,)}
+    for number in (1, 2):
+        method = aggregator(name, 2)
+        before = {key: torch.randn(shape, generator=draw) for key, shape in shapes.items()}
+        names = [key for key in before if method.up(key, number) and key != "l.weight"]
+        sites = [{key: before[key] + torch.randn(before[key].shape, generator=draw) for key in names} for _ in range(3)]
+        weights = [0.2, 0.3, 0.5]
+        mean = {key: sum(w * site[key] for w, site in zip(weights, sites, strict=True)) for key in names}
+        each = method.aggregate([Reply.of(s, w) for s, w in zip(sites, weights, strict=True)], before, number)
+        alone = method.aggregate([Reply.of(mean, 1.0)], before, number)  # type: ignore[arg-type]
+        same = all(torch.allclose(each[key], alone[key], atol=1e-5) for key in before)
+        assert same == method.sums
+
+
+# Rounds
+
+
+@pytest.mark.parametrize("count", [3, 4, 10])
+def test_a_sum_is_the_plain_one(count: int, tmp_path: Path):
+    names = [f"site_{number}" for number in range(count)]
+    parts = Round(tmp_path, names)
+    changes = changes_of(names)
+    for number in (1, 2):
+        assert (parts.carry_out(changes, number=number) == expected(changes, names, 8)).all()
+
+
+@pytest.mark.parametrize("step", ["keys", "shares", "fit", "confirm", "reveal"])
+def test_a_site_may_drop_out_in_any_step(step: str, tmp_path: Path):
+    parts, changes = Round(tmp_path, SIX), changes_of(SIX)
+    # Before its masked change has come, it is not in the sum. Afterwards it is.
+    summed = SIX if step in ("confirm", "reveal") else SIX[:-1]
+    total = parts.carry_out(changes, {step: ["f"]})
+    assert parts.server.summed == summed
+    assert (total == expected(changes, summed, 8)).all()
+    assert parts.server.share == pytest.approx(len(summed) / 6)
+
+
+@pytest.mark.parametrize("step", ["keys", "shares", "fit", "confirm", "reveal"])
+def test_too_few_sites_end_the_round_and_a_later_attempt_succeeds(step: str, tmp_path: Path):
+    parts, changes = Round(tmp_path, SIX), changes_of(SIX)
+    gone = {step: ["a", "c", "d", "e"]} if step == "keys" else {step: ["c", "f"]}
+    with pytest.raises(FlapsamError, match=r"round 1: \d sites have taken part in step .* are needed"):
+        parts.carry_out(changes, gone)
+    # The server and the sites start again, as after a crash.
+    again = Round(tmp_path, SIX)
+    if step == "reveal":
+        # Some may have revealed their shares, so the round ends with these masks or not at all.
+        assert again.server.holds_answers and again.server.begin(1, RANGES, SIX)[0] == step
+        again.masked = parts.masked
+    assert (again.carry_out(changes) == expected(changes, SIX, 8)).all()
+
+
+def test_what_the_server_sees_of_a_site_is_noise(tmp_path: Path):
+    """The server sees everything but the site's own secrets, and the site's change is the plainest one there is."""
+    count = 64_000
+    parts = Round(tmp_path, FIVE)
+    changes = {name: np.zeros(count, np.int32) for name in FIVE}
+    changes["a"][::2] = 9
+    for step in parts.server.begin(1, RANGES):
+        parts.fit(changes) if step == "fit" else parts.step()
+        parts.server.end(parts.masked)
+        if step == "fit":
+            break
+    seen = parts.masked["a"]
+    assert chisquare(np.bincount(seen, minlength=256)).pvalue > 1e-6
+    for other in (*changes.values(), *(parts.masked[name] for name in "bcde")):
+        if other.std() > 0 and other is not seen:
+            assert abs(np.corrcoef(seen, other)[0, 1]) < 5 / count**0.5
+    # The same attack finds what is not masked, and the sum of all sites but one is still noise.
+    assert chisquare(np.bincount(changes["a"] % 256, minlength=256)).pvalue == 0
+    four = sum(parts.masked[name].astype(np.int64) for name in "abcd") % 256
+    assert chisquare(np.bincount(four, minlength=256)).pvalue > 1e-6
+    # Of the sum of all, only the seeds' masks are left.
+    everything = sum(parts.masked[name].astype(np.int64) for name in FIVE) % 256
+    assert chisquare(np.bincount(everything, minlength=256)).pvalue > 1e-6
+
+
+def test_fewer_shares_than_the_threshold_do_not_tell_a_secret():
+    secret = bytes(range(32))
+    shares = crypto.shared_out(secret, 6, 5)
+    assert crypto.joined({number: shares[number - 1] for number in (1, 2, 4, 5, 6)}) == secret
+    assert crypto.joined({number: shares[number - 1] for number in (1, 2, 3, 4)}) != secret
+
+
+# A server that deceives
+
+
+def opened_round(parts: Round, until: str, changes: Mapping[str, np.ndarray] | None = None) -> None:
+    """Carry out the steps before one."""
+    for step in parts.server.begin(1, RANGES):
+        if step == until:
+            return
+        parts.fit(changes or changes_of(parts.names)) if step == "fit" else parts.step()
+        parts.server.end(parts.masked)
+
+
+def refused(parts: Round, name: str, message: Any, reason: str) -> None:
+    with pytest.raises(PacketRefused, match=reason):
+        parts.members[name].answer(written(message))
+
+
+def roster_of(parts: Round, **changes: Any) -> Roster:
+    return read(parts.server.message("a"), Roster).model_copy(update=changes)
+
+
+def test_a_stranger_in_the_roster_is_refused(tmp_path: Path):
+    parts, stranger = Round(tmp_path / "real", FIVE), Round(tmp_path / "strange", [*FIVE, "x"])
+    opened_round(parts, "shares")
+    opened_round(stranger, "shares")
+    real, strange = roster_of(parts), roster_of(stranger)
+    x = strange.keys[-1]
+    refused(
+        parts,
+        "a",
+        real.model_copy(update={"keys": [*real.keys, x], "shares": {**real.shares, "x": 0.1}}),
+        "names 'x', which is none of this site's partners",
+    )
+    # Under a partner's name, the stranger cannot sign.
+    disguised = x.model_copy(update={"site": "e"})
+    refused(parts, "a", real.model_copy(update={"keys": [*real.keys[:-1], disguised]}), "keys of e that e has not signed")
+    own = x.model_copy(update={"site": "e", "identity": real.keys[-1].identity})
+    refused(parts, "a", real.model_copy(update={"keys": [*real.keys[:-1], own]}), "keys of e that e has not signed")
+
+
+ROSTERS: dict[str, tuple[Callable[[Roster], dict[str, Any]], str]] = {
+    "too few": (lambda roster: {"keys": roster.keys[:2], "shares": {"a": 0.5, "b": 0.5}}, "this site requires 3"),
+    "a site twice": (lambda roster: {"keys": [*roster.keys, roster.keys[-1]]}, "not in order, or names a site twice"),
+    "without itself": (
+        lambda roster: {"keys": roster.keys[1:], "shares": dict.fromkeys("bcde", 0.2)},
+        "does not name this site",
+    ),
+    "another key of its own": (
+        lambda roster: {"keys": [roster.keys[0].model_copy(update={"mask_key": "1" * 64}), *roster.keys[1:]]},
+        "keys of a that a has not signed",
+    ),
+    "others asked for something else": (
+        lambda roster: {"keys": [*roster.keys[:-1], roster.keys[-1].model_copy(update={"asked": "1" * 64})]},
+        "it asks something else of e than of this site",
+    ),
+    "others with too few levels": (
+        lambda roster: {"shares": {"a": 0.4, "b": 0.4, "c": 0.01, "d": 0.01, "e": 0.01}},
+        "too few levels",
+    ),
+    "more than all others": (
+        lambda roster: {"shares": {"a": 0.55, "b": 0.15, "c": 0.1, "d": 0.1, "e": 0.1}},
+        "this site would count for more than all others together",
+    ),
+    "another round's keys": (
+        lambda roster: {"keys": [*roster.keys[:-1], roster.keys[-1].model_copy(update={"round": 2})]},
+        "keys of e from another round or attempt",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROSTERS)
+def test_a_false_roster_is_refused(name: str, tmp_path: Path):
+    change, reason = ROSTERS[name]
+    parts = Round(tmp_path, FIVE)
+    opened_round(parts, "shares")
+    refused(parts, "a", roster_of(parts, **change(roster_of(parts))), reason)
+
+
+def test_one_key_for_two_sites_is_refused(tmp_path: Path):
+    """Two partners that work for the server could otherwise have their masks cancel."""
+    parts = Round(tmp_path, FIVE)
+    opened_round(parts, "shares")
+    d, e = roster_of(parts).keys[3:]
+    same = e.model_copy(update={"mask_key": d.mask_key})
+    same = same.model_copy(update={"signature": parts.members["e"].identity.sign(same.signed)})
+    refused(parts, "a", roster_of(parts, keys=[*roster_of(parts).keys[:4], same]), "the same key for two sites")
+
+
+def test_keys_of_an_earlier_attempt_cannot_be_used_again(tmp_path: Path):
+    parts = Round(tmp_path, FIVE)
+    opened_round(parts, "shares")
+    earlier = roster_of(parts)
+    parts.restart()
+    opened_round(parts, "shares")
+    refused(parts, "a", earlier, "from another round or attempt")
+    refused(parts, "a", Opening(run=RUN, round=1, attempt=1), "attempt 2 has begun")
+    refused(parts, "a", Opening(run="1" * 32, round=1, attempt=9), "another run")
+
+
+def test_two_lists_of_sites_are_found(tmp_path: Path):
+    """The server tells some sites that f has answered and others that it has not, and so asks for both of its secrets."""
+    parts = Round(tmp_path, SIX)
+    opened_round(parts, "confirm")
+    named = parts.server._named
+    confirmed = {}
+    for name in SIX[:5]:
+        sites = SIX if name in "abc" else SIX[:5]
+        answer = json.loads(parts.members[name].answer(written(Answered(roster=named, sites=sites))))
+        confirmed[name] = answer["signature"]
+    for name in SIX[:5]:
+        refused(parts, name, Confirmations(roster=named, signatures=confirmed), "has not confirmed the same lists")
+    # Without those that saw another list, there are too few.
+    for some in ("abc", "de"):
+        signatures = {name: confirmed[name] for name in some}
+        refused(parts, some[0], Confirmations(roster=named, signatures=signatures), "only . of 6 sites take part, and 5 are")
+    refused(parts, "a", Answered(roster=named, sites=SIX[:5]), "a second list of the sites that answered")
+
+
+def test_two_lists_of_envelopes_are_found(tmp_path: Path):
+    parts = Round(tmp_path, SIX)
+    opened_round(parts, "fit")
+    changes = changes_of(SIX)
+    for name in SIX:
+        envelopes = read(parts.server.message(name), Envelopes)
+        if name == "a":
+            envelopes = envelopes.model_copy(update={"sealed": {k: v for k, v in envelopes.sealed.items() if k != "f"}})
+        message = Envelopes.model_construct(kind="envelopes", roster=envelopes.roster, sealed=envelopes.sealed)
+        parts.masked[name] = parts.members[name].masked(1, written(message), changes[name])
+    parts.server.end(parts.masked)
+    # It masked without f, and therefore does not let f be summed with it, nor confirms what the others confirm.
+    refused(parts, "a", Answered(roster=parts.server._named, sites=SIX), "names sites without masks")
+
+
+def test_a_server_that_sends_other_sites_other_tensors_is_found(tmp_path: Path):
+    """With tensors that make the others change nothing, the sum would be one site's change (arXiv 2111.07380)."""
+    parts, changes = Round(tmp_path, FIVE), changes_of(FIVE)
+    opened_round(parts, "fit")
+    for name in FIVE:
+        start = ("1" if name == "a" else "2") * 64
+        parts.masked[name] = parts.members[name].masked(1, parts.server.message(name), changes[name], start)
+    parts.server.end(parts.masked)
+    confirmed = {name: json.loads(parts.members[name].answer(parts.server.message(name)))["signature"] for name in FIVE}
+    refused(
+        parts, "a", Confirmations(roster=parts.server._named, signatures=confirmed), "b has not confirmed the same .* tens"
+    )
+
+
+def test_a_site_that_pretends_to_have_had_other_tensors_does_not_end_the_round(tmp_path: Path):
+    parts, changes = Round(tmp_path, SIX), changes_of(SIX)
+    opened_round(parts, "fit")
+    for name in SIX:
+        start = ("1" if name == "a" else "2") * 64
+        parts.masked[name] = parts.members[name].masked(1, parts.server.message(name), changes[name], start)
+    parts.server.end(parts.masked)
+    for _ in ("confirm", "reveal"):
+        parts.step(gone=["a"] if parts.server._now.step == "reveal" else [])
+        parts.server.end()
+    assert (parts.server.total(parts.masked, 1000) == expected(changes, SIX, 8)).all()
+
+
+def test_a_site_is_not_summed_once_it_counts_for_more_than_the_others_that_answered(tmp_path: Path):
+    parts = Round(tmp_path, SIX)
+    # The server leaves out what it would have to cut.
+    parts.server.shares = {"a": 0.5, "b": 0.1, "c": 0.1, "d": 0.1, "e": 0.1, "f": 0.1}
+    with pytest.raises(PacketRefused, match="this site would count for more than all others together"):
+        parts.carry_out(changes_of(SIX), {"fit": ["f"]})
+
+
+@pytest.mark.parametrize(
+    ("shares", "cut"),
+    [
+        # Of three sites, none may drop out, so the others have 0.2. Of five, one may: 0.05 times 3.
+        ((0.8, 0.1, 0.1), (0.2, 0.1, 0.1)),
+        ((0.8, 0.05, 0.05, 0.05, 0.05), (0.15, 0.05, 0.05, 0.05, 0.05)),
+        # First a is cut to c and d, then b, too.
+        ((0.5, 0.3, 0.1, 0.1), (0.2, 0.2, 0.1, 0.1)),
+        ((0.5, 0.5, 0.0), (0.5, 0.5, 0.0)),
+        ((0.3, 0.3, 0.4), (0.3, 0.3, 0.4)),
+    ],
+)
+def test_large_shares_are_cut_so_that_no_site_outweighs_the_others_whoever_drops_out(shares: tuple, cut: tuple):
+    result = capped(dict(zip("abcde", shares, strict=False)))
+    assert list(result.values()) == pytest.approx(list(cut))
+
+
+def test_nothing_is_revealed_before_enough_sites_have_confirmed(tmp_path: Path):
+    parts = Round(tmp_path, FIVE)
+    opened_round(parts, "reveal")
+    confirmations = read(parts.server.message("a"), Confirmations)
+    few = dict(list(confirmations.signatures.items())[:3])
+    refused(parts, "a", confirmations.model_copy(update={"signatures": few}), "only 3 of 5 sites take part, and 4 are")
+    forged = {**confirmations.signatures, "e": confirmations.signatures["d"]}
+    refused(parts, "a", confirmations.model_copy(update={"signatures": forged}), "e has not confirmed")
+    strange = {**confirmations.signatures, "x": confirmations.signatures["d"]}
+    refused(parts, "a", confirmations.model_copy(update={"signatures": strange}), "x has not confirmed")
+
+
+def test_a_site_reveals_one_secret_of_each_site(tmp_path: Path):
+    """With a site's mask key and its seed, its change would be bare."""
+    parts = Round(tmp_path, SIX)
+    parts.carry_out(changes_of(SIX), {"fit": ["f"]})
+    for name, revealed in parts.server.progress.revealed.items():  # type: ignore[union-attr]
+        member = parts.members[name]
+        attempt = member._current
+        for other in SIX:
+            share = bytes.fromhex(revealed.shares[other])
+            keys = next(keys for keys in read(attempt.roster.encode(), Roster).keys if keys.site == other)
+            key = envelope_key(bytes.fromhex(attempt.envelope_key), keys, other, name, digest(attempt.roster.encode()))
+            sealed = read(attempt.envelopes.encode(), Envelopes).sealed
+            both = bytes.fromhex(attempt.own_share) if other == name else crypto.unseal(key, sealed[other])
+            assert share == (both[:32] if other == "f" else both[32:])
+
+
+def test_masks_cover_one_change_only(tmp_path: Path):
+    """A server that sends a site other tensors gets no second answer under the same masks, even after a restart."""
+    parts, changes = Round(tmp_path, FIVE), changes_of(FIVE)
+    opened_round(parts, "confirm", changes)
+    parts.server.progress.step = "fit"  # type: ignore[union-attr]
+    message = parts.server.message("a")
+    again = Round(tmp_path, FIVE).members["a"]
+    assert (again.masked(1, message, changes["a"]) == parts.masked["a"]).all()
+    with pytest.raises(PacketRefused, match="a second answer under the same masks"):
+        again.masked(1, message, changes["a"] + 1)
+    fewer = json.loads(message)
+    del fewer["sealed"]["e"]
+    with pytest.raises(PacketRefused, match="a second answer under the same masks"):
+        again.masked(1, json.dumps(fewer).encode(), changes["a"])
+
+
+def test_a_repeated_round_is_summed_over_the_same_sites_or_not_at_all(tmp_path: Path):
+    """The difference of two sums of the same changes would be one site's change."""
+    parts, changes = Round(tmp_path, SIX), changes_of(SIX)
+    first = parts.carry_out(changes, {"fit": ["f"]})
+    # The server claims to have lost the round.
+    parts.server.progress.step = "keys"  # type: ignore[union-attr]
+    parts.server._save()
+    parts.restart()
+    with pytest.raises(PacketRefused, match="a second sum of round 1, over other sites than the first"):
+        parts.carry_out(changes)
+    parts.restart()
+    assert (parts.carry_out(changes, {"fit": ["f"]}) == first).all()
+
+
+def test_a_site_requires_more_sites_if_its_file_says_so(tmp_path: Path):
+    parts = Round(tmp_path, FIVE)
+    parts.members["a"].least = 6
+    opened_round(parts, "shares")
+    refused(parts, "a", roster_of(parts), "names 5 sites, this site requires 6")
+
+
+MESSAGES = [b"", b"{}", b"[]", b'{"kind": "keys"}', b'{"kind": "roster"}', b"\xff", b"[" * 100_000, b'{"kind": []}']
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_what_is_no_message_is_refused(message: bytes, tmp_path: Path):
+    parts = Round(tmp_path, FIVE)
+    with pytest.raises(PacketRefused):
+        parts.members["a"].answer(message)
+    parts.server.begin(1, RANGES)
+    with pytest.raises(PacketRefused):
+        parts.server.take("a", message)
+
+
+# Sites that deceive
+
+
+def test_false_shares_are_found_and_replaced_by_other_sites(tmp_path: Path):
+    parts, changes = Round(tmp_path, SIX), changes_of(SIX)
+    opened_round(parts, "reveal", changes)
+    for name in SIX:
+        answer = read(parts.members[name].answer(parts.server.message(name)), Revealed)
+        if name == "b":
+            answer = answer.model_copy(update={"shares": dict.fromkeys(answer.shares, "1" * 64)})
+        parts.server.take(name, written(answer))
+    parts.server.end()
+    assert (parts.server.total(parts.masked, 1000) == expected(changes, SIX, 8)).all()
+
+
+def test_a_site_that_deals_out_false_shares_is_named(tmp_path: Path):
+    parts, changes = Round(tmp_path, SIX), changes_of(SIX)
+    opened_round(parts, "shares")
+    roster = read(parts.server.message("b"), Roster)
+    for name in SIX:
+        answer = read(parts.members[name].answer(parts.server.message(name)), Shares)
+        if name == "b":
+            attempt = parts.members["b"]._current
+            sealed = {
+                keys.site: crypto.seal(
+                    envelope_key(bytes.fromhex(attempt.envelope_key), keys, "b", keys.site, answer.roster), b"1" * 64
+                )
+                for keys in roster.keys
+                if keys.site != "b"
+            }
+            answer = answer.model_copy(update={"sealed": sealed})
+        parts.server.take(name, written(answer))
+    parts.server.end()
+    with pytest.raises(FlapsamError, match="the shares of b's secret do not fit together"):
+        for step in ("fit", "confirm", "reveal"):
+            parts.fit(changes) if step == "fit" else parts.step()
+            parts.server.end(parts.masked)
+        parts.server.total(parts.masked, 1000)
+
+
+FALSE_ANSWERS: dict[str, tuple[str, Callable[[Any, Round], Any], str]] = {
+    "keys for another round": ("keys", lambda answer, parts: answer.model_copy(update={"round": 2}), "something else"),
+    "keys of another site": ("keys", lambda answer, parts: answer.model_copy(update={"site": "b"}), "something else"),
+    "keys without a signature": ("keys", lambda answer, parts: answer.model_copy(update={"signature": "0" * 128}), "signed"),
+    "shares for some": (
+        "shares",
+        lambda answer, parts: answer.model_copy(update={"sealed": {k: v for k, v in answer.sealed.items() if k != "c"}}),
+        "not for the sites of the roster",
+    ),
+    "short shares": (
+        "shares",
+        lambda answer, parts: answer.model_copy(update={"sealed": {**answer.sealed, "c": b"short"}}),
+        "right size",
+    ),
+    "another list": ("confirm", lambda answer, parts: answer.model_copy(update={"answered": list("abcd")}), "other lists"),
+    "a forged confirmation": (
+        "confirm",
+        lambda answer, parts: answer.model_copy(update={"signature": "0" * 128}),
+        "not signed",
+    ),
+    "shares of a stranger": (
+        "reveal",
+        lambda answer, parts: answer.model_copy(update={"shares": {"x": "0" * 64}}),
+        "something else",
+    ),
+}
+KINDS = {"keys": Keys, "shares": Shares, "reveal": Revealed}
+
+
+@pytest.mark.parametrize("name", FALSE_ANSWERS)
+def test_a_false_answer_is_refused_and_the_site_drops_out(name: str, tmp_path: Path):
+    from flapsam.federation.secure_aggregation.messages import Confirmation
+
+    step, change, reason = FALSE_ANSWERS[name]
+    parts, changes = Round(tmp_path, FIVE), changes_of(FIVE)
+    opened_round(parts, step, changes)
+    answer = read(parts.members["a"].answer(parts.server.message("a")), {**KINDS, "confirm": Confirmation}[step])
+    with pytest.raises(PacketRefused, match=reason):
+        parts.server.take("a", written(change(answer, parts)))
+    with pytest.raises(PacketRefused, match="nobody asked for it"):
+        parts.server.take("x", written(answer))
+    parts.step(gone=["a"])
+    parts.server.end(parts.masked)
+    for later in parts.server.begin(1, RANGES, parts.masked):
+        parts.fit(changes, gone=["a"]) if later == "fit" else parts.step(gone=["a"])
+        parts.server.end(parts.masked)
+    assert (parts.server.total(parts.masked, 1000) == expected(changes, parts.server.summed, 8)).all()
+
+
+def test_a_key_is_private_and_signs_for_its_owner_alone(tmp_path: Path):
+    identity = Identity(tmp_path / "state" / "identity.key")
+    assert (tmp_path / "state" / "identity.key").stat().st_mode & 0o077 == 0
+    assert Identity(tmp_path / "state" / "identity.key").public == identity.public
+    assert is_signed(b"content", identity.sign(b"content"), identity.public)
+    assert not is_signed(b"other", identity.sign(b"content"), identity.public)
+    assert not is_signed(b"content", identity.sign(b"content"), Identity(tmp_path / "other.key").public)
+    (tmp_path / "state" / "identity.key").write_text("broken")
+    with pytest.raises(FlapsamError, match="cannot read this site's key"):
+        Identity(tmp_path / "state" / "identity.key")
+
+
+# Runs
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_sites(tmp_path_factory.mktemp("data"), sites=3, cases=3)
+
+
+REFUSED = {
+    "flexlora": ({"aggregator": "flexlora"}, "aggregator: flexlora needs every site's own tensors"),
+    "median": ({"aggregator": "median"}, "choose one of fedavg, ffa-lora, rolora"),
+    "max_change": ({"rounds": {"max_change": 3}}, "secure cannot be used with rounds.max_change"),
+    "two sites": ({"rounds": {"min_sites": 2}}, "secure needs at least 3 sites in every sum"),
+    "ranks": ({"site_ranks": {"site_0": 1}}, "secure cannot be used with site_ranks"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_run_that_needs_single_answers_is_refused(name: str, data: Path, tmp_path: Path, capfd):
+    fields, sentence = REFUSED[name]
+    outcome = flapsam(capfd, "simulate", write_run(tmp_path / "run.yaml", data, secure=True, **fields))
+    assert outcome.code == 2 and sentence in " ".join(outcome.err.split())
+
+
+def test_two_sites_are_too_few(tmp_path: Path, capfd):
+    two = make_sites(tmp_path / "data", sites=2, cases=3)
+    outcome = flapsam(capfd, "simulate", write_run(tmp_path / "run.yaml", two, secure=True))
+    assert outcome.code == 2
+    assert "2 sites have taken part in step 'keys' of secure aggregation, and 3 are needed" in " ".join(outcome.err.split())
+
+
+def adapter(run: Path) -> bytes:
+    return next((run / "adapter").glob("*.safetensors")).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def secure(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
+    """A secure run."""
+    folder = tmp_path_factory.mktemp("secure")
+    config = read_config(write_run(folder / "run.yaml", data, secure=True, rounds={"count": 2}))
+    simulate(config)
+    return config, folder / "run"
+
+
+def test_a_secure_run_sums_every_round_and_sends_eight_bits_a_number(secure: tuple[RunConfig, Path]):
+    _, run = secure
+    assert [event["sites"] for event in read_events(run, "summed")] == [["site_0", "site_1", "site_2"]] * 2
+    fits = read_events(run, "fit")
+    numbers = json.loads((run / "results.json").read_text())["parameters"]
+    assert len(fits) == 6 and all(numbers < fit["bytes_up"] < numbers + 6000 for fit in fits)
+    # Nothing is cut in the first round. Later, the learning rate of this short run still rises.
+    assert [fit["cut"] > 0 for fit in fits] == [fit["round"] > 1 for fit in fits]
+
+
+def test_a_secure_run_that_crashes_in_any_step_resumes_with_the_same_bits(
+    secure: tuple[RunConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config, run = secure
+    again = config.model_copy(update={"output": tmp_path / "run"})
+    real, calls = Collector.end, []
+
+    def end(self: Collector, answered: Iterable[str] = ()) -> None:
+        calls.append(self.progress.step)  # type: ignore[union-attr]
+        if len(calls) in crashes:
+            raise KeyboardInterrupt
+        real(self, answered)
+
+    monkeypatch.setattr(Collector, "end", end)
+    # Before the shares, before the confirmations, and after some were revealed are saved.
+    crashes = {2, 6, 11}
+    for number in range(len(crashes)):
+        with pytest.raises(KeyboardInterrupt):
+            simulate(again, resume=number > 0)
+    simulate(again, resume=True, workers=2)
+    assert [calls[crash - 1] for crash in sorted(crashes)] == ["shares", "confirm", "reveal"]
+    assert adapter(tmp_path / "run") == adapter(run)
+
+
+def test_a_round_that_is_repeated_has_the_same_sum_and_other_masks(secure: tuple[RunConfig, Path]):
+    config, run = secure
+    state, first = run / "state/federated/server/secure.json", adapter(run)
+    before = json.loads(state.read_text())
+    simulate(config, from_round=2)
+    after = json.loads(state.read_text())
+    assert adapter(run) == first
+    assert after["attempt"] == before["attempt"] + 1 and after["round"] == before["round"] == 2
+    assert after["keys"]["site_0"]["mask_key"] != before["keys"]["site_0"]["mask_key"]
