@@ -2,8 +2,8 @@
 
     python benchmarks/secure_sum.py
 
-All sites and the server take turns in one process, on one thread. A change has as many numbers as `flap` trains on ViT-B. Where
-sites are gone, as many as may drop out did so after they had shared their secrets out, which costs the most. The sum is
+All sites and the server take turns in one process, on one thread. A change has as many numbers as `flap` trains on ViT-B.
+Where sites are gone, as many as may drop out did so after they had shared their secrets out, which costs the most. The sum is
 compared with the plain one. Results: `benchmarks/results/secure_sum.md`.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from flapsam.federation.secure_aggregation.collector import Collector
 from flapsam.federation.secure_aggregation.identity import Identity
-from flapsam.federation.secure_aggregation.member import Member
+from flapsam.federation.secure_aggregation.member import NOTHING, Member
 from flapsam.federation.secure_aggregation.messages import threshold
 from flapsam.federation.traffic import strategy_table
 
@@ -56,7 +56,8 @@ def measure(count: int, gone: int, numbers: int, folder: Path) -> str:
             member, message = members[name], at_server(lambda name=name: collector.message(name))
             down += len(message)
             if step == "fit":
-                masked[name] = at_sites(lambda m=member, t=message, n=name: m.masked(1, t, changes[n]))
+                at_sites(lambda m=member, t=message: m.begin(1, t, NOTHING))
+                masked[name] = at_sites(lambda m=member, n=name: m.masked(1, changes[n]))
             else:
                 answer = at_sites(lambda m=member, t=message: m.answer(t))
                 up += len(answer)

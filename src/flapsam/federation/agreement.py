@@ -69,9 +69,15 @@ class Agreement:
         names = {name for name in self.trained if self.aggregator.up(name, number)}
         return self._cut(self.rank(site)).part(names)
 
-    def masked(self, site: str, number: int) -> Contract:
-        """The contract of a site's masked packet in a round."""
-        return replace(self.up(site, number), compression=Compression(codec=MASKED))
+    def masked(self, site: str, number: int, roster: str) -> Contract:
+        """The contract of a site's packet of whole numbers in a round.
+
+        Args:
+            site: the site.
+            number: the round.
+            roster: SHA-256 of the roster with whose masks the numbers are masked. Empty for numbers without masks.
+        """
+        return replace(self.up(site, number), compression=Compression(codec=MASKED), start=roster)
 
     def down(self, rank: int, number: int) -> Contract:
         """The contract of the packet that brings a round's changes to sites of this rank."""

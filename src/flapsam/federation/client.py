@@ -16,7 +16,6 @@ from flapsam.federation.agreement import SERVER, VALIDATION, Agreement, changed,
 from flapsam.federation.packets import Contract, Header, PacketRefused, checksum, decode, encode, encode_lossy, opened, seal
 from flapsam.federation.privacy.accounting import planned
 from flapsam.federation.privacy.budget import Budget
-from flapsam.federation.reported import CUT
 from flapsam.federation.shares import rounded
 from flapsam.federation.state import ClientState
 from flapsam.learning.inference import predict_stack
@@ -30,6 +29,7 @@ from flapsam.sam import Sam, load_tensors, only_these_train, tensors_of
 if TYPE_CHECKING:
     # It needs packages that only runs with secure aggregation need.
     from flapsam.federation.secure_aggregation.member import Member
+    from flapsam.federation.secure_aggregation.messages import Roster
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +108,8 @@ class Client:
         self.budget = budget
         self.randomness = randomness or SystemRandomness()
         self.member = member
+        self.kept: bytes | None = None
+        """The last answer, without masks."""
         if config.privacy:
             # Noise covers the tensors alone. Whatever else depends on the patients stays.
             self.disclosure = NOTHING_ELSE
@@ -147,13 +149,15 @@ class Client:
             *packets, envelopes = packets
         done, start = self._receive(packets)
         number = done + 1
-        origin = checksum(start)[:16]
+        origin, roster = checksum(start)[:16], None
         if member:
-            # The whole numbers that a change becomes depend on the ring, too.
-            origin += hashlib.sha256(repr(member.coding(number)).encode()).hexdigest()[:16]
-        kept = self.state.reply(number, origin)
-        if kept is not None:
-            return self._masked(number, kept, bytes(envelopes), checksum(start)) if member else kept
+            roster = member.begin(number, bytes(envelopes), checksum(start))
+            if not roster.ranges.keys() >= self.agreement.up(self.data.site, number).shapes.keys():
+                raise PacketRefused("its roster lacks the range of a tensor")
+            origin = hashlib.sha256(f"{checksum(start)} {roster.coding}".encode()).hexdigest()
+        self.kept = self.state.reply(number, origin)
+        if self.kept is not None:
+            return self._masked(number, self.kept) if member else self.kept
         self.state.forget_from(number)
         metrics: dict[str, float | None] = {}
         if self.disclosure.scores and done > 0 and done % self.config.rounds.validate_every == 0:
@@ -187,9 +191,12 @@ class Client:
             samples=0 if self.config.privacy else slices,
             metrics=metrics,
         )
-        answer = self._answer(header, contract, start, result, keep_unsent=finite)
-        self.state.commit(number, answer, origin)
-        return self._masked(number, answer, bytes(envelopes), checksum(start)) if member else answer
+        if roster:
+            self.kept = self._whole(header, roster, {name: result[name] - start[name] for name in result})
+        else:
+            self.kept = self._answer(header, contract, start, result, keep_unsent=finite)
+        self.state.commit(number, self.kept, origin)
+        return self._masked(number, self.kept) if member else self.kept
 
     def agree(self, packets: Iterable[bytes]) -> bytes:
         """Answer a message of secure aggregation.
@@ -343,42 +350,39 @@ class Client:
     ) -> bytes:
         """Write the packet for the server. What the codec loses is sent with the next packet (Seide et al. 2014)."""
         seed = seed_for(self.config.seed, header.round, self.data.site, "codec")
-        member = self._member()
-        if self.agreement.lossless and member is None:
+        if self.agreement.lossless:
             return encode(header, contract, result, seed)
         feedback = self.config.compression.feedback
         unsent = self.state.unsent_before(header.round) if feedback else {}
         change = {name: result[name] - start[name] + unsent.get(name, 0.0) for name in result}
-        if member:
-            packet, sent = self._whole(member, header, change, seed)
-        else:
-            packet, sent = encode_lossy(header, contract, change, seed)
+        packet, sent = encode_lossy(header, contract, change, seed)
         if feedback and keep_unsent:
             self.state.keep_unsent(header.round, {**unsent, **{name: change[name] - sent[name] for name in change}})
         return packet
 
-    def _whole(
-        self, member: "Member", header: Header, change: Mapping[str, Tensor], seed: int
-    ) -> tuple[bytes, dict[str, Tensor]]:
-        """Write a change as whole numbers, which stay at this site, and return what they stand for."""
-        if not all(tensor.isfinite().all() for tensor in change.values()):
-            # Masked, they would spoil the sum unseen.
-            raise FlapsamError("this site's change is not finite, so it takes no part in the round")
-        ring, share, ranges = member.coding(header.round)
-        numbers, sent, cut = ring.whole(change, ranges, share, seed)
-        log.info("round %d: %d of %d numbers were cut to the agreed range", header.round, cut, len(numbers))
-        if self.disclosure.losses:
-            header = header.model_copy(update={"metrics": {**header.metrics, CUT: float(cut)}})
-        contract = self.agreement.masked(self.data.site, header.round)
-        return seal(header, contract, {"values": torch.from_numpy(numbers)}), sent
+    def _whole(self, header: Header, roster: "Roster", change: Mapping[str, Tensor]) -> bytes:
+        """Write a change as whole numbers, without masks. The packet stays at this site.
 
-    def _masked(self, number: int, answer: bytes, envelopes: bytes, start: str) -> bytes:
-        """Mask a packet of whole numbers, which then may leave the site. ``start`` is the checksum of the tensors before."""
-        member, contract = self._member(), self.agreement.masked(self.data.site, number)
+        There is no error feedback: in a later round, it would let the server have the same change summed with other sites'.
+        """
+        if not all(tensor.isfinite().all() for tensor in change.values()):
+            # Masked, it would spoil the sum unseen, and a refusal would tell something.
+            log.error("round %d: this site's change is not finite, so it counts as no change", header.round)
+            change = {name: torch.zeros_like(tensor) for name, tensor in change.items()}
+        seed = seed_for(self.config.seed, header.round, self.data.site, "codec")
+        numbers, cut = roster.ring.whole(change, roster.ranges, roster.shares[self.data.site], seed)
+        log.info("round %d: %d of %d numbers were cut to the agreed range", header.round, cut, len(numbers))
+        contract = self.agreement.masked(self.data.site, header.round, "")
+        return seal(header, contract, {"values": torch.from_numpy(numbers)})
+
+    def _masked(self, number: int, answer: bytes) -> bytes:
+        """Mask a packet of whole numbers, which then may leave the site."""
+        member, site, agreement = self._member(), self.data.site, self.agreement
         assert member is not None
-        header, _, entries = opened(answer, lambda header: contract, self.agreement.contract.tensor_bytes)
-        masked = member.masked(number, envelopes, entries["values"].numpy(), start)
-        return seal(header, contract, {"values": torch.from_numpy(masked)})
+        plain = agreement.masked(site, number, "")
+        header, _, entries = opened(answer, lambda header: plain, agreement.contract.tensor_bytes)
+        masked = torch.from_numpy(member.masked(number, entries["values"].numpy()))
+        return seal(header, agreement.masked(site, number, member.roster(number)), {"values": masked})
 
     def _member(self) -> "Member | None":
         """The site's side of secure aggregation; None for a run without it.

@@ -8,8 +8,6 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from flapsam.federation.agreement import VALIDATION
 from flapsam.learning.training import FIT_METRICS
 
-CUT = "cut"
-"""Metric of an answer in secure aggregation: how many numbers of the change were cut to the agreed range."""
 MOST = 1e12
 """Largest loss, number of steps or number of seconds that a site may report."""
 _STRICT = ConfigDict(strict=True)
@@ -48,7 +46,7 @@ def check_metrics(metrics: Mapping[str, float | None], classes: Collection[str] 
     for name, value in metrics.items():
         if name.startswith(VALIDATION):
             continue
-        if name not in (*FIT_METRICS, CUT):
+        if name not in FIT_METRICS:
             raise ValueError("it reports a metric that was not asked for")
         if not is_amount(value):
             raise ValueError(f"its {name.replace('_', ' ')} is not a number between 0 and {MOST:g}")

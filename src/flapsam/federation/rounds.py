@@ -11,7 +11,7 @@ from typing import Any, Literal
 from flapsam.base.errors import FlapsamError
 from flapsam.federation.agreement import VALIDATION
 from flapsam.federation.packets import PacketRefused
-from flapsam.federation.reported import CUT, is_amount, read_scores
+from flapsam.federation.reported import is_amount, read_scores
 from flapsam.federation.server import Server
 from flapsam.learning.training import FIT_METRICS
 from flapsam.run.config import Rounds
@@ -85,7 +85,8 @@ def rounds(server: Server, cohort: Cohort, options: Rounds, carry: Carry, record
             if step == "fit" and answered < options.min_sites:
                 few = f"too few sites answered: {answered} of at least {options.min_sites} (rounds.min_sites)"
                 raise FlapsamError(f"round {number}: {few}; see the ledger for the reasons")
-            server.end_step()
+            for site, reason in server.end_step().items():
+                record(AnswerLeftOut(cohort=cohort, round=number, site=site, reason=reason))
         aggregating = time.perf_counter()
 
         def leave_out(site: str, reason: str, number: int = number) -> None:
@@ -198,7 +199,7 @@ def _receive(server: Server, cohort: Cohort, number: int, answer: Answer, record
         record(AnswerRefused(cohort=cohort, round=number, site=site, reason=str(refusal), bytes_up=size))
         return False
     _record_validation(cohort, number - 1, site, header.metrics, record)
-    reported: dict[str, Any] = {name: header.metrics.get(name) for name in (*FIT_METRICS, CUT)}
+    reported: dict[str, Any] = {name: header.metrics.get(name) for name in FIT_METRICS}
     if answer.seconds is not None:
         reported["site_seconds"] = answer.seconds
     reported |= {"bytes_down": answer.bytes_down, "bytes_up": size, "slices": header.samples}

@@ -14,7 +14,7 @@ from flapsam.base.seeds import seed_for
 from flapsam.federation.aggregation import Reply
 from flapsam.federation.agreement import SERVER, VALIDATION, Agreement, changed, cut
 from flapsam.federation.compression.codec import check_entries
-from flapsam.federation.packets import Contract, Header, PacketRefused, decode, encode, encode_lossy, opened
+from flapsam.federation.packets import Contract, Header, PacketRefused, checksum, decode, encode, encode_lossy, opened
 from flapsam.federation.reported import check_metrics
 from flapsam.federation.screening import norm, too_large
 from flapsam.federation.server_optimizers import server_step
@@ -98,8 +98,7 @@ class Server:
             self.validation: list[dict[str, float | None]] = [
                 scores if isinstance(scores, dict) else dict.fromkeys(shares, scores) for scores in metadata["validation"]
             ]
-            # Masked answers that were added up already cannot be sent again with other masks.
-            if collector is None or not collector.holds_answers:
+            if collector is None:
                 state.forget_replies()
 
     def steps(self) -> Sequence[str]:
@@ -108,16 +107,23 @@ class Server:
             return ["fit"]
         number = self.rounds_done + 1
         names = {name for name in self.agreement.trained if self.agreement.aggregator.up(name, number)}
-        return self.collector.begin(number, {name: self.ranges[name] for name in sorted(names)}, self.state.replied())
+        ranges = {name: self.ranges[name] for name in sorted(names)}
+        steps = self.collector.begin(number, ranges, checksum(self.tensors), self.state.replied())
+        if steps[0] == "keys":
+            # Masked changes of an earlier attempt are noise in this one.
+            self.state.forget_replies()
+        return steps
 
-    def end_step(self) -> None:
+    def end_step(self) -> dict[str, str]:
         """Close a step of the current round.
+
+        Returns:
+            Site that is left out from here on → reason.
 
         Raises:
             FlapsamError: too few sites have taken part in it.
         """
-        if self.collector is not None:
-            self.collector.end(self.state.replied())
+        return {} if self.collector is None else self.collector.end(self.state.replied())
 
     def asks(self, site: str) -> bool:
         """Whether a site has a part in the current step."""
@@ -182,7 +188,9 @@ class Server:
                 raise PacketRefused(f"its sender is {header.sender!r}, but it came from {site!r}")
             if header.round != number or header.base != self.rounds_done:
                 raise PacketRefused(f"it answers round {header.round}, but the current round is {number}")
-            return agreement.masked(site, number) if agreement.secure else agreement.up(site, number)
+            if self.collector is not None:
+                return agreement.masked(site, number, self.collector.named)
+            return agreement.up(site, number)
 
         if self.collector is not None:
             return self._receive_masked(packet, site, agreed)
@@ -258,15 +266,13 @@ class Server:
         """Close a round of secure aggregation."""
         assert self.collector is not None
         masked, metadata = self.state.masked_replies()
-        shapes = self.agreement.up(SERVER, number).shapes
-        total = self.collector.total(masked, self.agreement.up(SERVER, number).numbers)
-        mean = self.collector.ring.mean(total, shapes, self.ranges, self.collector.share)
+        mean = self.collector.mean(masked, self.agreement.up(SERVER, number).shapes)
         reply = Reply.of({name: self.globals[name] + mean[name] for name in mean}, weight=1.0)
         outcome = self._aggregated([reply], number)
         if outcome is None:
             raise FlapsamError(f"round {number}: the result is not finite; start a new run, or go back with --from-round")
         largest = {name: float(tensor.abs().max()) for name, tensor in mean.items()}
-        self.ranges |= {name: ROOM * value for name, value in largest.items() if value > 0}
+        self.ranges |= {name: min(max(ROOM * value, 1e-20), 1e20) for name, value in largest.items() if value > 0}
         self._close(number, outcome, metadata)
         return number
 
@@ -331,7 +337,7 @@ class Server:
     ) -> None:
         groups = {"global": tensors, **moments}
         if self.ranges:
-            groups["ranges"] = {name: torch.tensor([value]) for name, value in self.ranges.items()}
+            groups["ranges"] = {name: torch.tensor([value], dtype=torch.float64) for name, value in self.ranges.items()}
         if not self.agreement.lossless:
             groups |= {f"held-{stream}": part for stream, part in held.items()}
         self.state.commit(number, groups, {"run": self.agreement.run, "validation": validation}, packets or {})

@@ -437,6 +437,11 @@ class RunConfig(StrictModel):
             problem = f"needs at least {LEAST_SECURE} sites in every sum; set rounds.min_sites to {LEAST_SECURE} or more"
         elif self.site_ranks:
             problem = "cannot be used with site_ranks; remove it"
+        for site, labels in self.data.site_labels.items():
+            # Such a site would change nothing, and hide nobody's change.
+            unlabelled = all((self.data.labels | labels).get(name) is None for name in self.data.classes)
+            if unlabelled or any(reserved(name) for name in labels):
+                problem = f"cannot be used with data.site_labels.{site} without a class, or with background or ignore in it"
         if problem:
             raise ValueError(f"secure {problem}")
         return self

@@ -212,8 +212,6 @@ class Fitted(RoundEvent):
     """Seconds of the fit in which the network waited for slices."""
     site_seconds: float | None = None
     """Seconds from the request to the answer, where the engine measures them."""
-    cut: float | None = None
-    """With secure aggregation, how many numbers of the change were beyond the agreed range and were cut to it."""
 
 
 class Summed(RoundEvent):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from flapsam.base.names import Name, Named
 from flapsam.federation.privacy.budget import Ceiling
@@ -76,6 +76,14 @@ class SecurePartners(StrictModel):
 
     partners: Annotated[Named[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]], Field(min_length=LEAST_SECURE - 1)]
     """Other site → its public key, as ``flapsam federation key`` shows it there. Ask that site for it, not the server."""
+
+    @field_validator("partners")
+    @classmethod
+    def _distinct(cls, value: dict[str, str]) -> dict[str, str]:
+        if len(set(value.values())) < len(value):
+            raise ValueError("two partners have the same key")
+        return value
+
     min_sites: Annotated[int, Field(ge=LEAST_SECURE)] = LEAST_SECURE
     """Least number of sites, this one included, in a sum that this site takes part in."""
     required: bool = True

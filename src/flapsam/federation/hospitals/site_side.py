@@ -162,7 +162,8 @@ class SiteSide:
         """
         with failing_as("error"):
             answer = self.client.fit(packets)
-            digest = hashlib.sha256(answer).hexdigest()[:16]
+            # Without masks, which differ between attempts at a round.
+            digest = hashlib.sha256(self.client.kept or answer).hexdigest()[:16]
             # An answer that is sent again counts once, and one that a crash has kept out of the journal counts, too.
             if (self.run, digest) not in self.journal.fits:
                 self.journal.write("fit", self.run, round=self.client.held + 1, answer=digest, bytes=len(answer))

@@ -2,21 +2,22 @@
 
 import base64
 import hashlib
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import combinations, islice
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Size, Tensor
 
 from flapsam.base.errors import FlapsamError
 from flapsam.base.files import make_folder, write_text
+from flapsam.federation.compression.codec import Shapes
 from flapsam.federation.packets import PacketRefused
 from flapsam.federation.secure_aggregation import crypto
 from flapsam.federation.secure_aggregation.identity import is_signed
-from flapsam.federation.secure_aggregation.member import common_mask_key
+from flapsam.federation.secure_aggregation.member import NOTHING, capped, common_mask_key
 from flapsam.federation.secure_aggregation.messages import (
     Answered,
     Confirmation,
@@ -80,8 +81,9 @@ class Collector:
             FlapsamError: the saved round is damaged.
         """
         self.run = run
-        self.shares = capped(shares)
-        self.ring = Ring.of(self.shares.values())
+        self.shares = shares
+        self._right: tuple[int, ...] = ()
+        """Holders whose shares fitted together last."""
         self.path = folder / "secure.json"
         try:
             self.progress = Progress.model_validate_json(self.path.read_text()) if self.path.exists() else None
@@ -93,16 +95,20 @@ class Collector:
         """Whether sites may have revealed something, so that the round must end with the masked changes that arrived."""
         return self.progress is not None and self.progress.step in ("reveal", "sum")
 
-    def begin(self, number: int, ranges: Mapping[str, float], arrived: Collection[str] = ()) -> list[Step]:
+    def begin(
+        self, number: int, ranges: Mapping[str, float], start: str = NOTHING, arrived: Collection[str] = ()
+    ) -> list[Step]:
         """Begin a round, or continue it once sites may have revealed something. Otherwise, an attempt begins anew.
 
         Args:
             number: the round.
             ranges: tensor → range of its change.
+            start: SHA-256 of the tensors that training begins with.
             arrived: the sites whose masked changes are on the disk.
 
         Returns:
-            The steps that are left, in order. ``end`` closes each.
+            The steps that are left, in order. ``end`` closes each. If they begin with ``keys``, a new attempt begins, and
+            masked changes that have arrived before are of no use.
         """
         known = self.progress
         continues = known is not None and known.round == number and self.holds_answers
@@ -110,7 +116,7 @@ class Collector:
         if known is None or not continues or not set(known.answered).issubset(arrived):
             self.progress = Progress(round=number, attempt=known.attempt + 1 if known is not None else 1)
             self._save()
-        self.ranges = ranges
+        self.ranges, self.start = ranges, start
         return [step for step in STEPS[STEPS.index(self._now.step) :] if step != "sum"]
 
     def asks(self, site: str) -> bool:
@@ -129,7 +135,7 @@ class Collector:
             return written(Opening(run=self.run, round=now.round, attempt=now.attempt))
         if now.step == "shares":
             return now.roster.encode()
-        named = self._named
+        named = self.named
         if now.step == "fit":
             sealed = {
                 sender: base64.b64encode(shares.sealed[site]) for sender, shares in now.shares.items() if sender != site
@@ -163,14 +169,14 @@ class Collector:
             same = taken == keys
         elif now.step == "shares":
             shares = read(data, Shares)
-            if (shares.roster, shares.site) != (self._named, site) or shares.sealed.keys() != now.keys.keys() - {site}:
+            if (shares.roster, shares.site) != (self.named, site) or shares.sealed.keys() != now.keys.keys() - {site}:
                 raise PacketRefused("its shares are not for the sites of the roster")
             if any(len(sealed) != ENVELOPE_BYTES for sealed in shares.sealed.values()):
                 raise PacketRefused("its shares do not have the right size")
             same = now.shares.setdefault(site, shares) == shares
         elif now.step == "confirm":
             confirmation = read(data, Confirmation)
-            lists = self._named, site, sorted(now.shares), now.answered
+            lists = self.named, site, sorted(now.shares), now.answered
             if (confirmation.roster, confirmation.site, confirmation.masking, confirmation.answered) != lists:
                 raise PacketRefused("it confirms other lists")
             if not is_signed(confirmation.signed, confirmation.signature, now.keys[site].identity):
@@ -178,7 +184,7 @@ class Collector:
             same = now.confirmations.setdefault(site, confirmation) == confirmation
         elif now.step == "reveal":
             revealed = read(data, Revealed)
-            if (revealed.roster, revealed.site) != (self._named, site) or revealed.shares.keys() - now.shares.keys():
+            if (revealed.roster, revealed.site) != (self.named, site) or revealed.shares.keys() - now.shares.keys():
                 raise PacketRefused("it reveals shares of something else")
             same = now.revealed.setdefault(site, revealed) == revealed
         else:
@@ -186,23 +192,23 @@ class Collector:
         if not same:
             raise PacketRefused(f"{site} has already answered")
 
-    def end(self, answered: Iterable[str] = ()) -> None:
+    def end(self, answered: Iterable[str] = ()) -> dict[str, str]:
         """Close the current step, and save what has come.
 
         Args:
             answered: the sites whose masked changes arrived, after step ``fit``.
 
+        Returns:
+            Site that is left out of the sum → reason.
+
         Raises:
-            FlapsamError: too few sites have answered.
+            FlapsamError: too few sites have answered, or a site's share is too small.
         """
         now = self._now
+        left_out = _strangers(now.keys) if now.step == "keys" else {}
+        now.keys = {site: keys for site, keys in now.keys.items() if site not in left_out}
         if now.step == "fit":
             now.answered = sorted(site for site in answered if site in now.shares)
-        if now.step == "confirm" and now.confirmations:
-            # Sites reveal nothing if one of the confirmations is about other tensors.
-            starts = Counter(confirmation.start for confirmation in now.confirmations.values())
-            start = starts.most_common(1)[0][0]
-            now.confirmations = {site: kept for site, kept in now.confirmations.items() if kept.start == start}
         come = {
             "keys": now.keys,
             "shares": now.shares,
@@ -215,14 +221,22 @@ class Collector:
             few = f"{len(come)} sites have taken part in step '{now.step}' of secure aggregation, and {needed} are needed"
             raise FlapsamError(f"round {now.round}: {few}; see the ledger for the reasons")
         if now.step == "keys":
-            ring = self.ring
-            keys = [keys for _, keys in sorted(now.keys.items())]
-            roster = Roster(
-                keys=keys, bits=ring.bits, shares={key.site: self.shares[key.site] for key in keys}, ranges=dict(self.ranges)
-            )
-            now.roster = written(roster).decode()
+            now.roster = written(self._made_roster()).decode()
         now.step = STEPS[STEPS.index(now.step) + 1]
         self._save()
+        return left_out
+
+    def _made_roster(self) -> Roster:
+        keys = dict(sorted(self._now.keys.items()))
+        shares = capped({site: self.shares[site] for site in keys})
+        try:
+            bits = Ring.of(shares.values()).bits
+        except ValueError as error:
+            smallest = min(shares, key=shares.__getitem__)
+            raise FlapsamError(
+                f"rounds.weights: the share of {smallest} is too small for secure aggregation; give it more weight, or none"
+            ) from error
+        return Roster(keys=list(keys.values()), start=self.start, bits=bits, shares=shares, ranges=dict(self.ranges))
 
     def total(self, masked: Mapping[str, np.ndarray], count: int) -> np.ndarray:
         """The sum of the whole numbers of the sites that answered, modulo the ring's size.
@@ -234,7 +248,7 @@ class Collector:
         Raises:
             FlapsamError: the shares of a site's secret do not fit, so that its mask cannot be removed.
         """
-        now, ring = self._now, Ring(self._roster.bits)
+        now, ring = self._now, self.ring
         total = np.zeros(count, np.uint32)
         for site in now.answered:
             total += ring.unpacked(masked[site], count)
@@ -242,7 +256,7 @@ class Collector:
         for site in sorted(now.shares.keys() - set(now.answered)):
             private = self._restored(site, 0)
             for other in now.answered:
-                part = crypto.mask(common_mask_key(private, site, now.keys[other], self._named), count, ring.bits)
+                part = crypto.mask(common_mask_key(private, site, now.keys[other], self.named), count, ring.bits)
                 # What ``other`` added for ``site``.
                 total = total - part if other < site else total + part
         return ring.reduced(total)
@@ -267,24 +281,54 @@ class Collector:
             if site in revealed.shares
         }
         right = now.keys[site].seed_digest if start else now.keys[site].mask_key
-        for chosen in islice(combinations(shares, threshold(len(now.keys))), TRIES):
+        for chosen in self._choices(list(shares)):
             secret = crypto.joined({number: shares[number] for number in chosen})
             if (hashlib.sha256(secret).hexdigest() if start else crypto.public(secret).hex()) == right:
+                self._right = chosen
                 return secret
         raise FlapsamError(
             f"round {now.round}: the shares of {site}'s secret do not fit together, so that its mask cannot be removed; "
             f"{site} has given false shares, or too many others have"
         )
 
+    def _choices(self, holders: list[int]) -> Iterator[tuple[int, ...]]:
+        """Sets of holders to try: those that were right before, then runs of neighbours, of which one lacks a false one."""
+        needed = threshold(len(self._now.keys))
+        if set(self._right).issubset(holders) and self._right:
+            yield self._right
+        if len(holders) >= needed:
+            for first in range(len(holders)):
+                yield tuple(sorted((holders[first:] + holders[:first])[:needed]))
+        yield from islice(combinations(holders, needed), TRIES)
+
+    @property
+    def ring(self) -> Ring:
+        """The ring of the round."""
+        return Ring(self._roster.bits)
+
+    def mean(self, masked: Mapping[str, np.ndarray], shapes: Shapes) -> dict[str, Tensor]:
+        """The weighted mean of the changes of the sites that answered.
+
+        Args:
+            masked: site → its masked change, packed.
+            shapes: the tensors' shapes.
+
+        Raises:
+            FlapsamError: see ``total``.
+        """
+        count = sum(Size(shape).numel() for shape in shapes.values())
+        return self.ring.mean(self.total(masked, count), shapes, self._roster.ranges, self.share)
+
+    @property
+    def named(self) -> str:
+        """SHA-256 of the round's roster."""
+        return digest(self._now.roster.encode())
+
     @property
     def _now(self) -> Progress:
         if self.progress is None:
             raise FlapsamError("no round has begun")
         return self.progress
-
-    @property
-    def _named(self) -> str:
-        return digest(self._now.roster.encode())
 
     @property
     def _roster(self) -> Roster:
@@ -295,18 +339,21 @@ class Collector:
         write_text(self.path, self._now.model_dump_json())
 
 
-def capped(shares: Mapping[str, float]) -> dict[str, float]:
-    """Shares with which no site of a sum counts for more than all others of that sum together, as sites demand.
+def _strangers(keys: Mapping[str, Keys]) -> dict[str, str]:
+    """Sites that cannot be in one sum with the others, with the reason: who has the most conflicts is left out first."""
+    left, out = dict(keys), {}
+    while True:
+        conflicts = {site: [other for other in left if _conflict(left[site], left[other])] for site in left}
+        worst = max(left, key=lambda site: (len(conflicts[site]), site), default=None)
+        if worst is None or not conflicts[worst]:
+            return out
+        others = ", ".join(conflicts[worst][:3])
+        out[worst] = f"it and {others} lack each other's public keys (secure.partners), or were asked for different things"
+        del left[worst]
 
-    Large shares are cut, so that this holds whichever sites drop out.
-    """
-    result = {site: share for site, share in shares.items() if share > 0}
-    left = threshold(len(result)) - 1
-    for _ in result:
-        before = dict(result)
-        for site in sorted(result, key=lambda name: -result[name]):
-            others = sorted(share for other, share in result.items() if other != site)
-            result[site] = min(result[site], sum(others[:left]))
-        if result == before:
-            break
-    return {**shares, **result}
+
+def _conflict(one: Keys, other: Keys) -> bool:
+    if one.site == other.site:
+        return False
+    known = one.partners.get(other.site) == other.identity and other.partners.get(one.site) == one.identity
+    return not known or one.asked != other.asked or one.mask_key == other.mask_key or one.envelope_key == other.envelope_key

@@ -2,9 +2,11 @@
 
 import base64
 import hashlib
+import json
 import logging
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -62,8 +64,6 @@ class Attempt(BaseModel):
     """The server's message, as it came."""
     masked: str = ""
     """SHA-256 of what was masked."""
-    start: str = ""
-    """SHA-256 of the tensors that training began with."""
     answered: list[str] | None = None
     """Sites whose masked changes arrived, as the site has confirmed."""
 
@@ -71,9 +71,9 @@ class Attempt(BaseModel):
 class Member:
     """A site's side (Bonawitz et al. 2017, "Practical secure aggregation", figure 4, against active adversaries).
 
-    In a round, a site's secrets mask one change, and its shares of the others' secrets are revealed for one list of sites.
-    Over all attempts at a round, the site lets only one set of sites be summed. Otherwise, the difference of two sums could
-    be one site's change.
+    In an attempt at a round, a site's secrets mask one change, and its shares of the others' secrets are revealed for one
+    list of sites. Over all attempts at a round, a site reveals shares for one sum only. Whoever is in a sum need not confirm
+    it, so each site checks for all what protects one of them.
     """
 
     def __init__(
@@ -123,38 +123,55 @@ class Member:
             raise PacketRefused("its message is none of secure aggregation")
         return answers[kind](data)
 
-    def coding(self, number: int) -> tuple[Ring, float, Mapping[str, float]]:
-        """How the changes of a round become whole numbers: the ring, the site's share, and the ranges of the tensors.
-
-        Raises:
-            PacketRefused: the site has no roster of this round.
-        """
-        roster = self._roster(self._attempt(number))
-        return Ring(roster.bits), roster.shares[self.site], roster.ranges
-
-    def masked(self, number: int, envelopes: bytes, whole: np.ndarray, start: str = NOTHING) -> np.ndarray:
-        """Add this site's masks to its whole numbers.
+    def begin(self, number: int, envelopes: bytes, start: str) -> Roster:
+        """Take the message that comes with the tensors, before training.
 
         Args:
             number: the round.
             envelopes: the server's message.
+            start: SHA-256 of the tensors that training begins with.
+
+        Returns:
+            The roster, which says how changes become whole numbers.
+
+        Raises:
+            PacketRefused: too few sites take part, others were sent other tensors, or the message is a second one.
+        """
+        attempt = self._attempt(number)
+        roster = self._roster(attempt)
+        if roster.start != start:
+            raise PacketRefused("it sends other tensors than its roster says")
+        self._masking(attempt, roster, envelopes)
+        if attempt.envelopes not in ("", envelopes.decode()):
+            raise PacketRefused("it sends other envelopes than before")
+        self._keep(attempt.model_copy(update={"envelopes": envelopes.decode()}))
+        return roster
+
+    def roster(self, number: int) -> str:
+        """SHA-256 of the roster of a round."""
+        return digest(self._attempt(number).roster.encode())
+
+    def masked(self, number: int, whole: np.ndarray) -> np.ndarray:
+        """Add this site's masks to its whole numbers. Call ``begin`` before.
+
+        Args:
+            number: the round.
             whole: the whole numbers of this site's change, int32.
-            start: SHA-256 of the tensors that training began with.
 
         Returns:
             The masked numbers, packed.
 
         Raises:
-            PacketRefused: too few sites take part, or something else was masked in this attempt before.
+            PacketRefused: something else was masked in this attempt before.
         """
         attempt = self._attempt(number)
         roster = self._roster(attempt)
-        masking = self._masking(attempt, roster, envelopes)
         what = hashlib.sha256(whole.tobytes()).hexdigest()
-        if attempt.masked not in ("", what) or attempt.envelopes not in ("", envelopes.decode()):
+        if attempt.masked not in ("", what):
             # The difference of two changes with the same masks would be bare.
             raise PacketRefused("it asks for a second answer under the same masks")
-        self._keep(attempt.model_copy(update={"masked": what, "envelopes": envelopes.decode(), "start": start}))
+        self._keep(attempt.model_copy(update={"masked": what}))
+        masking = self._masked_with(self._attempt(number))
         ring = Ring(roster.bits)
         total = ring.reduced(whole) + crypto.mask(bytes.fromhex(attempt.seed), len(whole), ring.bits)
         private, named = bytes.fromhex(attempt.mask_key), digest(attempt.roster.encode())
@@ -184,6 +201,8 @@ class Member:
             asked=self.asked,
             mask_key=crypto.public(mask_key).hex(),
             envelope_key=crypto.public(envelope_key).hex(),
+            least=self.least,
+            partners=self.partners,
             seed_digest=digest(seed),
             identity=self.identity.public,
             signature="0" * 128,
@@ -234,8 +253,6 @@ class Member:
         unknown = [site for site in sites if site not in self.partners]
         if unknown:
             raise PacketRefused(f"its roster names {unknown[0]!r}, which is none of this site's partners (secure.partners)")
-        if len(sites) < self.least:
-            raise PacketRefused(f"its roster names {len(sites)} sites, this site requires {self.least} (secure.min_sites)")
         own = read(attempt.keys.encode(), Keys)
         for keys in roster.keys:
             if (keys.run, keys.round, keys.attempt) != (own.run, own.round, own.attempt):
@@ -248,9 +265,8 @@ class Member:
                 raise PacketRefused("its roster does not bring this site's own keys")
         if own.site not in sites:
             raise PacketRefused("its roster does not name this site")
-        self._check_shares(roster, sites)
-        if Ring.of(roster.shares.values()).bits > roster.bits:
-            raise PacketRefused("its roster gives a site too few levels, so that its change would hide nobody's")
+        self._check_least(roster, sites)
+        _check_shares(roster)
         for names in ({keys.mask_key for keys in roster.keys}, {keys.envelope_key for keys in roster.keys}):
             if len(names) < len(sites):
                 raise PacketRefused("its roster brings the same key for two sites")
@@ -275,16 +291,16 @@ class Member:
             raise PacketRefused("its list is for another roster")
         if not set(masking).issuperset(answered.sites) or self.site not in answered.sites:
             raise PacketRefused("its list names sites without masks, or leaves this one out")
-        self._check_enough(len(answered.sites), len(self._roster(attempt).keys))
-        self._check_shares(self._roster(attempt), answered.sites)
+        roster = self._roster(attempt)
+        self._check_enough(len(answered.sites), len(roster.keys))
+        self._check_least(roster, answered.sites)
         if attempt.answered not in (None, answered.sites):
             raise PacketRefused("it brings a second list of the sites that answered")
-        self._check_summed(attempt.round, answered.sites)
+        self._check_summed(attempt.round, Sum(sites=answered.sites, coding=roster.coding))
         self._keep(attempt.model_copy(update={"answered": answered.sites}))
         confirmation = Confirmation(
             roster=answered.roster,
             site=self.site,
-            start=attempt.start,
             masking=masking,
             answered=answered.sites,
             signature="0" * 128,
@@ -301,17 +317,17 @@ class Member:
             seen = Confirmation(
                 roster=named,
                 site=site,
-                start=attempt.start,
                 masking=masking,
                 answered=attempt.answered,
                 signature=signature,
             )
             if site not in attempt.answered or not is_signed(seen.signed, signature, self.partners[site]):
-                raise PacketRefused(f"{site} has not confirmed the same lists of sites and the same tensors as this site")
+                raise PacketRefused(f"{site} has not confirmed the same lists of sites as this site")
         roster = self._roster(attempt)
         self._check_enough(len(confirmations.signatures), len(roster.keys))
-        self._check_summed(attempt.round, attempt.answered)
-        write_text(self._summed, _as_json({**self._sums, attempt.round: attempt.answered}))
+        chosen = Sum(sites=attempt.answered, coding=roster.coding)
+        self._check_summed(attempt.round, chosen)
+        write_text(self._summed, Sums(rounds={**self._sums, attempt.round: chosen}).model_dump_json())
         keys = {keys.site: keys for keys in roster.keys}
         envelopes = read(attempt.envelopes.encode(), Envelopes).sealed
         shares = {}
@@ -328,23 +344,27 @@ class Member:
         return written(Revealed(roster=named, site=self.site, shares=shares))
 
     def _check_enough(self, count: int, sites: int) -> None:
-        needed = max(threshold(sites), self.least)
-        if count < needed:
-            raise PacketRefused(f"only {count} of {sites} sites take part, and {needed} are needed")
+        if count < threshold(sites):
+            raise PacketRefused(f"only {count} of {sites} sites take part, and {threshold(sites)} are needed")
 
-    def _check_shares(self, roster: Roster, sites: Iterable[str]) -> None:
-        """Check that this site does not count for more than all others together, so that it is hidden among them."""
-        if roster.shares[self.site] > (0.5 + 1e-9) * sum(roster.shares[site] for site in sites):
-            raise PacketRefused("this site would count for more than all others together, and the sum would show its change")
+    def _check_least(self, roster: Roster, sites: Collection[str]) -> None:
+        """Check that as many sites take part as each of them demands. Others reveal a site's seed, so they see to it."""
+        for keys in roster.keys:
+            if keys.site in sites and len(sites) < keys.least:
+                few = f"{len(sites)} sites take part, and {keys.site} requires {keys.least} (secure.min_sites)"
+                raise PacketRefused(few)
 
-    def _check_summed(self, number: int, sites: list[str]) -> None:
-        """Check that no other set of sites has been summed in this round."""
-        if self._sums.get(number, sites) != sites:
-            raise PacketRefused(f"it asks for a second sum of round {number}, over other sites than the first")
+    def _check_summed(self, number: int, chosen: "Sum") -> None:
+        """Check that this site has revealed shares for no other sum in this round: of other sites, or of other numbers.
+
+        Sums of the same changes with other shares or ranges would be as many equations as unknowns.
+        """
+        if self._sums.get(number, chosen) != chosen:
+            raise PacketRefused(f"it asks for a second sum of round {number}, which is not the first one again")
 
     @property
-    def _sums(self) -> dict[int, list[str]]:
-        """Round → the sites in its sum."""
+    def _sums(self) -> "dict[int, Sum]":
+        """Round → the sum for which this site has revealed shares."""
         if not self._summed.exists():
             return {}
         try:
@@ -392,14 +412,56 @@ class Member:
         write_text(self.folder / "attempt.json", attempt.model_dump_json())
 
 
+class Sum(BaseModel):
+    """A sum for which a site has revealed shares."""
+
+    sites: list[str]
+    coding: str
+    """SHA-256 of the shares, the ranges and the number of bits."""
+
+
 class Sums(BaseModel):
-    """The sums that a site has taken part in."""
+    """The sums of a run, by round."""
 
-    rounds: dict[int, list[str]]
+    rounds: dict[int, Sum]
 
 
-def _as_json(rounds: dict[int, list[str]]) -> str:
-    return Sums(rounds=rounds).model_dump_json()
+def _check_shares(roster: Roster) -> None:
+    """Check that every site of the roster is hidden by the others, as ``capped`` sees to.
+
+    A site must see to it for the others, too, because its shares of their secrets reveal the sum.
+    """
+    bits = 0
+    with suppress(ValueError):
+        bits = Ring.of(roster.shares.values()).bits
+    if not 0 < bits <= roster.bits:
+        raise PacketRefused("its roster gives a site too few levels, so that its change would hide nobody's")
+    if any(cut < (1 - 1e-9) * roster.shares[site] for site, cut in capped(roster.shares).items()):
+        raise PacketRefused("its roster has a site that counts for more than the others that hide it")
+    if sum(roster.shares.values()) > 1 + 1e-9:
+        raise PacketRefused("its roster has shares of more than 1 in sum")
+
+
+def capped(shares: Mapping[str, float]) -> dict[str, float]:
+    """Shares with which no site of a sum counts for more than the sites that hide it.
+
+    In the worst case, as many sites as may drop out do so, and just under a third of all work with the server. Large shares
+    are cut to what the smallest of the others have in sum then.
+
+    Args:
+        shares: the shares of the sites of a roster, above 0.
+    """
+    count = len(shares)
+    hiding = max(threshold(count) - 1 - (count - 1) // 3, 1)
+    result = dict(shares)
+    for _ in shares:
+        before = dict(result)
+        for site in sorted(result, key=lambda name: (-result[name], name)):
+            others = sorted(share for other, share in result.items() if other != site)
+            result[site] = min(result[site], sum(others[:hiding]))
+        if result == before:
+            break
+    return result
 
 
 def common_mask_key(private: bytes, site: str, other: Keys, roster: str) -> bytes:
@@ -415,7 +477,7 @@ def common_mask_key(private: bytes, site: str, other: Keys, roster: str) -> byte
         PacketRefused: the other's key is none that is safe.
     """
     first, second = sorted((site, other.site))
-    return _common(private, other.mask_key, f"flapsam mask {roster} {first!r} {second!r}", other.site)
+    return _common(private, other.mask_key, f"flapsam mask {roster} {json.dumps([first, second])}", other.site)
 
 
 def envelope_key(private: bytes, other: Keys, sender: str, receiver: str, roster: str) -> bytes:
@@ -424,7 +486,7 @@ def envelope_key(private: bytes, other: Keys, sender: str, receiver: str, roster
     Raises:
         PacketRefused: the other's key is none that is safe.
     """
-    return _common(private, other.envelope_key, f"flapsam envelope {roster} {sender!r} {receiver!r}", other.site)
+    return _common(private, other.envelope_key, f"flapsam envelope {roster} {json.dumps([sender, receiver])}", other.site)
 
 
 def _common(private: bytes, public: str, purpose: str, site: str) -> bytes:

@@ -7,13 +7,15 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import AfterValidator, Base64Bytes, BaseModel, ConfigDict, Field, ValidationError
 
 from flapsam.federation.packets import PacketRefused
+from flapsam.federation.secure_aggregation.ring import Ring
 from flapsam.run.config import LEAST_SECURE
 
 Hex = Annotated[str, Field(pattern=r"^([0-9a-f]{64})$")]
 """32 bytes: a key, a share, or a SHA-256."""
 SiteName = Annotated[str, Field(min_length=1, max_length=256)]
 Signature = Annotated[str, Field(pattern=r"^([0-9a-f]{128})$")]
-Range = Annotated[float, Field(gt=0, lt=1e30)]
+LEAST_RANGE, MOST_RANGE = 1e-20, 1e20
+Range = Annotated[float, Field(ge=LEAST_RANGE, le=MOST_RANGE)]
 MOST_BYTES = 1 << 26
 """Largest size of a message."""
 MOST_SITES = 10_000
@@ -65,6 +67,10 @@ class Keys(Message):
     """Public X25519 key from which the masks of two sites follow."""
     envelope_key: Hex
     """Public X25519 key with which others seal their shares for this site."""
+    least: Annotated[int, Field(ge=LEAST_SECURE)]
+    """Least number of sites in a sum that this site takes part in. The others see to it, too."""
+    partners: dict[SiteName, Hex]
+    """Site → public key, as this site has been told it. Sites that do not know each other cannot be in one sum."""
     seed_digest: Hex
     """SHA-256 of the seed of the site's own mask."""
     identity: Hex
@@ -77,11 +83,24 @@ class Roster(Message):
 
     kind: Literal["roster"] = "roster"
     keys: Annotated[list[Keys], Field(min_length=1, max_length=MOST_SITES)]
+    start: Hex
+    """SHA-256 of the tensors that training begins with. If the others were sent tensors with which they change nothing, the
+    sum would be one site's change (Pasquini et al. 2022, arXiv 2111.07380)."""
     bits: Annotated[int, Field(ge=8, le=24)]
-    shares: dict[SiteName, Annotated[float, Field(gt=0, le=1)]]
+    shares: dict[SiteName, Annotated[float, Field(ge=1e-7, le=1)]]
     """Site → its share in the mean."""
     ranges: dict[Annotated[str, Field(max_length=256)], Range]
     """Tensor → range of its change."""
+
+    @property
+    def ring(self) -> Ring:
+        """The ring of the whole numbers."""
+        return Ring(self.bits)
+
+    @property
+    def coding(self) -> str:
+        """SHA-256 of how changes become whole numbers, and how much each counts."""
+        return digest(json.dumps([self.bits, self.shares, self.ranges], sort_keys=True).encode())
 
 
 class Shares(Message):
@@ -117,9 +136,6 @@ class Confirmation(Message):
     kind: Literal["confirmation"] = "confirmation"
     roster: Hex
     site: SiteName
-    start: Hex
-    """SHA-256 of the tensors that the site's training began with. Otherwise, the others could be sent tensors with which
-    they change nothing (Pasquini et al. 2022, arXiv 2111.07380)."""
     masking: Sites
     """Sites whose shares arrived, so that they masked with each other."""
     answered: Sites

@@ -14,7 +14,7 @@ from flapsam.federation.compression.values import flattened, split
 LEAST_LEVELS = 8
 """Number of steps from 0 to the end of the range that the site with the smallest share has at least."""
 LEAST_BITS, MOST_BITS = 8, 24
-"""Range of the number of bits. From a share of about one millionth down, a site has fewer levels."""
+"""Range of the number of bits."""
 BLOCK = 1 << 16
 """How many numbers are packed at a time."""
 
@@ -35,10 +35,15 @@ class Ring:
         """The smallest ring in which every site has enough levels.
 
         Args:
-            shares: the sites' shares in the mean. Those of 0 do not count.
+            shares: the sites' shares in the mean, above 0.
+
+        Raises:
+            ValueError: the smallest share needs more bits than there are.
         """
-        smallest = min((share for share in shares if share > 0), default=1.0)
-        return cls(min(max(ceil(log2(2 * (LEAST_LEVELS / smallest + 1))), LEAST_BITS), MOST_BITS))
+        bits = max(ceil(log2(2 * (LEAST_LEVELS / min(shares) + 1))), LEAST_BITS)
+        if bits > MOST_BITS:
+            raise ValueError("a share is too small")
+        return cls(bits)
 
     @property
     def largest(self) -> int:
@@ -47,7 +52,7 @@ class Ring:
 
     def whole(
         self, change: Mapping[str, Tensor], ranges: Mapping[str, float], share: float, seed: int
-    ) -> tuple[np.ndarray, dict[str, Tensor], int]:
+    ) -> tuple[np.ndarray, int]:
         """Turn a site's change into whole numbers.
 
         Args:
@@ -57,8 +62,8 @@ class Ring:
             seed: seed of the rounding.
 
         Returns:
-            The whole numbers of all tensors, in the order of their names (int32), the change that they stand for, and how
-            many numbers were beyond their range and were cut to it.
+            The whole numbers of all tensors, in the order of their names (int32), and how many numbers were beyond their
+            range and were cut to it.
         """
         shapes = {name: tuple(tensor.shape) for name, tensor in change.items()}
         values = flattened([as_rows(change[name]) for name in sorted(change)]).double()
@@ -69,7 +74,7 @@ class Ring:
         kept = rounded.clamp(-most, most)
         # Rounding at random may take a number within the range one step beyond it.
         cut = int(((values * factors).abs() > most).sum())
-        return kept.numpy().astype(np.int32), split((kept / factors).float(), shapes), cut
+        return kept.numpy().astype(np.int32), cut
 
     def mean(self, total: np.ndarray, shapes: Shapes, ranges: Mapping[str, float], share: float) -> dict[str, Tensor]:
         """The weighted mean of the sites' changes, from the sum of their whole numbers.
