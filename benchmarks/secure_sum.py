@@ -3,8 +3,8 @@
     python benchmarks/secure_sum.py
 
 All sites and the server take turns in one process, on one thread. A change has as many numbers as `flap` trains on ViT-B.
-Where sites are gone, as many as may drop out did so after they had shared their secrets out, which costs the most. The sum is
-compared with the plain one. Results: `benchmarks/results/secure_sum.md`.
+Where sites are gone, as many as may drop out did so after they had shared their secrets out, which costs the most. The sum
+is compared with the plain one. Results: `benchmarks/results/secure_sum.md`.
 """
 
 import tempfile

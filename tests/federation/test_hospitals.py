@@ -291,7 +291,7 @@ def test_a_run_goes_back_and_an_absent_site_is_not_left_with_a_dropped_result(tm
 
         def carry(work: Work) -> Iterator[Answer]:
             for site, side in sides.items():
-                packets = iter(server.packets(site))
+                packets = iter(server.packets(site, work))
                 if work == "fit":
                     yield Answer(site, 0, fitted=side.fit(packets))
                 else:
@@ -307,7 +307,7 @@ def test_a_run_goes_back_and_an_absent_site_is_not_left_with_a_dropped_result(tm
     assert not all(torch.equal(without[name], first[name]) for name in first)
     server, sides = server_with(*everyone)
     assert server.present["site_2"].held == 2 and server.held["site_2"] == UNKNOWN
-    sides["site_2"].validate(iter(server.packets("site_2")))
+    sides["site_2"].validate(iter(server.packets("site_2", "validate")))
     held = ClientState(tmp_path / "site_2" / "runs" / run / "site").held()
     assert held is not None and all(torch.equal(held[1][name], without[name]) for name in without)
 

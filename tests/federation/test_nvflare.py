@@ -14,6 +14,7 @@ from pathlib import Path
 import nibabel
 import psutil
 import pytest
+import yaml
 import zstandard
 from safetensors import safe_open
 
@@ -46,7 +47,9 @@ CASE, PATIENT, PATH, USER = "mueller-knee", "PATIENT-4711", "st-elsewhere", "drh
 def hospitals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hospitals]:
     """A server with three connected sites."""
     own, environment = f"own-{PATH}", {"USER": USER, "LOGNAME": USER, "HOME": f"/home/{USER}"}
-    federation = Hospitals(tmp_path_factory.mktemp("federation"), ["site_a", "site_b", "site_c"], own, environment)
+    federation = Hospitals(
+        tmp_path_factory.mktemp("federation"), ["site_a", "site_b", "site_c"], own, environment, spare=["site_d"]
+    )
     federation.use_earlier_kit("site_c")
     federation.make_data()
     for path in [*federation.data.glob("*/images/*"), *federation.data.glob("*/labels/*")]:
@@ -88,12 +91,21 @@ def simulated(hospitals: Hospitals) -> Callable[[Path], dict[str, bytes]]:
     return run
 
 
+def run_of(folder: Path, hospitals: Hospitals, *, spare: bool = False, **fields: object) -> Path:
+    """Write the configuration of a run of the first three sites, or of all four."""
+    path = write_run(folder / "run.yaml", hospitals.data, **fields)
+    tree = yaml.safe_load(path.read_text())
+    tree["data"]["sites"] = hospitals.sites + hospitals.spare * spare
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
 def test_a_federation_reproduces_the_simulations_adapter_with_little_overhead(
     hospitals: Hospitals, tmp_path: Path, simulated
 ):
     """Every site's own adapter is that of the simulation, too, and what is personal in it never leaves the site."""
     fields = {"rounds": {"count": 3, "last_epochs": 1}, "personal": ["*.v_proj.lora_B.weight"]}
-    config = write_run(tmp_path / "run.yaml", hospitals.data, **fields)
+    config = run_of(tmp_path, hospitals, **fields)
     hospitals.start_run(config)
     hospitals.follow(config)
     run = tmp_path / "run"
@@ -120,7 +132,7 @@ PRIVATE = {
 def test_no_private_data_of_a_site_cross_the_wire_or_reach_the_server(hospitals: Hospitals, tmp_path: Path):
     """Covers the run above and a private one in which one site's data are broken, so that there is an error to report."""
     fields = {**PRIVATE, "rounds": {"count": 2, "steps": 3, "weights": "uniform"}}
-    config, run = write_run(tmp_path / "run.yaml", hospitals.data, **fields), tmp_path / "run"
+    config, run = run_of(tmp_path, hospitals, **fields), tmp_path / "run"
     broken = next((hospitals.data / "site_c" / "labels").iterdir())
     whole = broken.read_bytes()
     broken.write_bytes(whole[:100])
@@ -175,10 +187,13 @@ def descendant(hospitals: Hospitals, name: str, module: str) -> psutil.Process:
 def test_a_killed_fit_misses_only_its_own_round_and_a_killed_site_rejoins(hospitals: Hospitals, tmp_path: Path):
     """A fit that runs out of memory is killed in the same way, and so is a site whose machine loses power.
 
-    The run is private, and a fit that was killed counts as one that may have told something.
+    The run is private, and a fit that was killed counts as one that may have told something. It has secure aggregation, too,
+    for which at least three of the four sites must be left in a round.
     """
-    fields = {**PRIVATE, "rounds": {"count": 6, "steps": 60, "weights": "uniform"}}
-    config, run = write_run(tmp_path / "run.yaml", hospitals.data, **fields), tmp_path / "run"
+    hospitals.start_site("site_d")
+    until(lambda: "Connected to the server" in hospitals.said("site_d"))
+    fields = {**PRIVATE, "rounds": {"count": 6, "steps": 60, "weights": "uniform"}, "secure": True}
+    config, run = run_of(tmp_path, hospitals, spare=True, **fields), tmp_path / "run"
     hospitals.start_run(config)
     until(lambda: fitting(hospitals, "site_b", run) == 2)
     descendant(hospitals, "site_b", "fit_process").kill()
@@ -187,6 +202,7 @@ def test_a_killed_fit_misses_only_its_own_round_and_a_killed_site_rejoins(hospit
     time.sleep(10)
     hospitals.start_site("site_c")
     output = hospitals.follow(config, seconds=360)
+    kill_all(hospitals.running["site_d"])
     missing = read_events(run, "missing")
     fits = {site: {fit["round"] for fit in read_events(run, "fit") if fit["site"] == site} for site in hospitals.sites}
     assert [(e["round"], e["reason"]) for e in missing if e["site"] == "site_b"] == [(2, REASONS["died"])]
@@ -196,6 +212,8 @@ def test_a_killed_fit_misses_only_its_own_round_and_a_killed_site_rejoins(hospit
     assert 3 in missed and missed | fits["site_c"] == {1, 2, 3, 4, 5, 6} and max(fits["site_c"]) == 6
     assert [job["outcome"] for job in read_events(run, "job_end")] == ["regroup", "done"]
     assert adapter_of(run)
+    sums = {event["round"]: set(event["sites"]) for event in read_events(run, "summed")}
+    assert sums == {number: {site for site in fits if number in fits[site]} | {"site_d"} for number in range(1, 7)}
     identity = json.loads((run / "environment.json").read_text())["run"]
     for site in hospitals.sites:
         spent = Budget(hospitals.state_of(site) / "privacy.jsonl").spent()
@@ -205,7 +223,7 @@ def test_a_killed_fit_misses_only_its_own_round_and_a_killed_site_rejoins(hospit
 def test_neither_a_stop_nor_a_repeated_round_nor_a_killed_server_changes_the_adapter(
     hospitals: Hospitals, tmp_path: Path, simulated, capfd
 ):
-    config, run = write_run(tmp_path / "run.yaml", hospitals.data, **LONG), tmp_path / "run"
+    config, run = run_of(tmp_path, hospitals, **LONG), tmp_path / "run"
     hospitals.start_run(config)
     until(lambda: rounds_done(run) == 2)
     # One fit is suspended, so that the run cannot end before it is stopped.
@@ -229,8 +247,8 @@ def test_neither_a_stop_nor_a_repeated_round_nor_a_killed_server_changes_the_ada
 def test_a_server_killed_while_it_writes_its_state_does_not_change_the_adapter(
     hospitals: Hospitals, tmp_path: Path, simulated
 ):
-    fields = {"strategy": "full", "compression": {"codec": "fp32"}, "aggregator": "fedavg", "rounds": {"count": 4}}
-    config, run = write_run(tmp_path / "run.yaml", hospitals.data, **fields), tmp_path / "run"
+    fields = {"strategy": "full", "compression": {"codec": "fp32"}, "secure": True, "rounds": {"count": 4}}
+    config, run = run_of(tmp_path, hospitals, **fields), tmp_path / "run"
     hospitals.start_run(config)
     until(lambda: rounds_done(run) == 1)
     job = descendant(hospitals, "server", "server-job")
@@ -365,7 +383,7 @@ def test_a_site_refuses_a_forbidden_strategy_and_a_server_of_another_version(mal
     hospitals.start_site("site_b", strategies=["lora"])
     hospitals.start_site("site_c", environment={"PYTHONPATH": str(tmp_path)})
     until(lambda: all(hospitals.said(site).rstrip().endswith("Connected to the server.") for site in ("site_b", "site_c")))
-    config = write_run(tmp_path / "run.yaml", hospitals.data, rounds={"count": 1, "min_sites": 1})
+    config = run_of(tmp_path, hospitals, rounds={"count": 1, "min_sites": 1})
     hospitals.start_run(config)
     output = hospitals.follow(config)
     assert f"site_b does not take part: {REASONS['strategy']}" in output

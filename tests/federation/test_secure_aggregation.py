@@ -25,7 +25,7 @@ from flapsam.federation.secure_aggregation.messages import (
     Answered,
     Confirmations,
     Envelopes,
-    Keys,
+    Offer,
     Opening,
     Revealed,
     Roster,
@@ -124,11 +124,23 @@ def test_packed_numbers_are_restored_and_take_their_bits(bits: int):
 
 def test_a_change_becomes_the_whole_numbers_that_arithmetic_by_hand_gives():
     # Of 8 bits, the largest number is 127. A quarter of it is 31.75, so half of the range is 15.875: 15 or 16.
-    numbers, cut = Ring(8).whole({"w": torch.tensor([0.0, 0.5, -2.0, 2.0])}, {"w": 1.0}, 0.25, seed=0)
-    assert numbers[0] == 0 and numbers[1] in (15, 16) and numbers[2:].tolist() == [-31, 31] and cut == 2
-    # The range is the tensor's own.
-    twice, _ = Ring(8).whole({"w": torch.tensor([1.0])}, {"w": 2.0}, 0.25, seed=0)
-    assert twice[0] in (15, 16)
+    numbers, beyond = Ring(8).whole({"w": torch.tensor([0.0, 0.5, -0.976, 0.976])}, {"w": 1.0}, 0.25, seed=0)
+    assert numbers[0] == 0 and numbers[1] in (15, 16) and -numbers[2] in (30, 31) and numbers[3] in (30, 31) and not beyond
+    # The range is the tensor's own, and a change beyond it is scaled down to 31 steps as a whole.
+    numbers, beyond = Ring(8).whole(
+        {"v": torch.tensor([1.0]), "w": torch.tensor([20.0, -10.0, 5.0])}, {"v": 2.0, "w": 1.0}, 0.25, seed=0
+    )
+    assert beyond == ["w"] and numbers[0] in (15, 16)
+    assert numbers[1] == 31 and numbers[2] in (-15, -16) and numbers[3] in (7, 8)
+
+
+def test_a_tiny_range_does_not_tell_the_signs_of_the_sites_numbers():
+    """Cut one by one, numbers would be as many different whole numbers as there are sites, with the sites' signs."""
+    draw = torch.Generator().manual_seed(1)
+    changes = [torch.randn(4000, generator=draw) for _ in range(3)]
+    for range_ in (1e-20, 1e-3, 1.0):
+        signs = [torch.from_numpy(Ring(8).whole({"w": c}, {"w": range_}, 0.3, n)[0]).sign() for n, c in enumerate(changes)]
+        assert all((sign != change.sign()).float().mean() > 0.02 for sign, change in zip(signs, changes, strict=True))
 
 
 def test_rounding_at_random_is_right_on_average():
@@ -275,6 +287,15 @@ def refused(parts: Round, name: str, message: Any, reason: str) -> None:
 
 def roster_of(parts: Round, **changes: Any) -> Roster:
     return read(parts.server.message("a"), Roster).model_copy(update=changes)
+
+
+def left_out_of(parts: Round) -> dict[str, str]:
+    """Whom the server leaves out once it has the keys, with the reason."""
+    left_out: dict[str, str] = {}
+    parts.server.begin(1, RANGES)
+    parts.step()
+    parts.server.end(on_left_out=left_out.__setitem__)
+    return left_out
 
 
 def test_a_stranger_in_the_roster_is_refused(tmp_path: Path):
@@ -441,7 +462,10 @@ def test_shares_that_would_show_a_sites_change_are_refused_by_all(name: str, tmp
     parts = Round(tmp_path, FIVE)
     opened_round(parts, "shares")
     for site in FIVE:
-        refused(parts, site, roster_of(parts, shares=SHARES[name], bits=24), "counts for more than the others that hide it")
+        bits = Ring.of(SHARES[name].values()).bits
+        refused(
+            parts, site, roster_of(parts, shares=SHARES[name], bits=bits), "counts for more than the others that hide it"
+        )
 
 
 def test_all_sites_see_to_the_number_of_sites_that_one_of_them_demands(tmp_path: Path):
@@ -452,6 +476,24 @@ def test_all_sites_see_to_the_number_of_sites_that_one_of_them_demands(tmp_path:
         parts.carry_out(changes_of(SIX), {"fit": ["a"]})
 
 
+def test_a_site_that_demands_too_many_is_left_out_and_the_others_go_on(tmp_path: Path):
+    parts = Round(tmp_path, SIX)
+    parts.members["f"].least = 9
+    parts.members["e"].least = 6
+    assert left_out_of(parts) == {
+        "f": "it requires 9 sites (secure.min_sites)",
+        "e": "it requires 6 sites (secure.min_sites)",
+    }
+
+
+def test_a_minority_cannot_have_an_honest_site_left_out(tmp_path: Path):
+    names = list("abcdefghij")
+    parts = Round(tmp_path, names)
+    for name, victim in zip("abc", "def", strict=True):
+        del parts.members[name].partners[victim]
+    assert left_out_of(parts).keys() == set("abc")
+
+
 def test_the_same_sites_are_not_summed_with_other_shares_or_ranges(tmp_path: Path):
     """Three sums of the same three changes with other shares would be three equations."""
     names, changes = list("abc"), changes_of("abc")
@@ -460,12 +502,19 @@ def test_the_same_sites_are_not_summed_with_other_shares_or_ranges(tmp_path: Pat
     parts.server.progress.step = "keys"  # type: ignore[union-attr]
     for shares, ranges in (({"a": 0.4, "b": 0.3, "c": 0.3}, RANGES), (parts.shares, {"w": 2.0})):
         parts.server.shares = shares
-        with pytest.raises(PacketRefused, match="a second sum of round 1, which is not the first one again"):
+        (parts.folder / "server" / "codings.json").unlink(missing_ok=True)
+        with pytest.raises(PacketRefused, match="wants to repeat round 1 with other shares or ranges than in its sum"):
             for step in parts.server.begin(1, ranges):
                 parts.fit(changes) if step == "fit" else parts.step()
                 parts.server.end(parts.masked)
-    parts.restart()
-    assert (parts.carry_out(changes) == first).all()
+    # The server notes the first ones, so that a round can be repeated although the model has changed.
+    parts = Round(tmp_path / "again", names)
+    first = parts.carry_out(changes)
+    parts.server.progress.step = "keys"  # type: ignore[union-attr]
+    for step in parts.server.begin(1, {"w": 3.0}):
+        parts.fit(changes) if step == "fit" else parts.step()
+        parts.server.end(parts.masked)
+    assert (parts.server.total(parts.masked, 1000) == first).all()
 
 
 @pytest.mark.parametrize(
@@ -540,9 +589,11 @@ def test_a_repeated_round_is_summed_over_the_same_sites_or_not_at_all(tmp_path: 
 
 def test_a_site_requires_more_sites_if_its_file_says_so(tmp_path: Path):
     parts = Round(tmp_path, FIVE)
-    parts.members["a"].least = 6
+    parts.members["a"].least = 5
     opened_round(parts, "shares")
-    refused(parts, "a", roster_of(parts), "5 sites take part, and a requires 6")
+    four = roster_of(parts)
+    four = four.model_copy(update={"keys": four.keys[:4], "shares": dict.fromkeys("abcd", 0.2)})
+    refused(parts, "a", four, "4 sites take part, and a requires 5")
 
 
 MESSAGES = [b"", b"{}", b"[]", b'{"kind": "keys"}', b'{"kind": "roster"}', b"\xff", b"[" * 100_000, b'{"kind": []}']
@@ -598,10 +649,20 @@ def test_a_site_that_deals_out_false_shares_is_named(tmp_path: Path):
         parts.server.total(parts.masked, 1000)
 
 
+def with_keys(offer: Offer, **changes: Any) -> Offer:
+    return offer.model_copy(update={"keys": offer.keys.model_copy(update=changes)})
+
+
+def signed_again(offer: Offer, parts: Round, **changes: Any) -> Offer:
+    offer = with_keys(offer, **changes)
+    return with_keys(offer, signature=parts.members[offer.keys.site].identity.sign(offer.keys.signed))
+
+
 FALSE_ANSWERS: dict[str, tuple[str, Callable[[Any, Round], Any], str]] = {
-    "keys for another round": ("keys", lambda answer, parts: answer.model_copy(update={"round": 2}), "something else"),
-    "keys of another site": ("keys", lambda answer, parts: answer.model_copy(update={"site": "b"}), "something else"),
-    "keys without a signature": ("keys", lambda answer, parts: answer.model_copy(update={"signature": "0" * 128}), "signed"),
+    "keys for another round": ("keys", lambda answer, parts: with_keys(answer, round=2), "something else"),
+    "keys of another site": ("keys", lambda answer, parts: with_keys(answer, site="b"), "something else"),
+    "keys without a signature": ("keys", lambda answer, parts: with_keys(answer, signature="0" * 128), "signed"),
+    "unsafe keys": ("keys", lambda answer, parts: signed_again(answer, parts, mask_key="0" * 64), "not safe"),
     "shares for some": (
         "shares",
         lambda answer, parts: answer.model_copy(update={"sealed": {k: v for k, v in answer.sealed.items() if k != "c"}}),
@@ -624,7 +685,7 @@ FALSE_ANSWERS: dict[str, tuple[str, Callable[[Any, Round], Any], str]] = {
         "something else",
     ),
 }
-KINDS = {"keys": Keys, "shares": Shares, "reveal": Revealed}
+KINDS = {"keys": Offer, "shares": Shares, "reveal": Revealed}
 
 
 @pytest.mark.parametrize("name", FALSE_ANSWERS)
@@ -667,11 +728,11 @@ def test_a_site_that_the_others_do_not_know_is_left_out_and_the_others_go_on(tmp
         del parts.members[name].partners["f"]
     parts.members["g"].asked = "1" * 64
     parts.members["h"].partners = {"h": parts.members["h"].identity.public}
-    parts.server.begin(1, RANGES)
-    parts.step()
-    left_out = parts.server.end()
-    assert left_out.keys() == {"f", "g", "h"}
-    assert "lack each other's public keys (secure.partners), or were asked for different things" in left_out["f"]
+    assert left_out_of(parts) == {
+        "f": "most other sites do not have its public key (secure.partners)",
+        "g": "it was asked for something else",
+        "h": "it lacks the public key of a site that the others know (secure.partners)",
+    }
     for step in ("shares", "fit", "confirm", "reveal"):
         parts.fit(changes) if step == "fit" else parts.step()
         parts.server.end(parts.masked)
@@ -715,12 +776,22 @@ def test_a_run_that_needs_single_answers_is_refused(name: str, data: Path, tmp_p
     assert outcome.code == 2 and sentence in " ".join(outcome.err.split())
 
 
-@pytest.mark.parametrize("own", [{"ball": None, "core": None}, {"ball": 5, "ignore": 1}, {"ball": 5, "background": 1}])
-def test_a_run_with_labels_of_which_a_site_learns_nothing_is_refused(own: dict):
-    """A site that changes nothing hides nobody's change."""
-    tree = {"data": {"path": "data", "labels": {"ball": 1, "core": 2}, "site_labels": {"a": {"core": None}, "b": own}}}
+OF_ITS_OWN = {
+    "labels of a site": {"data": {"site_labels": {"b": {"core": 7}}}},
+    "ignored labels": {"data": {"labels": {"ball": 1, "core": 2, "ignore": 3}}},
+    "intensities of a site": {"samples": {"site_clip": {"b": [0, 1]}}},
+    "tensors of a site": {"personal": ["*norm*"]},
+    "moments of a site": {"training": {"moments": "keep"}},
+}
+
+
+@pytest.mark.parametrize("name", OF_ITS_OWN)
+def test_a_run_in_which_sites_change_by_what_is_their_own_is_refused(name: str):
+    """Others could be made to change nothing, which hides nobody's change."""
+    data = {"path": "data", "labels": {"ball": 1, "core": 2}}
+    tree = {**OF_ITS_OWN[name], "data": {**data, **OF_ITS_OWN[name].get("data", {})}}
     RunConfig.model_validate(tree)
-    with pytest.raises(ValueError, match=r"secure cannot be used with data\.site_labels\.b without a class, or with backgr"):
+    with pytest.raises(ValueError, match=r"secure (needs|cannot be used with) "):
         RunConfig.model_validate({**tree, "secure": True})
 
 
@@ -728,7 +799,27 @@ def test_two_sites_are_too_few(tmp_path: Path, capfd):
     two = make_sites(tmp_path / "data", sites=2, cases=3)
     outcome = flapsam(capfd, "simulate", write_run(tmp_path / "run.yaml", two, secure=True))
     assert outcome.code == 2
-    assert "2 sites have taken part in step 'keys' of secure aggregation, and 3 are needed" in " ".join(outcome.err.split())
+    assert "secure: a sum needs at least 3 sites, and there are 2" in " ".join(outcome.err.split())
+
+
+def test_a_change_that_hides_nobodys_is_not_sent(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A server could have made the other sites' changes not finite, or nothing in the agreed range."""
+    tiny = {"window": 1, "batch_size": 8, "warmup_steps": 2, "learning_rate": 1e-30}
+    config = read_config(write_run(tmp_path / "tiny.yaml", data, secure=True, training=tiny, output="tiny"))
+    with pytest.raises(FlapsamError, match="this site's change is too small for the agreed range"):
+        simulate(config)
+    real = Client._fit
+
+    def spoilt(self: Client, *arguments: Any) -> Any:
+        report = real(self, *arguments)
+        if self.data.site == "site_1":
+            next(parameter for parameter in self.network.parameters() if parameter.requires_grad).data.fill_(float("inf"))
+        return report
+
+    monkeypatch.setattr(Client, "_fit", spoilt)
+    config = read_config(write_run(tmp_path / "spoilt.yaml", data, secure=True, output="spoilt"))
+    with pytest.raises(FlapsamError, match="this site's change is not finite"):
+        simulate(config)
 
 
 def adapter(run: Path) -> bytes:
@@ -757,14 +848,21 @@ def test_a_secure_run_that_crashes_in_any_step_resumes_with_the_same_bits(
 ):
     config, run = secure
     again = config.model_copy(update={"output": tmp_path / "run"})
-    ended, closed, fitted = [], [], []
-    real_end, real_forget, real_fit = Collector.end, ServerState.forget_replies, Client._fit
+    ended, summed, closed, fitted = [], [], [], []
+    real_end, real_mean = Collector.end, Collector.mean
+    real_forget, real_fit = ServerState.forget_replies, Client._fit
 
-    def end(self: Collector, answered: Iterable[str] = ()) -> dict[str, str]:
+    def end(self: Collector, *arguments: Any) -> None:
         ended.append(self.progress.step)  # type: ignore[union-attr]
         if len(ended) in crashes:
             raise KeyboardInterrupt
-        return real_end(self, answered)
+        real_end(self, *arguments)
+
+    def mean(self: Collector, *arguments: Any) -> Any:
+        summed.append(self.progress.step)  # type: ignore[union-attr]
+        if len(summed) == 1:
+            raise KeyboardInterrupt
+        return real_mean(self, *arguments)
 
     def forget(self: ServerState) -> None:
         if self.rounds()[-1] == 1 and not closed:
@@ -777,12 +875,13 @@ def test_a_secure_run_that_crashes_in_any_step_resumes_with_the_same_bits(
         return real_fit(self, *arguments)
 
     monkeypatch.setattr(Collector, "end", end)
+    monkeypatch.setattr(Collector, "mean", mean)
     monkeypatch.setattr(ServerState, "forget_replies", forget)
     monkeypatch.setattr(Client, "_fit", fit)
-    # Before the shares, the confirmations and the revealed shares of round 1 are saved, after its result but before its
-    # masked changes are dropped, and before the confirmations of round 2.
+    # Before the shares, the confirmations and the revealed shares of round 1 are saved, before its sum, after its result but
+    # before its masked changes are dropped, and before the confirmations of round 2.
     crashes = {2, 6, 11, 16}
-    for number in range(5):
+    for number in range(6):
         with pytest.raises(KeyboardInterrupt):
             # Workers fit the sites in round 1.
             simulate(again, resume=number > 0, workers=2 if number == 1 else 1)
@@ -797,6 +896,9 @@ def test_a_round_that_is_repeated_has_the_same_sum_and_other_masks(secure: tuple
     config, run = secure
     state, first = run / "state/federated/server/secure.json", adapter(run)
     before = json.loads(state.read_text())
+    # A change depends on nothing that the site has kept.
+    for kept in (run / "state/federated/sites").rglob("moments-*"):
+        kept.unlink()
     simulate(config, from_round=2)
     after = json.loads(state.read_text())
     assert adapter(run) == first

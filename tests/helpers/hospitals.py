@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import yaml
 
+from flapsam.federation.secure_aggregation.identity import Identity
 from tests.helpers.ledgers import read_events
 from tests.helpers.places import WRITTEN
 from tests.helpers.recording_proxy import RecordingProxy
@@ -62,25 +63,27 @@ class Hospitals:
     environment: Mapping[str, str] = field(default_factory=dict)
     """Environment variables of the sites' processes."""
     proxied: bool = True
+    spare: list[str] = field(default_factory=list)
+    """Further sites, which have kits and data, but which ``start_all`` does not start."""
     running: dict[str, subprocess.Popen] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.port, self.admin_port = free_port(), free_port()
         server = {"host": "localhost", "port": self.port, "admin_port": self.admin_port}
-        federation = {"name": "test", "server": server, "sites": self.sites}
+        federation = {"name": "test", "server": server, "sites": self.sites + self.spare}
         (self.folder / "federation.yaml").write_text(yaml.safe_dump(federation))
         self.flapsam("provision", self.folder / "federation.yaml", "-o", self.folder / "kits")
-        for site in self.sites:
+        for site in self.sites + self.spare:
             (self.folder / self.own / "kits").mkdir(parents=True, exist_ok=True)
             (self.folder / "kits" / site).rename(self.kit(site))
         if self.proxied:
             port = free_port()
-            for site in self.sites:
+            for site in self.sites + self.spare:
                 self.point(site, port)
             self.proxy = RecordingProxy(port, self.port, self.kit("server"), self.kit)
 
     def kit(self, name: str) -> Path:
-        return self.folder / (self.own if name in self.sites else "") / "kits" / name
+        return self.folder / (self.own if name in self.sites + self.spare else "") / "kits" / name
 
     def point(self, site: str, port: int) -> None:
         """Make a site look for the server at another port."""
@@ -108,7 +111,7 @@ class Hospitals:
         return self.folder / self.own / "state" / site
 
     def make_data(self, cases: int = 3) -> None:
-        for number, site in enumerate(self.sites):
+        for number, site in enumerate(self.sites + self.spare):
             make_site(self.data / site, cases, seed=number)
 
     def flapsam(self, *arguments: str | Path, code: int = 0, seconds: float = 240) -> str:
@@ -135,6 +138,15 @@ class Hospitals:
     def said(self, name: str) -> str:
         return (self.folder / f"{name}.out").read_text()
 
+    def partners_of(self, site: str) -> dict[str, object]:
+        """The field ``secure`` of a site's file, with the public keys of all other sites.
+
+        The keys are those of a simulation, so that changes are rounded as there.
+        """
+        keys = {name: Identity.simulated(0, name) for name in self.sites + self.spare}
+        keys[site].keep(self.state_of(site) / "identity.key")
+        return {"partners": {name: key.public for name, key in keys.items() if name != site}}
+
     def start_server(self) -> None:
         before = self.said("server").count("The server is up") if "server" in self.running else 0
         self.start("server", "server", self.kit("server"))
@@ -144,6 +156,9 @@ class Hospitals:
         """Start a site. ``own`` are further fields of its file."""
         path = self.folder / self.own / f"{site}.yaml"
         fields = {"data": {"path": str(self.data / site)}, "state": str(self.state_of(site)), "threads": 1, **BOUNDS, **own}
+        fields.setdefault(
+            "secure", {**self.partners_of(site), "required": False} if len(self.sites + self.spare) > 2 else None
+        )
         path.write_text(yaml.safe_dump(fields))
         environment = {**self.environment, **(environment or {})}
         self.start(site, "site", self.kit(site), "--data", path, environment=environment)

@@ -37,6 +37,7 @@ LINES: list[dict[str, Any]] = [
     {"event": "borne", **BORNE, "sites": 5, "borne": 2, "least": 2, "borne_of_least": 0},
     {"event": "went_back", **FEDERATED},
     {"event": "fit", **FEDERATED, "site": "a", "bytes_down": 10, "bytes_up": 100, "slices": 9, "loss": None, "steps": 3.0},
+    {"event": "summed", **FEDERATED, "sites": ["a", "b", "c"], "bytes_up": 3000, "bytes_down": 5000},
     {"event": "validation", "federation": "local/a", "round": 1, "site": "a", "dice": {"mean": 0.5, "ball": None}},
     {"event": "round", **FEDERATED, "seconds": 10.5, "aggregation_seconds": 0.25},
     {"event": "refused", **FEDERATED, "site": "b", "reason": "not finite", "bytes_up": 7},
@@ -157,9 +158,9 @@ def test_going_back_moves_what_will_be_written_again_and_keeps_the_rest(tmp_path
 
 
 def test_bytes_are_summed_by_cohort_and_direction():
-    """The fit sent up 100 and the refused packet 7. The fit received 10 and the delivery 20."""
+    """Up: the fit 100, the refused packet 7, secure aggregation 3,000. Down: the fit 10, the delivery 20, and 5,000."""
     events = parse_events(json.dumps(line) for line in LINES)
-    assert bytes_sent(events, TOGETHER) == (107, 30)
+    assert bytes_sent(events, TOGETHER) == (3107, 5030)
     assert bytes_sent(events, Cohort("local", "a")) == (0, 0)
 
 

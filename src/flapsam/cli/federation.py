@@ -12,7 +12,8 @@ from flapsam.cli.console import Assignments, FromRound, Json, Quiet, Track, inte
 app = typer.Typer(
     help="""Train between hospitals, over mutual TLS.
 
-    The server sees every site's updates, and a malicious site can spoil the model: see docs/federation.md.""",
+    Without secure aggregation, the server sees every site's updates, and a malicious site can spoil the model: see
+    docs/federation.md.""",
     no_args_is_help=True,
 )
 

@@ -50,7 +50,7 @@ from flapsam.federation.state import ClientState, ServerState
 from flapsam.federation.traffic import full_packet_bytes
 from flapsam.learning.inference import predict_volume
 from flapsam.learning.metrics import CaseScores, Summary, by_site, crossed, rule_for_absent, score_case, scores_of, summarise
-from flapsam.run.config import SPLITS, Mode, RunConfig
+from flapsam.run.config import LEAST_SECURE, SPLITS, Mode, RunConfig
 from flapsam.run.folder import RunFolder
 from flapsam.run.ledger import (
     TOGETHER,
@@ -195,6 +195,8 @@ def simulate(
     shares = client_shares({site.name: training_size(site.of("train"), config) for site in training}, config.rounds)
     if "federated" in config.modes:
         check_borne(config, sum(share > 0 for share in shares.values()))
+        if config.secure and (count := sum(share > 0 for share in shares.values())) < LEAST_SECURE:
+            raise FlapsamError(f"secure: a sum needs at least {LEAST_SECURE} sites, and there are {count}")
     elif from_round is not None:
         raise FlapsamError("--from-round: this run has no federated rounds; add federated to modes, or leave the option out")
     folder = RunFolder(config.output)
@@ -445,7 +447,7 @@ def _clients(
     budgets = {part.site: Budget(folder / part.site / "privacy.jsonl") for part in data} if config.privacy else {}
     for budget in budgets.values():
         budget.create(begun=False)
-    members = _members(agreement.run, [part.site for part in data], folder) if agreement.secure else {}
+    members = _members(config, agreement, [part.site for part in data], folder) if agreement.secure else {}
     return {
         part.site: Client(
             network,
@@ -460,14 +462,16 @@ def _clients(
     }
 
 
-def _members(run: str, sites: Sequence[str], folder: Path) -> dict[str, "Member"]:
-    """Site → its side of secure aggregation. As between hospitals, each site has a key of its own."""
+def _members(config: RunConfig, agreement: Agreement, sites: Sequence[str], folder: Path) -> dict[str, "Member"]:
+    """Site → its side of secure aggregation."""
     from flapsam.federation.secure_aggregation.identity import Identity
     from flapsam.federation.secure_aggregation.member import Member
 
-    identities = {site: Identity(folder / site / "identity.key") for site in sites}
+    identities = {site: Identity.simulated(config.seed, site) for site in sites}
     keys = {site: identity.public for site, identity in identities.items()}
-    return {site: Member(run, site, identity, keys, folder / site / "secure") for site, identity in identities.items()}
+    return {
+        site: Member(agreement.run, site, identity, keys, folder / site / "secure") for site, identity in identities.items()
+    }
 
 
 def _own_clients(config: RunConfig, agreement: Agreement, data: Sequence[ClientData], folder: Path) -> dict[str, Client]:

@@ -75,7 +75,7 @@ class Agreement:
         Args:
             site: the site.
             number: the round.
-            roster: SHA-256 of the roster with whose masks the numbers are masked. Empty for numbers without masks.
+            roster: SHA-256 of the roster with whose masks the numbers are masked.
         """
         return replace(self.up(site, number), compression=Compression(codec=MASKED), start=roster)
 

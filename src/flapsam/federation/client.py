@@ -1,6 +1,5 @@
 """The client's side of the federated algorithm: a site turns the server's packets into an answer of its own."""
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from flapsam.base.errors import FlapsamError
 from flapsam.base.randomness import Randomness, SystemRandomness
 from flapsam.base.seeds import seed_for
 from flapsam.federation.agreement import SERVER, VALIDATION, Agreement, changed, cut, padded
-from flapsam.federation.packets import Contract, Header, PacketRefused, checksum, decode, encode, encode_lossy, opened, seal
+from flapsam.federation.packets import Contract, Header, PacketRefused, checksum, decode, encode, encode_lossy, seal
 from flapsam.federation.privacy.accounting import planned
 from flapsam.federation.privacy.budget import Budget
 from flapsam.federation.shares import rounded
@@ -29,7 +28,6 @@ from flapsam.sam import Sam, load_tensors, only_these_train, tensors_of
 if TYPE_CHECKING:
     # It needs packages that only runs with secure aggregation need.
     from flapsam.federation.secure_aggregation.member import Member
-    from flapsam.federation.secure_aggregation.messages import Roster
 
 log = logging.getLogger(__name__)
 
@@ -149,22 +147,24 @@ class Client:
             *packets, envelopes = packets
         done, start = self._receive(packets)
         number = done + 1
-        origin, roster = checksum(start)[:16], None
+        origin = checksum(start)[:16]
         if member:
-            roster = member.begin(number, bytes(envelopes), checksum(start))
-            if not roster.ranges.keys() >= self.agreement.up(self.data.site, number).shapes.keys():
-                raise PacketRefused("its roster lacks the range of a tensor")
-            origin = hashlib.sha256(f"{checksum(start)} {roster.coding}".encode()).hexdigest()
+            origin = checksum(start)
+            roster = member.begin(number, bytes(envelopes), origin)
+            if roster.ranges.keys() != self.agreement.up(self.data.site, number).shapes.keys():
+                raise PacketRefused("its roster does not give the range of every tensor")
         self.kept = self.state.reply(number, origin)
         if self.kept is not None:
-            return self._masked(number, self.kept) if member else self.kept
+            return self._masked(number, self.kept, origin) if member else self.kept
         self.state.forget_from(number)
         metrics: dict[str, float | None] = {}
         if self.disclosure.scores and done > 0 and done % self.config.rounds.validate_every == 0:
             metrics |= self._scores()
         learner = Learner(self.network, self.config.training, self.config.rounds)
-        moments = self.state.moments_before(number)
-        if moments is not None:
+        if member:
+            # A change depends on nothing that a server could have prepared at some sites and not at others.
+            learner.steps = (number - 1) * steps_a_round(self.data.train, self.config.training, self.config.rounds)
+        elif (moments := self.state.moments_before(number)) is not None:
             learner.load(moments)
         self.check(number, learner.steps)
         if self.config.training.moments == "reset":
@@ -191,12 +191,12 @@ class Client:
             samples=0 if self.config.privacy else slices,
             metrics=metrics,
         )
-        if roster:
-            self.kept = self._whole(header, roster, {name: result[name] - start[name] for name in result})
+        if member:
+            self.kept = self._change(header, {name: result[name] - start[name] for name in result})
         else:
             self.kept = self._answer(header, contract, start, result, keep_unsent=finite)
         self.state.commit(number, self.kept, origin)
-        return self._masked(number, self.kept) if member else self.kept
+        return self._masked(number, self.kept, origin) if member else self.kept
 
     def agree(self, packets: Iterable[bytes]) -> bytes:
         """Answer a message of secure aggregation.
@@ -360,28 +360,32 @@ class Client:
             self.state.keep_unsent(header.round, {**unsent, **{name: change[name] - sent[name] for name in change}})
         return packet
 
-    def _whole(self, header: Header, roster: "Roster", change: Mapping[str, Tensor]) -> bytes:
-        """Write a change as whole numbers, without masks. The packet stays at this site.
+    def _change(self, header: Header, change: Mapping[str, Tensor]) -> bytes:
+        """Write a change without masks. The packet stays at this site.
 
         There is no error feedback: in a later round, it would let the server have the same change summed with other sites'.
         """
         if not all(tensor.isfinite().all() for tensor in change.values()):
-            # Masked, it would spoil the sum unseen, and a refusal would tell something.
-            log.error("round %d: this site's change is not finite, so it counts as no change", header.round)
-            change = {name: torch.zeros_like(tensor) for name, tensor in change.items()}
-        seed = seed_for(self.config.seed, header.round, self.data.site, "codec")
-        numbers, cut = roster.ring.whole(change, roster.ranges, roster.shares[self.data.site], seed)
-        log.info("round %d: %d of %d numbers were cut to the agreed range", header.round, cut, len(numbers))
-        contract = self.agreement.masked(self.data.site, header.round, "")
-        return seal(header, contract, {"values": torch.from_numpy(numbers)})
+            # As no change, it would hide nobody's.
+            raise FlapsamError("this site's change is not finite, so it takes no part in this round's sum")
+        contract = self.agreement.up(self.data.site, header.round).whole
+        return encode(header, contract, change)
 
-    def _masked(self, number: int, answer: bytes) -> bytes:
-        """Mask a packet of whole numbers, which then may leave the site."""
+    def _masked(self, number: int, kept: bytes, start: str) -> bytes:
+        """Turn a change into whole numbers and mask these. Only then may they leave the site."""
         member, site, agreement = self._member(), self.data.site, self.agreement
         assert member is not None
-        plain = agreement.masked(site, number, "")
-        header, _, entries = opened(answer, lambda header: plain, agreement.contract.tensor_bytes)
-        masked = torch.from_numpy(member.masked(number, entries["values"].numpy()))
+        header, change = decode(kept, lambda header: agreement.up(site, number).whole, agreement.contract.tensor_bytes)
+        roster = member.current(number)
+        numbers, beyond = roster.ring.whole(change, roster.ranges, roster.shares[site], member.seed(number, start))
+        for name in beyond:
+            log.info("round %d: the change of %s was scaled down to the agreed range", number, name)
+        if not numbers.any():
+            # It would hide nobody's change.
+            raise FlapsamError(
+                "this site's change is too small for the agreed range, so it takes no part in this round's sum"
+            )
+        masked = torch.from_numpy(member.masked(number, numbers))
         return seal(header, agreement.masked(site, number, member.roster(number)), {"values": masked})
 
     def _member(self) -> "Member | None":

@@ -153,7 +153,7 @@ def first_range(config: RunConfig) -> float:
 
     With Adam, a step changes a number by about the learning rate at most.
     """
-    return FIRST_STEPS * config.training.learning_rate
+    return max(FIRST_STEPS * config.training.learning_rate, 1e-20)
 
 
 def has_own_adapters(config: RunConfig) -> bool:

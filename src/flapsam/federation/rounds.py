@@ -78,6 +78,10 @@ def rounds(server: Server, cohort: Cohort, options: Rounds, carry: Carry, record
         number = server.rounds_done + 1
         started = time.perf_counter()
         up, down = 0, 0
+
+        def leave_out(site: str, reason: str, number: int = number) -> None:
+            record(AnswerLeftOut(cohort=cohort, round=number, site=site, reason=reason))
+
         for step in server.steps():
             sent, received = _step(server, cohort, number, "fit" if step == "fit" else "agree", carry, record)
             up, down = up + sent, down + received
@@ -85,12 +89,8 @@ def rounds(server: Server, cohort: Cohort, options: Rounds, carry: Carry, record
             if step == "fit" and answered < options.min_sites:
                 few = f"too few sites answered: {answered} of at least {options.min_sites} (rounds.min_sites)"
                 raise FlapsamError(f"round {number}: {few}; see the ledger for the reasons")
-            for site, reason in server.end_step().items():
-                record(AnswerLeftOut(cohort=cohort, round=number, site=site, reason=reason))
+            server.end_step(leave_out)
         aggregating = time.perf_counter()
-
-        def leave_out(site: str, reason: str, number: int = number) -> None:
-            record(AnswerLeftOut(cohort=cohort, round=number, site=site, reason=reason))
 
         server.close_round(options.min_sites, leave_out)
         closed = time.perf_counter()

@@ -109,21 +109,22 @@ class Server:
         names = {name for name in self.agreement.trained if self.agreement.aggregator.up(name, number)}
         ranges = {name: self.ranges[name] for name in sorted(names)}
         steps = self.collector.begin(number, ranges, checksum(self.tensors), self.state.replied())
-        if steps[0] == "keys":
+        if steps[:1] == ["keys"]:
             # Masked changes of an earlier attempt are noise in this one.
             self.state.forget_replies()
         return steps
 
-    def end_step(self) -> dict[str, str]:
+    def end_step(self, on_left_out: Callable[[str, str], object]) -> None:
         """Close a step of the current round.
 
-        Returns:
-            Site that is left out from here on → reason.
+        Args:
+            on_left_out: called with each site that is left out from here on, and the reason.
 
         Raises:
             FlapsamError: too few sites have taken part in it.
         """
-        return {} if self.collector is None else self.collector.end(self.state.replied())
+        if self.collector is not None:
+            self.collector.end(self.state.replied(), on_left_out)
 
     def asks(self, site: str) -> bool:
         """Whether a site has a part in the current step."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flapsam.federation.aggregation import aggregator
 from flapsam.federation.agreement import SERVER, VALIDATION, Agreement, cut
-from flapsam.federation.packets import Contract, Header, encode
+from flapsam.federation.packets import Contract, Header, encode, seal
 from flapsam.federation.preparation import resolve
 from flapsam.learning.training import FIT_METRICS
 from flapsam.run.config import Lora, OutputPart, Projection, RunConfig
@@ -27,6 +27,8 @@ from flapsam.sam import (
 )
 from flapsam.sam.sources import source
 
+SECURE_BITS = 8
+"""Bits of a masked number with up to 15 sites of equal shares."""
 BYTES = 4
 """Size of a parameter in bytes. It travels as float32."""
 
@@ -165,7 +167,7 @@ def _agreement(config: RunConfig, outline: Sam) -> Agreement:
         name: _synthetic(parameter.shape, draw) for name, parameter in sorted(named_parameters(outline)) if name in names
     }
     run = "0" * 32
-    return Agreement(run, start, trained, method, config.compression, config.site_ranks)
+    return Agreement(run, start, trained, method, config.compression, config.site_ranks, secure=config.secure)
 
 
 def _synthetic(shape: torch.Size, draw: torch.Generator) -> Tensor:
@@ -185,9 +187,16 @@ def _site_bytes(agreement: Agreement, rank: int, config: RunConfig) -> tuple[flo
         # What travels may differ between odd and even rounds, but not otherwise.
         times = len(range(first, config.rounds.count + 1, 2))
         if times:
-            up += times * _size(header, agreement.up(site, first), tensors)
+            contract = agreement.up(site, first)
+            up += times * (_masked_size(header, contract) if agreement.secure else _size(header, contract, tensors))
             down += times * _size(from_server, agreement.down(rank, first), tensors)
     return up, down
+
+
+def _masked_size(header: Header, contract: Contract) -> int:
+    """Size of a masked packet. Masks cannot be compressed."""
+    noise = torch.randint(0, 256, (contract.numbers * SECURE_BITS // 8,), dtype=torch.uint8)
+    return len(seal(header, contract, {"values": noise}))
 
 
 def _size(header: Header, contract: Contract, tensors: Mapping[str, Tensor]) -> int:

@@ -165,8 +165,14 @@ def _about(run: Run) -> str:
     return (
         f"Segmentation of {', '.join(run.classes)} at {len(run.sites)} sites. Backbone {config.backbone.name}, "
         f"strategy {config.strategy}{low_rank}, aggregator {config.aggregator}, codec {config.compression.codec}, "
-        f"preset {config.preset}, seed {config.seed}.{_private(config)}"
+        f"preset {config.preset}, seed {config.seed}.{_secure(config)}{_private(config)}"
     )
+
+
+def _secure(config: RunConfig) -> str:
+    if not config.secure or "federated" not in config.modes:
+        return ""
+    return " Secure aggregation: in each round, the server learned the sum of the sites' changes, and no site's own."
 
 
 def _private(config: RunConfig) -> str:

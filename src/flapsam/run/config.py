@@ -437,11 +437,17 @@ class RunConfig(StrictModel):
             problem = f"needs at least {LEAST_SECURE} sites in every sum; set rounds.min_sites to {LEAST_SECURE} or more"
         elif self.site_ranks:
             problem = "cannot be used with site_ranks; remove it"
-        for site, labels in self.data.site_labels.items():
-            # Such a site would change nothing, and hide nobody's change.
-            unlabelled = all((self.data.labels | labels).get(name) is None for name in self.data.classes)
-            if unlabelled or any(reserved(name) for name in labels):
-                problem = f"cannot be used with data.site_labels.{site} without a class, or with background or ignore in it"
+        elif self.personal:
+            problem = "cannot be used with personal, because a site's change would depend on what it has kept; remove it"
+        elif self.training.moments != "reset":
+            problem = "needs training.moments: reset, because a site's change would depend on what it has kept; set it"
+        # With settings of their own, other sites could be made to change nothing, and hide nobody's change.
+        elif self.samples.site_clip:
+            problem = "cannot be used with samples.site_clip; use samples.clip or samples.clip_percentile"
+        elif self.data.site_labels:
+            problem = "cannot be used with data.site_labels; convert the label maps, so that labels suit all sites"
+        elif any(reserved(name) and set(as_values(values)) != {0} for name, values in self.data.labels.items()):
+            problem = "cannot be used with labels for background or ignore other than 0; remove them"
         if problem:
             raise ValueError(f"secure {problem}")
         return self

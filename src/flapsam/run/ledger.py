@@ -490,10 +490,10 @@ def nearly_final(events: Iterable[Event], share: float = 0.95) -> NearlyFinal | 
         return None
     rounds = next(number for number, value in means.items() if value >= share * final)
     fits = [event for event in own if isinstance(event, Fitted)]
-    up = sum(event.bytes_up for event in fits if event.round <= rounds)
+    up = sum(event.bytes_up for event in own if isinstance(event, Fitted | Summed) and event.round <= rounds)
     # What a round changes comes down with the next one, or is delivered after the last one.
     down = sum(event.bytes_down for event in own if isinstance(event, Fitted) and event.round <= rounds + 1)
-    down += sum(event.bytes_down for event in own if isinstance(event, Delivered) and event.round <= rounds)
+    down += sum(event.bytes_down for event in own if isinstance(event, Delivered | Summed) and event.round <= rounds)
     return NearlyFinal(rounds, (up + down) / len({event.site for event in fits}))
 
 

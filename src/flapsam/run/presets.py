@@ -33,7 +33,11 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 """Preset → field, or group of fields → field → value."""
 
 
-SECURE: Mapping[str, Any] = {"aggregator": "fedavg", "rounds": {"max_change": None, "min_sites": 3}}
+SECURE: Mapping[str, Any] = {
+    "aggregator": "fedavg",
+    "rounds": {"max_change": None, "min_sites": 3},
+    "training": {"moments": "reset"},
+}
 """What secure aggregation needs. It replaces a preset's values."""
 
 

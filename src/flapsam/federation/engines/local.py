@@ -4,8 +4,10 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from flapsam.base.errors import FlapsamError
 from flapsam.federation.client import Client, Own
 from flapsam.federation.engines.workers import Workers
+from flapsam.federation.packets import PacketRefused
 from flapsam.federation.rounds import Answer, Work, deliver, rounds
 from flapsam.federation.server import Server
 from flapsam.learning.training import steps_a_round
@@ -84,7 +86,10 @@ def _answers(
         for client in clients:
             packets = server.packets(client.data.site, client.held, work)
             observer.works(client.data.site, work)
-            answer = client.fit(packets, observer.step) if work == "fit" else getattr(client, work)(packets)
+            try:
+                answer = client.fit(packets, observer.step) if work == "fit" else getattr(client, work)(packets)
+            except PacketRefused as reason:
+                raise FlapsamError(f"{client.data.site} refuses the server's message: {reason}") from reason
             yield client, packets, answer
         return
     sent: deque[tuple[Client, list[bytes]]] = deque()

@@ -84,10 +84,16 @@ class SecurePartners(StrictModel):
             raise ValueError("two partners have the same key")
         return value
 
-    min_sites: Annotated[int, Field(ge=LEAST_SECURE)] = LEAST_SECURE
-    """Least number of sites, this one included, in a sum that this site takes part in."""
+    min_sites: Annotated[int, Field(ge=LEAST_SECURE)] | None = None
+    """Least number of sites, this one included, in a sum that this site takes part in. By default, more than two thirds of
+    this site and its partners, and at least three."""
     required: bool = True
     """Whether runs without secure aggregation are refused."""
+
+    @property
+    def least(self) -> int:
+        """``min_sites``, or its default."""
+        return self.min_sites or max(LEAST_SECURE, 2 * (len(self.partners) + 1) // 3 + 1)
 
 
 class SiteConfig(StrictModel):

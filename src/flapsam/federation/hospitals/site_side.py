@@ -181,8 +181,12 @@ class SiteSide:
         Raises:
             SiteFailed: the message was refused.
         """
-        with failing_as("secure"):
-            return self.client.agree(packets)
+        with failing_as("error"):
+            try:
+                return self.client.agree(packets)
+            except PacketRefused as reason:
+                log.error("refused the server's message: %s", reason)
+                raise SiteFailed("secure") from reason
 
     def validate(self, packets: Iterable[bytes]) -> bytes:
         """Run ``Client.validate`` and save the adapter for the site's own use.
@@ -311,7 +315,7 @@ class SiteSide:
             secure.partners,
             self.folder / "site" / "secure",
             asked=digest_of(proposal),
-            least=secure.min_sites,
+            least=secure.least,
         )
 
     def _check_same_run(self, proposal: Proposal, config: RunConfig) -> None:

@@ -11,7 +11,7 @@ from typing import IO, Annotated
 from pydantic import Field
 
 from flapsam.base.errors import FlapsamError
-from flapsam.base.files import NO_LOCKS, make_folder, private
+from flapsam.base.files import NO_LOCKS, make_folder, private, sync_folder
 from flapsam.federation.privacy.accounting import Plan, Steps
 from flapsam.run.config import StrictModel
 
@@ -76,7 +76,7 @@ class Budget:
                 )
             make_folder(self.path.parent)
             open(self.path, "ab", opener=private).close()
-            _keep_name(self.path.parent)
+            sync_folder(self.path.parent)
         self.spent()
 
     def spent(self) -> list[Spent]:
@@ -220,13 +220,3 @@ def _lock(file: IO[bytes], path: Path) -> None:
             f"{path}: this file system has no locks, so two processes could spend the same privacy; keep the site's state "
             "on a local disk"
         ) from error
-
-
-def _keep_name(folder: Path) -> None:
-    """Wait until a new file's name is on the disk, too."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

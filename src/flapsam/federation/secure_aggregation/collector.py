@@ -2,7 +2,8 @@
 
 import base64
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import combinations, islice
 from pathlib import Path
 from typing import Literal
@@ -24,6 +25,7 @@ from flapsam.federation.secure_aggregation.messages import (
     Confirmations,
     Envelopes,
     Keys,
+    Offer,
     Opening,
     Revealed,
     Roster,
@@ -62,6 +64,20 @@ class Progress(BaseModel):
     revealed: dict[str, Revealed] = {}
 
 
+class Coding(BaseModel):
+    """How the changes of a round became whole numbers."""
+
+    bits: int
+    shares: dict[str, float]
+    ranges: dict[str, float]
+
+
+class Codings(BaseModel):
+    """The codings of a run, by round."""
+
+    rounds: dict[int, Coding]
+
+
 class Collector:
     """The server's side of secure aggregation.
 
@@ -82,6 +98,7 @@ class Collector:
         """
         self.run = run
         self.shares = shares
+        self._offers: dict[str, Offer] = {}
         self._right: tuple[int, ...] = ()
         """Holders whose shares fitted together last."""
         self.path = folder / "secure.json"
@@ -115,6 +132,7 @@ class Collector:
         # They are not there if the run went back.
         if known is None or not continues or not set(known.answered).issubset(arrived):
             self.progress = Progress(round=number, attempt=known.attempt + 1 if known is not None else 1)
+            self._offers = {}
             self._save()
         self.ranges, self.start = ranges, start
         return [step for step in STEPS[STEPS.index(self._now.step) :] if step != "sum"]
@@ -160,13 +178,19 @@ class Collector:
             raise PacketRefused("nobody asked for it")
         now = self._now
         if now.step == "keys":
-            keys = read(data, Keys)
+            offer = read(data, Offer)
+            keys = offer.keys
             if (keys.run, keys.round, keys.attempt, keys.site) != (self.run, now.round, now.attempt, site):
                 raise PacketRefused("its keys are for something else")
             if not is_signed(keys.signed, keys.signature, keys.identity):
                 raise PacketRefused("its keys are not signed with its identity")
-            taken = now.keys.setdefault(site, keys)
-            same = taken == keys
+            try:
+                for public in (keys.mask_key, keys.envelope_key):
+                    crypto.common(crypto.new_key(), bytes.fromhex(public), "")
+            except ValueError as error:
+                raise PacketRefused("its keys are not safe ones") from error
+            same = now.keys.setdefault(site, keys) == keys
+            self._offers[site] = offer
         elif now.step == "shares":
             shares = read(data, Shares)
             if (shares.roster, shares.site) != (self.named, site) or shares.sealed.keys() != now.keys.keys() - {site}:
@@ -192,21 +216,25 @@ class Collector:
         if not same:
             raise PacketRefused(f"{site} has already answered")
 
-    def end(self, answered: Iterable[str] = ()) -> dict[str, str]:
+    def end(
+        self,
+        answered: Iterable[str] = (),
+        on_left_out: Callable[[str, str], object] = lambda site, reason: None,
+    ) -> None:
         """Close the current step, and save what has come.
 
         Args:
             answered: the sites whose masked changes arrived, after step ``fit``.
-
-        Returns:
-            Site that is left out of the sum → reason.
+            on_left_out: called with each site that is left out of the sum, and the reason.
 
         Raises:
             FlapsamError: too few sites have answered, or a site's share is too small.
         """
         now = self._now
-        left_out = _strangers(now.keys) if now.step == "keys" else {}
-        now.keys = {site: keys for site, keys in now.keys.items() if site not in left_out}
+        if now.step == "keys" and self._offers:
+            for site, reason in _left_out(self._offers).items():
+                del now.keys[site]
+                on_left_out(site, reason)
         if now.step == "fit":
             now.answered = sorted(site for site in answered if site in now.shares)
         come = {
@@ -222,12 +250,17 @@ class Collector:
             raise FlapsamError(f"round {now.round}: {few}; see the ledger for the reasons")
         if now.step == "keys":
             now.roster = written(self._made_roster()).decode()
+        if now.step == "confirm":
+            self._note_coding()
         now.step = STEPS[STEPS.index(now.step) + 1]
         self._save()
-        return left_out
 
     def _made_roster(self) -> Roster:
         keys = dict(sorted(self._now.keys.items()))
+        before = self._coded.get(self._now.round)
+        if before is not None and before.shares.keys() == keys.keys():
+            # Sites let a round that was summed be repeated with the same shares and ranges only.
+            return Roster(keys=list(keys.values()), start=self.start, **before.model_dump())
         shares = capped({site: self.shares[site] for site in keys})
         try:
             bits = Ring.of(shares.values()).bits
@@ -237,6 +270,23 @@ class Collector:
                 f"rounds.weights: the share of {smallest} is too small for secure aggregation; give it more weight, or none"
             ) from error
         return Roster(keys=list(keys.values()), start=self.start, bits=bits, shares=shares, ranges=dict(self.ranges))
+
+    @property
+    def _coded(self) -> "dict[int, Coding]":
+        """Round → how its changes became whole numbers, for all rounds of which sites may have revealed something."""
+        path = self.path.with_name("codings.json")
+        if not path.exists():
+            return {}
+        try:
+            return Codings.model_validate_json(path.read_text()).rounds
+        except (ValidationError, ValueError, OSError) as error:
+            raise FlapsamError(f"{path}: cannot read the saved rounds; start a new run") from error
+
+    def _note_coding(self) -> None:
+        roster = self._roster
+        coding = Coding(bits=roster.bits, shares=roster.shares, ranges=roster.ranges)
+        codings = Codings(rounds={**self._coded, self._now.round: coding})
+        write_text(self.path.with_name("codings.json"), codings.model_dump_json())
 
     def total(self, masked: Mapping[str, np.ndarray], count: int) -> np.ndarray:
         """The sum of the whole numbers of the sites that answered, modulo the ring's size.
@@ -288,7 +338,7 @@ class Collector:
                 return secret
         raise FlapsamError(
             f"round {now.round}: the shares of {site}'s secret do not fit together, so that its mask cannot be removed; "
-            f"{site} has given false shares, or too many others have"
+            f"{site} has given false shares to the others, or several of these have sent false ones"
         )
 
     def _choices(self, holders: list[int]) -> Iterator[tuple[int, ...]]:
@@ -339,21 +389,31 @@ class Collector:
         write_text(self.path, self._now.model_dump_json())
 
 
-def _strangers(keys: Mapping[str, Keys]) -> dict[str, str]:
-    """Sites that cannot be in one sum with the others, with the reason: who has the most conflicts is left out first."""
-    left, out = dict(keys), {}
-    while True:
-        conflicts = {site: [other for other in left if _conflict(left[site], left[other])] for site in left}
-        worst = max(left, key=lambda site: (len(conflicts[site]), site), default=None)
-        if worst is None or not conflicts[worst]:
-            return out
-        others = ", ".join(conflicts[worst][:3])
-        out[worst] = f"it and {others} lack each other's public keys (secure.partners), or were asked for different things"
-        del left[worst]
+def _left_out(offers: Mapping[str, Offer]) -> dict[str, str]:
+    """Sites that cannot be in one sum with the others, with the reason."""
+    left, out = dict(offers), {}
+
+    def leave_out(sites: Iterable[str], reason: str) -> None:
+        for site in list(sites):
+            out[site] = reason
+            del left[site]
+
+    asked = Counter(offer.keys.asked for offer in left.values()).most_common(1)
+    leave_out([site for site, offer in left.items() if offer.keys.asked != asked[0][0]], "it was asked for something else")
+    for kind in ("mask_key", "envelope_key"):
+        used = Counter(getattr(offer.keys, kind) for offer in left.values())
+        leave_out([site for site, offer in left.items() if used[getattr(offer.keys, kind)] > 1], "another site has its key")
+    # Whom most others do not know is a stranger. Whoever does not know one of the rest then stands apart.
+    lacked_by = {site: sum(_lacks(other, site, left) for other in left) for site in left}
+    unknown = "most other sites do not have its public key (secure.partners)"
+    leave_out([site for site, count in lacked_by.items() if 2 * count >= len(left)], unknown)
+    lacking = "it lacks the public key of a site that the others know (secure.partners)"
+    leave_out([site for site in left if any(_lacks(site, other, left) for other in left)], lacking)
+    while left and (most := max(offer.keys.least for offer in left.values())) > len(left):
+        demanding = [site for site, offer in left.items() if offer.keys.least == most]
+        leave_out(demanding, f"it requires {most} sites (secure.min_sites)")
+    return out
 
 
-def _conflict(one: Keys, other: Keys) -> bool:
-    if one.site == other.site:
-        return False
-    known = one.partners.get(other.site) == other.identity and other.partners.get(one.site) == one.identity
-    return not known or one.asked != other.asked or one.mask_key == other.mask_key or one.envelope_key == other.envelope_key
+def _lacks(site: str, other: str, offers: Mapping[str, Offer]) -> bool:
+    return site != other and offers[site].partners.get(other) != offers[other].keys.identity

@@ -1,13 +1,13 @@
 """A site's identity: a key that it makes itself, so that nobody else can sign in its name."""
 
-import os
+import hashlib
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from flapsam.base.errors import FlapsamError
-from flapsam.base.files import make_folder, written_whole
+from flapsam.base.files import write_text
 
 
 class Identity:
@@ -23,15 +23,25 @@ class Identity:
             FlapsamError: the file is damaged or cannot be written.
         """
         if not path.exists():
-            make_folder(path.parent)
-            with written_whole(path) as temporary, open(os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:  # noqa: PTH123
-                file.write(Ed25519PrivateKey.generate().private_bytes_raw().hex() + "\n")
+            self._key = Ed25519PrivateKey.generate()
+            self.keep(path)
         try:
             self._key = Ed25519PrivateKey.from_private_bytes(bytes.fromhex(path.read_text().strip()))
         except (ValueError, OSError) as error:
             raise FlapsamError(
                 f"{path}: cannot read this site's key; restore it, or remove it and give the other sites the new key"
             ) from error
+
+    @classmethod
+    def simulated(cls, seed: int, site: str) -> "Identity":
+        """The key of a site in a simulation. It follows from the run's seed, because there is nobody to hide it from."""
+        self = cls.__new__(cls)
+        self._key = Ed25519PrivateKey.from_private_bytes(hashlib.sha256(f"{seed} {site}".encode()).digest())
+        return self
+
+    def keep(self, path: Path) -> None:
+        """Write the private key to a file, from which it can be read."""
+        write_text(path, self._key.private_bytes_raw().hex() + "\n")
 
     @property
     def public(self) -> str:

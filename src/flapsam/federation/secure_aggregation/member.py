@@ -24,6 +24,7 @@ from flapsam.federation.secure_aggregation.messages import (
     Confirmations,
     Envelopes,
     Keys,
+    Offer,
     Opening,
     Revealed,
     Roster,
@@ -147,6 +148,14 @@ class Member:
         self._keep(attempt.model_copy(update={"envelopes": envelopes.decode()}))
         return roster
 
+    def seed(self, number: int, start: str) -> int:
+        """Seed of the rounding in a round, a secret of this site. If the server knew it, some sums would tell a sign."""
+        return int(digest(self.identity.sign(f"flapsam rounding {number} {start}".encode()).encode())[:15], 16)
+
+    def current(self, number: int) -> Roster:
+        """The roster of a round."""
+        return self._roster(self._attempt(number))
+
     def roster(self, number: int) -> str:
         """SHA-256 of the roster of a round."""
         return digest(self._attempt(number).roster.encode())
@@ -189,7 +198,7 @@ class Member:
             raise PacketRefused("it belongs to another run")
         known = self._known
         if known and (known.round, known.attempt) == (opening.round, opening.attempt):
-            return known.keys.encode()
+            return self._offer(read(known.keys.encode(), Keys))
         if known and known.attempt >= opening.attempt:
             raise PacketRefused(f"it opens attempt {opening.attempt}, but attempt {known.attempt} has begun")
         mask_key, envelope_key, seed = crypto.new_key(), crypto.new_key(), secrets.token_bytes(crypto.SECRET_BYTES)
@@ -202,7 +211,6 @@ class Member:
             mask_key=crypto.public(mask_key).hex(),
             envelope_key=crypto.public(envelope_key).hex(),
             least=self.least,
-            partners=self.partners,
             seed_digest=digest(seed),
             identity=self.identity.public,
             signature="0" * 128,
@@ -218,7 +226,10 @@ class Member:
                 keys=written(keys).decode(),
             )
         )
-        return written(keys)
+        return self._offer(keys)
+
+    def _offer(self, keys: Keys) -> bytes:
+        return written(Offer(keys=keys, partners=self.partners))
 
     def _shares(self, data: bytes) -> bytes:
         """Check who takes part, and share this site's secrets out among them."""
@@ -228,6 +239,9 @@ class Member:
                 raise PacketRefused("it brings a second roster for the same keys")
             return attempt.shares.encode()
         self._check_roster(roster, attempt)
+        summed = self._sums.get(attempt.round)
+        if summed and summed.coding != roster.coding:
+            raise PacketRefused(f"it wants to repeat round {attempt.round} with other shares or ranges than in its sum")
         sites = [keys.site for keys in roster.keys]
         count, least = len(sites), threshold(len(sites))
         secrets_of = [bytes.fromhex(secret) for secret in (attempt.mask_key, attempt.seed)]
@@ -434,8 +448,8 @@ def _check_shares(roster: Roster) -> None:
     bits = 0
     with suppress(ValueError):
         bits = Ring.of(roster.shares.values()).bits
-    if not 0 < bits <= roster.bits:
-        raise PacketRefused("its roster gives a site too few levels, so that its change would hide nobody's")
+    if bits != roster.bits:
+        raise PacketRefused("its roster gives a site too few levels, so that its change would hide nobody's, or too many")
     if any(cut < (1 - 1e-9) * roster.shares[site] for site, cut in capped(roster.shares).items()):
         raise PacketRefused("its roster has a site that counts for more than the others that hide it")
     if sum(roster.shares.values()) > 1 + 1e-9:

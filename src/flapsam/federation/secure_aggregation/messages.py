@@ -69,13 +69,20 @@ class Keys(Message):
     """Public X25519 key with which others seal their shares for this site."""
     least: Annotated[int, Field(ge=LEAST_SECURE)]
     """Least number of sites in a sum that this site takes part in. The others see to it, too."""
-    partners: dict[SiteName, Hex]
-    """Site → public key, as this site has been told it. Sites that do not know each other cannot be in one sum."""
     seed_digest: Hex
     """SHA-256 of the seed of the site's own mask."""
     identity: Hex
     """The site's public Ed25519 key. The others have exchanged it beforehand, without the server."""
     signature: Signature
+
+
+class Offer(Message):
+    """Site to server: its keys, and whom it accepts, so that the server can leave out whom the others would refuse."""
+
+    kind: Literal["offer"] = "offer"
+    keys: Keys
+    partners: dict[SiteName, Hex]
+    """Site → its public key, as this site has been told it."""
 
 
 class Roster(Message):

@@ -52,7 +52,7 @@ class Ring:
 
     def whole(
         self, change: Mapping[str, Tensor], ranges: Mapping[str, float], share: float, seed: int
-    ) -> tuple[np.ndarray, int]:
+    ) -> tuple[np.ndarray, list[str]]:
         """Turn a site's change into whole numbers.
 
         Args:
@@ -62,19 +62,21 @@ class Ring:
             seed: seed of the rounding.
 
         Returns:
-            The whole numbers of all tensors, in the order of their names (int32), and how many numbers were beyond their
-            range and were cut to it.
+            The whole numbers of all tensors, in the order of their names (int32), and the names of the tensors whose change
+            was beyond its range. Such a change is scaled down as a whole. Cutting single numbers would tell their signs, if
+            somebody chose a tiny range.
         """
-        shapes = {name: tuple(tensor.shape) for name, tensor in change.items()}
-        values = flattened([as_rows(change[name]) for name in sorted(change)]).double()
-        factors = _spread(ranges, shapes).reciprocal() * (share * self.largest)
         most = int(share * self.largest)
+        shapes = {name: tuple(tensor.shape) for name, tensor in change.items()}
+        peaks = {name: float(tensor.abs().max()) * share * self.largest for name, tensor in change.items()}
+        beyond = [name for name, peak in peaks.items() if peak > most * ranges[name]]
+        reached = {name: peaks[name] / most if name in beyond else ranges[name] for name in change}
+        values = flattened([as_rows(change[name]) for name in sorted(change)]).double()
+        factors = _spread(reached, shapes).reciprocal() * (share * self.largest)
         draw = torch.rand(len(values), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        rounded = torch.floor(values * factors + draw)
-        kept = rounded.clamp(-most, most)
-        # Rounding at random may take a number within the range one step beyond it.
-        cut = int(((values * factors).abs() > most).sum())
-        return kept.numpy().astype(np.int32), cut
+        # Rounding at random may take a number at the end of the range one step beyond it.
+        rounded = torch.floor(values * factors + draw).clamp(-most, most)
+        return rounded.numpy().astype(np.int32), beyond
 
     def mean(self, total: np.ndarray, shapes: Shapes, ranges: Mapping[str, float], share: float) -> dict[str, Tensor]:
         """The weighted mean of the sites' changes, from the sum of their whole numbers.
