@@ -253,7 +253,7 @@ def run(attack: str, honest: int, fields: dict[str, Any], folder: Path, cache: d
         for name, side in sides.items():
             if name not in server.held:
                 continue
-            packets = server.packets(name)
+            packets = server.packets(name, work)
             down = sum(map(len, packets))
             seconds = float("nan") if name == LIAR and attack == "NaN seconds" else 1.0
             if work == "fit":

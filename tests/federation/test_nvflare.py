@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import psutil
@@ -91,7 +92,7 @@ def simulated(hospitals: Hospitals) -> Callable[[Path], dict[str, bytes]]:
     return run
 
 
-def run_of(folder: Path, hospitals: Hospitals, *, spare: bool = False, **fields: object) -> Path:
+def run_of(folder: Path, hospitals: Hospitals, *, spare: bool = False, **fields: Any) -> Path:
     """Write the configuration of a run of the first three sites, or of all four."""
     path = write_run(folder / "run.yaml", hospitals.data, **fields)
     tree = yaml.safe_load(path.read_text())
@@ -104,7 +105,7 @@ def test_a_federation_reproduces_the_simulations_adapter_with_little_overhead(
     hospitals: Hospitals, tmp_path: Path, simulated
 ):
     """Every site's own adapter is that of the simulation, too, and what is personal in it never leaves the site."""
-    fields = {"rounds": {"count": 3, "last_epochs": 1}, "personal": ["*.v_proj.lora_B.weight"]}
+    fields: dict[str, Any] = {"rounds": {"count": 3, "last_epochs": 1}, "personal": ["*.v_proj.lora_B.weight"]}
     config = run_of(tmp_path, hospitals, **fields)
     hospitals.start_run(config)
     hospitals.follow(config)
@@ -122,7 +123,7 @@ def test_a_federation_reproduces_the_simulations_adapter_with_little_overhead(
         assert event["seconds"] - max(fits) < 2
 
 
-PRIVATE = {
+PRIVATE: dict[str, Any] = {
     "training": {"window": 1, "batch_size": 8, "warmup_steps": 2, "schedule_epochs": None},
     "privacy": {"epsilon": 8, "delta": 1e-3},
 }
@@ -131,7 +132,7 @@ PRIVATE = {
 
 def test_no_private_data_of_a_site_cross_the_wire_or_reach_the_server(hospitals: Hospitals, tmp_path: Path):
     """Covers the run above and a private one in which one site's data are broken, so that there is an error to report."""
-    fields = {**PRIVATE, "rounds": {"count": 2, "steps": 3, "weights": "uniform"}}
+    fields: dict[str, Any] = {**PRIVATE, "rounds": {"count": 2, "steps": 3, "weights": "uniform"}}
     config, run = run_of(tmp_path, hospitals, **fields), tmp_path / "run"
     broken = next((hospitals.data / "site_c" / "labels").iterdir())
     whole = broken.read_bytes()
@@ -162,7 +163,7 @@ def test_no_private_data_of_a_site_cross_the_wire_or_reach_the_server(hospitals:
             assert marker.lower().encode() not in content.lower()
 
 
-LONG = {"rounds": {"count": 4}, "training": {"window": 1, "batch_size": 8, "warmup_steps": 2, "epochs": 8}}
+LONG: dict[str, Any] = {"rounds": {"count": 4}, "training": {"window": 1, "batch_size": 8, "warmup_steps": 2, "epochs": 8}}
 """A run whose fits take seconds, which leaves time to kill something."""
 
 
@@ -192,7 +193,7 @@ def test_a_killed_fit_misses_only_its_own_round_and_a_killed_site_rejoins(hospit
     """
     hospitals.start_site("site_d")
     until(lambda: "Connected to the server" in hospitals.said("site_d"))
-    fields = {**PRIVATE, "rounds": {"count": 6, "steps": 60, "weights": "uniform"}, "secure": True}
+    fields: dict[str, Any] = {**PRIVATE, "rounds": {"count": 6, "steps": 60, "weights": "uniform"}, "secure": True}
     config, run = run_of(tmp_path, hospitals, spare=True, **fields), tmp_path / "run"
     hospitals.start_run(config)
     until(lambda: fitting(hospitals, "site_b", run) == 2)
@@ -247,7 +248,7 @@ def test_neither_a_stop_nor_a_repeated_round_nor_a_killed_server_changes_the_ada
 def test_a_server_killed_while_it_writes_its_state_does_not_change_the_adapter(
     hospitals: Hospitals, tmp_path: Path, simulated
 ):
-    fields = {"strategy": "full", "compression": {"codec": "fp32"}, "secure": True, "rounds": {"count": 4}}
+    fields: dict[str, Any] = {"strategy": "full", "compression": {"codec": "fp32"}, "secure": True, "rounds": {"count": 4}}
     config, run = run_of(tmp_path, hospitals, **fields), tmp_path / "run"
     hospitals.start_run(config)
     until(lambda: rounds_done(run) == 1)

@@ -468,6 +468,32 @@ def test_shares_that_would_show_a_sites_change_are_refused_by_all(name: str, tmp
         )
 
 
+@pytest.mark.parametrize(
+    ("weights", "shares"),
+    [
+        (None, {"a": 0.4, "b": 0.3, "c": 0.3}),
+        ({"a": 2, "b": 1, "c": 1}, {"a": 0.4, "b": 0.3, "c": 0.3}),
+        # A site without a weight counts for nothing.
+        ({"a": 1, "b": 1}, {"a": 0.3, "b": 0.3, "c": 0.3}),
+    ],
+)
+def test_shares_other_than_the_runs_weights_are_refused(weights: dict | None, shares: dict, tmp_path: Path):
+    """With other shares in every round, sums of the same sites would be as many equations as sites."""
+    parts = Round(tmp_path, list("abc"))
+    opened_round(parts, "shares")
+    parts.members["a"].weights = weights
+    refused(parts, "a", roster_of(parts, shares=shares), "other shares than follow from the run's weights")
+
+
+def test_weights_of_the_run_are_those_of_the_sum(tmp_path: Path):
+    weights = {"a": 4, "b": 3, "c": 3, "d": 0}
+    parts = Round(tmp_path, list("abc"), {"a": 0.4, "b": 0.3, "c": 0.3})
+    for member in parts.members.values():
+        member.weights = weights
+    changes = changes_of("abc")
+    assert (parts.carry_out(changes) == expected(changes, "abc", 8)).all()
+
+
 def test_all_sites_see_to_the_number_of_sites_that_one_of_them_demands(tmp_path: Path):
     """A site's seed is revealed by others, which need not ask it."""
     parts = Round(tmp_path, SIX)
@@ -500,7 +526,7 @@ def test_the_same_sites_are_not_summed_with_other_shares_or_ranges(tmp_path: Pat
     parts = Round(tmp_path, names)
     first = parts.carry_out(changes)
     parts.server.progress.step = "keys"  # type: ignore[union-attr]
-    for shares, ranges in (({"a": 0.4, "b": 0.3, "c": 0.3}, RANGES), (parts.shares, {"w": 2.0})):
+    for shares, ranges in (({"a": 0.3, "b": 0.3, "c": 0.3}, RANGES), (parts.shares, {"w": 2.0})):
         parts.server.shares = shares
         (parts.folder / "server" / "codings.json").unlink(missing_ok=True)
         with pytest.raises(PacketRefused, match="wants to repeat round 1 with other shares or ranges than in its sum"):
@@ -781,6 +807,7 @@ OF_ITS_OWN = {
     "ignored labels": {"data": {"labels": {"ball": 1, "core": 2, "ignore": 3}}},
     "intensities of a site": {"samples": {"site_clip": {"b": [0, 1]}}},
     "tensors of a site": {"personal": ["*norm*"]},
+    "counts of the sites": {"rounds": {"weights": "slices"}},
     "moments of a site": {"training": {"moments": "keep"}},
 }
 

@@ -45,7 +45,7 @@ from flapsam.federation.preparation import (
 )
 from flapsam.federation.privacy.budget import Budget
 from flapsam.federation.server import Server
-from flapsam.federation.shares import client_shares, training_size
+from flapsam.federation.shares import client_shares, training_size, weights_of
 from flapsam.federation.state import ClientState, ServerState
 from flapsam.federation.traffic import full_packet_bytes
 from flapsam.learning.inference import predict_volume
@@ -469,8 +469,10 @@ def _members(config: RunConfig, agreement: Agreement, sites: Sequence[str], fold
 
     identities = {site: Identity.simulated(config.seed, site) for site in sites}
     keys = {site: identity.public for site, identity in identities.items()}
+    weights = weights_of(config.rounds)
     return {
-        site: Member(agreement.run, site, identity, keys, folder / site / "secure") for site, identity in identities.items()
+        site: Member(agreement.run, site, identity, keys, folder / site / "secure", weights=weights)
+        for site, identity in identities.items()
     }
 
 

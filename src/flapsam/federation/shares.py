@@ -68,6 +68,11 @@ def client_shares(sizes: Mapping[str, TrainingSize], options: Rounds) -> dict[st
     return {name: weight / total for name, weight in raw.items()}
 
 
+def weights_of(options: Rounds) -> dict[str, float] | None:
+    """The weights that the configuration gives the sites, by name; None if it gives none."""
+    return dict(options.weights) if isinstance(options.weights, dict) else None
+
+
 def bounded(sizes: Mapping[str, Size], options: Rounds) -> dict[str, Size]:
     """Cut off what a site claims to have beyond ``options.max_weight`` times the lower median of the sites.
 

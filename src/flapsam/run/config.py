@@ -435,6 +435,11 @@ class RunConfig(StrictModel):
             problem = "cannot be used with rounds.max_change, because nobody sees a site's change; set it to null"
         elif self.rounds.min_sites < LEAST_SECURE:
             problem = f"needs at least {LEAST_SECURE} sites in every sum; set rounds.min_sites to {LEAST_SECURE} or more"
+        elif self.rounds.weights in ("slices", "cases"):
+            problem = (
+                f"cannot be used with rounds.weights: {self.rounds.weights}, because sites cannot check others' counts; "
+                "set it to uniform, or to a number for each site"
+            )
         elif self.site_ranks:
             problem = "cannot be used with site_ranks; remove it"
         elif self.personal:

@@ -35,7 +35,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 SECURE: Mapping[str, Any] = {
     "aggregator": "fedavg",
-    "rounds": {"max_change": None, "min_sites": 3},
+    "rounds": {"max_change": None, "min_sites": 3, "weights": "uniform"},
     "training": {"moments": "reset"},
 }
 """What secure aggregation needs. It replaces a preset's values."""

@@ -32,7 +32,7 @@ from flapsam.federation.preparation import (
 )
 from flapsam.federation.privacy.accounting import planned
 from flapsam.federation.privacy.budget import Budget, BudgetError
-from flapsam.federation.shares import rounded, training_size
+from flapsam.federation.shares import rounded, training_size, weights_of
 from flapsam.federation.state import ClientState
 from flapsam.learning.private import by_patient
 from flapsam.run.config import RANDOM, RunConfig
@@ -315,6 +315,7 @@ class SiteSide:
             secure.partners,
             self.folder / "site" / "secure",
             asked=digest_of(proposal),
+            weights=weights_of(config.rounds),
             least=secure.least,
         )
 

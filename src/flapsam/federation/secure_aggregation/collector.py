@@ -115,7 +115,7 @@ class Collector:
     def begin(
         self, number: int, ranges: Mapping[str, float], start: str = NOTHING, arrived: Collection[str] = ()
     ) -> list[Step]:
-        """Begin a round, or continue it once sites may have revealed something. Otherwise, an attempt begins anew.
+        """Begin a round. Once sites may have revealed something, its attempt continues, otherwise a new one begins.
 
         Args:
             number: the round.
@@ -338,11 +338,11 @@ class Collector:
                 return secret
         raise FlapsamError(
             f"round {now.round}: the shares of {site}'s secret do not fit together, so that its mask cannot be removed; "
-            f"{site} has given false shares to the others, or several of these have sent false ones"
+            f"{site} has given false shares to the others, or some of these have sent false ones"
         )
 
     def _choices(self, holders: list[int]) -> Iterator[tuple[int, ...]]:
-        """Sets of holders to try: those that were right before, then runs of neighbours, of which one lacks a false one."""
+        """Sets of holders to try: the last set that fitted, runs of neighbours, and up to ``TRIES`` other sets."""
         needed = threshold(len(self._now.keys))
         if set(self._right).issubset(holders) and self._right:
             yield self._right

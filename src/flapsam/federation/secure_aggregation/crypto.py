@@ -38,14 +38,14 @@ def common(private: bytes, other: bytes, purpose: str) -> bytes:
         purpose: what the key is for. Both must say the same.
 
     Raises:
-        ValueError: the other's key is none that is safe.
+        ValueError: the other's key is not safe, such as 0.
     """
     agreed = X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(other))
     return HKDF(SHA256(), SECRET_BYTES, salt=None, info=purpose.encode()).derive(agreed)
 
 
 def mask(key: bytes, count: int, bits: int) -> np.ndarray:
-    """So many uniformly distributed numbers of ``bits`` bits from a key, by ChaCha20 (uint32)."""
+    """``count`` uniformly distributed numbers of ``bits`` bits each, from a key by ChaCha20 (uint32)."""
     width = 1 if bits <= 8 else 2 if bits <= 16 else 4
     stream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor().update(bytes(count * width))
     return np.frombuffer(stream, f"<u{width}").astype(np.uint32) & np.uint32((1 << bits) - 1)

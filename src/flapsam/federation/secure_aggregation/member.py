@@ -1,4 +1,4 @@
-"""A site's side of secure aggregation. It trusts its partners' keys alone, and takes the server for a liar."""
+"""A site's side of secure aggregation. It trusts only its partners' keys, and assumes that the server may lie."""
 
 import base64
 import hashlib
@@ -73,8 +73,8 @@ class Member:
     """A site's side (Bonawitz et al. 2017, "Practical secure aggregation", figure 4, against active adversaries).
 
     In an attempt at a round, a site's secrets mask one change, and its shares of the others' secrets are revealed for one
-    list of sites. Over all attempts at a round, a site reveals shares for one sum only. Whoever is in a sum need not confirm
-    it, so each site checks for all what protects one of them.
+    list of sites. Over all attempts at a round, a site reveals shares for one sum only. A sum can be revealed
+    without the confirmation of every site in it, so each site also checks what protects the others.
     """
 
     def __init__(
@@ -86,6 +86,7 @@ class Member:
         folder: Path,
         *,
         asked: str = NOTHING,
+        weights: Mapping[str, float] | None = None,
         least: int = LEAST_SITES,
     ) -> None:
         """Prepare to take part in the rounds of a run.
@@ -97,6 +98,7 @@ class Member:
             partners: other site → its public key. No other sites are accepted.
             folder: folder for the secrets of the current round.
             asked: SHA-256 of what the run asks. The others must have been asked the same.
+            weights: site → its weight, as the run's configuration says. None: the same for all.
             least: least number of sites, this one included, whose sum the site takes part in.
         """
         self.run = run
@@ -106,6 +108,7 @@ class Member:
         self.least = max(least, LEAST_SITES)
         self.folder = folder
         self.asked = asked
+        self.weights = weights
 
     def answer(self, data: bytes) -> bytes:
         """Answer a message of the server. The same message gets the same answer.
@@ -136,7 +139,8 @@ class Member:
             The roster, which says how changes become whole numbers.
 
         Raises:
-            PacketRefused: too few sites take part, others were sent other tensors, or the message is a second one.
+            PacketRefused: too few sites take part, the tensors are not those of the roster, or the envelopes are others than
+                before.
         """
         attempt = self._attempt(number)
         roster = self._roster(attempt)
@@ -281,6 +285,7 @@ class Member:
             raise PacketRefused("its roster does not name this site")
         self._check_least(roster, sites)
         _check_shares(roster)
+        self._check_weights(roster)
         for names in ({keys.mask_key for keys in roster.keys}, {keys.envelope_key for keys in roster.keys}):
             if len(names) < len(sites):
                 raise PacketRefused("its roster brings the same key for two sites")
@@ -368,10 +373,21 @@ class Member:
                 few = f"{len(sites)} sites take part, and {keys.site} requires {keys.least} (secure.min_sites)"
                 raise PacketRefused(few)
 
+    def _check_weights(self, roster: Roster) -> None:
+        """Check that shares are those that follow from the run's weights.
+
+        Otherwise, sums of nearly the same changes in several rounds would be as many equations as sites.
+        """
+        weights = {site: (self.weights or {}).get(site, 0.0 if self.weights else 1.0) for site in roster.shares}
+        right, given = capped(weights), roster.shares
+        whole, total = sum(right.values()), sum(given.values())
+        if any(abs(right[site] / whole - given[site] / total) > 1e-9 for site in given) if whole else True:
+            raise PacketRefused("its roster has other shares than follow from the run's weights (rounds.weights)")
+
     def _check_summed(self, number: int, chosen: "Sum") -> None:
         """Check that this site has revealed shares for no other sum in this round: of other sites, or of other numbers.
 
-        Sums of the same changes with other shares or ranges would be as many equations as unknowns.
+        With enough sums of the same changes under other shares or ranges, the server could solve for every change.
         """
         if self._sums.get(number, chosen) != chosen:
             raise PacketRefused(f"it asks for a second sum of round {number}, which is not the first one again")
@@ -459,8 +475,8 @@ def _check_shares(roster: Roster) -> None:
 def capped(shares: Mapping[str, float]) -> dict[str, float]:
     """Shares with which no site of a sum counts for more than the sites that hide it.
 
-    In the worst case, as many sites as may drop out do so, and just under a third of all work with the server. Large shares
-    are cut to what the smallest of the others have in sum then.
+    In the worst case, as many sites as may drop out do so, and just under a third of all work with the server. Each share
+    is cut to the sum of the smallest shares of as many other sites as are left then.
 
     Args:
         shares: the shares of the sites of a roster, above 0.
@@ -488,7 +504,7 @@ def common_mask_key(private: bytes, site: str, other: Keys, roster: str) -> byte
         roster: SHA-256 of the roster.
 
     Raises:
-        PacketRefused: the other's key is none that is safe.
+        PacketRefused: the other's key is not safe, such as 0.
     """
     first, second = sorted((site, other.site))
     return _common(private, other.mask_key, f"flapsam mask {roster} {json.dumps([first, second])}", other.site)
@@ -498,7 +514,7 @@ def envelope_key(private: bytes, other: Keys, sender: str, receiver: str, roster
     """The key of an envelope from one site to another, for either of the two.
 
     Raises:
-        PacketRefused: the other's key is none that is safe.
+        PacketRefused: the other's key is not safe, such as 0.
     """
     return _common(private, other.envelope_key, f"flapsam envelope {roster} {json.dumps([sender, receiver])}", other.site)
 

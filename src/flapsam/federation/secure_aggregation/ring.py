@@ -63,8 +63,8 @@ class Ring:
 
         Returns:
             The whole numbers of all tensors, in the order of their names (int32), and the names of the tensors whose change
-            was beyond its range. Such a change is scaled down as a whole. Cutting single numbers would tell their signs, if
-            somebody chose a tiny range.
+            was beyond its range. Such a change is scaled down as a whole. If single numbers were cut, a tiny range would
+            tell their signs.
         """
         most = int(share * self.largest)
         shapes = {name: tuple(tensor.shape) for name, tensor in change.items()}
