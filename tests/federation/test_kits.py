@@ -194,3 +194,15 @@ def test_without_nvflare_the_error_says_what_to_install(capfd, monkeypatch: pyte
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "nvflare" else real(name, *rest))
     outcome = flapsam(capfd, "federation", "status")
     assert outcome.code == 2 and "pip install 'flapsam[nvflare]'" in outcome.err
+
+
+def test_a_site_shows_its_own_key_which_the_coordinator_never_had(kits: Path, tmp_path: Path, capfd):
+    shutil.copytree(kits / "hospital_a", tmp_path / "hospital_a")
+    own, names = tmp_path / "hospital_a", {path.name for path in kits.rglob("*")}
+    shown = flapsam(capfd, "federation", "key", own)
+    line, advice = shown.out.splitlines()
+    public = line.removeprefix("hospital_a: ")
+    assert shown.code == 0 and len(bytes.fromhex(public)) == 32 and "secure.partners" in advice
+    assert json.loads(flapsam(capfd, "federation", "key", own, "--json").out) == {"hospital_a": public}
+    assert (own / "state" / "identity.key").stat().st_mode & 0o077 == 0 and "identity.key" not in names
+    assert flapsam(capfd, "federation", "key", kits / "server").code == 2
