@@ -359,6 +359,6 @@ device: cpu                      # cpu, cuda, mps or auto
 # Uncomment this to accept only runs with differential privacy that together reveal at most this much about a patient:
 # privacy: {epsilon: 8, delta: 1.0e-5}
 
-# Uncomment this to accept only runs with secure aggregation, with these partners (`flapsam federation key` shows a site's key):
+# Uncomment this to accept only runs with secure aggregation, with these partners, whose keys `flapsam federation key` shows:
 # secure: {partners: {ANOTHER_SITE: ITS_KEY, A_THIRD_SITE: ITS_KEY}}
 """
