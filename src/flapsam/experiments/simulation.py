@@ -194,8 +194,9 @@ def simulate(
     config = with_modalities(config, [case for site in sites for case in site.cases])
     shares = client_shares({site.name: training_size(site.of("train"), config) for site in training}, config.rounds)
     if "federated" in config.modes:
-        check_borne(config, sum(share > 0 for share in shares.values()))
-        if config.secure and (count := sum(share > 0 for share in shares.values())) < LEAST_SECURE:
+        count = sum(share > 0 for share in shares.values())
+        check_borne(config, count)
+        if config.secure and count < LEAST_SECURE:
             raise FlapsamError(f"secure: a sum needs at least {LEAST_SECURE} sites, and there are {count}")
     elif from_round is not None:
         raise FlapsamError("--from-round: this run has no federated rounds; add federated to modes, or leave the option out")

@@ -147,12 +147,13 @@ class Client:
             *packets, envelopes = packets
         done, start = self._receive(packets)
         number = done + 1
-        origin = checksum(start)[:16]
+        origin = checksum(start)
         if member:
-            origin = checksum(start)
             roster = member.begin(number, bytes(envelopes), origin)
             if roster.ranges.keys() != self.agreement.up(self.data.site, number).shapes.keys():
                 raise PacketRefused("its roster does not give the range of every tensor")
+        else:
+            origin = origin[:16]
         self.kept = self.state.reply(number, origin)
         if self.kept is not None:
             return self._masked(number, self.kept, origin) if member else self.kept

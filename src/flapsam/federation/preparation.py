@@ -16,6 +16,7 @@ from flapsam.federation.aggregation import AGGREGATORS, Aggregator, aggregator
 from flapsam.federation.agreement import Agreement
 from flapsam.federation.client import ClientData
 from flapsam.federation.compression import codec
+from flapsam.federation.secure_aggregation.ring import LEAST_RANGE
 from flapsam.federation.server_optimizers import SERVER_OPTIMIZERS
 from flapsam.federation.state import ServerState
 from flapsam.learning.memory import windows_that_fit
@@ -153,7 +154,7 @@ def first_range(config: RunConfig) -> float:
 
     With Adam, a step changes a number by about the learning rate at most.
     """
-    return max(FIRST_STEPS * config.training.learning_rate, 1e-20)
+    return max(FIRST_STEPS * config.training.learning_rate, LEAST_RANGE)
 
 
 def has_own_adapters(config: RunConfig) -> bool:

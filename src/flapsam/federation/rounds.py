@@ -91,7 +91,6 @@ def rounds(server: Server, cohort: Cohort, options: Rounds, carry: Carry, record
                 raise FlapsamError(f"round {number}: {few}; see the ledger for the reasons")
             server.end_step(leave_out)
         aggregating = time.perf_counter()
-
         server.close_round(options.min_sites, leave_out)
         closed = time.perf_counter()
         if server.collector is not None:

@@ -17,6 +17,7 @@ from flapsam.federation.compression.codec import check_entries
 from flapsam.federation.packets import Contract, Header, PacketRefused, checksum, decode, encode, encode_lossy, opened
 from flapsam.federation.reported import check_metrics
 from flapsam.federation.screening import norm, too_large
+from flapsam.federation.secure_aggregation.ring import LEAST_RANGE, MOST_RANGE
 from flapsam.federation.server_optimizers import server_step
 from flapsam.federation.state import ServerState
 from flapsam.run.config import ServerOptions
@@ -106,8 +107,7 @@ class Server:
         if self.collector is None:
             return ["fit"]
         number = self.rounds_done + 1
-        names = {name for name in self.agreement.trained if self.agreement.aggregator.up(name, number)}
-        ranges = {name: self.ranges[name] for name in sorted(names)}
+        ranges = {name: self.ranges[name] for name in self.agreement.up(SERVER, number).shapes}
         steps = self.collector.begin(number, ranges, checksum(self.tensors), self.state.replied())
         if steps[:1] == ["keys"]:
             # Masked changes of an earlier attempt are noise in this one.
@@ -273,7 +273,9 @@ class Server:
         if outcome is None:
             raise FlapsamError(f"round {number}: the result is not finite; start a new run, or go back with --from-round")
         largest = {name: float(tensor.abs().max()) for name, tensor in mean.items()}
-        self.ranges |= {name: min(max(ROOM * value, 1e-20), 1e20) for name, value in largest.items() if value > 0}
+        self.ranges |= {
+            name: min(max(ROOM * value, LEAST_RANGE), MOST_RANGE) for name, value in largest.items() if value > 0
+        }
         self._close(number, outcome, metadata)
         return number
 

@@ -11,6 +11,7 @@ from flapsam.federation.aggregation import aggregator
 from flapsam.federation.agreement import SERVER, VALIDATION, Agreement, cut
 from flapsam.federation.packets import Contract, Header, encode, seal
 from flapsam.federation.preparation import resolve
+from flapsam.federation.secure_aggregation.ring import LEAST_BITS, Ring
 from flapsam.learning.training import FIT_METRICS
 from flapsam.run.config import Lora, OutputPart, Projection, RunConfig
 from flapsam.sam import (
@@ -27,8 +28,6 @@ from flapsam.sam import (
 )
 from flapsam.sam.sources import source
 
-SECURE_BITS = 8
-"""Bits of a masked number with up to 15 sites of equal shares."""
 BYTES = 4
 """Size of a parameter in bytes. It travels as float32."""
 
@@ -194,8 +193,8 @@ def _site_bytes(agreement: Agreement, rank: int, config: RunConfig) -> tuple[flo
 
 
 def _masked_size(header: Header, contract: Contract) -> int:
-    """Size of a masked packet. Masks cannot be compressed."""
-    noise = torch.randint(0, 256, (contract.numbers * SECURE_BITS // 8,), dtype=torch.uint8)
+    """Size of a masked packet with up to 15 sites of equal shares. Masks cannot be compressed."""
+    noise = torch.randint(0, 256, (Ring(LEAST_BITS).size(contract.numbers),), dtype=torch.uint8)
     return len(seal(header, contract, {"values": noise}))
 
 

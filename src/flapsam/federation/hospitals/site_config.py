@@ -90,11 +90,6 @@ class SecurePartners(StrictModel):
     required: bool = True
     """Whether runs without secure aggregation are refused."""
 
-    @property
-    def least(self) -> int:
-        """``min_sites``, or its default."""
-        return self.min_sites or max(LEAST_SECURE, 2 * (len(self.partners) + 1) // 3 + 1)
-
 
 class SiteConfig(StrictModel):
     """A site's configuration, as in ``site.yaml``."""

@@ -306,6 +306,7 @@ class SiteSide:
             return None
         from flapsam.federation.secure_aggregation.identity import Identity
         from flapsam.federation.secure_aggregation.member import Member
+        from flapsam.federation.secure_aggregation.messages import threshold
 
         secure = self.site.secure
         return Member(
@@ -316,7 +317,7 @@ class SiteSide:
             self.folder / "site" / "secure",
             asked=digest_of(proposal),
             weights=weights_of(config.rounds),
-            least=secure.least,
+            least=secure.min_sites or threshold(len(secure.partners) + 1),
         )
 
     def _check_same_run(self, proposal: Proposal, config: RunConfig) -> None:

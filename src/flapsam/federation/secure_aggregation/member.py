@@ -18,7 +18,6 @@ from flapsam.federation.packets import PacketRefused
 from flapsam.federation.secure_aggregation import crypto
 from flapsam.federation.secure_aggregation.identity import Identity, is_signed
 from flapsam.federation.secure_aggregation.messages import (
-    LEAST_SITES,
     Answered,
     Confirmation,
     Confirmations,
@@ -36,6 +35,7 @@ from flapsam.federation.secure_aggregation.messages import (
     written,
 )
 from flapsam.federation.secure_aggregation.ring import Ring
+from flapsam.run.config import LEAST_SECURE
 
 log = logging.getLogger(__name__)
 NOTHING = "0" * 64
@@ -68,6 +68,11 @@ class Attempt(BaseModel):
     answered: list[str] | None = None
     """Sites whose masked changes arrived, as the site has confirmed."""
 
+    @property
+    def named(self) -> str:
+        """SHA-256 of the roster."""
+        return digest(self.roster.encode())
+
 
 class Member:
     """A site's side (Bonawitz et al. 2017, "Practical secure aggregation", figure 4, against active adversaries).
@@ -87,7 +92,7 @@ class Member:
         *,
         asked: str = NOTHING,
         weights: Mapping[str, float] | None = None,
-        least: int = LEAST_SITES,
+        least: int = LEAST_SECURE,
     ) -> None:
         """Prepare to take part in the rounds of a run.
 
@@ -105,7 +110,7 @@ class Member:
         self.site = site
         self.identity = identity
         self.partners = {**partners, site: identity.public}
-        self.least = max(least, LEAST_SITES)
+        self.least = max(least, LEAST_SECURE)
         self.folder = folder
         self.asked = asked
         self.weights = weights
@@ -162,7 +167,7 @@ class Member:
 
     def roster(self, number: int) -> str:
         """SHA-256 of the roster of a round."""
-        return digest(self._attempt(number).roster.encode())
+        return self._attempt(number).named
 
     def masked(self, number: int, whole: np.ndarray) -> np.ndarray:
         """Add this site's masks to its whole numbers. Call ``begin`` before.
@@ -183,15 +188,15 @@ class Member:
         if attempt.masked not in ("", what):
             # The difference of two changes with the same masks would be bare.
             raise PacketRefused("it asks for a second answer under the same masks")
-        self._keep(attempt.model_copy(update={"masked": what}))
-        masking = self._masked_with(self._attempt(number))
-        ring = Ring(roster.bits)
+        attempt = attempt.model_copy(update={"masked": what})
+        self._keep(attempt)
+        masking, ring = self._masked_with(attempt), roster.ring
         total = ring.reduced(whole) + crypto.mask(bytes.fromhex(attempt.seed), len(whole), ring.bits)
-        private, named = bytes.fromhex(attempt.mask_key), digest(attempt.roster.encode())
+        private = bytes.fromhex(attempt.mask_key)
         keys = {keys.site: keys for keys in roster.keys}
         for other in masking:
             if other != self.site:
-                part = crypto.mask(common_mask_key(private, self.site, keys[other], named), len(whole), ring.bits)
+                part = crypto.mask(common_mask_key(private, self.site, keys[other], attempt.named), len(whole), ring.bits)
                 total = total + part if self.site < other else total - part
         return ring.packed(ring.reduced(total))
 
@@ -293,7 +298,7 @@ class Member:
     def _masking(self, attempt: Attempt, roster: Roster, data: bytes) -> list[str]:
         """The sites that mask with each other: those whose envelopes arrived, and this one."""
         envelopes = read(data, Envelopes)
-        if envelopes.roster != digest(attempt.roster.encode()):
+        if envelopes.roster != attempt.named:
             raise PacketRefused("its envelopes are for another roster")
         sites = {keys.site for keys in roster.keys}
         masking = sorted({*envelopes.sealed, self.site})
@@ -306,7 +311,7 @@ class Member:
         """Confirm whose masked changes arrived, once."""
         answered, attempt = read(data, Answered), self._current
         masking = self._masked_with(attempt)
-        if answered.roster != digest(attempt.roster.encode()):
+        if answered.roster != attempt.named:
             raise PacketRefused("its list is for another roster")
         if not set(masking).issuperset(answered.sites) or self.site not in answered.sites:
             raise PacketRefused("its list names sites without masks, or leaves this one out")
@@ -329,7 +334,7 @@ class Member:
     def _revealed(self, data: bytes) -> bytes:
         """Reveal shares, if enough sites have confirmed the same lists as this one."""
         confirmations, attempt = read(data, Confirmations), self._current
-        masking, named = self._masked_with(attempt), digest(attempt.roster.encode())
+        masking, named = self._masked_with(attempt), attempt.named
         if attempt.answered is None or confirmations.roster != named:
             raise PacketRefused("its confirmations are for another roster")
         for site, signature in confirmations.signatures.items():

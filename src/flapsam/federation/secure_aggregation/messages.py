@@ -7,14 +7,13 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import AfterValidator, Base64Bytes, BaseModel, ConfigDict, Field, ValidationError
 
 from flapsam.federation.packets import PacketRefused
-from flapsam.federation.secure_aggregation.ring import Ring
+from flapsam.federation.secure_aggregation.ring import LEAST_RANGE, MOST_RANGE, Ring
 from flapsam.run.config import LEAST_SECURE
 
 Hex = Annotated[str, Field(pattern=r"^([0-9a-f]{64})$")]
 """32 bytes: a key, a share, or a SHA-256."""
 SiteName = Annotated[str, Field(min_length=1, max_length=256)]
 Signature = Annotated[str, Field(pattern=r"^([0-9a-f]{128})$")]
-LEAST_RANGE, MOST_RANGE = 1e-20, 1e20
 Range = Annotated[float, Field(ge=LEAST_RANGE, le=MOST_RANGE)]
 MOST_BYTES = 1 << 26
 """Largest size of a message."""
@@ -209,8 +208,4 @@ def threshold(sites: int) -> int:
     Two sets of so many sites have more than a third of all in common, so a server that deceives needs more than a third of
     the sites on its side (Bonawitz et al. 2017, section 6.2).
     """
-    return max(LEAST_SITES, 2 * sites // 3 + 1)
-
-
-LEAST_SITES = LEAST_SECURE
-"""Least number of sites in a sum."""
+    return max(LEAST_SECURE, 2 * sites // 3 + 1)

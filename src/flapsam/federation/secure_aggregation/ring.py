@@ -15,6 +15,8 @@ LEAST_LEVELS = 8
 """Number of steps from 0 to the end of the range that the site with the smallest share has at least."""
 LEAST_BITS, MOST_BITS = 8, 24
 """Range of the number of bits."""
+LEAST_RANGE, MOST_RANGE = 1e-20, 1e20
+"""Ranges that a tensor's change may have."""
 BLOCK = 1 << 16
 """How many numbers are packed at a time."""
 
