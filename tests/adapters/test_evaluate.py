@@ -13,18 +13,12 @@ from flapsam.adapters import evaluation
 from flapsam.adapters.evaluation import evaluate
 from flapsam.base.errors import FlapsamError
 from flapsam.learning.metrics import CaseScores, as_json_of
-from flapsam.report.tables import scores_table
+from flapsam.report.tables import site_table
 from tests.helpers.adapters import trained
 from tests.helpers.command import flapsam
 from tests.helpers.sites import save
 
 SHAPE = (12, 10, 4)
-
-
-@pytest.fixture(autouse=True)
-def _without_distances(monkeypatch: pytest.MonkeyPatch):
-    """MONAI takes seconds to import, and only one test needs distances."""
-    monkeypatch.setattr("flapsam.learning.metrics.hd95", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +76,11 @@ def test_a_class_in_neither_label_map_has_no_dice(tmp_path: Path, card: str):
     scores = evaluate(tmp_path / "predicted", tmp_path / "truth", run)
     assert [score.dice["tumour"] for score in scores] == [None, None, 1.0]
     pooled = as_json_of(scores)["pooled"]
-    assert (pooled["dice"], pooled["dice_cases"]) == (
-        {"kidney": pytest.approx(2 / 3), "tumour": 1.0},
-        {"kidney": 3, "tumour": 1},
-    )
-    assert shown(scores)[-1] == ["all cases", "3", "0.667 (–)", "1.000 n=1 (–)", "0.833"]
+    assert pooled["dice"] == {"kidney": pytest.approx(2 / 3), "tumour": 1.0}
+    assert {name: mean["cases"] for name, mean in pooled["measures"]["dice"].items()} == {"kidney": 3, "tumour": 1}
+    assert (pooled["missed"], pooled["spurious"]) == ({"kidney": 1, "tumour": 0}, {"kidney": 0, "tumour": 0})
+    # The patients add −2/9, 1/9 and 1/9 to the mean of 5/6 by their kidneys alone: 0 … 1 with t(2) = 4.303.
+    assert shown(scores)[-1] == ["all cases", "3", "3", "0.667", "1.000 n=1", "0.833 (0.116 to 1.000)"]
     ones = evaluate(tmp_path / "predicted", tmp_path / "truth", run, absent="one")
     assert [score.dice["tumour"] for score in ones] == [1.0, 1.0, 1.0]
     assert "has the Dice 1 there" in as_json_of(ones)["absent"]
@@ -227,9 +221,9 @@ def test_the_names_of_the_choices_are_those_of_the_command_line():
 
 def shown(scores: list[CaseScores]) -> list[list[str]]:
     """The rows of the terminal's table as text."""
-    columns = [[str(cell) for cell in column.cells] for column in scores_table(scores).columns]
+    columns = [[str(cell) for cell in column.cells] for column in site_table(scores).columns]
     return [list(row) for row in zip(*columns, strict=True)]
 
 
 def caption(scores: list[CaseScores]) -> str:
-    return str(scores_table(scores).caption)
+    return str(site_table(scores).caption)

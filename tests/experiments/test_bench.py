@@ -6,14 +6,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy.stats import wilcoxon
 
 from flapsam.base.errors import FlapsamError
 from flapsam.experiments import bench as module
 from flapsam.experiments import simulation
 from flapsam.experiments.bench import Row, RowSummary, cell_file, cells_of, front
 from flapsam.experiments.bench import suggest as choose
-from flapsam.experiments.paired import compare
+from flapsam.experiments.paired import compare, holm
 from flapsam.experiments.settings import SETTINGS, read_settings
 from flapsam.run.reading import read_config
 from tests.helpers.command import flapsam
@@ -279,3 +281,19 @@ def test_settings_need_a_data_folder(capfd):
     assert outcome.code == 2
     assert "--data" in outcome.err
     assert "neither a file nor settings" in flapsam(capfd, "bench", "hippo").err
+
+
+def test_p_values_are_corrected_as_in_holms_paper():
+    """By hand: 0.01 · 4, 0.02 · 3, 0.03 · 2 and 0.9 · 1, and each at least as large as the one before."""
+    assert holm([0.03, 0.9, None, 0.01, 0.02]) == pytest.approx([0.06, 0.9, None, 0.04, 0.06])
+    assert holm([0.7, 0.6]) == [1.0, 1.0]
+
+
+def test_the_p_value_of_a_difference_is_that_of_scipy_over_subjects():
+    rng = np.random.default_rng(0)
+    first, second = ({str(number): float(value) for number, value in enumerate(rng.random(15))} for _ in range(2))
+    difference = compare(first, second, {key: key for key in first})
+    expected = wilcoxon([first[key] for key in first], [second[key] for key in first])[1]
+    assert difference is not None and difference.p == pytest.approx(expected)
+    same = compare(first, first, {key: key for key in first})
+    assert same is not None and same.p == 1

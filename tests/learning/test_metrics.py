@@ -58,10 +58,11 @@ def test_hd95_matches_scipy():
     assert hd95(blobs[0], blobs[1], spacing) == pytest.approx(max(directed), rel=1e-4)
 
 
-def test_hd95_of_an_empty_mask_is_undefined():
+def test_hd95_of_a_missed_structure_is_the_diagonal_of_the_image():
     empty, filled = box((0, 0), (0, 0), (0, 0)), box((0, 2), (0, 2), (0, 2))
-    assert hd95(empty, filled, (1, 1, 1)) is None
-    assert hd95(empty, empty, (1, 1, 1)) is None
+    # The centres of opposite corners are 11 voxels of 1, 2 and 2 mm apart: 11 · √9.
+    assert hd95(empty, filled, (1, 2, 2)) == hd95(filled, empty, (1, 2, 2)) == pytest.approx(33)
+    assert hd95(empty, empty, (1, 2, 2)) is None
 
 
 def test_a_class_that_is_not_annotated_is_not_scored():
@@ -112,8 +113,9 @@ def test_ignored_voxels_are_no_part_of_a_surface():
 def test_a_missing_prediction_scores_0_for_the_classes_of_its_truth_alone():
     truth = np.array([1, 1, 0, IGNORED], np.int8)[:, None, None]
     for absent in ("none", "one"):
-        scores = score_missing("c", "s", truth, ["a", "b"], absent=absent)
+        scores = score_missing("c", "s", truth, (1, 1, 1), ["a", "b"], absent=absent)
         assert scores.dice == {"a": 0.0, "b": None}
+        assert scores.outcome == {"a": "missed", "b": "absent"}
         assert scores.missing
         assert missing_cases([scores]) == ["s/c"]
 
@@ -125,9 +127,12 @@ def test_means_say_over_how_many_cases_they_are():
         CaseScores("3", "x", {"a": None, "b": None}, {"a": None, "b": None}, "none"),
     ]
     summary = summarise(scores)
-    assert (summary.cases, summary.dice_cases, summary.hd95_cases) == (3, {"a": 2, "b": 1}, {"a": 1, "b": 0})
+    counts = {
+        name: {part: one.cases if one else 0 for part, one in summary.measures[name].items()} for name in ("dice", "hd95")
+    }
+    assert (summary.cases, counts) == (3, {"dice": {"a": 2, "b": 1}, "hd95": {"a": 1, "b": 0}})
     # (1 + 0.5) / 2 = 0.75 and 0.25, whose mean is 0.5.
-    assert (summary.mean_dice, summary.mean_dice_cases) == (0.5, 2)
+    assert summary.mean is not None and (summary.mean_dice, summary.mean.cases) == (0.5, 2)
     assert summary.hd95 == {"a": 2.0, "b": None}
 
 

@@ -37,10 +37,11 @@ def test_the_figures_match_the_ledger(tmp_path: Path):
     # training has 0.10 less.
     assert page.tables["gain-table"] == [
         ["site", "cases", "federated", "local-only", "federated − local-only"],
-        ["alpha", "3", "0.760", "0.660", "+0.100 (+0.100 to +0.100)"],
-        ["beta", "3", "0.760", "0.660", "+0.100 (+0.100 to +0.100)"],
-        ["all cases", "6", "0.760", "0.660", "+0.100 (+0.100 to +0.100)"],
+        ["alpha", "3", "0.760 (0.735 to 0.785)", "0.660 (0.635 to 0.685)", "+0.100 (+0.100 to +0.100)"],
+        ["beta", "3", "0.760 (0.735 to 0.785)", "0.660 (0.635 to 0.685)", "+0.100 (+0.100 to +0.100)"],
+        ["all cases", "6", "0.760 (0.751 to 0.769)", "0.660 (0.651 to 0.669)", "+0.100 (+0.100 to +0.100)"],
     ]
+    # t(2) · 0.01 / √3 = 4.303 · 0.00577 = 0.025 for three cases, and t(5) · 0.00894 / √6 = 0.009 for six.
     cases = page.tables["cases-table"]
     assert len(cases) == 1 + 6
     assert cases[2] == ["alpha", "case1", "0.810", "0.710", "1.5", "–", "0.710", "0.610", "1.5", "–"]

@@ -139,7 +139,7 @@ def _counts(scores: Sequence[CaseScores]) -> str:
     fewer = [
         f"{site}, {markdown(name)}: {count} of {summary.cases}"
         for site, summary in summaries.items()
-        for name, count in summary.dice_cases.items()
+        for name, count in ((name, mean.cases if mean else 0) for name, mean in summary.measures["dice"].items())
         if 0 < count < summary.cases
     ]
     return f" Means that leave cases out: {'; '.join(fewer)}." if fewer else ""

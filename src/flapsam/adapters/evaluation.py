@@ -1,6 +1,7 @@
 """Score label maps on disk against the ground truth on disk."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,11 +13,11 @@ from flapsam.adapters.trained import Trained, find_trained
 from flapsam.base.errors import FlapsamError
 from flapsam.base.names import spelling
 from flapsam.learning.metrics import CaseScores, score_case, score_missing
-from flapsam.run.config import Absent, Data
+from flapsam.run.config import Absent, Data, Evaluation
 from flapsam.run.folder import RunFolder
 from flapsam.run.observer import Observer
 from flapsam.run.reading import read_config, validated
-from flapsam.sites import IGNORED, LabelMap, label_map, list_cases, read_sites
+from flapsam.sites import IGNORED, Case, LabelMap, label_map, list_cases, read_sites
 from flapsam.sites.pairs import on_grid
 from flapsam.volumes import case_name, is_image, read_label
 
@@ -33,6 +34,7 @@ def evaluate(
     *,
     missing: Missing = "error",
     absent: Absent | None = None,
+    evaluation: Evaluation | None = None,
     observer: Observer | None = None,
 ) -> list[CaseScores]:
     """Score every label map in ``predictions`` against the ground truth of the same case in ``labels``.
@@ -49,6 +51,7 @@ def evaluate(
             out.
         absent: Dice of a class that is in neither label map: ``none``, so that means leave the case out, or ``one``. By
             default that of the run, or ``none``.
+        evaluation: tolerances, regions, lesions and means. By default those of the run.
         observer: follows the cases.
 
     Returns:
@@ -69,7 +72,8 @@ def evaluate(
             raise FlapsamError(
                 f"{path}: there is no label map for {'/'.join(key)} in {labels}; add it or remove the prediction"
             )
-    unpredicted = _unpredicted(predicted, truths, _splits(predictions, labels, model))
+    cases = _cases(predictions, labels, model)
+    unpredicted = _unpredicted(predicted, truths, cases)
     names = ", ".join("/".join(key) for key in unpredicted)
     if unpredicted and missing == "error":
         count = f"{len(unpredicted)} of {len(predicted) + len(unpredicted)} cases"
@@ -81,30 +85,76 @@ def evaluate(
         unpredicted = []
     keys = sorted([*predicted, *unpredicted])
     data = _data(model, labels) or _values([*predicted.values(), *(truths[key] for key in keys)], labels)
+    evaluation = evaluation or (model.run.evaluation if model and model.run else Evaluation())
+    try:
+        evaluation.check(data.classes)
+    except ValueError as error:
+        raise FlapsamError(str(error)) from error
     observer.begin("scores", len(keys))
     scores = []
     for key in keys:
         mapping = label_map(data, "/".join(key[:-1]))
-        scores.append(_score(key, predicted.get(key), truths[key], mapping, absent, indices=model is not None))
+        case = cases.get(truths[key].resolve())
+        score = _score(key, predicted.get(key), truths[key], mapping, absent, evaluation, indices=model is not None)
+        scores.append(replace(score, subject=case.subject if case else ""))
         observer.step()
     observer.end()
     return scores
 
 
-def _score(key: Key, path: Path | None, truth_path: Path, mapping: LabelMap, absent: Absent, *, indices: bool) -> CaseScores:
+def evaluation_of(
+    trained: Path | None, tolerance: float | None = None, regions: Sequence[str] = (), lesions: Sequence[str] = ()
+) -> Evaluation:
+    """The evaluation of an adapter's run, or the default one, with some values replaced.
+
+    Args:
+        trained: folder of the run or adapter.
+        tolerance: distance in mm that the surface Dice forgives; unchanged if None.
+        regions: regions as ``NAME=CLASS,CLASS``; unchanged if empty.
+        lesions: names of the classes and regions with separate parts; unchanged if empty.
+
+    Raises:
+        FlapsamError: a region is not of this form, or there is no such adapter.
+    """
+    model = find_trained(trained) if trained else None
+    known = model.run.evaluation if model and model.run else Evaluation()
+    tree: dict[str, object] = known.model_dump()
+    if tolerance is not None:
+        tree["tolerance"] = tolerance
+    if regions:
+        pairs = [region.partition("=") for region in regions]
+        for region, (name, sign, parts) in zip(regions, pairs, strict=True):
+            if not (name and sign and parts):
+                raise FlapsamError(f"--region {region}: write NAME=CLASS,CLASS, such as kidney_and_tumour=kidney,tumour")
+        tree["regions"] = {name: parts.split(",") for name, _, parts in pairs}
+    if lesions:
+        tree["lesions"] = list(lesions)
+    return validated(tree, Evaluation, "the evaluation")
+
+
+def _score(
+    key: Key,
+    path: Path | None,
+    truth_path: Path,
+    mapping: LabelMap,
+    absent: Absent,
+    evaluation: Evaluation,
+    *,
+    indices: bool,
+) -> CaseScores:
     """Score one case. Without a prediction, its classes have the Dice 0."""
     *folders, name = key
     site = "/".join(folders)
     truth = read_label(truth_path)
     classes = mapping.apply(truth.array, truth_path)
     if path is None:
-        return score_missing(name, site, classes, mapping.classes, mapping.annotated, absent)
+        return score_missing(name, site, classes, truth.spacing, mapping.classes, mapping.annotated, absent, evaluation)
     prediction = on_grid(read_label(path), str(path), "the ground truth", truth.geometry).array
     if indices:
         _check_indices(prediction, classes, mapping, path)
     else:
         prediction = mapping.apply(prediction, path)
-    return score_case(name, site, prediction, classes, truth.spacing, mapping.classes, mapping.annotated, absent)
+    return score_case(name, site, prediction, classes, truth.spacing, mapping.classes, mapping.annotated, absent, evaluation)
 
 
 def _check_indices(prediction: NDArray, truth: NDArray, mapping: LabelMap, path: Path) -> None:
@@ -135,10 +185,10 @@ def _label_maps(folder: Path) -> dict[Key, Path]:
     return label_maps
 
 
-def _splits(predictions: Path, labels: Path, trained: Trained | None) -> dict[Path, str | None]:
-    """Label map → split of its case, as far as splits are known.
+def _cases(predictions: Path, labels: Path, trained: Trained | None) -> dict[Path, Case]:
+    """Label map → its case, which has a subject and a split, as far as they are known.
 
-    They are those of the run with the adapter, those of the run whose own predictions are scored, or those that the data
+    Splits are those of the run with the adapter, those of the run whose own predictions are scored, or those that the data
     have themselves.
     """
     run = trained.run if trained else None
@@ -154,12 +204,12 @@ def _splits(predictions: Path, labels: Path, trained: Trained | None) -> dict[Pa
     except FlapsamError:
         # A folder of label maps alone has no splits.
         return {}
-    return {case.label.resolve(): case.split for case in cases}
+    return {case.label.resolve(): case for case in cases}
 
 
-def _unpredicted(predicted: Mapping[Key, Path], truths: Mapping[Key, Path], splits: Mapping[Path, str | None]) -> list[Key]:
+def _unpredicted(predicted: Mapping[Key, Path], truths: Mapping[Key, Path], cases: Mapping[Path, Case]) -> list[Key]:
     """Cases without a prediction, of those splits that have any prediction."""
-    split_of = {key: splits.get(path.resolve()) for key, path in truths.items()}
+    split_of = {key: case.split if (case := cases.get(path.resolve())) else None for key, path in truths.items()}
     scored = {split_of[key] for key in predicted}
     return [key for key in truths if key not in predicted and split_of[key] in scored]
 

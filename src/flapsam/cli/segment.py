@@ -125,19 +125,38 @@ def evaluate(
         Literal["none", "one"] | None,
         typer.Option(help="Dice of a class that is in neither label map. By default as in the adapter's run, or none."),
     ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0, max=1000, help="Distance in mm that the surface Dice forgives.")
+    ] = None,
+    region: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=CLASS,CLASS", help="Union of classes to score beside them. Repeatable."),
+    ] = None,
+    lesion: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Class or region of which a case may have several parts. Repeatable."),
+    ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Score label maps against the ground truth: 3-D Dice and 95 % Hausdorff distance per case, site and class."""
+    """Score label maps against the ground truth: Dice, surface Dice, distances in mm and volumes, with intervals.
+
+    Tolerance, regions and lesions are by default those of the adapter's run.
+    """
     from flapsam.adapters.evaluation import evaluate as score
+    from flapsam.adapters.evaluation import evaluation_of
     from flapsam.learning.metrics import as_json_of
     from flapsam.report import tables
 
     with observing() as observer:
-        scores = score(predictions, labels, trained, missing=missing, absent=absent, observer=observer)
+        evaluation = evaluation_of(trained, tolerance, region or (), lesion or ())
+        scores = score(
+            predictions, labels, trained, missing=missing, absent=absent, evaluation=evaluation, observer=observer
+        )
     if as_json:
         return print_json(as_json_of(scores))
-    out.print(tables.scores_table(scores))
+    for table in tables.scores_tables(scores):
+        out.print(table)
 
 
 @app.command()

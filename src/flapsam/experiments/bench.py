@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import product
@@ -19,10 +19,10 @@ from typing import Any
 from flapsam.base.environment import forget_peak, peak_bytes
 from flapsam.base.errors import FlapsamError
 from flapsam.base.files import write_text
-from flapsam.experiments.paired import Difference, compare
+from flapsam.experiments.paired import Difference, compare, holm
 from flapsam.experiments.simulation import Results, simulate
 from flapsam.federation.preparation import resolve
-from flapsam.learning.metrics import CaseScores, by_site, mean, rule_for_absent, summarise
+from flapsam.learning.metrics import MEASURES, CaseScores, Mean, Spread, by_site, mean, rule_for_absent, spread_of, summarise
 from flapsam.run.config import Data, Grid, RunConfig
 from flapsam.run.folder import RunFolder
 from flapsam.run.ledger import TOGETHER, Fitted, RoundClosed, bytes_sent, nearly_final
@@ -82,6 +82,10 @@ class CellResult:
     bytes_95: float | None = None
     """Bytes up and down of a site until 95 % of the final validation Dice; None if fewer than two rounds were validated."""
 
+    def with_subjects(self) -> list[CaseScores]:
+        """The scores with their patients, which cells of earlier versions hold beside them."""
+        return [replace(score, subject=self.subjects[f"{score.site}/{score.case}"]) for score in self.scores]
+
 
 @dataclass(frozen=True)
 class RowSummary:
@@ -118,6 +122,18 @@ class RowSummary:
     """Number of scored cases, summed over the seeds."""
     dice_cases: dict[str, int] = field(default_factory=dict)
     """Class → number of these cases that its Dice is over."""
+    mean: Mean | None = None
+    """Mean Dice over the cases of all seeds, with its 95 % interval over patients."""
+    p: float | None = None
+    """p-value of the difference from the first row, corrected for the number of rows (Holm)."""
+    measures: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    """Measure other than Dice and HD95 → class → mean, averaged as ``dice``."""
+    missed: dict[str, int] = field(default_factory=dict)
+    """Class → number of cases, summed over the seeds, in which the prediction lacks it."""
+    spurious: dict[str, int] = field(default_factory=dict)
+    """Class → number of cases in which the prediction alone has it."""
+    spread: Spread | None = None
+    """The best and the worst site."""
     absent: str = ""
     """A sentence that names the Dice of classes that are in neither the truth nor the prediction of a case."""
 
@@ -135,7 +151,9 @@ class Bench:
     def rows(self) -> list[RowSummary]:
         """The rows of the table, in the order of the grids."""
         rows = list(dict.fromkeys(cell.row for cell in self.cells))
-        return [self._summary(row, rows[0]) for row in rows]
+        summaries = [self._summary(row, rows[0]) for row in rows]
+        corrected = holm([summary.difference.p if summary.difference else None for summary in summaries])
+        return [replace(summary, p=p) for summary, p in zip(summaries, corrected, strict=True)]
 
     def _summary(self, row: Row, first: Row) -> RowSummary:
         planned = [cell for cell in self.cells if cell.row == row]
@@ -149,9 +167,9 @@ class Bench:
             row=row,
             planned=sum(not cell.unseen for cell in planned),
             done=len(seen),
-            dice={name: mean(summary.dice[name] for summary in summaries) for name in classes},
+            dice={name: mean(summary.dice.get(name) for summary in summaries) for name in classes},
             mean_dice=mean(summary.mean_dice for summary in summaries),
-            hd95={name: mean(summary.hd95[name] for summary in summaries) for name in classes},
+            hd95={name: mean(summary.hd95.get(name) for summary in summaries) for name in classes},
             sites=_by_site(seen),
             unseen=_by_site(unseen),
             unseen_dice=summarise([score for result in unseen for score in result.scores]).mean_dice
@@ -166,7 +184,19 @@ class Bench:
             peak_bytes=max((result.peak_bytes for result in seen if result.peak_bytes), default=None),
             bytes_95=mean(result.bytes_95 for result in seen),
             cases=sum(summary.cases for summary in summaries),
-            dice_cases={name: sum(summary.dice_cases[name] for summary in summaries) for name in classes},
+            dice_cases={
+                name: sum(known.cases for summary in summaries if (known := summary.measures["dice"].get(name)))
+                for name in classes
+            },
+            mean=summarise([score for result in seen for score in result.with_subjects()]).mean,
+            measures={
+                measure: {name: mean(summary.values(measure).get(name) for summary in summaries) for name in classes}
+                for measure in MEASURES
+                if measure not in ("dice", "hd95") and any(measure in summary.measures for summary in summaries)
+            },
+            missed={name: sum(summary.missed.get(name, 0) for summary in summaries) for name in classes},
+            spurious={name: sum(summary.spurious.get(name, 0) for summary in summaries) for name in classes},
+            spread=spread_of(_by_site(seen)),
             absent=rule_for_absent(score for result in (*seen, *unseen) for score in result.scores),
         )
 
@@ -178,7 +208,7 @@ class Bench:
             if cell.row not in scores or cell.unseen:
                 continue
             for score in result.scores:
-                value = mean(score.dice.values())
+                value = score.mean_dice
                 if value is not None:
                     place = f"{score.site}/{score.case}"
                     scores[cell.row][f"{cell.seed} {place}"] = value

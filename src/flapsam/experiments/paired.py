@@ -1,12 +1,12 @@
 """Paired comparison of two ways of training, case by case."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, wilcoxon
 
 RESAMPLES = 9999
 
@@ -21,6 +21,8 @@ class Difference:
     high: float | None
     cases: int
     subjects: int
+    p: float | None = None
+    """p-value of Wilcoxon's signed-rank test on the subjects' means; None with fewer than two subjects."""
 
 
 def compare(first: Mapping[str, float], second: Mapping[str, float], subjects: Mapping[str, str]) -> Difference | None:
@@ -47,7 +49,23 @@ def compare(first: Mapping[str, float], second: Mapping[str, float], subjects: M
             (sums, counts), _mean, n_resamples=RESAMPLES, paired=True, vectorized=True, method="percentile", rng=0
         ).confidence_interval
         interval = (float(resampled.low), float(resampled.high))
-    return Difference(float(sums.sum() / counts.sum()), *interval, int(counts.sum()), len(groups))
+    means = sums / counts
+    p = None
+    if len(groups) > 1:
+        # The test is not defined where nothing differs.
+        p = float(np.asarray(wilcoxon(means))[1]) if means.any() else 1.0
+    return Difference(float(sums.sum() / counts.sum()), *interval, int(counts.sum()), len(groups), p)
+
+
+def holm(values: Sequence[float | None]) -> list[float | None]:
+    """p-values that are corrected for as many comparisons (Holm 1979). None stays None and counts for nothing."""
+    order = sorted((value, place) for place, value in enumerate(values) if value is not None)
+    corrected: list[float | None] = [None] * len(values)
+    largest = 0.0
+    for rank, (value, place) in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * value))
+        corrected[place] = largest
+    return corrected
 
 
 def _mean(sums: NDArray, counts: NDArray, axis: int = -1) -> NDArray:

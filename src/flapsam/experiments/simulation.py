@@ -49,7 +49,18 @@ from flapsam.federation.shares import client_shares, training_size, weights_of
 from flapsam.federation.state import ClientState, ServerState
 from flapsam.federation.traffic import full_packet_bytes
 from flapsam.learning.inference import predict_volume
-from flapsam.learning.metrics import CaseScores, Summary, by_site, crossed, rule_for_absent, score_case, scores_of, summarise
+from flapsam.learning.metrics import (
+    CaseScores,
+    Summary,
+    by_site,
+    crossed,
+    rule_for_absent,
+    score_case,
+    scores_of,
+    spread,
+    summarise,
+    tested,
+)
 from flapsam.run.config import LEAST_SECURE, SPLITS, Mode, RunConfig
 from flapsam.run.folder import RunFolder
 from flapsam.run.ledger import (
@@ -117,9 +128,11 @@ class Results:
         return {
             "folder": str(self.folder),
             "summaries": {
-                mode: {site: asdict(summary) for site, summary in sites.items()} for mode, sites in self.summaries().items()
+                mode: {site: summary.as_json() for site, summary in sites.items()}
+                for mode, sites in self.summaries().items()
             },
             "cases": {mode: [asdict(score) for score in scores] for mode, scores in self.scores.items()},
+            "spread": {mode: asdict(found) if (found := spread(scores)) else None for mode, scores in self.scores.items()},
             "absent": rule_for_absent(score for scores in self.scores.values() for score in scores),
             "parameters": self.parameters,
             "traffic": traffic,
@@ -362,11 +375,10 @@ def test(prepared: Prepared, training: CohortTraining, observer: Observer) -> No
                 labels.classes,
                 labels.annotated,
                 config.absent_class,
+                config.evaluation,
+                case.subject,
             )
-            event = CaseTested(
-                cohort=cohort, site=case.site, case=case.name, dice=score.dice, hd95=score.hd95, absent=score.absent
-            )
-            prepared.ledger.write(event)
+            prepared.ledger.write(tested(cohort, score))
         observer.step()
     observer.end()
 

@@ -11,8 +11,9 @@ from rich.table import Table
 from flapsam.base.escaping import csv_cell, markdown
 from flapsam.base.files import write_text
 from flapsam.experiments.bench import Bench, RowSummary
+from flapsam.learning.metrics import MEASURES, Mean
 from flapsam.report.tables import as_text
-from flapsam.report.units import NONE, interval, number
+from flapsam.report.units import NONE, interval, number, p_value
 
 MISSING = "missing"
 
@@ -23,10 +24,18 @@ def write_tables(bench: Bench) -> None:
     parts = [_markdown(_main(rows, bench.classes))]
     if any(row.sites for row in rows):
         parts.append(_markdown(_sites(rows)))
+    measured = [row for row in rows if row.measures]
+    if measured:
+        parts.append(_markdown([_measures(row, bench.classes) for row in measured]))
     rules = dict.fromkeys(row.absent for row in rows if row.done)
     parts += [
         f"{rule} The column `cases` counts the cases of all seeds, and those with a Dice for a class." for rule in rules
     ]
+    if any(row.p is not None for row in rows):
+        parts.append(
+            "The column `p (Holm)` is Wilcoxon's signed-rank test of the difference to the first row, over patients, "
+            "corrected for the number of rows. Intervals are not corrected."
+        )
     write_text(bench.folder / "bench.md", "\n\n".join(parts) + "\n")
     write_text(bench.folder / "bench.csv", _csv(_main(rows, bench.classes)))
     write_text(bench.folder / "bench.json", json.dumps([asdict(row) for row in rows], indent=1) + "\n")
@@ -59,9 +68,12 @@ def _line(row: RowSummary, classes: Sequence[str]) -> dict[str, str]:
         "cases": if_done(_cases(row)),
         **{name: if_done(number(row.dice.get(name))) for name in classes},
         "Dice": if_done(number(row.mean_dice)),
+        "95 %": if_done(_between(row.mean)),
         **{f"HD95 {name} (mm)": if_done(number(row.hd95.get(name), 1)) for name in classes},
         "gain over local": if_done(interval(row.gain)),
         "difference to the first": if_done(interval(row.difference)),
+        "p (Holm)": p_value(row.p),
+        "worst site": if_done(_worst(row)),
         "unseen site": number(row.unseen_dice),
         "parameters": NONE if row.parameters is None else f"{row.parameters:,}",
         "MiB up": if_done(_mib(row.bytes_up)),
@@ -76,6 +88,28 @@ def _cases(row: RowSummary) -> str:
     """Number of scored cases over all seeds, and of those with a Dice for a class that some have not."""
     fewer = [f"{name} {count}" for name, count in row.dice_cases.items() if count != row.cases]
     return f"{row.cases} ({', '.join(fewer)})" if fewer else str(row.cases)
+
+
+def _between(mean: Mean | None) -> str:
+    """The interval of a mean."""
+    return NONE if mean is None or mean.low is None or mean.high is None else f"{mean.low:.3f} to {mean.high:.3f}"
+
+
+def _worst(row: RowSummary) -> str:
+    """The site with the lowest Dice, its Dice, and how much that is below the best."""
+    if row.spread is None:
+        return NONE
+    return f"{row.spread.worst} {number(row.spread.worst_dice)} (−{number(row.spread.gap)})"
+
+
+def _measures(row: RowSummary, classes: Sequence[str]) -> dict[str, str]:
+    """A line with the measures other than Dice and HD95, and how often a class was missed."""
+    line = {"all measures": row.row.name}
+    for name in classes:
+        for measure, values in row.measures.items():
+            line[f"{MEASURES[measure].head}, {name}"] = number(values.get(name), MEASURES[measure].digits)
+        line[f"missed, {name}"], line[f"spurious, {name}"] = str(row.missed[name]), str(row.spurious[name])
+    return line
 
 
 def _sites(rows: Sequence[RowSummary]) -> list[dict[str, str]]:

@@ -13,13 +13,14 @@ from flapsam.base.errors import FlapsamError
 from flapsam.base.files import make_folder, write_text
 from flapsam.base.version import __version__
 from flapsam.federation.traffic import StrategyTraffic, full_packet_bytes, strategy_table
-from flapsam.learning.metrics import summarise
+from flapsam.learning.metrics import Summary, summarise
 from flapsam.report.cases import CaseKey, cases_of, read_volumes, subjects_of
 from flapsam.report.figures.attendance import attendance
 from flapsam.report.figures.cases import dice_per_case
 from flapsam.report.figures.curves import dice_curves, losses
 from flapsam.report.figures.drawing import chart_style
 from flapsam.report.figures.gain import modes_by_site
+from flapsam.report.figures.measures import all_measures
 from flapsam.report.figures.phases import phases
 from flapsam.report.figures.strips import strips
 from flapsam.report.figures.traffic import traffic
@@ -86,6 +87,7 @@ def report_page(run: Run, *, images: bool = True, link: Link | None = None, obse
         sections = [
             modes_by_site(run.scores, subjects_of(cases)),
             own_adapters(run.events),
+            all_measures(run.scores),
             dice_per_case(run.scores, run.classes),
             dice_curves({mode: run.validation(mode) for mode in run.modes}),
             traffic(run.bytes_up, run.bytes_down, run.delivered, federated, _strategies(run.config, federated)),
@@ -190,8 +192,7 @@ def _tiles(run: Run, rounds: int) -> list[Tile]:
     pooled = {mode: run.pooled(mode) for mode in run.scores}
     for mode, summary in pooled.items():
         if summary:
-            some = "" if summary.mean_dice_cases == summary.cases else f"{summary.mean_dice_cases} of "
-            tiles.append(Tile(f"test Dice, {TITLES[mode]}", number(summary.mean_dice), f"{some}{summary.cases} cases"))
+            tiles.append(Tile(f"test Dice, {TITLES[mode]}", number(summary.mean_dice), _certainty(summary)))
     if not tiles:
         validated = run.validation("federated")
         last = [points[max(points)] for points in validated.values()]
@@ -214,6 +215,16 @@ def _tiles(run: Run, rounds: int) -> list[Tile]:
             Tile("traffic per site and round", size(run.travelled / fits), f"{ratio:,.1f} × less than full fine-tuning")
         )
     return tiles
+
+
+def _certainty(summary: Summary) -> str:
+    """The 95 % interval of a mean Dice, and the number of cases that it is over."""
+    mean = summary.mean
+    if mean is None:
+        return f"{summary.cases} cases"
+    some = "" if mean.cases == summary.cases else f"{mean.cases} of "
+    between = "" if mean.low is None or mean.high is None else f"{mean.low:.3f} to {mean.high:.3f}, "
+    return f"{between}{some}{summary.cases} cases"
 
 
 def _description(run: Run) -> Section:

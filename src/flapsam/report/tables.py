@@ -10,10 +10,20 @@ from flapsam.experiments.audit import Audit, allowed
 from flapsam.experiments.simulation import Results
 from flapsam.federation.traffic import RunTraffic, StrategyTraffic
 from flapsam.learning.memory import StepMemory
-from flapsam.learning.metrics import CaseScores, Summary, by_site, missing_cases, rule_for_absent, summarise
+from flapsam.learning.metrics import (
+    CaseScores,
+    Summary,
+    by_site,
+    few_patients,
+    missing_cases,
+    rule_for_absent,
+    spread,
+    summarise,
+)
+from flapsam.report.measured import measure_rows, rules, worst_site
 from flapsam.report.own import TITLE, own_rows
 from flapsam.report.run import TITLES
-from flapsam.report.units import NONE, number, over, size
+from flapsam.report.units import NONE, number, over, size, with_interval
 
 ALL_CASES = "all cases"
 """Name of the row over the cases of all sites."""
@@ -55,20 +65,21 @@ def dice_table(results: Results) -> Table:
             row.append(_gain(in_common.get(site), summaries["local"].get(site)))
         cells += row
         table.add_row(*map(as_text, row), style="bold" if site == "pooled" else None)
-    table.caption = _explained(rule, cells)
+    worst = {mode: worst_site(spread(scores)) for mode, scores in results.scores.items()}
+    notes = [f"{TITLES[mode]}: {sentence}" if len(worst) > 1 else sentence for mode, sentence in worst.items() if sentence]
+    table.caption = as_text(" ".join([_explained(rule, cells), *notes, few_patients(first["pooled"])]))
     return table
 
 
-def class_table(modes: dict[str, Summary]) -> Table:
-    """Dice and 95 % Hausdorff distance over all cases with a Dice, with one row per mode and class."""
-    table = Table(title="Test scores by class, over all cases")
-    for column in ("mode", "class", "cases", "Dice", "HD95 (mm)"):
-        table.add_column(column, justify="left" if column in ("mode", "class") else "right")
-    for mode, summary in modes.items():
-        for name, value in summary.dice.items():
-            count = summary.dice_cases[name]
-            distance = over(number(summary.hd95[name], 1), summary.hd95_cases[name], count)
-            table.add_row(mode, as_text(name), str(count), number(value), distance)
+def class_table(modes: Mapping[str, Summary]) -> Table:
+    """All measures over all cases, with one row per mode and class or region."""
+    table = Table(title="Test scores over all cases")
+    head, *rows = measure_rows(modes)
+    for place, column in enumerate(head):
+        table.add_column(as_text(column), justify="left" if place < 2 else "right")
+    for row in rows:
+        table.add_row(*map(as_text, row))
+    table.caption = as_text(" ".join(rules(list(modes.values()))))
     return table
 
 
@@ -94,31 +105,31 @@ def traffic_table(results: Results) -> Table:
     return table
 
 
-def scores_table(scores: Sequence[CaseScores]) -> Table:
-    """Dice and 95 % Hausdorff distance by site and over all cases, with one column per class."""
+def scores_tables(scores: Sequence[CaseScores]) -> list[Table]:
+    """Dice by site and class, and all measures over all cases."""
+    return [site_table(scores), class_table({"": summarise(scores)})]
+
+
+def site_table(scores: Sequence[CaseScores]) -> Table:
+    """Dice by site and over all cases, with one column per class, region and mean."""
     pooled = summarise(scores)
     missing = missing_cases(scores)
-    zeros = f" No prediction, so that the Dice is 0: {', '.join(missing)}." if missing else ""
+    zeros = f"No prediction, so that the Dice is 0: {', '.join(missing)}." if missing else ""
     shown: list[str] = []
-    table = Table(title="Dice (95 % Hausdorff distance in mm)")
+    table = Table(title="Dice")
     table.add_column("site")
-    table.add_column("cases", justify="right")
-    for name in [*pooled.dice, "mean"]:
+    for name in ["cases", "patients", *pooled.dice, *pooled.means, "mean"]:
         table.add_column(as_text(name), justify="right")
     sites = {site or NONE: summarise(part) for site, part in by_site(scores).items()}
     for site, summary in {**sites, ALL_CASES: pooled}.items():
-        dices = [over(number(value), summary.dice_cases[name], summary.cases) for name, value in summary.dice.items()]
-        distances = [over(number(value, 1), summary.hd95_cases[name], summary.cases) for name, value in summary.hd95.items()]
-        cells = [f"{dice} ({distance})" for dice, distance in zip(dices, distances, strict=True)]
-        table.add_row(
-            as_text(site),
-            str(summary.cases),
-            *cells,
-            mean_dice(summary),
-            style="bold" if site == ALL_CASES else None,
-        )
-        shown += [*cells, mean_dice(summary)]
-    table.caption = as_text(_explained(rule_for_absent(scores), shown) + zeros)
+        means = [*(summary.measures["dice"].get(name) for name in pooled.dice), *summary.means.values()]
+        dices = [over(number(mean.value), mean.cases, summary.cases) if mean else NONE for mean in means]
+        cells = [*dices, with_interval(summary.mean, cases=summary.cases)]
+        style = "bold" if site == ALL_CASES else None
+        table.add_row(as_text(site), str(summary.cases), str(summary.patients), *map(as_text, cells), style=style)
+        shown += cells
+    notes = [_explained(rule_for_absent(scores), shown), zeros, worst_site(spread(scores)), few_patients(pooled)]
+    table.caption = as_text(" ".join(filter(None, notes)))
     return table
 
 
@@ -195,14 +206,14 @@ def as_text(text: str) -> Text:
     return Text(one_line(text))
 
 
-def mean_dice(summary: Summary) -> str:
-    """Mean Dice over the classes, with its number of cases if some have no Dice."""
-    return over(number(summary.mean_dice), summary.mean_dice_cases, summary.cases)
+def _mean_dice(summary: Summary, cases: int) -> str:
+    """Mean Dice over the classes, with its number of cases if that is not ``cases``."""
+    return over(number(summary.mean_dice), summary.mean.cases if summary.mean else 0, cases)
 
 
 def _dice_of(summary: Summary | None, cases: int) -> str:
     """Mean Dice over the classes, with its number of cases if that is not the row's."""
-    return over(number(summary.mean_dice), summary.mean_dice_cases, cases) if summary else NONE
+    return _mean_dice(summary, cases) if summary else NONE
 
 
 def _gain(federated: Summary | None, local: Summary | None) -> str:

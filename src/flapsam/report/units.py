@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from flapsam.experiments.paired import Difference
+    from flapsam.learning.metrics import Mean
 
 NONE = "–"
 
@@ -16,6 +17,21 @@ def number(value: float | None, digits: int = 3) -> str:
 def over(text: str, count: int, cases: int) -> str:
     """The text of a mean, with the number of cases that it is over if that is not the number of all cases."""
     return text if count in (0, cases) else f"{text} n={count}"
+
+
+def with_interval(mean: "Mean | None", digits: int = 3, cases: int = 0) -> str:
+    """A mean with its 95 % interval, and with its number of cases if that is not ``cases``."""
+    if mean is None:
+        return NONE
+    text = number(mean.value, digits)
+    if mean.low is not None and mean.high is not None:
+        text += f" ({mean.low:.{digits}f} to {mean.high:.{digits}f})"
+    return over(text, mean.cases, cases or mean.cases)
+
+
+def p_value(value: float | None) -> str:
+    """A p-value, of which no more than three digits count."""
+    return "<0.001" if value is not None and value < 0.001 else number(value)
 
 
 def size(count: float) -> str:

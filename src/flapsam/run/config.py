@@ -3,7 +3,7 @@
 The fields' own defaults are the paper's values (arXiv 2407.21739). A run's ``preset`` replaces some of them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -16,6 +16,7 @@ from flapsam.run.presets import PRESETS, SECURE, with_preset
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 ClassValues = int | list[int]
+Tolerance = Annotated[float, Field(ge=0, le=1000)]
 VariantName = Annotated[str, AfterValidator(lambda name: as_name(name) if name else name)]
 """Name of a variant in a bench. The run without changes has none."""
 Mode = Literal["federated", "local", "centralised"]
@@ -35,6 +36,8 @@ RESERVED_LABELS = ("background", "ignore")
 Case, spaces, hyphens and underscores make no difference, as in ``Background`` or ``__ignore__``."""
 MEAN = "mean"
 """Name of the mean over the classes beside the classes' own scores, so that no class can have it."""
+DEFAULT_TOLERANCE = 2.0
+"""Tolerance of the surface Dice in mm for a class that has no other."""
 Absent = Literal["none", "one"]
 """Dice of a class that is in neither the truth nor the prediction of a case."""
 
@@ -332,6 +335,52 @@ class Privacy(StrictModel):
     round, so the noise is set for this many extra rounds."""
 
 
+class Evaluation(StrictModel):
+    """How label maps are scored, in a run's test, in ``flapsam evaluate`` and at hospitals."""
+
+    tolerance: Tolerance | Named[Tolerance] = DEFAULT_TOLERANCE
+    """Distance in mm that the surface Dice forgives, or class or region → distance. Those that are not named have 2 mm. The
+    distance at which two readers differ is a good choice."""
+    regions: Named[Annotated[list[Name], Field(min_length=1)]] = {}
+    """Region → classes whose union is scored beside the classes, such as ``kidney_and_tumour: [kidney, tumour]``."""
+    lesions: list[Name] = []
+    """Classes and regions that may have several separate parts in a case. They also get an F1 of the parts found."""
+    means: Named[Annotated[list[Name], Field(min_length=1)]] = {}
+    """Name → classes and regions whose mean Dice in each case is shown under this name, such as ``FLamby:
+    [kidney_and_tumour, tumour]``."""
+
+    def tolerance_of(self, name: str) -> float:
+        """The tolerance of a class or region in mm."""
+        return self.tolerance.get(name, DEFAULT_TOLERANCE) if isinstance(self.tolerance, Mapping) else self.tolerance
+
+    def check(self, classes: Sequence[str]) -> None:
+        """Check that all names are those of classes or regions.
+
+        Args:
+            classes: names of the run's classes.
+
+        Raises:
+            ValueError: a name is unknown, or taken.
+        """
+        for name, parts in self.regions.items():
+            if name in classes or name == MEAN:
+                raise ValueError(
+                    f"evaluation.regions: {name} is the name of a class or of the mean; give the region another"
+                )
+            if unknown := [part for part in parts if part not in classes]:
+                raise ValueError(f"evaluation.regions.{name}: {unknown[0]} is not among the classes ({', '.join(classes)})")
+        structures = [*classes, *self.regions]
+        used = {
+            "tolerance": self.tolerance if isinstance(self.tolerance, Mapping) else (),
+            "lesions": self.lesions,
+            **{f"means.{name}": parts for name, parts in self.means.items()},
+        }
+        for field, names in used.items():
+            if unknown := [name for name in names if name not in structures]:
+                known = ", ".join(structures)
+                raise ValueError(f"evaluation.{field}: {unknown[0]} is not among the classes and regions ({known})")
+
+
 class Grid(StrictModel):
     """Cells of ``flapsam bench``: every combination of these values. The run itself supplies what is not given."""
 
@@ -392,6 +441,7 @@ class RunConfig(StrictModel):
     absent_class: Absent = "none"
     """Dice of a class that is in neither the truth nor the prediction of a case. With ``none`` it has no Dice, and means
     leave the case out for this class. With ``one`` it is 1."""
+    evaluation: Evaluation = Evaluation()
     inference_batch: Positive | None = None
     """Number of slices per batch in validation and test; as many as fit into memory if not given."""
     device: str = "cpu"
@@ -424,6 +474,11 @@ class RunConfig(StrictModel):
         if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"preset: there is no '{name}'; choose {' or '.join(PRESETS)}")
         return with_preset(tree, name, SECURE if tree.get("secure") is True else {})
+
+    @model_validator(mode="after")
+    def _check_evaluation(self) -> "RunConfig":
+        self.evaluation.check(self.data.classes)
+        return self
 
     @model_validator(mode="after")
     def _check_secure(self) -> "RunConfig":

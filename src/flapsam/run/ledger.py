@@ -300,8 +300,21 @@ class CaseTested(CohortEvent):
     site: Name
     case: Name
     dice: dict[str, float | None]
+    """Class or region → Dice."""
     hd95: dict[str, float | None]
-    """Class → 95 % Hausdorff distance in mm."""
+    """Class or region → 95 % Hausdorff distance in mm."""
+    surface_dice: dict[str, float | None] = {}
+    surface_distance: dict[str, float | None] = {}
+    volume_error: dict[str, float | None] = {}
+    lesion_f1: dict[str, float | None] = {}
+    means: dict[str, float | None] = {}
+    """Name of a mean → its Dice."""
+    outcome: dict[str, str | None] = {}
+    """Class or region → whether it is in both label maps, ``missed``, ``spurious`` or ``absent``."""
+    regions: list[str] = []
+    """Names among these that are regions, which are not part of the mean over the classes."""
+    subject: str = ""
+    """The patient; the case itself if empty. Earlier versions wrote none of the fields from ``surface_dice`` on."""
     absent: Absent = "one"
     """Dice of a class that is in neither the truth nor the prediction. Earlier versions did not write it, and counted 1."""
 

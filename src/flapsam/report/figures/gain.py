@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 
 from flapsam.experiments.paired import compare
-from flapsam.learning.metrics import CaseScores, by_site, mean, rule_for_absent, summarise
+from flapsam.learning.metrics import CaseScores, by_site, rule_for_absent, summarise
 from flapsam.report.figures.drawing import INK, MARKERS, MUTED, SERIES, WIDTH, chart, legend, new_figure, short
 from flapsam.report.run import TITLES, Scores
 from flapsam.report.section import Section, Table
-from flapsam.report.units import NONE, interval, number, over
+from flapsam.report.units import NONE, interval, number, with_interval
 
 POOLED = "all cases"
 OPENED = 12
@@ -54,14 +54,14 @@ def modes_by_site(scores: Scores, subjects: Mapping[str, str]) -> Section | None
 
 def mean_dices(scores: Sequence[CaseScores]) -> dict[str, float]:
     """``SITE/CASE`` → mean Dice over the classes, for the cases with at least one."""
-    dices = {f"{score.site}/{score.case}": mean(score.dice.values()) for score in scores}
+    dices = {f"{score.site}/{score.case}": score.mean_dice for score in scores}
     return {key: value for key, value in dices.items() if value is not None}
 
 
 def _text(compared: list[str]) -> str:
     text = (
-        "Mean Dice over the classes and a site's test cases. The last row is the mean over all cases. n is the number of "
-        "cases of a mean that leaves some out."
+        "Mean Dice over the classes and a site's test cases, with its 95 % interval over patients. The last row is the mean "
+        "over all cases. n is the number of cases of a mean that leaves some out."
     )
     if compared:
         text += (
@@ -79,7 +79,7 @@ def _mean_dices_by_site(cases: Sequence[CaseScores]) -> dict[str, float | None]:
 def _texts_by_site(cases: Sequence[CaseScores]) -> dict[str, str]:
     """The same means as texts, with their number of cases if some have no Dice."""
     summaries = {site: summarise(part) for site, part in by_site(cases).items()} | {POOLED: summarise(cases)}
-    return {site: over(number(s.mean_dice), s.mean_dice_cases, s.cases) for site, s in summaries.items()}
+    return {site: with_interval(s.mean, cases=s.cases) for site, s in summaries.items()}
 
 
 def _table(

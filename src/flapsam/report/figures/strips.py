@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from flapsam.base.errors import FlapsamError
-from flapsam.learning.metrics import CaseScores, mean
+from flapsam.learning.metrics import CaseScores
 from flapsam.report.cases import CaseVolumes
 from flapsam.report.section import Section, Strip
 from flapsam.report.units import number
@@ -67,7 +67,7 @@ def chosen_cases(scores: Iterable[CaseScores]) -> list[tuple[str, CaseScores]]:
     """The best, the median and the worst case of every site, in this order, without repeating a case."""
     by_site: dict[str, list[tuple[float, str, CaseScores]]] = {}
     for score in scores:
-        value = mean(score.dice.values())
+        value = score.mean_dice
         if value is not None:
             by_site.setdefault(score.site, []).append((value, score.case, score))
     chosen = []
