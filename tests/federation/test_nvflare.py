@@ -104,7 +104,10 @@ def run_of(folder: Path, hospitals: Hospitals, *, spare: bool = False, **fields:
 def test_a_federation_reproduces_the_simulations_adapter_with_little_overhead(
     hospitals: Hospitals, tmp_path: Path, simulated
 ):
-    """Every site's own adapter is that of the simulation, too, and what is personal in it never leaves the site."""
+    """Every site's own adapter is that of the simulation, too, and what is personal in it never leaves the site.
+
+    Each site also scores the shared adapter on its test cases, and does so again when it is asked to evaluate it.
+    """
     fields: dict[str, Any] = {"rounds": {"count": 3, "last_epochs": 1}, "personal": ["*.v_proj.lora_B.weight"]}
     config = run_of(tmp_path, hospitals, **fields)
     hospitals.start_run(config)
@@ -117,6 +120,11 @@ def test_a_federation_reproduces_the_simulations_adapter_with_little_overhead(
         kept = adapter_of(own, "adapter-personal")
         assert kept == adapter_of(tmp_path / "simulated", f"adapter-personal/{site}")
         assert not [path for path in (hospitals.kit("server"), run) for path in path.rglob("*personal*")]
+    results = json.loads((tmp_path / "simulated" / "results.json").read_text())["summaries"]["federated"]
+    told = {event["site"]: event["scores"]["mean"]["mean"] for event in read_events(run, "site_test")}
+    assert told == {site: pytest.approx(results[site]["mean_dice"], abs=5e-4) for site in hospitals.sites}
+    (evaluated,) = hospitals.evaluate(tmp_path / "evaluation", run)
+    assert {site: scores["mean"]["mean"] for site, scores in evaluated["sites"].items()} == told
     for event in read_events(run, "round"):
         fits = [fit["site_seconds"] for fit in read_events(run, "fit") if fit["round"] == event["round"]]
         assert len(fits) == 3

@@ -24,7 +24,7 @@ from tests.helpers.sites import make_site
 FLAPSAM = (sys.executable, "-c", "from flapsam import cli; cli.main()")
 
 
-BOUNDS: Mapping[str, object] = {"strategies": ["flap", "full"], "bounds": {"min_steps": 1}}
+BOUNDS: Mapping[str, object] = {"strategies": ["flap", "full"], "bounds": {"min_steps": 1}, "min_test_patients": 1}
 """What the sites allow, so that fits take seconds."""
 
 
@@ -179,6 +179,13 @@ class Hospitals:
         assert returned == code, self.said(name)
         assert "Traceback" not in self.said(name)
         return self.said(name)
+
+    def evaluate(self, output: Path, *adapters: Path) -> list[dict]:
+        """Have the sites score adapters, and return what ``flapsam federation evaluate --json`` prints."""
+        options = ["-o", output, "--kit", self.kit("coordinator"), "--json", "--quiet"]
+        sites = [option for site in self.sites for option in ("--site", site)]
+        text = self.flapsam("evaluate", *adapters, *options, *sites)
+        return json.loads(text[text.index("[") : text.rindex("]") + 1])
 
     def start_run(self, config: Path, *options: str) -> None:
         self.start(f"run-{config.stem}", "run", config, "--kit", self.kit("coordinator"), *options)

@@ -80,7 +80,7 @@ WRONG = {
     "a group that is none": (MINIMAL + "training: 3\n", [], "'training'"),
     "missing": ("seed: 1\n", [], "'data' is missing"),
     "wrong type": (MINIMAL + "rounds: {count: many}\n", [], "'rounds.count'"),
-    "below the least": (MINIMAL + "rounds: {count: 0}\n", [], "'rounds.count'"),
+    "below the least": (MINIMAL + "rounds: {count: -1}\n", [], "'rounds.count'"),
     "not YAML": ("a: [1\n", [], "not valid YAML"),
     "no mapping": ("- 1\n", [], "a configuration is a mapping"),
     "even window": (MINIMAL + "training: {window: 4}\n", [], "'training.window': must be odd"),

@@ -140,7 +140,7 @@ REFUSED: dict[str, tuple[str, str]] = {
         DATA + "traning: {}\n",
         "unknown key 'traning'; remove it or correct its spelling (line 2: traning: {})",
     ),
-    "a wrong number": (DATA + "rounds:\n\n  count: 0\n", "(line 4: count: 0)"),
+    "a wrong number": (DATA + "rounds:\n\n  count: -1\n", "(line 4: count: -1)"),
 }
 
 

@@ -44,6 +44,7 @@ LINES: list[dict[str, Any]] = [
     {"event": "left_out", **FEDERATED, "site": "b", "reason": "its change is 1e+30 times the others'"},
     {"event": "missing", **FEDERATED, "site": "b", "reason": "it is gone", "work": "validate"},
     {"event": "delivery", **FEDERATED, "site": "a", "bytes_down": 20},
+    {"event": "site_test", **FEDERATED, "site": "a", "scores": None, "bytes_down": 0},
     {"event": "kept", **FEDERATED, "site": "a", "kept": "shared", "dice": {"shared": 0.5, "trained on": None}},
     {"event": "test", "federation": "centralised", "site": "a", "case": "c", "dice": {"ball": 0.5}, "hd95": {"ball": None}},
     {"event": "label_map", "case": "a/c", "image": "c.nii", "of": [["c.nii", 1, 2]], "way": "0f", "written": [], "ml": {}},

@@ -10,7 +10,8 @@ from flapsam.base.escaping import markdown
 from flapsam.base.files import write_text
 from flapsam.learning.metrics import CaseScores, Summary, by_site, rule_for_absent, scores_of, summarise
 from flapsam.run.config import SPLITS, Privacy
-from flapsam.run.ledger import Cases, CaseTested, Cohort, Event, SiteJoined
+from flapsam.run.ledger import Cases, CaseTested, Cohort, Event, SiteJoined, SiteTested
+from flapsam.run.site_scores import SiteScores
 from flapsam.sam import strategy
 from flapsam.sam.sources import SOURCES
 
@@ -47,6 +48,8 @@ def model_card(card: AdapterCard, cohort: Cohort, events: Sequence[Event]) -> st
         for event in events
         if isinstance(event, CaseTested) and event.cohort == cohort and not event.elsewhere
     ]
+    tested = [event for event in events if isinstance(event, SiteTested) and event.cohort == cohort]
+    told = {event.site: event.scores for event in tested if event.scores}
     training = {
         "federated": f"by federated learning across {_count(len(cases), 'site')}",
         "local": "at one site alone",
@@ -65,13 +68,8 @@ def model_card(card: AdapterCard, cohort: Cohort, events: Sequence[Event]) -> st
         "```\nflapsam predict THIS_FOLDER IMAGES -o LABEL_MAPS\n```",
         f"The label maps contain {_values(card)}.",
         "## Training and evaluation",
-        _sites(cases, scores, card.classes),
-        "Test cases were used only once, after the last round. Dice is computed in 3-D on each case's own grid and averaged "
-        f"over the test cases of a row. Mean Dice is the average over the classes. {rule_for_absent(scores)} A dash marks a "
-        f"missing score.{_counts(scores)}"
-        if scores
-        else "This adapter has not been scored on test cases. The cases stayed at their sites, where `flapsam predict` and "
-        "`flapsam evaluate` can score the adapter.",
+        _sites(cases, scores, card.classes, told),
+        _evaluated(scores, told),
         "## Intended use",
         f"This adapter is meant for research on the segmentation of {classes}. Use it on volumes like those of the sites "
         "above, with the same modality, body region and slice direction. Check it on labelled cases of your own before you "
@@ -106,12 +104,33 @@ def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(others)} and {last}" if others else last
 
 
-def _sites(cases: dict[str, Cases], scores: Sequence[CaseScores], classes: Sequence[str]) -> str:
+def _evaluated(scores: Sequence[CaseScores], told: dict[str, SiteScores]) -> str:
+    """What the scores in the table of sites are."""
+    if scores:
+        return (
+            "Test cases were used only once, after the last round. Dice is computed in 3-D on each case's own grid and "
+            "averaged over the test cases of a row. Mean Dice is the average over the classes. "
+            f"{rule_for_absent(scores)} A dash marks a missing score.{_counts(scores)}"
+        )
+    if told:
+        return (
+            "The sites scored the adapter on their own test cases after the last round. Only figures over many patients "
+            "left them. A dash marks a score that a site did not tell."
+        )
+    return (
+        "This adapter has not been scored on test cases. The cases stayed at their sites, where `flapsam predict` and "
+        "`flapsam evaluate` can score the adapter."
+    )
+
+
+def _sites(
+    cases: dict[str, Cases], scores: Sequence[CaseScores], classes: Sequence[str], told: dict[str, SiteScores]
+) -> str:
     summaries = {site: summarise(part) for site, part in by_site(scores).items()}
-    rows = [
-        [markdown(site), *_told([counts[split] for split in SPLITS]), *_dice(summaries.get(site), classes)]
-        for site, counts in cases.items()
-    ]
+    rows = []
+    for site, counts in cases.items():
+        dice = _told_dice(told[site], classes) if site in told else _dice(summaries.get(site), classes)
+        rows.append([markdown(site), *_told([counts[split] for split in SPLITS]), *dice])
     if len(rows) > 1:
         total = _told([sum(counts[split] for counts in cases.values()) for split in SPLITS])
         rows.append(["all sites", *total, *_dice(summarise(scores), classes)])
@@ -129,6 +148,13 @@ def _told(counts: Sequence[int]) -> list[str]:
 def _dice(summary: Summary | None, classes: Sequence[str]) -> list[str]:
     values = [*(summary.dice.get(name) for name in classes), summary.mean_dice] if summary else [None] * (len(classes) + 1)
     return ["–" if value is None else f"{value:.3f}" for value in values]
+
+
+def _told_dice(scores: SiteScores, classes: Sequence[str]) -> list[str]:
+    """Dice by class and its mean, as far as a hospital has told them."""
+    by_class = scores.measures.get("dice", {})
+    figures = [*(by_class.get(name) for name in classes), scores.mean]
+    return ["–" if one is None else f"{one.mean:.3f}" for one in figures]
 
 
 def _counts(scores: Sequence[CaseScores]) -> str:

@@ -7,7 +7,19 @@ from typing import Annotated, Literal
 import typer
 
 from flapsam.base.errors import FlapsamError
-from flapsam.cli.console import Assignments, FromRound, Json, Quiet, Track, interruptible, out, print_json, say, warn
+from flapsam.cli.console import (
+    Assignments,
+    Checkpoint,
+    FromRound,
+    Json,
+    Quiet,
+    Track,
+    interruptible,
+    out,
+    print_json,
+    say,
+    warn,
+)
 
 app = typer.Typer(
     help="""Train between hospitals, over mutual TLS.
@@ -142,6 +154,43 @@ def run(
     page = write_report(adapter.parent)
     if not as_json:
         say(f"The report is {page}")
+
+
+@app.command()
+def evaluate(
+    adapters: Annotated[
+        list[Path], typer.Argument(metavar="ADAPTER...", help="Folders of runs or adapters. The first is the reference.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the scores and their report.")],
+    kit: CoordinatorKit = COORDINATOR,
+    sites: Annotated[list[str] | None, typer.Option("--site", metavar="SITE", help="Site to ask. Repeatable.")] = None,
+    checkpoint: Checkpoint = None,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for missing sites before starting without them.")] = 60,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Have the sites score adapters on their own test cases. Only figures over many patients leave a site.
+
+    Use it on the server's machine.
+    """
+    from flapsam.federation.engines.nvflare.jobs import evaluate as follow
+    from flapsam.federation.hospitals.evaluation import evaluation_of, names_of
+    from flapsam.report import tables
+    from flapsam.report.page import write_report
+    from flapsam.report.run import read_run
+
+    config = evaluation_of(adapters, output, sites, checkpoint)
+    advice = (
+        "The evaluation continues at the server. Run the same command to follow it, or flapsam federation stop to stop it."
+    )
+    with interruptible(advice) as observer:
+        folder = follow(adapters, config, kit, observer, wait=wait)
+    events, page = read_run(folder).events, write_report(folder)
+    if as_json:
+        return print_json(tables.site_tests_json(events, names_of(config)))
+    for table in tables.site_tests_tables(events, names_of(config)):
+        out.print(table)
+    say(f"The report is {page}")
 
 
 @app.command()

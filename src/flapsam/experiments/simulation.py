@@ -48,19 +48,18 @@ from flapsam.federation.server import Server
 from flapsam.federation.shares import client_shares, training_size, weights_of
 from flapsam.federation.state import ClientState, ServerState
 from flapsam.federation.traffic import full_packet_bytes
-from flapsam.learning.inference import predict_volume
 from flapsam.learning.metrics import (
     CaseScores,
     Summary,
     by_site,
     crossed,
     rule_for_absent,
-    score_case,
     scores_of,
     spread,
     summarise,
     tested,
 )
+from flapsam.learning.testing import tested_case
 from flapsam.run.config import LEAST_SECURE, SPLITS, Mode, RunConfig
 from flapsam.run.folder import RunFolder
 from flapsam.run.ledger import (
@@ -78,8 +77,7 @@ from flapsam.run.ledger import (
 )
 from flapsam.run.observer import Observer
 from flapsam.sam import Assembled, Sam, fuse, load_tensors, trained_state, travelling_state
-from flapsam.sites import Site, hold_out_validation, keep_for_training, label_map, read_sites
-from flapsam.sites.pairs import read_pair
+from flapsam.sites import Site, hold_out_validation, keep_for_training, read_sites
 from flapsam.volumes import legend_of, write_label_like
 
 if TYPE_CHECKING:
@@ -197,6 +195,8 @@ def simulate(
     if workers > 1 and config.threads is None:
         config = config.model_copy(update={"threads": max(1, default_threads() // workers)})
     observer = observer or Observer()
+    if config.rounds.count == 0:
+        raise FlapsamError("rounds.count: it is 0, so nothing would train; raise it")
     config = resolve(config)
     sites = read_sites(config.data, config.seed) if sites is None else sites
     if config.data.training_cases is not None:
@@ -353,32 +353,11 @@ def test(prepared: Prepared, training: CohortTraining, observer: Observer) -> No
     observer.begin(f"{cohort}: test", len(cases))
     for case in cases:
         if (case.site, case.name) not in scored:
-            labels = label_map(config.data, case.site)
-            image, truth = read_pair(case, labels)
-            predicted = predict_volume(
-                network,
-                image,
-                config.samples,
-                batch=config.inference_batch,
-                precision=config.precision,
-                site=case.site,
-            ).labels
+            found = tested_case(network, case, config)
             if cohort.mode != "personal" or cohort.site == case.site:
                 target = prepared.folder.label_map(cohort.mode, case.site, case.name)
-                write_label_like(predicted, case.image, target, legend_of(config.data.classes))
-            score = score_case(
-                case.name,
-                case.site,
-                predicted,
-                truth.array,
-                image.spacing,
-                labels.classes,
-                labels.annotated,
-                config.absent_class,
-                config.evaluation,
-                case.subject,
-            )
-            prepared.ledger.write(tested(cohort, score))
+                write_label_like(found.labels, case.image, target, legend_of(config.data.classes))
+            prepared.ledger.write(tested(cohort, found.scores))
         observer.step()
     observer.end()
 

@@ -230,6 +230,22 @@ class Client:
         self._receive(packets)
         return self._scores() if self.disclosure.scores else {}
 
+    def load(self, packets: Iterable[bytes]) -> int:
+        """Load the shared adapter into the network: the global tensors, and personal ones as they started.
+
+        Args:
+            packets: the server's packets for this site, oldest first.
+
+        Returns:
+            The round whose result they are.
+
+        Raises:
+            PacketRefused: a packet is damaged or is not what was agreed.
+        """
+        number, _ = self._receive(packets)
+        load_tensors(self.network, self.personal_start)
+        return number
+
     def own(self, packets: Iterable[bytes]) -> Own:
         """Choose the adapter that this site keeps for its own use after the last round, by its validation cases.
 

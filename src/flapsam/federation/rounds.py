@@ -24,11 +24,13 @@ from flapsam.run.ledger import (
     Event,
     Fitted,
     RoundClosed,
+    SiteTested,
     Summed,
     Validated,
 )
+from flapsam.run.site_scores import SiteScores
 
-Work = Literal["fit", "agree", "validate", "own"]
+Work = Literal["fit", "agree", "validate", "own", "test"]
 Scores = Mapping[str, float | None]
 
 
@@ -43,6 +45,8 @@ class Answer:
     """The site's packet, if it was asked to fit, or its message, if it was asked to agree."""
     scores: Scores | None = None
     """Its validation scores, if it was asked to validate."""
+    tested: SiteScores | None = None
+    """Its test scores, if it was asked to test and tells them."""
     missing: str = ""
     """Reason why there is neither a packet nor scores."""
     seconds: float | None = None
@@ -160,6 +164,28 @@ def keep_own(server: Server, cohort: Cohort, carry: Carry, record: Record) -> No
             missing.add(answer.site)
             reason = answer.missing
             record(AnswerMissing(cohort=cohort, round=server.rounds_done, site=answer.site, work="own", reason=reason))
+
+
+def test(server: Server, cohort: Cohort, carry: Carry, record: Record) -> None:
+    """Have the sites score the result of the last round on their test cases.
+
+    Args:
+        server: the server, after its last round.
+        cohort: the clients that trained together.
+        carry: the engine. It asks only sites that have not answered before.
+        record: writes an event to the ledger.
+    """
+    number = server.rounds_done
+    answered: set[str] = set()
+    for answer in carry("test"):
+        site = answer.site
+        if site in answered or site not in server.shares:
+            continue
+        answered.add(site)
+        if answer.missing:
+            record(AnswerMissing(cohort=cohort, round=number, site=site, work="test", reason=answer.missing))
+        else:
+            record(SiteTested(cohort=cohort, round=number, site=site, scores=answer.tested, bytes_down=answer.bytes_down))
 
 
 def settled(validation: Sequence[Mapping[str, float | None]], patience: int | None, gain: float) -> bool:

@@ -298,6 +298,15 @@ class Server:
             # Beyond this size, one packet with all tensors is smaller than the chain of packets.
             self.state.forget_packets(stream, self.agreement.contract.tensor_bytes if self.agreement.remembers else 0)
 
+    def place(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put other tensors in the place of the global ones, as the result of a round without training.
+
+        Args:
+            tensors: the tensors, of the run's own rank.
+        """
+        held = {stream: cut(tensors, rank) for stream, rank in self.streams.items()}
+        self._commit(self.rounds_done + 1, dict(tensors), held, {}, self.validation)
+
     def _aggregated(
         self, replies: Sequence[Reply], number: int
     ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]] | None:

@@ -12,8 +12,9 @@ from markupsafe import Markup
 from flapsam.base.errors import FlapsamError
 from flapsam.base.files import make_folder, write_text
 from flapsam.base.version import __version__
+from flapsam.federation.hospitals.aggregates import pooled_dice
 from flapsam.federation.traffic import StrategyTraffic, full_packet_bytes, strategy_table
-from flapsam.learning.metrics import Summary, summarise
+from flapsam.learning.metrics import Mean, Summary, summarise
 from flapsam.report.cases import CaseKey, cases_of, read_volumes, subjects_of
 from flapsam.report.figures.attendance import attendance
 from flapsam.report.figures.cases import dice_per_case
@@ -27,6 +28,7 @@ from flapsam.report.figures.traffic import traffic
 from flapsam.report.own import own_adapters
 from flapsam.report.run import TITLES, Run, Series, read_run
 from flapsam.report.section import Block, CaseName, Section, Table
+from flapsam.report.site_tests import latest, mean_dices, site_tests
 from flapsam.report.times import phase_times, site_times
 from flapsam.report.units import NONE, number, size
 from flapsam.run.config import SPLITS, RunConfig
@@ -88,6 +90,7 @@ def report_page(run: Run, *, images: bool = True, link: Link | None = None, obse
             modes_by_site(run.scores, subjects_of(cases)),
             own_adapters(run.events),
             all_measures(run.scores),
+            site_tests(run.events),
             dice_per_case(run.scores, run.classes),
             dice_curves({mode: run.validation(mode) for mode in run.modes}),
             traffic(run.bytes_up, run.bytes_down, run.delivered, federated, _strategies(run.config, federated)),
@@ -193,6 +196,15 @@ def _tiles(run: Run, rounds: int) -> list[Tile]:
     for mode, summary in pooled.items():
         if summary:
             tiles.append(Tile(f"test Dice, {TITLES[mode]}", number(summary.mean_dice), _certainty(summary)))
+    for sites in list(latest(run.events).values())[-1:]:
+        if whole := pooled_dice(mean_dices(sites)):
+            tiles.append(
+                Tile(
+                    "test Dice at the sites",
+                    number(whole.value),
+                    f"{whole.low:.3f} to {whole.high:.3f}, {whole.patients} patients",
+                )
+            )
     if not tiles:
         validated = run.validation("federated")
         last = [points[max(points)] for points in validated.values()]
@@ -215,6 +227,11 @@ def _tiles(run: Run, rounds: int) -> list[Tile]:
             Tile("traffic per site and round", size(run.travelled / fits), f"{ratio:,.1f} × less than full fine-tuning")
         )
     return tiles
+
+
+def _patients(mean: Mean) -> str:
+    """The 95 % interval of a mean Dice, and its number of patients."""
+    return f"{mean.low:.3f} to {mean.high:.3f}, {mean.patients} patients"
 
 
 def _certainty(summary: Summary) -> str:

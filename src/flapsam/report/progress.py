@@ -14,7 +14,7 @@ from flapsam.report.standing import CohortStanding, Standing
 from flapsam.report.standing_view import bytes_line, dice_line, end_line, event_line, sites_view
 from flapsam.report.units import duration, rate
 from flapsam.run.config import RunConfig
-from flapsam.run.ledger import AnswerMissing, AnswerRefused, Delivered, Event, Fitted, RoundClosed, now
+from flapsam.run.ledger import AnswerMissing, AnswerRefused, Delivered, Event, Fitted, RoundClosed, SiteTested, now
 from flapsam.run.observer import Observer
 
 REFRESHES = 4
@@ -90,7 +90,7 @@ class ConsoleObserver(Observer):
 
     def event(self, event: Event) -> None:
         with self.lock:
-            if isinstance(event, Fitted | Delivered | AnswerRefused | AnswerMissing):
+            if isinstance(event, Fitted | Delivered | SiteTested | AnswerRefused | AnswerMissing):
                 self.working.pop(event.site, None)
             if self.standing is not None:
                 self.standing.add(event)

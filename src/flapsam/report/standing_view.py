@@ -22,6 +22,7 @@ from flapsam.run.ledger import (
     RoundClosed,
     RoundEvent,
     SiteExcluded,
+    SiteTested,
     WentBack,
 )
 
@@ -29,7 +30,13 @@ FEW = 12
 """Largest number of sites that are shown one by one. If there are more, they are only counted."""
 NAMED = 3
 """Number of working sites that are named if sites are only counted."""
-WORKS = {"fit": "training", "validate": "validating", "own": "choosing its own adapter", "agree": "agreeing"}
+WORKS = {
+    "fit": "training",
+    "agree": "agreeing",
+    "validate": "validating",
+    "test": "testing",
+    "own": "choosing its own adapter",
+}
 STALE = 3
 """Number of rounds' time without any event after which a run has probably stopped."""
 
@@ -76,6 +83,9 @@ def event_line(event: Event, standing: CohortStanding | None) -> str:
             return f"{event.cohort}: went back to the state before round {event.round}"
         case JobEnded():
             return event.reason
+        case SiteTested():
+            mean = event.scores.mean if event.scores else None
+            return f"{event.site}: test Dice {mean.mean:.3f}" if mean else f"{event.site}: tested, and tells no scores"
         case RoundClosed() if standing is not None:
             closed = f"{standing.cohort}: round {event.round} of {standing.planned} in {event.seconds:.0f} s"
             return ", ".join(filter(None, [closed, dice_line(standing), bytes_line(standing)]))

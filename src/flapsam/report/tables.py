@@ -1,6 +1,7 @@
 """Tables of results for the terminal."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 
 from rich.table import Table
 from rich.text import Text
@@ -8,6 +9,7 @@ from rich.text import Text
 from flapsam.base.escaping import one_line
 from flapsam.experiments.audit import Audit, allowed
 from flapsam.experiments.simulation import Results
+from flapsam.federation.hospitals.aggregates import pooled_dice
 from flapsam.federation.traffic import RunTraffic, StrategyTraffic
 from flapsam.learning.memory import StepMemory
 from flapsam.learning.metrics import (
@@ -20,10 +22,12 @@ from flapsam.learning.metrics import (
     spread,
     summarise,
 )
+from flapsam.report import site_tests
 from flapsam.report.measured import measure_rows, rules, worst_site
 from flapsam.report.own import TITLE, own_rows
 from flapsam.report.run import TITLES
 from flapsam.report.units import NONE, number, over, size, with_interval
+from flapsam.run.ledger import Event
 
 ALL_CASES = "all cases"
 """Name of the row over the cases of all sites."""
@@ -131,6 +135,45 @@ def site_table(scores: Sequence[CaseScores]) -> Table:
     notes = [_explained(rule_for_absent(scores), shown), zeros, worst_site(spread(scores)), few_patients(pooled)]
     table.caption = as_text(" ".join(filter(None, notes)))
     return table
+
+
+def site_tests_tables(events: Sequence[Event], adapters: Sequence[str] = ()) -> list[Table]:
+    """Test scores that hospitals have told, and the differences between several adapters.
+
+    Args:
+        events: the ledger of a run between hospitals.
+        adapters: the adapters' names.
+    """
+    tables = []
+    for title, rows in (
+        ("Test scores at the sites", site_tests.site_rows(events, adapters)),
+        ("Differences on the same cases", site_tests.difference_rows(events, adapters)),
+    ):
+        if rows:
+            table = Table(title=title)
+            for place, column in enumerate(rows[0]):
+                table.add_column(as_text(column), justify="right" if place > 1 else "left")
+            for row in rows[1:]:
+                table.add_row(*map(as_text, row))
+            tables.append(table)
+    if tables:
+        tables[-1].caption = as_text(site_tests.about(events))
+    return tables
+
+
+def site_tests_json(events: Sequence[Event], adapters: Sequence[str] = ()) -> list[dict[str, object]]:
+    """The same scores for other programs: one entry per adapter, with the sites' scores and their mean Dice."""
+    entries = []
+    for place, sites in enumerate(site_tests.latest(events).values()):
+        whole = pooled_dice(site_tests.mean_dices(sites))
+        entries.append(
+            {
+                "adapter": adapters[place] if place < len(adapters) else str(place + 1),
+                "sites": {site: scores.model_dump() if scores else None for site, scores in sites.items()},
+                "mean": asdict(whole) if whole else None,
+            }
+        )
+    return entries
 
 
 def _explained(rule: str, cells: Iterable[str]) -> str:

@@ -243,8 +243,8 @@ class Training(StrictModel):
 class Rounds(StrictModel):
     """The rounds of the federation."""
 
-    count: Positive = 100
-    """Maximum number of rounds of a run."""
+    count: Annotated[int, Field(ge=0)] = 100
+    """Maximum number of rounds of a run. 0 is for ``flapsam federation evaluate`` alone, which trains nothing."""
     steps: Positive | None = None
     """Number of training steps of every site in a round, in place of ``training.epochs``. A site's next round continues
     the epoch where the last one stopped. In mode ``centralised``, a round has as many steps as all sites take together."""

@@ -24,6 +24,7 @@ from flapsam.base.errors import FlapsamError
 from flapsam.base.files import private, write_text
 from flapsam.base.names import Name, as_name
 from flapsam.run.config import Absent, Mode
+from flapsam.run.site_scores import SiteScores
 
 
 @dataclass(frozen=True)
@@ -269,7 +270,7 @@ class AnswerMissing(RoundEvent):
     event: Literal["missing"] = "missing"
     site: Name
     reason: str
-    work: Literal["fit", "agree", "validate", "own"] = "fit"
+    work: Literal["fit", "agree", "validate", "own", "test"] = "fit"
 
     repeats = True
 
@@ -324,6 +325,16 @@ class CaseTested(CohortEvent):
         return self.cohort.mode == "personal" and self.cohort.site != self.site
 
 
+class SiteTested(RoundEvent):
+    """Between hospitals, a site has scored a round's model on its test cases."""
+
+    event: Literal["site_test"] = "site_test"
+    site: Name
+    scores: SiteScores | None
+    """None if the site keeps its scores to itself, or has too few patients to tell any."""
+    bytes_down: int = 0
+
+
 class RunEnded(EventBase):
     """The run is complete."""
 
@@ -370,6 +381,7 @@ Event = Annotated[
     | Delivered
     | OwnAdapterKept
     | CaseTested
+    | SiteTested
     | RunEnded
     | LabelMapWritten,
     Field(discriminator="event"),
@@ -469,7 +481,7 @@ def bytes_sent(events: Iterable[Event], cohort: Cohort) -> tuple[int, int]:
     """Bytes up and bytes down of all packets of a cohort, including refused packets and the delivery of the result."""
     own = [event for event in events if isinstance(event, CohortEvent) and event.cohort == cohort]
     up = sum(event.bytes_up for event in own if isinstance(event, Fitted | AnswerRefused | Summed))
-    down = sum(event.bytes_down for event in own if isinstance(event, Fitted | Delivered | Summed))
+    down = sum(event.bytes_down for event in own if isinstance(event, Fitted | Delivered | SiteTested | Summed))
     return up, down
 
 

@@ -70,10 +70,10 @@ class FitProcess:
         return self._ask("join", [memoryview(proposal)])
 
     def ask(self, work: str, packets: list[memoryview]) -> bytes:
-        """Run ``SiteSide.fit``, ``agree``, ``validate`` or ``own`` in the process. Start a new process if the last one died.
+        """Have ``SiteSide`` do some work in the process. Start a new process if the last one died.
 
         Args:
-            work: ``fit``, ``agree``, ``validate`` or ``own``.
+            work: ``fit``, ``agree``, ``validate``, ``own`` or ``test``.
             packets: the server's packets. Each is removed from the list once it is sent, to free its memory.
 
         Returns:

@@ -19,17 +19,22 @@ def refusals(config: RunConfig, site: SiteConfig) -> Iterator[tuple[str, str]]:
     Yields:
         For each bound that the run exceeds, a code of ``REASONS`` and a sentence for the site's own log.
     """
-    if config.strategy not in site.strategies:
+    # An evaluation trains nothing and sends nothing but figures over patients.
+    trains = config.rounds.count > 0
+    if trains and config.strategy not in site.strategies:
         yield "strategy", f"the run's strategy is {config.strategy}, this site's strategies are {', '.join(site.strategies)}"
-    if site.aggregators is not None and config.aggregator not in site.aggregators:
+    if trains and site.aggregators is not None and config.aggregator not in site.aggregators:
         allowed = ", ".join(site.aggregators)
         yield "aggregator", f"the run's aggregator is {config.aggregator}, this site's aggregators are {allowed}"
     if site.privacy is not None and config.privacy is None:
         yield "privacy", "the run has no differential privacy, but this site requires it (privacy)"
-    if site.secure is not None and site.secure.required and not config.secure:
+    if trains and site.secure is not None and site.secure.required and not config.secure:
         yield "secure", "the run has no secure aggregation, but this site requires it (secure.required)"
     if config.secure and site.secure is None:
         yield "secure", "the run has secure aggregation, but site.yaml does not name this site's partners (secure.partners)"
+    structures = len(config.evaluation.regions) + len(config.evaluation.means)
+    if structures > site.bounds.max_classes:
+        yield "bounds", f"the run has {structures} regions and means, this site allows {site.bounds.max_classes}"
     for name, value, low, high in _ranges(config, site):
         if not low <= value <= high:
             yield "bounds", f"the run's {name} is {value:g}, this site allows {low:g} to {high:g}"

@@ -28,6 +28,8 @@ class Journal:
         """The answers to fits that have left the site: run, and checksum of the answer."""
         self.scores: dict[tuple[str, int, str], Any] = {}
         """Validation scores that have left the site, by run, round and checksum of the tensors."""
+        self.tests: dict[tuple[str, int, str], Any] = {}
+        """Test scores that have left the site, by run, round and checksum of the tensors."""
         self.private = False
         """Whether the site has taken part in a private run, so that there must be a ledger of what it spent."""
         try:
@@ -47,7 +49,7 @@ class Journal:
         """Add an entry, and wait until it is on the disk.
 
         Args:
-            what: kind of the entry: ``asked``, ``refused``, ``joined``, ``private``, ``fit`` or ``validated``.
+            what: kind of the entry: ``asked``, ``refused``, ``joined``, ``private``, ``fit``, ``validated`` or ``tested``.
             run: the run's id.
             fields: what else the entry says.
 
@@ -72,3 +74,5 @@ class Journal:
             self.private = True
         elif entry["what"] == "validated":
             self.scores[entry["run"], entry["round"], entry["tensors"]] = entry["left"]
+        elif entry["what"] == "tested":
+            self.tests[entry["run"], entry["round"], entry["tensors"]] = entry["left"]

@@ -10,7 +10,9 @@ from flapsam.adapters.store import save_adapter
 from flapsam.base.errors import FlapsamError
 from flapsam.base.files import alone, write_text
 from flapsam.federation.borne import false_sites_borne
+from flapsam.federation.hospitals.evaluation import adapters_of, tensors_for
 from flapsam.federation.hospitals.handshake import (
+    LIMIT,
     REASONS,
     Presence,
     Proposal,
@@ -21,10 +23,11 @@ from flapsam.federation.hospitals.handshake import (
 from flapsam.federation.packets import HEADER_BYTES
 from flapsam.federation.preparation import agree, assembled_for, card_of, collector_of, first_range, has_own_adapters
 from flapsam.federation.reported import read_scores
-from flapsam.federation.rounds import Carry, Work, deliver, keep_own, rounds
+from flapsam.federation.rounds import Carry, Work, deliver, keep_own, rounds, test
 from flapsam.federation.server import UNKNOWN, Server
 from flapsam.federation.shares import TrainingSize, bounded, client_shares
 from flapsam.federation.state import ServerState
+from flapsam.learning.metrics import MEASURES
 from flapsam.run.config import RunConfig
 from flapsam.run.folder import RunFolder
 from flapsam.run.ledger import (
@@ -37,7 +40,9 @@ from flapsam.run.ledger import (
     RunEnded,
     SiteExcluded,
     SiteJoined,
+    SiteTested,
 )
+from flapsam.run.site_scores import SiteScores
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,10 @@ class ServerSide:
 
     def asked(self, work: Work) -> list[str]:
         """The sites that have a part in some work."""
+        if work == "test":
+            number = self.server.rounds_done
+            done = {e.site for e in self.ledger.events() if isinstance(e, SiteTested) and e.round == number}
+            return [site for site in self.held if site not in done]
         return [site for site in self.held if work not in ("fit", "agree") or self.server.asks(site)]
 
     def read_scores(self, answer: bytes) -> dict[str, float | None] | None:
@@ -154,6 +163,21 @@ class ServerSide:
             return read_scores(json.loads(answer[:HEADER_BYTES]), self.config.data.classes)
         except (ValueError, RecursionError):
             return None
+
+    def read_tested(self, answer: bytes) -> SiteScores | None:
+        """Read a site's test scores from JSON. None if the site tells none.
+
+        Raises:
+            ValueError: the JSON is invalid, or names what is not scored in this run.
+        """
+        if not answer:
+            return None
+        scores = SiteScores.model_validate_json(answer, strict=True) if len(answer) <= LIMIT else None
+        evaluation, classes = self.config.evaluation, self.config.data.classes
+        known = {*classes, *evaluation.regions, *evaluation.means}
+        if scores is None or not set(scores.names()) <= known or not scores.measures.keys() <= MEASURES.keys():
+            raise ValueError("its test scores are invalid")
+        return scores
 
     def train(self, carry: Carry, stopped: Callable[[], bool]) -> bool:
         """Run the remaining rounds, deliver the result to the sites and write the adapter.
@@ -168,6 +192,8 @@ class ServerSide:
         Raises:
             FlapsamError: too few sites answered in a round.
         """
+        if self.config.rounds.count == 0:
+            return self._evaluate(carry)
         for _ in rounds(self.server, TOGETHER, self.config.rounds, carry, self._record):
             if stopped() and self.server.rounds_done < self.config.rounds.count:
                 return False
@@ -175,14 +201,25 @@ class ServerSide:
         card = card_of(self.run, TOGETHER.mode, self.server.rounds_done, self._with_modalities(), self.origin)
         folder = self.folder.adapter(TOGETHER)
         save_adapter(folder, card, {**self.agreement.personal, **self.server.tensors})
+        test(self.server, TOGETHER, carry, self._record)
         write_model_card(folder, card, TOGETHER, self.ledger.events())
         if has_own_adapters(self.config):
             keep_own(self.server, TOGETHER, carry, self._record)
         self.ledger.write(RunEnded())
         return True
 
+    def _evaluate(self, carry: Carry) -> bool:
+        """Have the sites test the adapters of an evaluation, one after another."""
+        for number, path in enumerate(adapters_of(self.folder), start=1):
+            if number > self.server.rounds_done:
+                self.server.place(tensors_for(path, self.server.tensors))
+            if number == self.server.rounds_done:
+                test(self.server, TOGETHER, carry, self._record)
+        self.ledger.write(RunEnded())
+        return True
+
     def _record(self, event: Event) -> None:
-        if isinstance(event, Fitted | Delivered):
+        if isinstance(event, Fitted | Delivered | SiteTested):
             # A site answers only after it has read its packets, so it now has these tensors.
             self.held[event.site] = self.server.rounds_done
         self.ledger.write(event)

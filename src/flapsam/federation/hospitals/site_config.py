@@ -110,6 +110,10 @@ class SiteConfig(StrictModel):
     reveals too much about them."""
     min_validation_cases: Positive = 1
     """Number of validation cases below which no Dice leaves the site."""
+    min_test_patients: Positive = 5
+    """Number of patients below which no test score leaves the site, for a class as for all together."""
+    max_tests: Positive = 100
+    """Maximum number of times that test scores leave the site, counted over all runs in its state."""
     privacy: Ceiling | None = None
     """The most that may be revealed about a patient. Runs without differential privacy are refused if it is given."""
     secure: SecurePartners | None = None
@@ -117,8 +121,8 @@ class SiteConfig(StrictModel):
     bounds: Bounds = Bounds()
     """What a run may ask of the site's training."""
     metrics: bool = True
-    """Whether losses, validation Dice, and the steps and times of training leave the site. The rounded numbers of cases and
-    slices do so in any case, unless the run is private."""
+    """Whether losses, validation Dice, test scores, and the steps and times of training leave the site. The rounded numbers
+    of cases and slices do so in any case, unless the run is private."""
     weights: Checkpoint | None = None
     """Checkpoint of the backbone, if ``flapsam backbone get`` did not download it."""
     device: str = "cpu"

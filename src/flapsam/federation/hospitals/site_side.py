@@ -5,6 +5,8 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import deepcopy
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from flapsam.adapters.store import CARD, save_adapter
@@ -12,7 +14,9 @@ from flapsam.base.errors import FlapsamError
 from flapsam.base.files import write_text
 from flapsam.base.version import __version__
 from flapsam.federation.client import Client, ClientData, Disclosure
+from flapsam.federation.hospitals.aggregates import aggregated
 from flapsam.federation.hospitals.bounds import cases_used, refusals, steps_of
+from flapsam.federation.hospitals.evaluation import MOST_ADAPTERS
 from flapsam.federation.hospitals.handshake import Presence, Proposal, SiteFailed, read_message, version_in
 from flapsam.federation.hospitals.journal import Journal
 from flapsam.federation.hospitals.site_config import SiteConfig
@@ -34,10 +38,13 @@ from flapsam.federation.privacy.accounting import planned
 from flapsam.federation.privacy.budget import Budget, BudgetError
 from flapsam.federation.shares import rounded, training_size, weights_of
 from flapsam.federation.state import ClientState
+from flapsam.learning.metrics import CaseScores
 from flapsam.learning.private import by_patient
+from flapsam.learning.testing import tested_case
 from flapsam.run.config import RANDOM, RunConfig
 from flapsam.run.reading import validated
-from flapsam.sam import Sam, tensors_of
+from flapsam.run.site_scores import SiteScores
+from flapsam.sam import Sam, fuse, tensors_of
 from flapsam.sam.checkpoints import find_checkpoint
 from flapsam.sites import hold_out_validation, read_site
 
@@ -101,13 +108,17 @@ class SiteSide:
             drawn = read_site(config.data, own.split_seed, self.name, own.site)
             site = fixed_split(hold_out_validation(drawn, own.validation_fraction, own.split_seed), self.site.split)
             check_pairs([site])
+            self.cases = site.of("test")
             # Validation cases count unless the data have a split of their own, as in a simulation.
             size = training_size(site.of("train") if drawn.of("val") else site.of("train", "val"), config)
             config = with_modalities(config, site.cases)
             # In a private run, a failure would tell the server which values the site's label maps contain.
             private = config.privacy is not None
-            data = prepare_site(site, config, self.site.state / "volumes", ignores_unknown=private)
-            self._check_cases(data, config)
+            # An evaluation trains nothing, so nothing is prepared for it.
+            used = replace(site, cases=()) if config.rounds.count == 0 else site
+            data = prepare_site(used, config, self.site.state / "volumes", ignores_unknown=private)
+            if config.rounds.count:
+                self._check_cases(data, config)
         with failing_as("backbone"):
             assembled = assembled_for(config)
             self.network, self.origin = assembled.network, assembled.origin
@@ -229,6 +240,56 @@ class SiteSide:
                 with suppress(SiteFailed), failing_as("error"):
                     self._keep_own(packets)
             return b""
+
+    def test(self, packets: Iterable[bytes]) -> bytes:
+        """Score the adapter on this site's test cases. Single scores stay in the run's folder in this site's state.
+
+        Args:
+            packets: the server's packets for this site, oldest first.
+
+        Returns:
+            Figures over the patients as JSON. Empty if the site tells none, as in a private run or with ``metrics: false``.
+
+        Raises:
+            SiteFailed: a packet was refused, the site has told its scores too often, or a case cannot be read.
+        """
+        with failing_as("error"):
+            held = self.client.load(packets)
+            if self.config.privacy is not None or not self.site.metrics:
+                return b""
+            run, tensors = self.run, checksum(tensors_of(self.network, self.client.agreement.contract.shapes))[:16]
+            if (run, held, tensors) not in self.journal.tests:
+                self._check_tests(held)
+                told = self._tested(held, tensors)
+                self.journal.write("tested", run, round=held, tensors=tensors, left=told and told.model_dump(mode="json"))
+            left = self.journal.tests[run, held, tensors]
+            return json.dumps(left).encode() if left else b""
+
+    def _check_tests(self, held: int) -> None:
+        """Check before a test that the site may tell its scores once more, for the result of a run or of an evaluation."""
+        if held > max(self.config.rounds.count, MOST_ADAPTERS):
+            self._refuse([("rounds", f"the server asks for test scores after round {held}, which the run does not have")])
+        if len(self.journal.tests) >= self.site.max_tests:
+            self._refuse([("rounds", f"max_tests is {self.site.max_tests}, and test scores have left as often")])
+        if sum(known == self.run for known, *_ in self.journal.tests) >= MOST_ADAPTERS:
+            self._refuse([("rounds", f"the server asks for test scores of more than {MOST_ADAPTERS} adapters in one run")])
+
+    def _tested(self, held: int, tensors: str) -> SiteScores | None:
+        """Score all test cases, keep the scores, and aggregate them."""
+        network = fuse(deepcopy(self.network))
+        scores = []
+        for case in self.cases:
+            scores.append(tested_case(network, case, self.config).scores)
+            log.info("tested case %s of %d", len(scores), len(self.cases))
+        folder = self.folder / "tests"
+        # Those of the first adapter, if the server has several tested.
+        earlier = sorted(folder.glob("*.json"))[:1] if self.config.rounds.count == 0 and held > 1 else []
+        before = [CaseScores(**score) for path in earlier for score in json.loads(path.read_text())]
+        write_text(folder / f"{held:06d}-{tensors}.json", json.dumps([asdict(score) for score in scores], indent=1))
+        told = aggregated(scores, self.site.min_test_patients, before)
+        if told is None:
+            log.info("no test scores leave, because there are fewer than %d test patients", self.site.min_test_patients)
+        return told
 
     def _keep_own(self, packets: Iterable[bytes]) -> None:
         """Choose and save the adapter, unless it was chosen after the same packets before."""

@@ -17,6 +17,12 @@ def in_words(config: RunConfig, site: SiteConfig) -> list[str]:
         Sentences: what is trained, on what, for how long, and what leaves the site.
     """
     training, rounds = config.training, config.rounds
+    if rounds.count == 0:
+        figures = f"figures over at least {site.min_test_patients} test patients" if site.metrics else "no scores"
+        return [
+            f"Score finished adapters of {config.backbone.name} on this site's test cases. Nothing is trained.",
+            f"Leaves this site: {figures}, and the numbers of cases and slices, rounded.",
+        ]
     chosen = strategy(config.strategy)
     trained = ["low-rank adapters"] * chosen.lora + ["adapters between neighbouring slices"] * chosen.volume
     trained += [f"SAM's parameters {', '.join(chosen.trains)}"] * bool(chosen.trains)
@@ -27,9 +33,13 @@ def in_words(config: RunConfig, site: SiteConfig) -> list[str]:
         left += ", with noise"
     else:
         left += ", and the numbers of cases and slices, rounded"
+    own: list[str] = []
     if site.metrics and not config.privacy:
         left += "; losses, validation Dice, steps and times"
-    own = []
+        least = site.min_test_patients
+        own.append(
+            f"At the end, score the adapter on the test cases. Figures over at least {least} patients leave this site."
+        )
     if config.secure:
         own.append("Mask what leaves, so that the server learns only the sum with the other sites' (secure aggregation).")
     if privacy := config.privacy:

@@ -26,7 +26,9 @@ class Mean:
     """Number of patients that these cases are of."""
 
 
-def mean_of(values: Sequence[Mapping[str, float]], patients: Mapping[str, str], highest: float = 1.0) -> Mean | None:
+def mean_of(
+    values: Sequence[Mapping[str, float]], patients: Mapping[str, str], highest: float = 1.0, lowest: float = 0.0
+) -> Mean | None:
     """Mean of the structures' means over their cases, with a t-interval over patients; None if there is no value.
 
     Cases of one patient are not independent. The standard error is that of a mean of patients' shares in the result (the
@@ -36,7 +38,8 @@ def mean_of(values: Sequence[Mapping[str, float]], patients: Mapping[str, str], 
     Args:
         values: for each structure, its cases' values. Structures without a value are left out.
         patients: case → patient.
-        highest: largest possible value. The lowest is 0, and the interval is cut at both.
+        highest: largest possible value, at which the interval is cut.
+        lowest: smallest possible value.
     """
     values = [cases for cases in values if cases]
     if not values:
@@ -53,5 +56,5 @@ def mean_of(values: Sequence[Mapping[str, float]], patients: Mapping[str, str], 
     if count > 1:
         error = math.sqrt(count / (count - 1)) * float(np.linalg.norm(list(shares.values())))
         reach = float(stdtrit(count - 1, (1 + LEVEL) / 2)) * error
-        low, high = max(0.0, mean - reach), min(highest, mean + reach)
+        low, high = max(lowest, mean - reach), min(highest, mean + reach)
     return Mean(mean, low, high, len({case for cases in values for case in cases}), count)

@@ -76,7 +76,7 @@ class Post:
         """Send requests to sites and collect the answers.
 
         Args:
-            name: name of the task: ``join``, ``fit``, ``agree``, ``validate`` or ``own``.
+            name: name of the task: ``join``, ``fit``, ``agree``, ``validate``, ``own`` or ``test``.
             requests: each site and its request.
             deadline: seconds to wait for the answers.
 
@@ -257,10 +257,23 @@ class FlapsamController(Controller):
             elif work == "own":
                 received.take()
                 yield Answer(received.site, down)
+            elif work == "test":
+                content = received.take()
+                # A late answer may be about other tensors.
+                if received.number == post.number:
+                    yield _tested(server, received.site, content, down)
             elif received.number == post.number:
                 scores = server.read_scores(received.take())
                 missing = "" if scores is not None else "its scores are invalid"
                 yield Answer(received.site, down, scores=scores, missing=missing)
+
+
+def _tested(server: ServerSide, site: str, content: bytes, down: int) -> Answer:
+    """A site's test scores."""
+    try:
+        return Answer(site, down, tested=server.read_tested(content))
+    except ValueError:
+        return Answer(site, down, missing="its test scores are invalid")
 
 
 def read_answer(site: str, result: Shareable, limit: int) -> tuple[Received, np.ndarray | None]:

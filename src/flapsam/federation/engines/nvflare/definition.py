@@ -52,7 +52,7 @@ def site_part() -> dict[str, Any]:
     executor = {"path": f"{PACKAGE}.executor.FlapsamExecutor", "args": {}}
     tree = {
         "format_version": 2,
-        "executors": [{"tasks": ["join", "fit", "agree", "validate", "own"], "executor": executor}],
+        "executors": [{"tasks": ["join", "fit", "agree", "validate", "own", "test"], "executor": executor}],
         "components": [],
     }
     return {CONFIG[SITE_PART]: tree}

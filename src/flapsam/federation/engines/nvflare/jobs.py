@@ -355,6 +355,33 @@ def run(
         return RunFollower(config, admin, observer, wait).follow()
 
 
+def evaluate(
+    adapters: Sequence[Path], config: RunConfig, kit: Path, observer: Observer, *, wait: float = WAIT_SECONDS
+) -> Path:
+    """Have the sites score adapters on their own test cases, or resume the evaluation in its folder.
+
+    Args:
+        adapters: folders of runs or adapters.
+        config: the configuration, from ``evaluation_of``.
+        kit: folder of the coordinator's kit.
+        observer: follows the evaluation.
+        wait: seconds to wait for missing sites.
+
+    Returns:
+        The evaluation's folder.
+
+    Raises:
+        FlapsamError: as for ``run``.
+    """
+    from flapsam.federation.hospitals.evaluation import begin
+    from flapsam.federation.preparation import resolve
+
+    config = resolve(config)
+    begin(adapters, config)
+    run(config, kit, observer, wait=wait)
+    return config.output
+
+
 def status(kit: Path) -> dict[str, Any]:
     """Ask the server for the state of the federation.
 

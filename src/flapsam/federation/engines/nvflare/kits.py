@@ -345,6 +345,7 @@ data:
 state: state                     # folder for the state of runs, unpacked volumes, the log and the adapters
 min_cases: 10                    # with fewer cases to train on, this site takes part in no run
 min_validation_cases: 3          # with fewer validation cases, no Dice leaves this site
+min_test_patients: 5             # with fewer test patients, no test score leaves this site
 metrics: true                    # false: losses, validation Dice, steps and times do not leave this site
 device: cpu                      # cpu, cuda, mps or auto
 # threads: 8                     # all cores by default

@@ -1,0 +1,159 @@
+"""A run between hospitals that trains nothing: the sites score finished adapters on their own test cases."""
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flapsam.adapters.store import AdapterCard, read_card, read_tensors
+from flapsam.adapters.trained import Trained, find_trained
+from flapsam.base.errors import FlapsamError
+from flapsam.base.files import written_whole
+from flapsam.federation.hospitals.run_config import as_federated
+from flapsam.run.config import Checkpoint, Evaluation, RunConfig
+from flapsam.run.folder import RunFolder
+from flapsam.run.reading import validated
+from flapsam.sam import strategy
+
+MOST_ADAPTERS = 8
+"""Largest number of adapters in an evaluation, and of answers with test scores in a run."""
+SAME = ("strategy", "lora", "frozen", "backbone", "samples", "classes", "labels")
+"""What adapters that are evaluated together must share, so that they are tensors of the same network."""
+
+
+def evaluation_of(
+    paths: Sequence[Path],
+    output: Path,
+    sites: Sequence[str] | None = None,
+    checkpoint: Checkpoint | None = None,
+    evaluation: Evaluation | None = None,
+) -> RunConfig:
+    """The configuration of an evaluation.
+
+    Args:
+        paths: folders of runs or adapters. The first one is what the others are compared with.
+        output: folder for the evaluation.
+        sites: the sites to ask; all if None.
+        checkpoint: the backbone's checkpoint, if it is not where the first adapter's run found it.
+        evaluation: how label maps are scored; as in the first adapter's run if None.
+
+    Raises:
+        FlapsamError: an adapter cannot be read, or they are not adapters of the same network.
+    """
+    found = [find_trained(path) for path in paths]
+    if len(found) > MOST_ADAPTERS:
+        raise FlapsamError(f"an evaluation compares at most {MOST_ADAPTERS} adapters, and {len(found)} are given")
+    cards = [read_card(trained.folder) for trained in found]
+    for trained, card in zip(found, cards, strict=True):
+        different = [field for field in SAME if getattr(card, field) != getattr(cards[0], field)]
+        if different:
+            raise FlapsamError(
+                f"{trained.folder}: its {different[0]} is not that of {found[0].folder}; evaluate them one at a time"
+            )
+    tree = _tree(found[0], cards[0])
+    nothing: dict[str, Any] = {"privacy": None, "secure": False, "personal": [], "site_ranks": {}, "notes": _notes(found)}
+    tree |= nothing | {"output": output, "rounds": {"count": 0, "min_sites": 1}, "compression": {"codec": "fp32"}}
+    tree["data"] = {**tree["data"], "sites": list(sites) if sites else None, "training_cases": None}
+    if evaluation:
+        tree["evaluation"] = evaluation.model_dump()
+    if checkpoint or found[0].checkpoint:
+        tree["backbone"] = {**tree["backbone"], "weights": checkpoint or found[0].checkpoint}
+    return as_federated(validated(tree, RunConfig, str(found[0].folder)), str(found[0].folder))
+
+
+def begin(paths: Sequence[Path], config: RunConfig) -> None:
+    """Begin an evaluation in its folder, unless it has begun, and keep the adapters' tensors there.
+
+    Args:
+        paths: folders of runs or adapters.
+        config: the evaluation's resolved configuration.
+
+    Raises:
+        FlapsamError: the folder holds another run, or an adapter cannot be read.
+    """
+    folder = RunFolder(config.output)
+    if folder.is_begun:
+        folder.resume(config)
+    else:
+        folder.begin(config)
+    for number, path in enumerate(paths, start=1):
+        target = _adapter(folder, number)
+        if not target.exists():
+            with written_whole(target) as temporary:
+                save_file(_shared(find_trained(path).folder), temporary)
+
+
+def adapters_of(folder: RunFolder) -> list[Path]:
+    """The files with the tensors of an evaluation's adapters, in their order."""
+    return sorted((folder.state / "adapters").glob("[0-9]*.safetensors"))
+
+
+def tensors_for(path: Path, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Read an adapter's tensors as the sites' network has them.
+
+    Args:
+        path: a file of ``adapters_of``.
+        start: the network's own tensors, which say the names and shapes.
+
+    Raises:
+        FlapsamError: the adapter lacks a tensor of the network.
+    """
+    tensors = load_file(path)
+    for name, tensor in start.items():
+        if name not in tensors or tensors[name].shape != tensor.shape:
+            raise FlapsamError(
+                f"{path}: the adapter does not fit the network of its description; {name} is missing or differs"
+            )
+    if extra := sorted(tensors.keys() - start.keys()):
+        raise FlapsamError(f"{path}: the adapter has {extra[0]}, which does not travel; name its run's folder")
+    return {name: tensors[name].float() for name in start}
+
+
+def names_of(config: RunConfig) -> list[str]:
+    """The names of an evaluation's adapters."""
+    return config.notes.removeprefix(NOTES).split(", ") if config.notes.startswith(NOTES) else []
+
+
+def _shared(folder: Path) -> dict[str, Tensor]:
+    """An adapter's tensors without those that each site has trained for itself, which are as they started."""
+    card, tensors = read_card(folder), read_tensors(folder)
+    chosen = strategy(card.strategy)
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if chosen.selects(name) or not any(fnmatchcase(name, pattern) for pattern in card.personal)
+    }
+
+
+NOTES = "Test of "
+
+
+def _notes(found: Sequence[Trained]) -> str:
+    return NOTES + ", ".join(_name(trained.folder) for trained in found)
+
+
+def _name(folder: Path) -> str:
+    """The name of an adapter's run, or that of the adapter's folder."""
+    folder = folder.resolve()
+    return (folder.parent if folder.name == "adapter" else folder).name.replace(",", "")
+
+
+def _adapter(folder: RunFolder, number: int) -> Path:
+    return folder.state / "adapters" / f"{number:06d}.safetensors"
+
+
+def _tree(trained: Trained, card: AdapterCard) -> dict[str, Any]:
+    if trained.run:
+        return trained.run.model_dump()
+    backbone = {"name": card.backbone.name, "pixels": card.backbone.pixels, "masks": card.backbone.masks}
+    return {
+        "preset": "paper",
+        "seed": card.backbone.seed,
+        "data": {"path": "/", "labels": card.labels},
+        "backbone": backbone,
+        "aggregator": "fedavg",
+        **{field: getattr(card, field) for field in ("samples", "strategy", "lora", "frozen")},
+    }

@@ -1,0 +1,53 @@
+"""Test a network on a case: segment the whole volume and score the label map."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flapsam.learning.inference import predict_volume
+from flapsam.learning.metrics import CaseScores, score_case
+from flapsam.run.config import RunConfig
+from flapsam.sam import Sam
+from flapsam.sites import Case, label_map
+from flapsam.sites.pairs import read_pair
+
+
+@dataclass(frozen=True)
+class Tested:
+    """A tested case."""
+
+    labels: NDArray[np.uint8]
+    """Predicted class indices on the image's own grid."""
+    scores: CaseScores
+
+
+def tested_case(network: Sam, case: Case, config: RunConfig) -> Tested:
+    """Segment a case as ``flapsam predict`` does, and score it.
+
+    Args:
+        network: the fused network.
+        case: the case.
+        config: the run's configuration.
+
+    Raises:
+        FlapsamError: the case cannot be read.
+    """
+    labels = label_map(config.data, case.site)
+    image, truth = read_pair(case, labels)
+    predicted = predict_volume(
+        network, image, config.samples, batch=config.inference_batch, precision=config.precision, site=case.site
+    ).labels
+    scores = score_case(
+        case.name,
+        case.site,
+        predicted,
+        truth.array,
+        image.spacing,
+        labels.classes,
+        labels.annotated,
+        config.absent_class,
+        config.evaluation,
+        case.subject,
+    )
+    return Tested(predicted, scores)
