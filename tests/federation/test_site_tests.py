@@ -11,7 +11,7 @@ from scipy.stats import beta
 
 from flapsam.base.errors import FlapsamError
 from flapsam.experiments.simulation import simulate
-from flapsam.federation.hospitals.aggregates import aggregated, pooled_dice
+from flapsam.federation.hospitals.aggregates import TestPatients, aggregated, interval_of, pooled_dice
 from flapsam.federation.hospitals.evaluation import begin, evaluation_of
 from flapsam.federation.hospitals.handshake import SiteFailed
 from flapsam.federation.hospitals.server_side import ServerSide
@@ -23,7 +23,7 @@ from flapsam.learning.metrics import CaseScores, summarise
 from flapsam.report.page import write_report
 from flapsam.report.site_tests import site_rows
 from flapsam.report.tables import site_tests_json
-from flapsam.run.config import RunConfig
+from flapsam.run.config import Evaluation, RunConfig
 from flapsam.run.folder import RunFolder
 from flapsam.run.ledger import SiteTested, read_ledger
 from flapsam.run.reading import read_config
@@ -31,6 +31,7 @@ from flapsam.run.site_scores import Figures
 from tests.helpers.sites import make_sites, write_run
 
 SITES = ("site_0", "site_1")
+PLAIN = Evaluation()
 
 
 def scores_of(dices: list[float | None], **more: Any) -> list[CaseScores]:
@@ -42,26 +43,97 @@ def scores_of(dices: list[float | None], **more: Any) -> list[CaseScores]:
 
 def test_nothing_is_told_about_fewer_patients_than_the_minimum():
     dices = [0.5, 0.6, 0.7, 0.8, None, None]
-    assert aggregated(scores_of([0.5, 0.6, 0.7, 0.8]), least=5) is None
-    told = aggregated(scores_of(dices), least=5)
+    assert aggregated(scores_of([0.5, 0.6, 0.7, 0.8]), 5, PLAIN) is None
+    told = aggregated(scores_of(dices), 5, PLAIN)
     # Six patients are enough, but only four of them have the class.
     assert told is not None and "dice" not in told.measures and told.mean is None
     assert told.measures["hd95"]["ball"].patients == 5
-    told = aggregated(scores_of(dices), least=4)
+    told = aggregated(scores_of(dices), 4, PLAIN)
     assert told is not None and told.measures["dice"]["ball"].mean == 0.65
 
 
+def two_classes(second: list[float | None], outcomes: list[str]) -> list[CaseScores]:
+    """Ten patients with class a, and the given scores of class b."""
+    return [
+        CaseScores(
+            f"case {n}",
+            "site",
+            {"a": 0.5 + 0.01 * n, "b": dice, "both": 0.6},
+            {"a": 1.0, "b": 1.0},
+            outcome={"a": "both", "b": outcome, "both": "both"},
+            regions=["both"],
+            means={"half": 0.5},
+        )
+        for n, (dice, outcome) in enumerate(zip(second, outcomes, strict=True))
+    ]
+
+
+RARE = Evaluation(regions={"both": ["a", "b"]}, means={"half": ["a", "b"]})
+FEW = {
+    "one patient has it": ([0.137, *[None] * 9], ["both", *["absent"] * 9]),
+    "one has it, and it counts as 1 elsewhere": ([0.137, *[1.0] * 9], ["both", *["absent"] * 9]),
+    "one has it, and it is predicted everywhere": ([0.74, *[0.0] * 9], ["both", *["spurious"] * 9]),
+    "an adapter that finds it in one patient alone": ([0.83, *[0.0] * 9], ["both", *["missed"] * 9]),
+}
+
+
+@pytest.mark.parametrize(("dices", "outcomes"), FEW.values(), ids=FEW)
+def test_a_class_of_few_patients_cannot_be_computed_from_what_is_told(dices: list, outcomes: list[str]):
+    """Neither it nor a region nor a mean of it is told, and the mean over the classes is that of the others."""
+    told = aggregated(two_classes(dices, outcomes), 5, RARE)
+    assert told is not None and told.mean is not None
+    assert {name for named in told.measures.values() for name in named} == {"a"}
+    assert (told.means, told.missed, told.spurious) == ({}, {"a": 0}, {"a": 0})
+    assert told.mean.mean == told.measures["dice"]["a"].mean == 0.545
+    # With enough of them, all is told.
+    told = aggregated(two_classes([0.5] * 10, ["both"] * 10), 5, RARE)
+    assert told is not None and set(told.measures["dice"]) == {"a", "b", "both"} and set(told.means) == {"half"}
+
+
+def test_the_difference_leaves_out_classes_that_either_adapter_finds_in_few():
+    before = two_classes([0.5] * 10, ["both"] * 10)
+    told = aggregated(two_classes([0.9, *[0.0] * 9], ["both", *["missed"] * 9]), 5, RARE, before)
+    assert told is not None and told.difference is not None and told.difference.mean == 0
+
+
+def test_cases_that_one_patient_misses_are_one_miss():
+    scores = [CaseScores(f"case {n}", "site", {"a": 0.0}, {}, outcome={"a": "missed"}, subject="one") for n in range(6)] + [
+        CaseScores(f"more {n}", "site", {"a": 0.5}, {}, outcome={"a": "both"}) for n in range(5)
+    ]
+    told = aggregated(scores, 5, PLAIN)
+    assert told is not None and told.missed == {"a": None}
+
+
+@pytest.mark.parametrize(
+    ("known", "present", "chosen"),
+    [
+        ("", "abcdef", "abcdef"),
+        ("abcdef", "abcdefg", "abcdef"),
+        ("abcdef", "abcdefgh", "abcdef"),
+        ("abcdef", "abcdefghi", "abcdefghi"),
+        ("abcdef", "abcde", None),
+        ("abcdef", "abc", "abc"),
+    ],
+)
+def test_test_patients_come_and_go_in_groups(known: str, present: str, chosen: str | None):
+    """The smallest group is three. A single patient who comes or goes could be computed from the two answers."""
+    found = TestPatients(frozenset(known)).chosen(list(present), 3)
+    assert found == (None if chosen is None else frozenset(chosen))
+
+
 def test_cases_of_one_patient_count_as_one():
-    assert aggregated(scores_of([0.5] * 6, subject="one"), least=2) is None
+    assert aggregated(scores_of([0.5] * 6, subject="one"), 2, PLAIN) is None
 
 
 def test_figures_match_values_by_hand():
-    """0.2 … 0.9 in steps of 0.1: mean 0.55, deviation √0.06 = 0.245, interval 0.55 ± 2.365 · 0.245 / √8."""
-    told = aggregated(scores_of([0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]), least=3)
+    """0.2 … 0.9 in steps of 0.1: mean 0.55, deviation √0.06 = 0.245. The interval takes 10 for the 8 patients:
+    0.55 ± 2.262 · 0.245 / √10."""
+    told = aggregated(scores_of([0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]), 3, PLAIN)
     assert told is not None
     figures = told.measures["dice"]["ball"]
     assert (figures.patients, figures.mean, figures.deviation) == (10, 0.55, 0.245)
-    assert (figures.low, figures.high) == (0.345, 0.755)
+    mean = interval_of(figures)
+    assert (mean.low, mean.high) == (pytest.approx(0.375, abs=1e-3), pytest.approx(0.725, abs=1e-3))
     # A quarter of eight patients is smaller than three.
     assert figures.quartiles is None
 
@@ -69,7 +141,7 @@ def test_figures_match_values_by_hand():
 def test_a_quartile_is_nobodys_score():
     """The weights of Harrell and Davis come from the beta distribution, and every patient has one."""
     values = np.sort(np.random.default_rng(0).uniform(0.2, 0.9, 20))
-    told = aggregated(scores_of(values.tolist()), least=5)
+    told = aggregated(scores_of(values.tolist()), 5, PLAIN)
     assert told is not None and told.measures["dice"]["ball"].quartiles is not None
     for share, value in zip((0.25, 0.5, 0.75), told.measures["dice"]["ball"].quartiles, strict=True):
         weights = np.diff(beta.cdf(np.arange(21) / 20, 21 * share, 21 * (1 - share)))
@@ -77,27 +149,28 @@ def test_a_quartile_is_nobodys_score():
         assert value == pytest.approx(float(weights @ values), abs=6e-4)
 
 
-@pytest.mark.parametrize(("missed", "told"), [(0, 0), (1, None), (4, None), (5, 5), (7, 7), (8, None), (12, 12)])
+@pytest.mark.parametrize(("missed", "told"), [(0, 0), (1, None), (4, None), (5, 5), (7, 5), (12, 10)])
 def test_a_small_number_of_missed_structures_is_not_told(missed: int, told: int | None):
+    """Numbers are rounded to multiples of 5."""
     outcomes = ["missed"] * missed + ["both"] * (12 - missed)
     scores = [
         CaseScores(str(n), "site", {"ball": 0.5}, {"ball": 1.0}, outcome={"ball": outcome})
         for n, outcome in enumerate(outcomes)
     ]
-    result = aggregated(scores, least=5)
+    result = aggregated(scores, 5, PLAIN)
     assert result is not None and result.missed == {"ball": told}
 
 
 def test_the_mean_over_the_sites_counts_each_by_its_patients():
     figures = {
-        "a": Figures(patients=10, mean=0.9, low=None, high=None, deviation=0.1),
-        "b": Figures(patients=30, mean=0.5, low=None, high=None, deviation=0.2),
+        "a": Figures(patients=10, mean=0.9, deviation=0.1),
+        "b": Figures(patients=30, mean=0.5, deviation=0.2),
         "c": None,
     }
     whole = pooled_dice(figures)
-    # √(10 · 0.01 + 30 · 0.04) / 40 · 1.96 = 0.056
+    # √(10 · 0.01 + 30 · 0.04) / 40 · t(38) = 0.0285 · 2.024 = 0.058
     assert whole is not None and (whole.value, whole.patients) == (pytest.approx(0.6), 40)
-    assert (whole.low, whole.high) == (pytest.approx(0.544, abs=1e-3), pytest.approx(0.656, abs=1e-3))
+    assert (whole.low, whole.high) == (pytest.approx(0.542, abs=1e-3), pytest.approx(0.658, abs=1e-3))
 
 
 @pytest.fixture
@@ -130,7 +203,7 @@ class Federation:
                 yield Answer(site, 0, fitted=side.fit(packets))
             elif work == "test":
                 self.answers.append(side.test(packets))
-                yield Answer(site, 0, tested=self.server.read_tested(self.answers[-1]))
+                yield Answer(site, 0, tested=self.server.read_tested(site, self.answers[-1]))
             else:
                 yield Answer(site, 0, scores=self.server.read_scores(side.validate(packets)))
 
@@ -213,6 +286,9 @@ INVALID = {
     "an unknown measure": b'{"cases": 5, "patients": 5, "measures": {"spy": {"ball": FIGURES}}, "mean": null}',
     "an unknown field": b'{"cases": 5, "patients": 5, "measures": {}, "mean": null, "case": "knee"}',
     "no number": b'{"cases": 5, "patients": 5, "measures": {"dice": {"ball": NAN}}, "mean": null}',
+    "a Dice above 1": b'{"cases": 5, "patients": 5, "measures": {}, "mean": {"patients": 5, "mean": 900, "deviation": 0}}',
+    "more cases than it has": b'{"cases": 9999, "patients": 5, "measures": {}, "mean": null}',
+    "more patients than cases": b'{"cases": 5, "patients": 5, "measures": {"dice": {"ball": MANY}}, "mean": null}',
     "a negative count": b'{"cases": -5, "patients": 5, "measures": {}, "mean": null}',
     "a fractional count": b'{"cases": 5.5, "patients": 5, "measures": {}, "mean": null}',
     "far too long": b" " * 2**21 + b'{"cases": 5, "patients": 5, "measures": {}, "mean": null}',
@@ -220,14 +296,20 @@ INVALID = {
 
 
 @pytest.mark.parametrize("answer", INVALID.values(), ids=INVALID)
-def test_a_server_does_not_take_test_scores_on_trust(answer: bytes, config: RunConfig):
-    figures = b'{"patients": 5, "mean": 0.5, "low": 0.4, "high": 0.6, "deviation": 0.1, "quartiles": null}'
+def test_a_server_does_not_take_test_scores_on_trust(answer: bytes, config: RunConfig, tmp_path: Path):
+    figures = b'{"patients": 5, "mean": 0.5, "deviation": 0.1, "quartiles": [0.4, 0.5, 0.6]}'
     RunFolder(config.output).begin(config)
     server = ServerSide(config.output)
+    server.admit("site_0", SiteSide("site_0", site_config(tmp_path, "site_0")).join(server.proposal))
     valid = b'{"cases": 5, "patients": 5, "measures": {"dice": {"ball": FIGURES}}, "mean": null}'
-    assert server.read_tested(valid.replace(b"FIGURES", figures)) is not None
+    assert server.read_tested("site_0", valid.replace(b"FIGURES", figures)) is not None
     with pytest.raises(ValueError, match=r"invalid|validation error"):
-        server.read_tested(answer.replace(b"FIGURES", figures).replace(b"NAN", figures.replace(b"0.5", b"NaN")))
+        server.read_tested(
+            "site_0",
+            answer.replace(b"FIGURES", figures)
+            .replace(b"NAN", figures.replace(b"0.5", b"NaN"))
+            .replace(b"MANY", figures.replace(b"5,", b"500,", 1)),
+        )
 
 
 @pytest.fixture
@@ -263,6 +345,7 @@ def test_an_evaluation_scores_adapters_and_their_differences_and_trains_nothing(
             assert change.mean == pytest.approx(dices[1][event.site] - dices[0][event.site], abs=6e-4)
     events = read_ledger(RunFolder(evaluation.output).ledger)
     assert {event.event for event in events} == {"site", "site_test", "end"}
+    assert "run 1" not in federation.server.proposal.decode()
     assert site_rows(events, ["one", "three"])[1][:2] == ["one", "site_0"]
     assert [entry["adapter"] for entry in site_tests_json(events, ["one", "three"])] == ["one", "three"]
     # A fit is refused, whoever asks for it.

@@ -38,6 +38,16 @@ def test_the_interval_of_the_mean_over_classes_is_that_of_the_patients_means():
     assert (mean.value, mean.low, mean.high) == pytest.approx((whole.value, whole.low, whole.high))
 
 
+def test_a_class_of_few_patients_makes_the_interval_wide():
+    """A class that one patient has adds an unknown amount, so there is no interval. With two, there is one degree of freedom."""
+    many = {str(number): 0.5 + 0.01 * number for number in range(20)}
+    alone, pair = mean_of([many, {"0": 0.2}], OWN), mean_of([many, {"0": 0.2, "1": 0.4}], OWN)
+    assert alone is not None and (alone.low, alone.high) == (None, None)
+    assert pair is not None and pair.low is not None and pair.high is not None
+    # Of the second class alone, the error is 0.1, of which half counts: 12.7 · 0.05 = 0.64.
+    assert pair.high - pair.low > 0.9
+
+
 def test_an_interval_ends_at_the_limits_and_needs_two_patients():
     assert mean_of([{"0": 1.0, "1": 0.7}], OWN) == Mean(0.85, 0.0, 1.0, 2, 2)
     assert mean_of([{"0": 0.5}], OWN) == Mean(0.5, None, None, 1, 1)

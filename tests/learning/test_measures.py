@@ -116,6 +116,17 @@ def test_whoever_misses_a_structure_gets_the_worst_value():
                 assert better >= worse if measure.more_is_better else better <= worse, (number, name)
 
 
+def test_a_single_slice_is_measured_in_2d():
+    """By hand: a square of 20 × 20 pixels of 1 mm that is shifted by 4 mm. In 3-D, all of it would be surface."""
+    truth, predicted = np.zeros((2, 40, 40, 1), bool)
+    truth[10:30, 10:30], predicted[14:34, 10:30] = True, True
+    spacing = (1.0, 1.0, 5.0)
+    assert measures.hd95(predicted, truth, spacing) == 4
+    distances = directed(predicted[..., 0], truth[..., 0], spacing[:2])
+    assert measures.surface_distance(predicted, truth, spacing) == pytest.approx(np.concatenate(distances).mean())
+    assert measures.surface_dice(predicted, truth, spacing, 4.5) == 1
+
+
 FLAMBY = Evaluation(
     regions={"kidney_and_tumour": ["kidney", "tumour"]},
     means={"FLamby": ["kidney_and_tumour", "tumour"], "paper": ["kidney", "tumour"]},
@@ -157,7 +168,7 @@ def test_each_class_has_its_own_tolerance():
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"regions": {"kidney": ["tumour"]}}, "evaluation.regions: kidney is the name of a class"),
+        ({"regions": {"kidney": ["tumour"]}}, "evaluation.regions: kidney is taken by a class"),
         ({"regions": {"all": ["kidney", "cyst"]}}, "evaluation.regions.all: cyst is not among the classes"),
         ({"lesions": ["cyst"]}, "evaluation.lesions: cyst is not among the classes and regions"),
         ({"means": {"FLamby": ["cyst"]}}, "evaluation.means.FLamby: cyst is not among"),

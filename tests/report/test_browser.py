@@ -83,7 +83,13 @@ def test_the_report_opens_from_disk(kind: str, browser: Browser, tmp_path: Path)
     )
     assert drawn > 10
     tables = read_tables(watched.page)
-    assert tables["gain-table"][-1] == ["all cases", "6", "0.760", "0.660", "+0.100 (+0.100 to +0.100)"]
+    assert tables["gain-table"][-1] == [
+        "all cases",
+        "6",
+        "0.760 (0.751 to 0.769)",
+        "0.660 (0.651 to 0.669)",
+        "+0.100 (+0.100 to +0.100)",
+    ]
     if kind == "hostile":
         assert watched.page.evaluate("document.querySelectorAll('script, img').length") == 0
         assert HOSTILE in watched.page.inner_text("body")

@@ -109,9 +109,9 @@ def evaluation_of(
 
     Args:
         trained: folder of the run or adapter.
-        tolerance: distance in mm that the surface Dice forgives; unchanged if None.
-        regions: regions as ``NAME=CLASS,CLASS``; unchanged if empty.
-        lesions: names of the classes and regions with separate parts; unchanged if empty.
+        tolerance: largest distance in mm between surfaces that counts as agreement; unchanged if None.
+        regions: further regions as ``NAME=CLASS,CLASS``.
+        lesions: further classes and regions with separate parts.
 
     Raises:
         FlapsamError: a region is not of this form, or there is no such adapter.
@@ -126,9 +126,9 @@ def evaluation_of(
         for region, (name, sign, parts) in zip(regions, pairs, strict=True):
             if not (name and sign and parts):
                 raise FlapsamError(f"--region {region}: write NAME=CLASS,CLASS, such as kidney_and_tumour=kidney,tumour")
-        tree["regions"] = {name: parts.split(",") for name, _, parts in pairs}
+        tree["regions"] = {**known.regions, **{name: parts.split(",") for name, _, parts in pairs}}
     if lesions:
-        tree["lesions"] = list(lesions)
+        tree["lesions"] = [*dict.fromkeys([*known.lesions, *lesions])]
     return validated(tree, Evaluation, "the evaluation")
 
 

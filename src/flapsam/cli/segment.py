@@ -126,7 +126,7 @@ def evaluate(
         typer.Option(help="Dice of a class that is in neither label map. By default as in the adapter's run, or none."),
     ] = None,
     tolerance: Annotated[
-        float | None, typer.Option(min=0, max=1000, help="Distance in mm that the surface Dice forgives.")
+        float | None, typer.Option(min=0, max=1000, help="Largest distance in mm between surfaces that counts as agreement.")
     ] = None,
     region: Annotated[
         list[str] | None,

@@ -1,6 +1,6 @@
 """Test a network on a case: segment the whole volume and score the label map."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,18 +22,19 @@ class Tested:
     scores: CaseScores
 
 
-def tested_case(network: Sam, case: Case, config: RunConfig) -> Tested:
+def tested_case(network: Sam, case: Case, config: RunConfig, *, ignores_unknown: bool = False) -> Tested:
     """Segment a case as ``flapsam predict`` does, and score it.
 
     Args:
         network: the fused network.
         case: the case.
         config: the run's configuration.
+        ignores_unknown: whether a label value that belongs to no class is left out of the scores, instead of an error.
 
     Raises:
         FlapsamError: the case cannot be read.
     """
-    labels = label_map(config.data, case.site)
+    labels = replace(label_map(config.data, case.site), ignores_unknown=ignores_unknown)
     image, truth = read_pair(case, labels)
     predicted = predict_volume(
         network, image, config.samples, batch=config.inference_batch, precision=config.precision, site=case.site

@@ -13,8 +13,9 @@ from flapsam.base.errors import FlapsamError
 from flapsam.base.files import make_folder, write_text
 from flapsam.base.version import __version__
 from flapsam.federation.hospitals.aggregates import pooled_dice
+from flapsam.federation.hospitals.evaluation import names_of
 from flapsam.federation.traffic import StrategyTraffic, full_packet_bytes, strategy_table
-from flapsam.learning.metrics import Mean, Summary, summarise
+from flapsam.learning.metrics import Summary, summarise
 from flapsam.report.cases import CaseKey, cases_of, read_volumes, subjects_of
 from flapsam.report.figures.attendance import attendance
 from flapsam.report.figures.cases import dice_per_case
@@ -28,7 +29,7 @@ from flapsam.report.figures.traffic import traffic
 from flapsam.report.own import own_adapters
 from flapsam.report.run import TITLES, Run, Series, read_run
 from flapsam.report.section import Block, CaseName, Section, Table
-from flapsam.report.site_tests import latest, mean_dices, site_tests
+from flapsam.report.site_tests import by_round, mean_dices, name_of, site_tests
 from flapsam.report.times import phase_times, site_times
 from flapsam.report.units import NONE, number, size
 from flapsam.run.config import SPLITS, RunConfig
@@ -90,7 +91,7 @@ def report_page(run: Run, *, images: bool = True, link: Link | None = None, obse
             modes_by_site(run.scores, subjects_of(cases)),
             own_adapters(run.events),
             all_measures(run.scores),
-            site_tests(run.events),
+            site_tests(run.events, names_of(run.config)),
             dice_per_case(run.scores, run.classes),
             dice_curves({mode: run.validation(mode) for mode in run.modes}),
             traffic(run.bytes_up, run.bytes_down, run.delivered, federated, _strategies(run.config, federated)),
@@ -196,15 +197,12 @@ def _tiles(run: Run, rounds: int) -> list[Tile]:
     for mode, summary in pooled.items():
         if summary:
             tiles.append(Tile(f"test Dice, {TITLES[mode]}", number(summary.mean_dice), _certainty(summary)))
-    for sites in list(latest(run.events).values())[-1:]:
+    tested = by_round(run.events)
+    for place, sites in tested.items():
         if whole := pooled_dice(mean_dices(sites)):
-            tiles.append(
-                Tile(
-                    "test Dice at the sites",
-                    number(whole.value),
-                    f"{whole.low:.3f} to {whole.high:.3f}, {whole.patients} patients",
-                )
-            )
+            several = f", {name_of(names_of(run.config), place)}" if len(tested) > 1 else ""
+            about = f"{whole.low:.3f} to {whole.high:.3f}, " if whole.low is not None and whole.high is not None else ""
+            tiles.append(Tile(f"test Dice at the sites{several}", number(whole.value), f"{about}{whole.patients} patients"))
     if not tiles:
         validated = run.validation("federated")
         last = [points[max(points)] for points in validated.values()]
@@ -227,11 +225,6 @@ def _tiles(run: Run, rounds: int) -> list[Tile]:
             Tile("traffic per site and round", size(run.travelled / fits), f"{ratio:,.1f} × less than full fine-tuning")
         )
     return tiles
-
-
-def _patients(mean: Mean) -> str:
-    """The 95 % interval of a mean Dice, and its number of patients."""
-    return f"{mean.low:.3f} to {mean.high:.3f}, {mean.patients} patients"
 
 
 def _certainty(summary: Summary) -> str:

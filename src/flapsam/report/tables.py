@@ -69,16 +69,16 @@ def dice_table(results: Results) -> Table:
             row.append(_gain(in_common.get(site), summaries["local"].get(site)))
         cells += row
         table.add_row(*map(as_text, row), style="bold" if site == "pooled" else None)
-    worst = {mode: worst_site(spread(scores)) for mode, scores in results.scores.items()}
-    notes = [f"{TITLES[mode]}: {sentence}" if len(worst) > 1 else sentence for mode, sentence in worst.items() if sentence]
-    table.caption = as_text(" ".join([_explained(rule, cells), *notes, few_patients(first["pooled"])]))
+    several = len(results.scores) > 1
+    notes = [worst_site(spread(scores), TITLES[mode] if several else "") for mode, scores in results.scores.items()]
+    table.caption = as_text(" ".join(filter(None, [_explained(rule, cells), *notes, few_patients(first["pooled"])])))
     return table
 
 
 def class_table(modes: Mapping[str, Summary]) -> Table:
     """All measures over all cases, with one row per mode and class or region."""
     table = Table(title="Test scores over all cases")
-    head, *rows = measure_rows(modes)
+    head, *rows = measure_rows(modes, intervals=False)
     for place, column in enumerate(head):
         table.add_column(as_text(column), justify="left" if place < 2 else "right")
     for row in rows:
@@ -164,11 +164,11 @@ def site_tests_tables(events: Sequence[Event], adapters: Sequence[str] = ()) -> 
 def site_tests_json(events: Sequence[Event], adapters: Sequence[str] = ()) -> list[dict[str, object]]:
     """The same scores for other programs: one entry per adapter, with the sites' scores and their mean Dice."""
     entries = []
-    for place, sites in enumerate(site_tests.latest(events).values()):
+    for place, sites in site_tests.by_round(events).items():
         whole = pooled_dice(site_tests.mean_dices(sites))
         entries.append(
             {
-                "adapter": adapters[place] if place < len(adapters) else str(place + 1),
+                "adapter": site_tests.name_of(adapters, place),
                 "sites": {site: scores.model_dump() if scores else None for site, scores in sites.items()},
                 "mean": asdict(whole) if whole else None,
             }

@@ -339,12 +339,13 @@ class Evaluation(StrictModel):
     """How label maps are scored, in a run's test, in ``flapsam evaluate`` and at hospitals."""
 
     tolerance: Tolerance | Named[Tolerance] = DEFAULT_TOLERANCE
-    """Distance in mm that the surface Dice forgives, or class or region → distance. Those that are not named have 2 mm. The
-    distance at which two readers differ is a good choice."""
+    """Largest distance in mm between surfaces that the surface Dice counts as agreement, or class or region → distance.
+    Those that are not named have 2 mm. A typical distance between two readers is a good choice."""
     regions: Named[Annotated[list[Name], Field(min_length=1)]] = {}
     """Region → classes whose union is scored beside the classes, such as ``kidney_and_tumour: [kidney, tumour]``."""
     lesions: list[Name] = []
-    """Classes and regions that may have several separate parts in a case. They also get an F1 of the parts found."""
+    """Classes and regions that may have several separate parts in a case. They also get a lesion-wise F1
+    score."""
     means: Named[Annotated[list[Name], Field(min_length=1)]] = {}
     """Name → classes and regions whose mean Dice in each case is shown under this name, such as ``FLamby:
     [kidney_and_tumour, tumour]``."""
@@ -362,11 +363,11 @@ class Evaluation(StrictModel):
         Raises:
             ValueError: a name is unknown, or taken.
         """
+        for field, names in {"regions": self.regions, "means": self.means}.items():
+            others = {MEAN, *classes, *(self.regions if field == "means" else ())}
+            if taken := [name for name in names if name in others]:
+                raise ValueError(f"evaluation.{field}: {taken[0]} is taken by a class, a region or the mean; choose another")
         for name, parts in self.regions.items():
-            if name in classes or name == MEAN:
-                raise ValueError(
-                    f"evaluation.regions: {name} is the name of a class or of the mean; give the region another"
-                )
             if unknown := [part for part in parts if part not in classes]:
                 raise ValueError(f"evaluation.regions.{name}: {unknown[0]} is not among the classes ({', '.join(classes)})")
         structures = [*classes, *self.regions]

@@ -1,4 +1,4 @@
-"""What a hospital tells about its test cases: numbers over many patients, and nothing about any one of them."""
+"""What a hospital tells about its test cases: summary figures, none over fewer patients than its minimum."""
 
 from collections.abc import Iterator
 from typing import Annotated
@@ -21,12 +21,9 @@ class Figures(BaseModel):
     """Number of patients behind it, rounded."""
     mean: Value
     """Mean over the cases."""
-    low: Value | None
-    """Lower end of the mean's 95 % interval; None with fewer than two patients, as ``high`` is."""
-    high: Value | None
-    deviation: Value
-    """Standard deviation over the patients."""
-    quartiles: tuple[Value, Value, Value] | None = None
+    deviation: Value | None
+    """Standard deviation over the patients; None with a single patient."""
+    quartiles: Annotated[list[Value], Field(min_length=3, max_length=3)] | None = None
     """Quartiles over the patients, each a weighted mean of all values (Harrell & Davis 1982); None for few patients."""
 
 
@@ -37,9 +34,8 @@ class Differences(BaseModel):
 
     patients: Count
     mean: Change
-    low: Change | None
-    """Lower end of the 95 % interval; None with fewer than two patients, as ``high`` is."""
-    high: Change | None
+    deviation: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None
+    """Standard deviation over the patients; None with a single patient."""
 
 
 class SiteScores(BaseModel):
@@ -57,7 +53,7 @@ class SiteScores(BaseModel):
     means: Named[Figures] = {}
     """Name of a mean → its Dice."""
     missed: Named[Count | None] = {}
-    """Class or region → number of cases in which the prediction lacks it; None if it is too small to be told."""
+    """Class or region → rounded number of patients in whom the prediction lacks it; None if it is too small to be told."""
     spurious: Named[Count | None] = {}
     difference: Differences | None = None
     """Difference from the first adapter of an evaluation of several."""

@@ -19,9 +19,9 @@ def refusals(config: RunConfig, site: SiteConfig) -> Iterator[tuple[str, str]]:
     Yields:
         For each bound that the run exceeds, a code of ``REASONS`` and a sentence for the site's own log.
     """
-    # An evaluation trains nothing and sends nothing but figures over patients.
+    # An evaluation trains nothing, and nothing leaves but figures over patients.
     trains = config.rounds.count > 0
-    if trains and config.strategy not in site.strategies:
+    if config.strategy not in site.strategies:
         yield "strategy", f"the run's strategy is {config.strategy}, this site's strategies are {', '.join(site.strategies)}"
     if trains and site.aggregators is not None and config.aggregator not in site.aggregators:
         allowed = ", ".join(site.aggregators)
@@ -43,6 +43,11 @@ def refusals(config: RunConfig, site: SiteConfig) -> Iterator[tuple[str, str]]:
 def _ranges(config: RunConfig, site: SiteConfig) -> Iterator[tuple[str, float, float, float]]:
     """Name, value and range of everything that has bounds."""
     training, bounds = config.training, site.bounds
+    yield "lora.rank", config.lora.rank, 1, bounds.max_rank
+    yield "samples.size", config.samples.size or 1, 1, bounds.max_size
+    yield "number of classes", len(config.data.classes), 1, bounds.max_classes
+    if config.rounds.count == 0:
+        return
     below_one = 1 - 1e-6
     yield "training.epochs", training.epochs, 1, bounds.max_epochs
     yield "rounds.last_epochs", config.rounds.last_epochs, 0, bounds.max_epochs
@@ -58,9 +63,6 @@ def _ranges(config: RunConfig, site: SiteConfig) -> Iterator[tuple[str, float, f
     if config.privacy:
         yield "privacy.windows", config.privacy.windows, 1, bounds.max_batch_size
         yield "privacy.sampling", config.privacy.sampling, bounds.min_sampling, 1
-    yield "lora.rank", config.lora.rank, 1, bounds.max_rank
-    yield "samples.size", config.samples.size or 1, 1, bounds.max_size
-    yield "number of classes", len(config.data.classes), 1, bounds.max_classes
 
 
 def cases_used(cases: Sequence[PreparedCase], options: Training, rounds: Rounds) -> int:

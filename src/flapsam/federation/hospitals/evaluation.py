@@ -13,7 +13,8 @@ from flapsam.adapters.trained import Trained, find_trained
 from flapsam.base.errors import FlapsamError
 from flapsam.base.files import written_whole
 from flapsam.federation.hospitals.run_config import as_federated
-from flapsam.run.config import Checkpoint, Evaluation, RunConfig
+from flapsam.federation.packets import checksum
+from flapsam.run.config import Checkpoint, Rounds, RunConfig
 from flapsam.run.folder import RunFolder
 from flapsam.run.reading import validated
 from flapsam.sam import strategy
@@ -29,7 +30,6 @@ def evaluation_of(
     output: Path,
     sites: Sequence[str] | None = None,
     checkpoint: Checkpoint | None = None,
-    evaluation: Evaluation | None = None,
 ) -> RunConfig:
     """The configuration of an evaluation.
 
@@ -38,7 +38,6 @@ def evaluation_of(
         output: folder for the evaluation.
         sites: the sites to ask; all if None.
         checkpoint: the backbone's checkpoint, if it is not where the first adapter's run found it.
-        evaluation: how label maps are scored; as in the first adapter's run if None.
 
     Raises:
         FlapsamError: an adapter cannot be read, or they are not adapters of the same network.
@@ -48,17 +47,16 @@ def evaluation_of(
         raise FlapsamError(f"an evaluation compares at most {MOST_ADAPTERS} adapters, and {len(found)} are given")
     cards = [read_card(trained.folder) for trained in found]
     for trained, card in zip(found, cards, strict=True):
-        different = [field for field in SAME if getattr(card, field) != getattr(cards[0], field)]
+        different = [field for field in SAME if _field(card, field) != _field(cards[0], field)]
         if different:
             raise FlapsamError(
                 f"{trained.folder}: its {different[0]} is not that of {found[0].folder}; evaluate them one at a time"
             )
     tree = _tree(found[0], cards[0])
     nothing: dict[str, Any] = {"privacy": None, "secure": False, "personal": [], "site_ranks": {}, "notes": _notes(found)}
-    tree |= nothing | {"output": output, "rounds": {"count": 0, "min_sites": 1}, "compression": {"codec": "fp32"}}
+    rounds = {"count": 0, "min_sites": 1, "deadline": (found[0].run.rounds if found[0].run else Rounds()).deadline}
+    tree |= nothing | {"output": output, "rounds": rounds, "compression": {"codec": "fp32"}}
     tree["data"] = {**tree["data"], "sites": list(sites) if sites else None, "training_cases": None}
-    if evaluation:
-        tree["evaluation"] = evaluation.model_dump()
     if checkpoint or found[0].checkpoint:
         tree["backbone"] = {**tree["backbone"], "weights": checkpoint or found[0].checkpoint}
     return as_federated(validated(tree, RunConfig, str(found[0].folder)), str(found[0].folder))
@@ -80,10 +78,12 @@ def begin(paths: Sequence[Path], config: RunConfig) -> None:
     else:
         folder.begin(config)
     for number, path in enumerate(paths, start=1):
-        target = _adapter(folder, number)
+        target, tensors = _adapter(folder, number), _shared(find_trained(path).folder)
         if not target.exists():
             with written_whole(target) as temporary:
-                save_file(_shared(find_trained(path).folder), temporary)
+                save_file(tensors, temporary)
+        elif checksum(load_file(target)) != checksum(tensors):
+            raise FlapsamError(f"{config.output}: holds the evaluation of another adapter {number}; choose another output")
 
 
 def adapters_of(folder: RunFolder) -> list[Path]:
@@ -131,8 +131,16 @@ def _shared(folder: Path) -> dict[str, Tensor]:
 NOTES = "Test of "
 
 
+def _field(card: AdapterCard, name: str) -> Any:
+    """What a card says of the network. The seed has no part in it, because all that starts at random is replaced."""
+    value = getattr(card, name)
+    return value.model_dump(exclude={"seed"}) if name == "backbone" else value
+
+
 def _notes(found: Sequence[Trained]) -> str:
-    return NOTES + ", ".join(_name(trained.folder) for trained in found)
+    names = [_name(trained.folder) for trained in found]
+    repeated = len(set(names)) < len(names)
+    return NOTES + ", ".join(f"{number} {name}" if repeated else name for number, name in enumerate(names, start=1))
 
 
 def _name(folder: Path) -> str:

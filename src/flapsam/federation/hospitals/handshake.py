@@ -39,7 +39,7 @@ LIMIT = 1 << 20
 """Maximum size of a message in bytes."""
 MOST_CASES, MOST_SLICES = 10**7, 10**10
 """Largest numbers of cases and slices that a site may claim to have."""
-LOCAL = ("output", "device", "threads", "bench")
+LOCAL = ("output", "device", "threads", "bench", "notes")
 """Fields of a run that each participant sets for itself. They are never sent."""
 LOCAL_DATA = ("path", "layout", "table", "simulated_sites", "sites", "unseen", "training_cases")
 """Fields of ``data`` that each participant sets for itself. They are never sent either."""

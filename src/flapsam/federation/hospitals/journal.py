@@ -42,7 +42,8 @@ class Journal:
                 self._count(entry)
         except (ValueError, LookupError, TypeError, OSError) as error:
             raise FlapsamError(
-                f"{path}: cannot read this journal; move it elsewhere, then max_rounds starts at 0. Keep privacy.jsonl"
+                f"{path}: cannot read this journal; move it elsewhere, then max_rounds and max_tests start at 0. Keep "
+                "privacy.jsonl"
             ) from error
 
     def write(self, what: str, run: str, **fields: Any) -> None:
@@ -60,9 +61,15 @@ class Journal:
         make_folder(self.path.parent)
         try:
             with self.path.open("ab") as file:
-                file.write(json.dumps(entry).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+                size = file.tell()
+                try:
+                    file.write(json.dumps(entry).encode() + b"\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                except OSError:
+                    # A part of a line would make the file unreadable.
+                    os.truncate(self.path, size)
+                    raise
         except OSError as error:
             raise FlapsamError(f"{self.path}: cannot be written ({error.strerror or error})") from error
         self._count(entry)

@@ -141,7 +141,8 @@ class ServerSide:
             collector=collector_of(self.run, self.config, state, shares),
             first_range=first_range(self.config),
         )
-        if event := false_sites_borne(self.config, sum(shares[site] > 0 for site in self.held), options.min_sites):
+        count = sum(shares[site] > 0 for site in self.held)
+        if options.count and (event := false_sites_borne(self.config, count, options.min_sites)):
             self.ledger.write(event)
         self.agreement = self.server.agreement = self.agreement.without_start()
 
@@ -164,20 +165,37 @@ class ServerSide:
         except (ValueError, RecursionError):
             return None
 
-    def read_tested(self, answer: bytes) -> SiteScores | None:
+    def read_tested(self, site: str, answer: bytes) -> SiteScores | None:
         """Read a site's test scores from JSON. None if the site tells none.
 
         Raises:
-            ValueError: the JSON is invalid, or names what is not scored in this run.
+            ValueError: the JSON is invalid, or its scores cannot be those of the site.
         """
         if not answer:
             return None
         scores = SiteScores.model_validate_json(answer, strict=True) if len(answer) <= LIMIT else None
-        evaluation, classes = self.config.evaluation, self.config.data.classes
-        known = {*classes, *evaluation.regions, *evaluation.means}
-        if scores is None or not set(scores.names()) <= known or not scores.measures.keys() <= MEASURES.keys():
+        if scores is None or not self._may_be(site, scores):
             raise ValueError("its test scores are invalid")
         return scores
+
+    def _may_be(self, site: str, scores: SiteScores) -> bool:
+        """Whether scores are of what the run scores, possible, and over no more cases than the site said that it has."""
+        evaluation, classes = self.config.evaluation, self.config.data.classes
+        known = {*classes, *evaluation.regions, *evaluation.means}
+        if not (set(scores.names()) <= known and scores.measures.keys() <= MEASURES.keys()):
+            return False
+        shares = [*scores.means.values(), *([scores.mean] if scores.mean else [])]
+        highest = [(figures, 1.0) for figures in shares]
+        for measure, named in scores.measures.items():
+            highest += [(figures, MEASURES[measure].highest) for figures in named.values()]
+        counts = [figures.patients for figures, _ in highest]
+        counts += [count for count in (*scores.missed.values(), *scores.spurious.values()) if count is not None]
+        most = self.present[site].cases["test"] if site in self.present else 0
+        return (
+            scores.patients <= scores.cases <= most
+            and max(counts, default=0) <= scores.patients
+            and all(value <= limit for figures, limit in highest for value in (figures.mean, *(figures.quartiles or [])))
+        )
 
     def train(self, carry: Carry, stopped: Callable[[], bool]) -> bool:
         """Run the remaining rounds, deliver the result to the sites and write the adapter.
@@ -201,20 +219,26 @@ class ServerSide:
         card = card_of(self.run, TOGETHER.mode, self.server.rounds_done, self._with_modalities(), self.origin)
         folder = self.folder.adapter(TOGETHER)
         save_adapter(folder, card, {**self.agreement.personal, **self.server.tensors})
-        test(self.server, TOGETHER, carry, self._record)
-        write_model_card(folder, card, TOGETHER, self.ledger.events())
         if has_own_adapters(self.config):
             keep_own(self.server, TOGETHER, carry, self._record)
+        test(self.server, TOGETHER, carry, self._record)
+        write_model_card(folder, card, TOGETHER, self.ledger.events())
         self.ledger.write(RunEnded())
         return True
 
     def _evaluate(self, carry: Carry) -> bool:
-        """Have the sites test the adapters of an evaluation, one after another."""
+        """Have the sites test the adapters of an evaluation, one after another.
+
+        Raises:
+            FlapsamError: no site has answered.
+        """
         for number, path in enumerate(adapters_of(self.folder), start=1):
             if number > self.server.rounds_done:
                 self.server.place(tensors_for(path, self.server.tensors))
             if number == self.server.rounds_done:
                 test(self.server, TOGETHER, carry, self._record)
+        if not any(isinstance(event, SiteTested) for event in self.ledger.events()):
+            raise FlapsamError("no site has tested an adapter; see the ledger for the reasons")
         self.ledger.write(RunEnded())
         return True
 

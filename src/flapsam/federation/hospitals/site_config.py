@@ -161,6 +161,11 @@ class SiteConfig(StrictModel):
         return self.state / "split.json"
 
     @property
+    def tested(self) -> Path:
+        """The patients whose cases the site has scored for others."""
+        return self.state / "test_patients.json"
+
+    @property
     def lock(self) -> Path:
         """File that the site's fit process keeps locked while it runs."""
         return self.state / "lock"

@@ -14,7 +14,7 @@ from flapsam.base.errors import FlapsamError
 from flapsam.base.files import write_text
 from flapsam.base.version import __version__
 from flapsam.federation.client import Client, ClientData, Disclosure
-from flapsam.federation.hospitals.aggregates import aggregated
+from flapsam.federation.hospitals.aggregates import TestPatients, aggregated
 from flapsam.federation.hospitals.bounds import cases_used, refusals, steps_of
 from flapsam.federation.hospitals.evaluation import MOST_ADAPTERS
 from flapsam.federation.hospitals.handshake import Presence, Proposal, SiteFailed, read_message, version_in
@@ -46,7 +46,7 @@ from flapsam.run.reading import validated
 from flapsam.run.site_scores import SiteScores
 from flapsam.sam import Sam, fuse, tensors_of
 from flapsam.sam.checkpoints import find_checkpoint
-from flapsam.sites import hold_out_validation, read_site
+from flapsam.sites import Case, hold_out_validation, read_site
 
 if TYPE_CHECKING:
     from flapsam.federation.secure_aggregation.member import Member
@@ -151,8 +151,9 @@ class SiteSide:
             backbone=self.origin.checksum,
             modalities=self.config.samples.modalities,
             cases={split: rounded(len(site.of(split))) if told else 0 for split in ("train", "val", "test")},
-            training_cases=rounded(size.cases) if told else 1,
-            training_slices=rounded(size.slices) if told else 1,
+            # A site with test cases alone takes part in evaluations.
+            training_cases=max(rounded(size.cases), 1) if told else 1,
+            training_slices=max(rounded(size.slices), 1) if told else 1,
             held=held,
         )
         answer = presence.model_dump_json().encode()
@@ -275,21 +276,40 @@ class SiteSide:
             self._refuse([("rounds", f"the server asks for test scores of more than {MOST_ADAPTERS} adapters in one run")])
 
     def _tested(self, held: int, tensors: str) -> SiteScores | None:
-        """Score all test cases, keep the scores, and aggregate them."""
+        """Score the test cases, keep the scores, and aggregate them. None if nothing may be told."""
+        cases, least = self._test_cases(), self.site.min_test_patients
+        if not cases:
+            return None
         network = fuse(deepcopy(self.network))
         scores = []
-        for case in self.cases:
-            scores.append(tested_case(network, case, self.config).scores)
-            log.info("tested case %s of %d", len(scores), len(self.cases))
+        for case in cases:
+            try:
+                # A failure would tell the server what a label map contains.
+                scores.append(tested_case(network, case, self.config, ignores_unknown=True).scores)
+            except FlapsamError as error:
+                log.error("no test scores leave: %s", error)
+                return None
+            log.info("tested case %d of %d", len(scores), len(cases))
         folder = self.folder / "tests"
         # Those of the first adapter, if the server has several tested.
-        earlier = sorted(folder.glob("*.json"))[:1] if self.config.rounds.count == 0 and held > 1 else []
-        before = [CaseScores(**score) for path in earlier for score in json.loads(path.read_text())]
+        first = sorted(folder.glob("000001-*.json"))[:1] if self.config.rounds.count == 0 and held > 1 else []
+        before = [CaseScores(**score) for path in first for score in json.loads(path.read_text())]
         write_text(folder / f"{held:06d}-{tensors}.json", json.dumps([asdict(score) for score in scores], indent=1))
-        told = aggregated(scores, self.site.min_test_patients, before)
+        told = aggregated(scores, least, self.config.evaluation, before)
         if told is None:
-            log.info("no test scores leave, because there are fewer than %d test patients", self.site.min_test_patients)
+            log.info("no test scores leave, because there are fewer than %d test patients", least)
         return told
+
+    def _test_cases(self) -> list[Case]:
+        """The cases to score: those of the patients that were scored before, and of new ones once they are enough."""
+        path, least = self.site.tested, self.site.min_test_patients
+        known = TestPatients(frozenset(json.loads(path.read_text())) if path.exists() else frozenset())
+        patients = known.chosen({case.subject for case in self.cases}, least)
+        if patients is None:
+            log.error("no test scores leave, because fewer than %d patients of %s are gone; restore them", least, path)
+            return []
+        write_text(path, json.dumps(sorted(patients)))
+        return [case for case in self.cases if case.subject in patients]
 
     def _keep_own(self, packets: Iterable[bytes]) -> None:
         """Choose and save the adapter, unless it was chosen after the same packets before."""

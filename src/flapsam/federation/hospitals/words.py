@@ -18,7 +18,7 @@ def in_words(config: RunConfig, site: SiteConfig) -> list[str]:
     """
     training, rounds = config.training, config.rounds
     if rounds.count == 0:
-        figures = f"figures over at least {site.min_test_patients} test patients" if site.metrics else "no scores"
+        figures = f"figures over {site.min_test_patients} or more test patients" if site.metrics else "no scores"
         return [
             f"Score finished adapters of {config.backbone.name} on this site's test cases. Nothing is trained.",
             f"Leaves this site: {figures}, and the numbers of cases and slices, rounded.",
@@ -38,10 +38,12 @@ def in_words(config: RunConfig, site: SiteConfig) -> list[str]:
         left += "; losses, validation Dice, steps and times"
         least = site.min_test_patients
         own.append(
-            f"At the end, score the adapter on the test cases. Figures over at least {least} patients leave this site."
+            f"At the end, score the adapter on the test cases. Figures over {least} or more patients leave this site."
         )
     if config.secure:
-        own.append("Mask what leaves, so that the server learns only the sum with the other sites' (secure aggregation).")
+        own.append(
+            "Mask the trained tensors, so that the server learns only the sum with the other sites' (secure aggregation)."
+        )
     if privacy := config.privacy:
         own.append(
             f"Add enough noise that the run reveals at most ε = {privacy.epsilon:g} about any patient of this site, with "

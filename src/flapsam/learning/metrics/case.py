@@ -91,7 +91,7 @@ def score_case(
         predicted: predicted class indices.
         truth: true class indices. Voxels with −100 are left out, as if they were in neither; any other value counts as no
             class.
-        spacing: voxel spacing in mm; without it, there is nothing but Dice.
+        spacing: voxel spacing in mm; without it, there are no measures of surfaces.
         classes: names of the classes 1, 2, …
         annotated: indices of the classes that the site annotates; all if None. A region needs all of its classes.
         absent: Dice and surface Dice of a class that is in neither ``predicted`` nor ``truth``: none, or one.
@@ -111,7 +111,7 @@ def score_case(
         if annotated is None or set(indices) <= set(annotated):
             masks = np.isin(predicted, indices) & known, np.isin(truth, indices)
             outcome[name] = _outcome(*masks)
-            found["dice"] = measures.dice(*masks)
+            found["dice"], found["volume_error"] = measures.dice(*masks), measures.volume_error(*masks)
             if spacing is not None:
                 found |= _in_space(*masks, spacing, evaluation.tolerance_of(name))
             if name in evaluation.lesions:
@@ -188,10 +188,9 @@ def _outcome(predicted: NDArray[np.bool_], truth: NDArray[np.bool_]) -> str:
 def _in_space(
     predicted: NDArray[np.bool_], truth: NDArray[np.bool_], spacing: Sequence[float], tolerance: float
 ) -> dict[str, float | None]:
-    """Measure → value, for the measures other than Dice that every structure gets."""
+    """Measure → value, for the measures of surfaces."""
     return {
         "surface_dice": measures.surface_dice(predicted, truth, spacing, tolerance),
         "hd95": measures.hd95(predicted, truth, spacing),
         "surface_distance": measures.surface_distance(predicted, truth, spacing),
-        "volume_error": measures.volume_error(predicted, truth),
     }

@@ -18,7 +18,7 @@ class Mean:
 
     value: float
     low: float | None
-    """Lower end of the interval; None with fewer than two patients, as ``high`` is."""
+    """Lower end of the interval; None if a class has fewer than two patients, as ``high`` is."""
     high: float | None
     cases: int
     """Number of cases that have a value."""
@@ -48,13 +48,29 @@ def mean_of(
     mean = math.fsum(means) / len(means)
     # What a patient adds to the difference from the mean. The sum over all patients is 0.
     shares = {patients[case]: 0.0 for cases in values for case in cases}
+    fewest = len(shares)
     for cases, centre in zip(values, means, strict=True):
+        count = len({patients[case] for case in cases})
+        fewest = min(fewest, count)
+        scale = math.sqrt(count / max(count - 1, 1)) / len(cases) / len(means)
         for case, value in cases.items():
-            shares[patients[case]] += (value - centre) / len(cases) / len(means)
-    count = len(shares)
+            shares[patients[case]] += scale * (value - centre)
     low = high = None
-    if count > 1:
-        error = math.sqrt(count / (count - 1)) * float(np.linalg.norm(list(shares.values())))
-        reach = float(stdtrit(count - 1, (1 + LEVEL) / 2)) * error
-        low, high = max(lowest, mean - reach), min(highest, mean + reach)
-    return Mean(mean, low, high, len({case for cases in values for case in cases}), count)
+    if fewest > 1:
+        # As few degrees of freedom as the class in the fewest patients has.
+        low, high = t_interval(mean, float(np.linalg.norm(list(shares.values()))), fewest - 1, highest, lowest)
+    return Mean(mean, low, high, len({case for cases in values for case in cases}), len(shares))
+
+
+def t_interval(mean: float, error: float, freedom: int, highest: float = 1.0, lowest: float = 0.0) -> tuple[float, float]:
+    """The 95 % interval of Student's t.
+
+    Args:
+        mean: the mean.
+        error: its standard error.
+        freedom: degrees of freedom, at least 1.
+        highest: largest possible value, at which the interval is cut.
+        lowest: smallest possible value.
+    """
+    reach = float(stdtrit(freedom, (1 + LEVEL) / 2)) * error
+    return max(lowest, mean - reach), min(highest, mean + reach)

@@ -60,17 +60,17 @@ _ALL = (
         1,
         math.inf,
         False,
-        "95th percentile of the distances from one surface to the other, the larger of both directions; the image's "
+        "95th percentile of the distances from one surface to the other, the larger of the two directions; the image's "
         "diagonal where one is empty",
     ),
     Measure(
         "surface_distance",
-        "mean surface distance",
+        "ASSD",
         "mm",
         2,
         math.inf,
         False,
-        "mean of the distances from each surface to the other; the image's diagonal where one is empty",
+        "average symmetric surface distance, over all voxels of both surfaces; the image's diagonal where one is empty",
     ),
     Measure(
         "volume_error", "volume error", "", 3, 1, False, "difference of the volumes over their sum; 1 where one is empty"
@@ -177,10 +177,18 @@ def _labelled(mask: Mask, touching: NDArray) -> tuple[NDArray, int]:
 def _of_surfaces(
     function: Callable[..., Any], predicted: Mask, truth: Mask, spacing: Sequence[float], **options: Any
 ) -> float:
-    """A function of MONAI on the smallest box around both masks. Beyond the image's border there is background."""
+    """A function of MONAI on the smallest box around both masks. Beyond the image's border there is background.
+
+    An image of one slice is 2-D. In 3-D, all its voxels would belong to the surface.
+    """
     # torch takes seconds to import, and most commands and a federation's processes do not need it.
     import torch
 
+    deep = [axis for axis, count in enumerate(truth.shape) if count > 1]
+    if len(deep) == 2:
+        flat = tuple(axis for axis in range(truth.ndim) if axis not in deep)
+        predicted, truth = predicted.squeeze(flat), truth.squeeze(flat)
+        spacing = [spacing[axis] for axis in deep]
     box = _box(predicted | truth)
     pair = [torch.from_numpy(np.pad(mask[box], 1))[None, None].float() for mask in (predicted, truth)]
     with warnings.catch_warnings():

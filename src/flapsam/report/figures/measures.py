@@ -15,16 +15,15 @@ def all_measures(scores: Scores) -> Section | None:
     summaries = {TITLES[mode]: summarise(cases) for mode, cases in scores.items() if cases}
     if not summaries:
         return None
-    worst = {TITLES[mode]: worst_site(spread(cases)) for mode, cases in scores.items()}
-    several = len(worst) > 1
-    told = [
-        f"{mode[0].upper()}{mode[1:]}: {sentence}" if several else sentence for mode, sentence in worst.items() if sentence
-    ]
+    several = len(summaries) > 1
+    told = [worst_site(spread(cases), TITLES[mode] if several else "") for mode, cases in scores.items()]
     first = next(iter(summaries.values()))
     head, *rows = measure_rows(summaries)
     return Section(
         "measures",
         "Test scores",
         " ".join(filter(None, [*told, few_patients(first), *rules(list(summaries.values()))])),
-        tables=[Table("measures-table", "All measures over all test cases", head, rows, text_columns=2, opened=True)],
+        tables=[
+            Table("measures-table", "All measures over all test cases", head, rows, text_columns=2, opened=True),
+        ],
     )

@@ -271,7 +271,7 @@ class FlapsamController(Controller):
 def _tested(server: ServerSide, site: str, content: bytes, down: int) -> Answer:
     """A site's test scores."""
     try:
-        return Answer(site, down, tested=server.read_tested(content))
+        return Answer(site, down, tested=server.read_tested(site, content))
     except ValueError:
         return Answer(site, down, missing="its test scores are invalid")
 

@@ -345,7 +345,8 @@ def run(
     if unknown:
         sites = ", ".join(coordinator.card.sites)
         raise FlapsamError(f"data.sites: unknown site '{unknown[0]}'; the sites of this federation are {sites}")
-    check_borne(config, len(config.data.sites or coordinator.card.sites))
+    if config.rounds.count:
+        check_borne(config, len(config.data.sites or coordinator.card.sites))
     if from_round is not None:
         folder = RunFolder(config.output)
         folder.resume(config)
