@@ -83,7 +83,7 @@ def test_a_class_in_neither_label_map_has_no_dice(tmp_path: Path, card: str):
     assert shown(scores)[-1] == ["all cases", "3", "3", "0.667", "1.000 n=1", "0.833"]
     ones = evaluate(tmp_path / "predicted", tmp_path / "truth", run, absent="one")
     assert [score.dice["tumour"] for score in ones] == [1.0, 1.0, 1.0]
-    assert "has the Dice 1 there" in as_json_of(ones)["absent"]
+    assert "has a Dice of 1 there" in as_json_of(ones)["absent"]
 
 
 def test_the_rule_of_the_run_is_the_default(tmp_path: Path, card: str):

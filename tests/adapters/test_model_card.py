@@ -44,7 +44,7 @@ def test_a_federated_card_covers_every_site(card: AdapterCard):
     text = "\n".join(lines)
     assert "Means that leave cases out: all sites, tumour: 5 of 7.\n" in text
     # These events are those of an earlier version.
-    assert "neither the truth nor the prediction of a case has the Dice 1 there" in text
+    assert "neither the truth nor the prediction of a case has a Dice of 1 there" in text
     assert "It was trained by federated learning across 2 sites" in text
     assert "Scores are uncertain at sites with fewer than 5 test cases: south." in text
     assert "The mean Dice of tumour is only 0.400." in text

@@ -39,7 +39,7 @@ def test_the_interval_of_the_mean_over_classes_is_that_of_the_patients_means():
 
 
 def test_a_class_of_few_patients_makes_the_interval_wide():
-    """A class that one patient has adds an unknown amount, so there is no interval. With two, there is one degree of freedom."""
+    """What a class of one patient adds is unknown, so there is no interval. With two, there is one degree of freedom."""
     many = {str(number): 0.5 + 0.01 * number for number in range(20)}
     alone, pair = mean_of([many, {"0": 0.2}], OWN), mean_of([many, {"0": 0.2, "1": 0.4}], OWN)
     assert alone is not None and (alone.low, alone.high) == (None, None)

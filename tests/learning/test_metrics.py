@@ -139,7 +139,7 @@ def test_means_say_over_how_many_cases_they_are():
 def test_the_rule_for_absent_classes_is_named():
     none, one = CaseScores("1", "x", {}, {}, "none"), CaseScores("2", "x", {}, {}, "one")
     assert "has no Dice there" in rule_for_absent([none])
-    assert "has the Dice 1 there" in rule_for_absent([one])
+    assert "has a Dice of 1 there" in rule_for_absent([one])
     assert "as in earlier versions" in rule_for_absent([none, one])
     # Results of earlier versions do not say it.
     assert CaseScores("1", "x", {}, {}).absent == "one"

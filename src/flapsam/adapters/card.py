@@ -114,8 +114,8 @@ def _evaluated(scores: Sequence[CaseScores], told: dict[str, SiteScores]) -> str
         )
     if told:
         return (
-            "The sites scored the adapter on their own test cases after the last round. Only figures over many patients "
-            "left them. A dash marks a score that a site did not tell."
+            "The sites scored the adapter on their own test cases after the last round. Only summary figures left "
+            "them. A dash marks a score that a site did not tell."
         )
     return (
         "This adapter has not been scored on test cases. The cases stayed at their sites, where `flapsam predict` and "

@@ -169,7 +169,7 @@ def evaluate(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Have the sites score adapters on their own test cases. Only figures over many patients leave a site.
+    """Have the sites score adapters on their own test cases. Only summary figures leave a site.
 
     Use it on the server's machine.
     """

@@ -132,6 +132,8 @@ class RowSummary:
     """Class → number of cases, summed over the seeds, in which the prediction lacks it."""
     spurious: dict[str, int] = field(default_factory=dict)
     """Class → number of cases in which the prediction alone has it."""
+    counts_missed: bool = True
+    """Whether all cells say what was missed. Cells of earlier versions do not, and leave it out of the mean distance."""
     spread: Spread | None = None
     """The best and the worst site."""
     absent: str = ""
@@ -196,6 +198,7 @@ class Bench:
             },
             missed={name: sum(summary.missed.get(name, 0) for summary in summaries) for name in classes},
             spurious={name: sum(summary.spurious.get(name, 0) for summary in summaries) for name in classes},
+            counts_missed=all(score.outcome for result in seen for score in result.scores),
             spread=spread_of(_by_site(seen)),
             absent=rule_for_absent(score for result in (*seen, *unseen) for score in result.scores),
         )

@@ -12,6 +12,7 @@ from flapsam.base.escaping import csv_cell, markdown
 from flapsam.base.files import write_text
 from flapsam.experiments.bench import Bench, RowSummary
 from flapsam.learning.metrics import MEASURES, Mean
+from flapsam.report.measured import EARLIER
 from flapsam.report.tables import as_text
 from flapsam.report.units import NONE, interval, number, p_value
 
@@ -27,13 +28,15 @@ def write_tables(bench: Bench) -> None:
     measured = [row for row in rows if row.measures]
     if measured:
         parts.append(_markdown([_measures(row, bench.classes) for row in measured]))
+    if any(row.done and not row.counts_missed for row in rows):
+        parts.append(EARLIER)
     rules = dict.fromkeys(row.absent for row in rows if row.done)
     parts += [
         f"{rule} The column `cases` counts the cases of all seeds, and those with a Dice for a class." for rule in rules
     ]
     if any(row.p is not None for row in rows):
         parts.append(
-            "The column `p (Holm)` is Wilcoxon's signed-rank test of the difference to the first row, over patients, "
+            "The column `p (Holm)` is Wilcoxon's signed-rank test of the difference from the first row, over patients, "
             "corrected for the number of rows. Intervals are not corrected."
         )
     write_text(bench.folder / "bench.md", "\n\n".join(parts) + "\n")
@@ -108,7 +111,8 @@ def _measures(row: RowSummary, classes: Sequence[str]) -> dict[str, str]:
     for name in classes:
         for measure, values in row.measures.items():
             line[f"{MEASURES[measure].head}, {name}"] = number(values.get(name), MEASURES[measure].digits)
-        line[f"missed, {name}"], line[f"spurious, {name}"] = str(row.missed[name]), str(row.spurious[name])
+        for what, counts in (("missed", row.missed), ("spurious", row.spurious)):
+            line[f"{what}, {name}"] = str(counts[name]) if row.counts_missed else NONE
     return line
 
 

@@ -1,4 +1,4 @@
-"""Test scores of a site as they may leave it: figures over many patients."""
+"""Test scores of a site as they may leave it: summary figures over its patients."""
 
 import math
 from collections import defaultdict

@@ -127,18 +127,19 @@ def few_patients(summary: Summary) -> str:
     """A sentence that warns of few patients. Empty if there are enough."""
     if summary.patients >= FEW:
         return ""
-    return f"Only {summary.patients} patients: small differences may be chance, and other patients may score otherwise."
+    count = "patient" if summary.patients == 1 else "patients"
+    return f"Only {summary.patients} {count}: small differences may be chance, and others may give other scores."
 
 
 def rule_for_absent(scores: Iterable[CaseScores]) -> str:
     """A sentence that names the Dice of classes that are in neither the truth nor the prediction of a case."""
     rules = {score.absent for score in scores}
     if rules == {"one"}:
-        return "A class that is in neither the truth nor the prediction of a case has the Dice 1 there."
+        return "A class that is in neither the truth nor the prediction of a case has a Dice of 1 there."
     if rules <= {"none"}:
         return "A class that is in neither the truth nor the prediction of a case has no Dice there, and means leave it out."
     return (
-        "Where a class is in neither the truth nor the prediction, some cases have the Dice 1, as in earlier versions, and "
+        "Where a class is in neither the truth nor the prediction, some cases have a Dice of 1, as in earlier versions, and "
         "others have none."
     )
 
