@@ -279,4 +279,4 @@ def test_the_reference_shows_the_defaults_of_the_presets(site: Path):
     (row,) = re.findall(
         r"<tr>\s*<td><code>training.batch_size</code></td>(.*?)</tr>", (site / "configuration.html").read_text(), re.S
     )
-    assert re.findall(r"<td><code>(.*?)</code></td>", row) == ["3", "12"]
+    assert re.findall(r"<td><code>(.*?)</code></td>", row) == ["3", "12", "12"]

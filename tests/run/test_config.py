@@ -75,7 +75,7 @@ def test_fields_are_set_from_the_command_line(tmp_path: Path):
 WRONG = {
     "unknown key": (MINIMAL + "traning: {}\n", [], "unknown key 'traning'; remove it or correct its spelling"),
     "unknown inner key": (MINIMAL + "training: {lr: 1}\n", [], "unknown key 'training.lr'"),
-    "unknown preset": (MINIMAL + "preset: best\n", [], "preset: there is no 'best'; choose paper or fast"),
+    "unknown preset": (MINIMAL + "preset: best\n", [], "preset: there is no 'best'; choose paper or fast or private"),
     "a preset that is no name": (MINIMAL + "preset: [fast]\n", [], "preset: there is no '['fast']'"),
     "a group that is none": (MINIMAL + "training: 3\n", [], "'training'"),
     "missing": ("seed: 1\n", [], "'data' is missing"),

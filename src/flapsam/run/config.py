@@ -405,7 +405,7 @@ class RunConfig(StrictModel):
     format: Literal[1] = CONFIG_FORMAT
     """Format number of this configuration."""
     preset: str = "fast"
-    """Set of values for the fields that are not given: ``paper`` or ``fast``."""
+    """Set of values for the fields that are not given: ``paper``, ``fast``, or ``private`` for differential privacy."""
     seed: int = 0
     """Seed for every random choice."""
     data: Data

@@ -2,32 +2,42 @@
 
 ``paper`` has the values of arXiv 2407.21739 and its published code, which are also the fields' own defaults. ``fast``
 reached the same Dice in the shortest time that we measured. ``benchmarks/results/training.md`` has the measurement of each
-value, and ``real_sam.md`` and ``lgg_federating.md`` beside it that of ``lora.projections``.
+value, and ``real_sam.md`` and ``lgg_federating.md`` beside it that of ``lora.projections``. ``private`` is ``fast`` with
+differential privacy, in few steps and with few trained parameters; ``benchmarks/results/private.md`` has its measurement.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
+_FAST: Mapping[str, Any] = {
+    "samples": {"channels": "adjacent"},
+    "backbone": {"masks": "warm"},
+    "lora": {"projections": ["q", "k", "v", "out"]},
+    "training": {
+        "window": 1,
+        "batch_size": 12,
+        "empty_slices": 0.25,
+        "augment": "gentle",
+        "learning_rate": 2e-3,
+        "warmup_steps": 20,
+        "schedule_epochs": None,
+        "schedule_power": 1.0,
+        "foreground_weight": 10.0,
+    },
+    "rounds": {"count": 20},
+    "aggregator": "flexlora-aligned",
+    "compression": {"codec": "steps"},
+}
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "paper": {},
-    "fast": {
-        "samples": {"channels": "adjacent"},
-        "backbone": {"masks": "warm"},
-        "lora": {"projections": ["q", "k", "v", "out"]},
-        "training": {
-            "window": 1,
-            "batch_size": 12,
-            "empty_slices": 0.25,
-            "augment": "gentle",
-            "learning_rate": 2e-3,
-            "warmup_steps": 20,
-            "schedule_epochs": None,
-            "schedule_power": 1.0,
-            "foreground_weight": 10.0,
-        },
-        "rounds": {"count": 20},
-        "aggregator": "flexlora-aligned",
-        "compression": {"codec": "steps"},
+    "fast": _FAST,
+    "private": {
+        **_FAST,
+        "lora": {**_FAST["lora"], "rank": 4},
+        "training": {**_FAST["training"], "learning_rate": 8e-3, "warmup_steps": 5},
+        "rounds": {"count": 10, "steps": 10, "weights": "uniform"},
+        "aggregator": "ffa-lora",
+        "privacy": {"windows": 2},
     },
 }
 """Preset → field, or group of fields → field → value."""
