@@ -298,10 +298,11 @@ def test_check_finds_no_problem_at_a_site_that_is_ready(hospitals: Hospitals, tm
     assert all(finding["fine"] for finding in findings)
     assert [finding["what"] for finding in findings] == [
         *("certificate", "network", "data", "disk", "run"),
-        *["asks"] * 4,
+        *["asks"] * 5,
         "memory",
     ]
-    assert "Leaves this site in each round" in findings[8]["about"]
+    assert "Figures over 1 or more patients leave this site" in findings[8]["about"]
+    assert "Leaves this site in each round" in findings[9]["about"]
 
 
 def test_a_certificate_from_another_federation_is_refused(hospitals: Hospitals, tmp_path: Path):
