@@ -90,6 +90,13 @@ def test_a_class_of_few_patients_cannot_be_computed_from_what_is_told(dices: lis
     assert told is not None and set(told.measures["dice"]) == {"a", "b", "both"} and set(told.means) == {"half"}
 
 
+def test_a_class_that_nobody_has_tells_nothing_whatever_the_rule():
+    """With a Dice of 1 where it is absent, the mean would be 1 − k/n for k patients with a spurious one."""
+    told = aggregated(two_classes([0.0, *[1.0] * 9], ["spurious", *["absent"] * 9]), 5, RARE)
+    assert told is not None and "b" not in told.measures["dice"] and "b" not in told.spurious
+    assert told.mean is not None and told.mean.mean == 0.545
+
+
 def test_the_difference_leaves_out_classes_that_either_adapter_finds_in_few():
     before = two_classes([0.5] * 10, ["both"] * 10)
     told = aggregated(two_classes([0.9, *[0.0] * 9], ["both", *["missed"] * 9]), 5, RARE, before)

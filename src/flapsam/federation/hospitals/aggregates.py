@@ -11,7 +11,7 @@ from scipy.stats.mstats import hdquantiles
 
 from flapsam.federation.shares import rounded
 from flapsam.learning.metrics import MEASURES, CaseScores, Mean, mean_of, summarise
-from flapsam.learning.metrics.case import BOTH, MISSED, SPURIOUS
+from flapsam.learning.metrics.case import ABSENT, BOTH, MISSED, SPURIOUS
 from flapsam.learning.metrics.interval import t_interval
 from flapsam.run.config import Evaluation
 from flapsam.run.site_scores import Differences, Figures, SiteScores
@@ -40,7 +40,7 @@ def aggregated(
         return None
     told = _told(scores, least, evaluation)
     # Means over the classes leave out those of which nothing is told.
-    scores = [_of_classes(score, told) for score in scores]
+    scores = [_of_classes(score, told, evaluation) for score in scores]
     summary = summarise(scores)
     cases = {str(place): score for place, score in enumerate(scores)}
     measures: dict[str, dict[str, Figures]] = defaultdict(dict)
@@ -124,17 +124,30 @@ class TestPatients:
 def _told(scores: Sequence[CaseScores], least: int, evaluation: Evaluation) -> set[str]:
     """Classes, regions and means of which something may be told."""
     names = list(dict.fromkeys(name for score in scores for name in score.dice))
-    few = {name for name in names if 0 < len(_patients(scores, name, (BOTH, MISSED))) < least}
-    few |= {name for name in names if 0 < len(_patients(scores, name, (BOTH,))) < least}
+    # Those that have it, those in whom it was found, and those that have a score for it.
+    groups = ((BOTH, MISSED), (BOTH,), (BOTH, MISSED, SPURIOUS))
+    few = {name for name in names for group in groups if 0 < len(_patients(scores, name, group)) < least}
     few |= {name for name, parts in evaluation.regions.items() if few & set(parts)}
     few |= {name for name, parts in evaluation.means.items() if few & set(parts)}
     return {*names, *evaluation.means} - few
 
 
-def _of_classes(score: CaseScores, told: set[str]) -> CaseScores:
-    """The scores of a case without the classes of which nothing is told."""
-    measures = {name: {part: value for part, value in score.values(name).items() if part in told} for name in MEASURES}
-    return replace(score, **measures)
+def _of_classes(score: CaseScores, told: set[str], evaluation: Evaluation) -> CaseScores:
+    """The scores of a case without the classes of which nothing is told.
+
+    A class that is in neither label map has no score here, whatever the run's rule. As a 1, it would tell how many patients
+    have the class.
+    """
+    shown = {name for name in told if score.outcome.get(name) != ABSENT}
+    measures = {
+        name: {part: value if part in shown else None for part, value in score.values(name).items() if part in told}
+        for name in MEASURES
+    }
+    means: dict[str, float | None] = {}
+    for name, parts in evaluation.means.items():
+        present = [value for part in parts if (value := measures["dice"].get(part)) is not None]
+        means[name] = math.fsum(present) / len(present) if present else None
+    return replace(score, means=means, **measures)
 
 
 def _patients(scores: Sequence[CaseScores], name: str, outcomes: Collection[str]) -> set[str]:
@@ -184,10 +197,10 @@ def _difference(
 ) -> Differences | None:
     """Mean difference of the cases' mean Dice over the classes of which both adapters' scores may be told."""
     told = told & _told(before, least, evaluation)
-    earlier = {score.case: _of_classes(score, told).mean_dice for score in before}
+    earlier = {score.case: _of_classes(score, told, evaluation).mean_dice for score in before}
     values, patients = {}, {}
     for score in scores:
-        one, other = _of_classes(score, told).mean_dice, earlier.get(score.case)
+        one, other = _of_classes(score, told, evaluation).mean_dice, earlier.get(score.case)
         if one is not None and other is not None:
             values[score.case], patients[score.case] = one - other, score.patient
     mean = mean_of([values], patients, lowest=-1.0) if values else None
