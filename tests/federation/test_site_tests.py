@@ -11,7 +11,7 @@ from scipy.stats import beta
 
 from flapsam.base.errors import FlapsamError
 from flapsam.experiments.simulation import simulate
-from flapsam.federation.hospitals.aggregates import TestPatients, aggregated, interval_of, pooled_dice
+from flapsam.federation.hospitals.aggregates import aggregated, interval_of, pooled_dice, unchanged
 from flapsam.federation.hospitals.evaluation import begin, evaluation_of
 from flapsam.federation.hospitals.handshake import SiteFailed
 from flapsam.federation.hospitals.server_side import ServerSide
@@ -90,6 +90,35 @@ def test_a_class_of_few_patients_cannot_be_computed_from_what_is_told(dices: lis
     assert told is not None and set(told.measures["dice"]) == {"a", "b", "both"} and set(told.means) == {"half"}
 
 
+def test_a_class_that_a_few_lack_does_not_show_their_other_scores():
+    """With a mean over the classes of each case, 2n·M − n·A − (n − 1)·B would be the Dice of A in the one who lacks B."""
+    told = aggregated(two_classes([None, *[0.7] * 9], ["absent", *["both"] * 9]), 5, RARE)
+    assert told is not None and told.mean is not None
+    assert (told.means, told.mean.deviation) == ({}, None)
+    assert told.mean.mean == pytest.approx((0.545 + 0.7) / 2, abs=1e-3)
+    before = two_classes([0.5] * 10, ["both"] * 10)
+    told = aggregated(two_classes([None, *[0.7] * 9], ["absent", *["both"] * 9]), 5, RARE, before)
+    assert told is not None and told.difference is None
+
+
+def test_a_patient_with_many_cases_counts_once():
+    many = [CaseScores(f"{n}", "site", {"a": 0.2}, {}, outcome={"a": "both"}, subject="one") for n in range(56)]
+    others = [CaseScores(f"more {n}", "site", {"a": 0.9}, {}, outcome={"a": "both"}) for n in range(4)]
+    told = aggregated([*many, *others], 5, PLAIN)
+    assert told is not None and told.measures["dice"]["a"].mean == 0.76
+
+
+def test_a_run_with_other_label_values_gets_no_scores(config: RunConfig, tmp_path: Path):
+    RunFolder(config.output).begin(config)
+    Federation(config, tmp_path).train()
+    data = config.data.model_copy(update={"labels": {"ball": [1, 2]}})
+    other = config.model_copy(update={"output": tmp_path / "other", "data": data})
+    RunFolder(other.output).begin(other)
+    federation = Federation(other, tmp_path)
+    federation.train()
+    assert federation.answers == [b"", b""]
+
+
 def test_a_class_that_nobody_has_tells_nothing_whatever_the_rule():
     """With a Dice of 1 where it is absent, the mean would be 1 − k/n for k patients with a spurious one."""
     told = aggregated(two_classes([0.0, *[1.0] * 9], ["spurious", *["absent"] * 9]), 5, RARE)
@@ -124,8 +153,17 @@ def test_cases_that_one_patient_misses_are_one_miss():
 )
 def test_test_patients_come_and_go_in_groups(known: str, present: str, chosen: str | None):
     """The smallest group is three. A single patient who comes or goes could be computed from the two answers."""
-    found = TestPatients(frozenset(known)).chosen(list(present), 3)
-    assert found == (None if chosen is None else frozenset(chosen))
+    before, now = ([(name, f"case {name}", "0") for name in names] for names in (known, present))
+    found = unchanged(before, now, 3)
+    assert found == (None if chosen is None else {(name, f"case {name}", "0") for name in chosen})
+
+
+def test_neither_a_new_case_nor_a_changed_label_map_of_a_known_patient_is_scored_alone():
+    known = [(name, f"case {name}", "0") for name in "abcdef"]
+    assert unchanged(known, [*known, ("a", "follow-up", "0")], 3) == set(known)
+    assert unchanged(known, [*known[1:], ("a", "case a", "1")], 3) is None
+    several = [(name, "follow-up", "0") for name in "abc"]
+    assert unchanged(known, [*known, *several], 3) == {*known, *several}
 
 
 def test_cases_of_one_patient_count_as_one():

@@ -20,7 +20,7 @@ class Figures(BaseModel):
     patients: Count
     """Number of patients behind it, rounded."""
     mean: Value
-    """Mean over the cases."""
+    """Mean over the patients."""
     deviation: Value | None
     """Standard deviation over the patients; None with a single patient."""
     quartiles: Annotated[list[Value], Field(min_length=3, max_length=3)] | None = None

@@ -3,14 +3,15 @@
 import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import median_low
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats.mstats import hdquantiles
 
 from flapsam.federation.shares import rounded
-from flapsam.learning.metrics import MEASURES, CaseScores, Mean, mean_of, summarise
+from flapsam.learning.metrics import MEASURES, CaseScores, Mean
 from flapsam.learning.metrics.case import ABSENT, BOTH, MISSED, SPURIOUS
 from flapsam.learning.metrics.interval import t_interval
 from flapsam.run.config import Evaluation
@@ -41,27 +42,23 @@ def aggregated(
     told = _told(scores, least, evaluation)
     # Means over the classes leave out those of which nothing is told.
     scores = [_of_classes(score, told, evaluation) for score in scores]
-    summary = summarise(scores)
-    cases = {str(place): score for place, score in enumerate(scores)}
+    structures = [name for name in dict.fromkeys(name for score in scores for name in score.dice) if name in told]
     measures: dict[str, dict[str, Figures]] = defaultdict(dict)
-    for measure, named in summary.measures.items():
-        for name, mean in named.items():
-            values = {place: score.values(measure).get(name) for place, score in cases.items()}
-            if name in told and (figures := _figures(mean, values, cases, MEASURES[measure].digits, least)):
-                measures[measure][name] = figures
-    digits = MEASURES["dice"].digits
-    dices = {place: score.mean_dice for place, score in cases.items()}
-    means: dict[str, Figures] = {}
-    for name, mean in summary.means.items():
-        values = {place: score.means.get(name) for place, score in cases.items()}
-        if name in told and (figures := _figures(mean, values, cases, digits, least)):
+    for name in structures:
+        for measure in MEASURES.values():
+            values = _by_patient(scores, [score.values(measure.name).get(name) for score in scores])
+            if figures := _figures(values, measure.digits, least):
+                measures[measure.name][name] = figures
+    digits, means = MEASURES["dice"].digits, {}
+    for name, parts in evaluation.means.items():
+        values = _by_patient(scores, [score.means.get(name) for score in scores])
+        if name in told and _alike(scores, parts, least) and (figures := _figures(values, digits, least)):
             means[name] = figures
-    structures = [name for name in summary.dice if name in told]
     return SiteScores(
         cases=rounded(len(scores)),
-        patients=rounded(summary.patients),
+        patients=rounded(len({score.patient for score in scores})),
         measures=dict(measures),
-        mean=_figures(summary.mean, dices, cases, digits, least),
+        mean=_mean_over_classes(scores, least),
         means=means,
         missed={name: _count(scores, name, (MISSED,), (BOTH, MISSED), least) for name in structures},
         spurious={name: _count(scores, name, (SPURIOUS,), (BOTH, MISSED, SPURIOUS), least) for name in structures},
@@ -99,26 +96,29 @@ def interval_of(figures: Figures | Differences, highest: float = 1.0, lowest: fl
     return Mean(figures.mean, low, high, figures.patients, figures.patients)
 
 
-@dataclass(frozen=True)
-class TestPatients:
-    """The patients whose cases a site scores. They change only in groups, so that two runs do not show a single one."""
+TestCase = tuple[str, str, str]
+"""Subject, name and checksum of the label map of a test case."""
 
-    known: frozenset[str]
-    """Patients that were scored before; empty before the first time."""
 
-    def chosen(self, present: Collection[str], least: int) -> frozenset[str] | None:
-        """The patients to score now; None if so few have gone that nothing may be told.
+def unchanged(known: Collection[TestCase], present: Collection[TestCase], least: int) -> set[TestCase] | None:
+    """The cases to score: those that were scored before, and new ones once they are of enough patients.
 
-        Args:
-            present: the test patients that the site has now.
-            least: size of the smallest group of patients that may come or go.
-        """
-        new, gone = set(present) - self.known, self.known - set(present)
-        if not self.known:
-            return frozenset(present)
-        if gone and len(gone) < least:
-            return None
-        return frozenset(present) if len(new) >= least else frozenset(set(present) - new)
+    Otherwise, the answers of two runs would show the score of a patient who has come or gone, or of a case.
+
+    Args:
+        known: the cases that were scored before; empty before the first time.
+        present: the test cases that the site has now.
+        least: number of patients below which cases may neither come nor go.
+
+    Returns:
+        The cases, or None if cases of so few patients have gone or changed that nothing may be told.
+    """
+    new, gone = set(present) - set(known), set(known) - set(present)
+    if not known:
+        return set(present)
+    if gone and len({subject for subject, *_ in gone}) < least:
+        return None
+    return set(present) if len({subject for subject, *_ in new}) >= least else set(present) - new
 
 
 def _told(scores: Sequence[CaseScores], least: int, evaluation: Evaluation) -> set[str]:
@@ -165,31 +165,66 @@ def _count(
     return None if small or len(whole) < least else rounded(len(found))
 
 
-def _figures(
-    mean: Mean | None, values: Mapping[str, float | None], cases: Mapping[str, CaseScores], digits: int, least: int
-) -> Figures | None:
+def _by_patient(scores: Sequence[CaseScores], values: Sequence[float | None]) -> NDArray[np.float64]:
+    """The mean of each patient's values, for the patients with any."""
+    own: dict[str, list[float]] = defaultdict(list)
+    for score, value in zip(scores, values, strict=True):
+        if value is not None and not math.isnan(value):
+            own[score.patient].append(value)
+    return np.array([math.fsum(found) / len(found) for found in own.values()])
+
+
+def _alike(scores: Sequence[CaseScores], parts: Sequence[str], least: int, before: Sequence[CaseScores] = ()) -> bool:
+    """Whether the same classes have a score in all cases, or else in those of enough patients.
+
+    A mean over the classes that a case has would show the scores of the few patients who lack one.
+    """
+    earlier = {score.case: score for score in before}
+    patients: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    for score in scores:
+        both = [score, earlier[score.case]] if score.case in earlier else [score]
+        have = tuple(f"{place} {name}" for place, one in enumerate(both) for name in parts if one.dice.get(name) is not None)
+        patients[have].add(score.patient)
+    return all(len(found) >= least for have, found in patients.items() if have)
+
+
+def _figures(values: NDArray[np.float64], digits: int, least: int) -> Figures | None:
     """Figures of a measure; None if too few patients stand behind it.
 
     Args:
-        mean: the mean over the cases.
-        values: case → value.
-        cases: case → its scores.
+        values: the patients' values.
         digits: number of digits after the decimal point that are told.
         least: number of patients below which nothing is told.
     """
-    if mean is None or mean.patients < least:
+    if len(values) < least:
         return None
-    by_patient: dict[str, list[float]] = defaultdict(list)
-    for place, value in values.items():
-        if value is not None and not math.isnan(value):
-            by_patient[cases[place].patient].append(value)
-    own = np.array([math.fsum(found) / len(found) for found in by_patient.values()])
     quartiles = None
-    if len(own) >= QUARTERS * least:
+    if len(values) >= QUARTERS * least:
         # An ordinary quartile is the value of one patient, or lies between those of two.
-        quartiles = [round(float(value), digits) for value in hdquantiles(own, (0.25, 0.5, 0.75))]
-    deviation = round(float(own.std(ddof=1)), digits) if len(own) > 1 else None
-    return Figures(patients=rounded(len(own)), mean=round(mean.value, digits), deviation=deviation, quartiles=quartiles)
+        quartiles = [round(float(value), digits) for value in hdquantiles(values, (0.25, 0.5, 0.75))]
+    return Figures(
+        patients=rounded(len(values)),
+        mean=round(float(values.mean()), digits),
+        deviation=_deviation(values, digits),
+        quartiles=quartiles,
+    )
+
+
+def _mean_over_classes(scores: Sequence[CaseScores], least: int) -> Figures | None:
+    """The mean of the classes' mean Dices. Its deviation is told only if it shows nothing of the few who lack a class."""
+    classes = list(dict.fromkeys(name for score in scores for name in score.classes))
+    of_classes = [_by_patient(scores, [score.dice.get(name) for score in scores]) for name in classes]
+    means = [float(values.mean()) for values in of_classes if len(values) >= least]
+    whole = _by_patient(scores, [score.mean_dice for score in scores])
+    if not means or len(whole) < least:
+        return None
+    digits = MEASURES["dice"].digits
+    deviation = _deviation(whole, digits) if _alike(scores, classes, least) else None
+    return Figures(patients=rounded(len(whole)), mean=round(math.fsum(means) / len(means), digits), deviation=deviation)
+
+
+def _deviation(values: NDArray[np.float64], digits: int) -> float | None:
+    return round(float(values.std(ddof=1)), digits) if len(values) > 1 else None
 
 
 def _difference(
@@ -197,18 +232,15 @@ def _difference(
 ) -> Differences | None:
     """Mean difference of the cases' mean Dice over the classes of which both adapters' scores may be told."""
     told = told & _told(before, least, evaluation)
-    earlier = {score.case: _of_classes(score, told, evaluation).mean_dice for score in before}
-    values, patients = {}, {}
-    for score in scores:
-        one, other = _of_classes(score, told, evaluation).mean_dice, earlier.get(score.case)
-        if one is not None and other is not None:
-            values[score.case], patients[score.case] = one - other, score.patient
-    mean = mean_of([values], patients, lowest=-1.0) if values else None
-    if mean is None or mean.patients < least:
+    before = [_of_classes(score, told, evaluation) for score in before]
+    scores = [_of_classes(score, told, evaluation) for score in scores]
+    classes = list(dict.fromkeys(name for score in scores for name in score.classes))
+    earlier = {score.case: score.mean_dice for score in before}
+    changes = [
+        None if score.mean_dice is None or (old := earlier.get(score.case)) is None else score.mean_dice - old
+        for score in scores
+    ]
+    values = _by_patient(scores, changes)
+    if len(values) < least or not _alike(scores, classes, least, before):
         return None
-    own: dict[str, list[float]] = defaultdict(list)
-    for case, value in values.items():
-        own[patients[case]].append(value)
-    by_patient = [float(np.mean(found)) for found in own.values()]
-    deviation = round(float(np.std(by_patient, ddof=1)), 3) if len(own) > 1 else None
-    return Differences(patients=rounded(mean.patients), mean=round(mean.value, 3), deviation=deviation)
+    return Differences(patients=rounded(len(values)), mean=round(float(values.mean()), 3), deviation=_deviation(values, 3))

@@ -189,12 +189,17 @@ class ServerSide:
         for measure, named in scores.measures.items():
             highest += [(figures, MEASURES[measure].highest) for figures in named.values()]
         counts = [figures.patients for figures, _ in highest]
+        counts += [scores.difference.patients] if scores.difference else []
         counts += [count for count in (*scores.missed.values(), *scores.spurious.values()) if count is not None]
         most = self.present[site].cases["test"] if site in self.present else 0
         return (
             scores.patients <= scores.cases <= most
             and max(counts, default=0) <= scores.patients
-            and all(value <= limit for figures, limit in highest for value in (figures.mean, *(figures.quartiles or [])))
+            and all(
+                value <= limit
+                for figures, limit in highest
+                for value in (figures.mean, figures.deviation or 0.0, *(figures.quartiles or []))
+            )
         )
 
     def train(self, carry: Carry, stopped: Callable[[], bool]) -> bool:

@@ -162,8 +162,8 @@ class SiteConfig(StrictModel):
 
     @property
     def tested(self) -> Path:
-        """The patients whose cases the site has scored for others."""
-        return self.state / "test_patients.json"
+        """The cases that the site has scored for others, and their label values."""
+        return self.state / "test_cases.json"
 
     @property
     def lock(self) -> Path:

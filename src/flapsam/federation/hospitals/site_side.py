@@ -14,7 +14,7 @@ from flapsam.base.errors import FlapsamError
 from flapsam.base.files import write_text
 from flapsam.base.version import __version__
 from flapsam.federation.client import Client, ClientData, Disclosure
-from flapsam.federation.hospitals.aggregates import TestPatients, aggregated
+from flapsam.federation.hospitals.aggregates import aggregated, unchanged
 from flapsam.federation.hospitals.bounds import cases_used, refusals, steps_of
 from flapsam.federation.hospitals.evaluation import MOST_ADAPTERS
 from flapsam.federation.hospitals.handshake import Presence, Proposal, SiteFailed, read_message, version_in
@@ -41,7 +41,7 @@ from flapsam.federation.state import ClientState
 from flapsam.learning.metrics import CaseScores
 from flapsam.learning.private import by_patient
 from flapsam.learning.testing import tested_case
-from flapsam.run.config import RANDOM, RunConfig
+from flapsam.run.config import RANDOM, RunConfig, as_values
 from flapsam.run.reading import validated
 from flapsam.run.site_scores import SiteScores
 from flapsam.sam import Sam, fuse, tensors_of
@@ -295,21 +295,37 @@ class SiteSide:
         first = sorted(folder.glob("000001-*.json"))[:1] if self.config.rounds.count == 0 and held > 1 else []
         before = [CaseScores(**score) for path in first for score in json.loads(path.read_text())]
         write_text(folder / f"{held:06d}-{tensors}.json", json.dumps([asdict(score) for score in scores], indent=1))
-        told = aggregated(scores, least, self.config.evaluation, before)
-        if told is None:
-            log.info("no test scores leave, because there are fewer than %d test patients", least)
-        return told
+        return aggregated(scores, least, self.config.evaluation, before)
 
     def _test_cases(self) -> list[Case]:
-        """The cases to score: those of the patients that were scored before, and of new ones once they are enough."""
+        """The cases to score: those that were scored before, and new ones once they are of enough patients.
+
+        With other label values, too, two runs could show the score of a single patient.
+        """
         path, least = self.site.tested, self.site.min_test_patients
-        known = TestPatients(frozenset(json.loads(path.read_text())) if path.exists() else frozenset())
-        patients = known.chosen({case.subject for case in self.cases}, least)
-        if patients is None:
-            log.error("no test scores leave, because fewer than %d patients of %s are gone; restore them", least, path)
+        labels = json.dumps(sorted([name, sorted(values)] for name, values in self._label_values().items()))
+        stored = json.loads(path.read_text()) if path.exists() else {"labels": labels, "cases": []}
+        if stored["labels"] != labels:
+            log.error("no test scores leave, because %s holds those of other label values", path)
             return []
-        write_text(path, json.dumps(sorted(patients)))
-        return [case for case in self.cases if case.subject in patients]
+        present = {
+            (case.subject, case.name, hashlib.sha256(case.label.read_bytes()).hexdigest()): case for case in self.cases
+        }
+        chosen = unchanged([(case[0], case[1], case[2]) for case in stored["cases"]], present, least)
+        if chosen is None:
+            log.error("no test scores leave, because cases of fewer than %d patients in %s are gone or changed", least, path)
+            return []
+        if len({subject for subject, *_ in chosen}) < least:
+            log.info("no test scores leave, because there are fewer than %d test patients", least)
+            return []
+        write_text(path, json.dumps({"labels": labels, "cases": sorted(chosen)}))
+        return [present[case] for case in sorted(chosen)]
+
+    def _label_values(self) -> dict[str, list[int]]:
+        """Class → its values in this site's label maps, with the reserved names."""
+        data = self.config.data
+        own = {**data.labels, **data.site_labels.get(self.name, {})}
+        return {name: as_values(values) for name, values in own.items()}
 
     def _keep_own(self, packets: Iterable[bytes]) -> None:
         """Choose and save the adapter, unless it was chosen after the same packets before."""
