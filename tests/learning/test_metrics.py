@@ -10,7 +10,6 @@ from flapsam.learning.metrics import (
     missing_cases,
     rule_for_absent,
     score_case,
-    score_missing,
     summarise,
 )
 from flapsam.sites import HIDDEN, IGNORED
@@ -113,7 +112,7 @@ def test_ignored_voxels_are_no_part_of_a_surface():
 def test_a_missing_prediction_scores_0_for_the_classes_of_its_truth_alone():
     truth = np.array([1, 1, 0, IGNORED], np.int8)[:, None, None]
     for absent in ("none", "one"):
-        scores = score_missing("c", "s", truth, (1, 1, 1), ["a", "b"], absent=absent)
+        scores = score_case("c", "s", None, truth, (1, 1, 1), ["a", "b"], absent=absent)
         assert scores.dice == {"a": 0.0, "b": None}
         assert scores.outcome == {"a": "missed", "b": "absent"}
         assert scores.missing

@@ -12,7 +12,7 @@ from flapsam.adapters.store import read_card
 from flapsam.adapters.trained import Trained, find_trained
 from flapsam.base.errors import FlapsamError
 from flapsam.base.names import spelling
-from flapsam.learning.metrics import CaseScores, score_case, score_missing
+from flapsam.learning.metrics import CaseScores, score_case
 from flapsam.run.config import Absent, Data, Evaluation
 from flapsam.run.folder import RunFolder
 from flapsam.run.observer import Observer
@@ -147,13 +147,12 @@ def _score(
     site = "/".join(folders)
     truth = read_label(truth_path)
     classes = mapping.apply(truth.array, truth_path)
-    if path is None:
-        return score_missing(name, site, classes, truth.spacing, mapping.classes, mapping.annotated, absent, evaluation)
-    prediction = on_grid(read_label(path), str(path), "the ground truth", truth.geometry).array
-    if indices:
-        _check_indices(prediction, classes, mapping, path)
-    else:
-        prediction = mapping.apply(prediction, path)
+    prediction = on_grid(read_label(path), str(path), "the ground truth", truth.geometry).array if path else None
+    if path and prediction is not None:
+        if indices:
+            _check_indices(prediction, classes, mapping, path)
+        else:
+            prediction = mapping.apply(prediction, path)
     return score_case(name, site, prediction, classes, truth.spacing, mapping.classes, mapping.annotated, absent, evaluation)
 
 

@@ -131,13 +131,8 @@ def deliver(server: Server, cohort: Cohort, carry: Carry, record: Record) -> Non
         record: writes an event to the ledger.
     """
     number = server.rounds_done
-    answered: set[str] = set()
-    for answer in carry("validate"):
-        site = answer.site
-        if site in answered or site not in server.shares:
-            continue
-        answered.add(site)
-        missing = answer.missing
+    for answer in _first_answers(server, carry, "validate"):
+        site, missing = answer.site, answer.missing
         try:
             scores = read_scores(answer.scores or {}, server.classes)
         except ValueError as error:
@@ -176,16 +171,21 @@ def test(server: Server, cohort: Cohort, carry: Carry, record: Record) -> None:
         record: writes an event to the ledger.
     """
     number = server.rounds_done
-    answered: set[str] = set()
-    for answer in carry("test"):
+    for answer in _first_answers(server, carry, "test"):
         site = answer.site
-        if site in answered or site not in server.shares:
-            continue
-        answered.add(site)
         if answer.missing:
             record(AnswerMissing(cohort=cohort, round=number, site=site, work="test", reason=answer.missing))
         else:
             record(SiteTested(cohort=cohort, round=number, site=site, scores=answer.tested, bytes_down=answer.bytes_down))
+
+
+def _first_answers(server: Server, carry: Carry, work: Work) -> Iterator[Answer]:
+    """The first answer of each site of the run."""
+    answered: set[str] = set()
+    for answer in carry(work):
+        if answer.site in server.shares and answer.site not in answered:
+            answered.add(answer.site)
+            yield answer
 
 
 def settled(validation: Sequence[Mapping[str, float | None]], patience: int | None, gain: float) -> bool:

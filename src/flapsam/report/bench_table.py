@@ -11,10 +11,10 @@ from rich.table import Table
 from flapsam.base.escaping import csv_cell, markdown
 from flapsam.base.files import write_text
 from flapsam.experiments.bench import Bench, RowSummary
-from flapsam.learning.metrics import MEASURES, Mean
+from flapsam.learning.metrics import MEASURES
 from flapsam.report.measured import EARLIER
 from flapsam.report.tables import as_text
-from flapsam.report.units import NONE, interval, number, p_value
+from flapsam.report.units import NONE, between, interval, number, p_value
 
 MISSING = "missing"
 
@@ -71,7 +71,7 @@ def _line(row: RowSummary, classes: Sequence[str]) -> dict[str, str]:
         "cases": if_done(_cases(row)),
         **{name: if_done(number(row.dice.get(name))) for name in classes},
         "Dice": if_done(number(row.mean_dice)),
-        "95 %": if_done(_between(row.mean)),
+        "95 %": if_done(between(row.mean) or NONE),
         **{f"HD95 {name} (mm)": if_done(number(row.hd95.get(name), 1)) for name in classes},
         "gain over local": if_done(interval(row.gain)),
         "difference to the first": if_done(interval(row.difference)),
@@ -91,11 +91,6 @@ def _cases(row: RowSummary) -> str:
     """Number of scored cases over all seeds, and of those with a Dice for a class that some have not."""
     fewer = [f"{name} {count}" for name, count in row.dice_cases.items() if count != row.cases]
     return f"{row.cases} ({', '.join(fewer)})" if fewer else str(row.cases)
-
-
-def _between(mean: Mean | None) -> str:
-    """The interval of a mean."""
-    return NONE if mean is None or mean.low is None or mean.high is None else f"{mean.low:.3f} to {mean.high:.3f}"
 
 
 def _worst(row: RowSummary) -> str:

@@ -31,7 +31,7 @@ from flapsam.report.run import TITLES, Run, Series, read_run
 from flapsam.report.section import Block, CaseName, Section, Table
 from flapsam.report.site_tests import by_round, mean_dices, name_of, site_tests
 from flapsam.report.times import phase_times, site_times
-from flapsam.report.units import NONE, number, size
+from flapsam.report.units import NONE, between, number, size
 from flapsam.run.config import SPLITS, RunConfig
 from flapsam.run.ledger import RunEnded, nearly_final
 from flapsam.run.observer import Observer
@@ -201,7 +201,7 @@ def _tiles(run: Run, rounds: int) -> list[Tile]:
     for place, sites in tested.items():
         if whole := pooled_dice(mean_dices(sites)):
             several = f", {name_of(names_of(run.config), place)}" if len(tested) > 1 else ""
-            about = f"{whole.low:.3f} to {whole.high:.3f}, " if whole.low is not None and whole.high is not None else ""
+            about = f"{ends}, " if (ends := between(whole)) else ""
             tiles.append(Tile(f"test Dice at the sites{several}", number(whole.value), f"{about}{whole.patients} patients"))
     if not tiles:
         validated = run.validation("federated")
@@ -233,8 +233,8 @@ def _certainty(summary: Summary) -> str:
     if mean is None:
         return f"{summary.cases} cases"
     some = "" if mean.cases == summary.cases else f"{mean.cases} of "
-    between = "" if mean.low is None or mean.high is None else f"{mean.low:.3f} to {mean.high:.3f}, "
-    return f"{between}{some}{summary.cases} cases"
+    ends = between(mean) + ", " * (mean.low is not None)
+    return f"{ends}{some}{summary.cases} cases"
 
 
 def _description(run: Run) -> Section:

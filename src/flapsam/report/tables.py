@@ -77,24 +77,14 @@ def dice_table(results: Results) -> Table:
 
 def class_table(modes: Mapping[str, Summary]) -> Table:
     """All measures over all cases, with one row per mode and class or region."""
-    table = Table(title="Test scores over all cases")
-    head, *rows = measure_rows(modes, intervals=False)
-    for place, column in enumerate(head):
-        table.add_column(as_text(column), justify="left" if place < 2 else "right")
-    for row in rows:
-        table.add_row(*map(as_text, row))
+    table = _of_rows("Test scores over all cases", measure_rows(modes, intervals=False))
     table.caption = as_text(" ".join(rules(list(modes.values()))))
     return table
 
 
 def own_table(rows: Sequence[Sequence[str]]) -> Table:
     """Mean test Dice of the shared adapter and of the one that each site keeps, at every site, from ``own_rows``."""
-    table = Table(title=TITLE)
-    for place, column in enumerate(rows[0]):
-        table.add_column(as_text(column), justify="right" if place > 1 else "left")
-    for row in rows[1:]:
-        table.add_row(*map(as_text, row))
-    return table
+    return _of_rows(TITLE, rows)
 
 
 def traffic_table(results: Results) -> Table:
@@ -150,12 +140,7 @@ def site_tests_tables(events: Sequence[Event], adapters: Sequence[str] = ()) -> 
         ("Differences on the same cases", site_tests.difference_rows(events, adapters)),
     ):
         if rows:
-            table = Table(title=title)
-            for place, column in enumerate(rows[0]):
-                table.add_column(as_text(column), justify="right" if place > 1 else "left")
-            for row in rows[1:]:
-                table.add_row(*map(as_text, row))
-            tables.append(table)
+            tables.append(_of_rows(title, rows))
     if tables:
         tables[-1].caption = as_text(site_tests.about(events))
     return tables
@@ -241,6 +226,16 @@ def plain_table(rows: Sequence[Mapping[str, str]]) -> Table:
         table.add_column(as_text(column), overflow="fold")
     for row in rows:
         table.add_row(*map(as_text, row.values()))
+    return table
+
+
+def _of_rows(title: str, rows: Sequence[Sequence[str]]) -> Table:
+    """A table of a head and rows, of which the first two columns hold text and the others numbers."""
+    table = Table(title=title)
+    for place, column in enumerate(rows[0]):
+        table.add_column(as_text(column), justify="left" if place < 2 else "right")
+    for row in rows[1:]:
+        table.add_row(*map(as_text, row))
     return table
 
 

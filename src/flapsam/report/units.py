@@ -23,10 +23,16 @@ def with_interval(mean: "Mean | None", digits: int = 3, cases: int = 0) -> str:
     """A mean with its 95 % interval, and with its number of cases if that is not ``cases``."""
     if mean is None:
         return NONE
-    text = number(mean.value, digits)
-    if mean.low is not None and mean.high is not None:
-        text += f" ({mean.low:.{digits}f} to {mean.high:.{digits}f})"
+    ends = between(mean, digits)
+    text = number(mean.value, digits) + (f" ({ends})" if ends else "")
     return over(text, mean.cases, cases or mean.cases)
+
+
+def between(mean: "Mean | None", digits: int = 3) -> str:
+    """The ends of a mean's 95 % interval; empty if it has none."""
+    if mean is None or mean.low is None or mean.high is None:
+        return ""
+    return f"{mean.low:.{digits}f} to {mean.high:.{digits}f}"
 
 
 def p_value(value: float | None) -> str:

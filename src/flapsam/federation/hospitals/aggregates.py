@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.stats.mstats import hdquantiles
 
 from flapsam.federation.shares import rounded
-from flapsam.learning.metrics import MEASURES, CaseScores, Mean
+from flapsam.learning.metrics import MEASURES, CaseScores, Mean, mean
 from flapsam.learning.metrics.case import ABSENT, BOTH, MISSED, SPURIOUS
 from flapsam.learning.metrics.interval import t_interval
 from flapsam.run.config import Evaluation
@@ -20,7 +20,7 @@ from flapsam.run.site_scores import Differences, Figures, SiteScores
 MOST_WEIGHT = 10
 """How many times the lower median of the sites' patients a site counts for in the mean over all sites."""
 QUARTERS = 4
-"""Quartiles are told only if each quarter of the patients is as large as the least group."""
+"""A site tells quartiles only if each quarter of the patients is as large as the least group."""
 
 
 def aggregated(
@@ -28,19 +28,19 @@ def aggregated(
 ) -> SiteScores | None:
     """Aggregate a site's test scores; None if the site has too few test patients.
 
-    Nothing is told of a class that some, but fewer than ``least`` patients have, or in which it was found. A region or a
+    A site tells nothing of a class that some, but fewer than ``least`` patients have, or in whom it was found. A region or a
     mean with such a class is left out, too, because the class could be computed from it.
 
     Args:
         scores: the scores of all test cases.
-        least: number of patients below which nothing is told.
+        least: number of patients below which a site tells nothing.
         evaluation: the run's regions and means.
         before: scores of another adapter on the same cases, whose mean Dice is subtracted.
     """
     if len({score.patient for score in scores}) < least:
         return None
     told = _told(scores, least, evaluation)
-    # Means over the classes leave out those of which nothing is told.
+    # Means over the classes leave out the withheld ones.
     scores = [_of_classes(score, told, evaluation) for score in scores]
     structures = [name for name in dict.fromkeys(name for score in scores for name in score.dice) if name in told]
     measures: dict[str, dict[str, Figures]] = defaultdict(dict)
@@ -133,7 +133,7 @@ def _told(scores: Sequence[CaseScores], least: int, evaluation: Evaluation) -> s
 
 
 def _of_classes(score: CaseScores, told: set[str], evaluation: Evaluation) -> CaseScores:
-    """The scores of a case without the classes of which nothing is told.
+    """The scores of a case without the withheld classes.
 
     A class that is in neither label map has no score here, whatever the run's rule. As a 1, it would tell how many patients
     have the class.
@@ -143,10 +143,7 @@ def _of_classes(score: CaseScores, told: set[str], evaluation: Evaluation) -> Ca
         name: {part: value if part in shown else None for part, value in score.values(name).items() if part in told}
         for name in MEASURES
     }
-    means: dict[str, float | None] = {}
-    for name, parts in evaluation.means.items():
-        present = [value for part in parts if (value := measures["dice"].get(part)) is not None]
-        means[name] = math.fsum(present) / len(present) if present else None
+    means = {name: mean(measures["dice"].get(part) for part in parts) for name, parts in evaluation.means.items()}
     return replace(score, means=means, **measures)
 
 
@@ -193,8 +190,8 @@ def _figures(values: NDArray[np.float64], digits: int, least: int) -> Figures | 
 
     Args:
         values: the patients' values.
-        digits: number of digits after the decimal point that are told.
-        least: number of patients below which nothing is told.
+        digits: number of digits after the decimal point that a site tells.
+        least: number of patients below which a site tells nothing.
     """
     if len(values) < least:
         return None
@@ -211,7 +208,7 @@ def _figures(values: NDArray[np.float64], digits: int, least: int) -> Figures | 
 
 
 def _mean_over_classes(scores: Sequence[CaseScores], least: int) -> Figures | None:
-    """The mean of the classes' mean Dices. Its deviation is told only if it shows nothing of the few who lack a class."""
+    """The mean of the classes' mean Dices. A site tells its deviation only if that shows nothing of who lacks a class."""
     classes = list(dict.fromkeys(name for score in scores for name in score.classes))
     of_classes = [_by_patient(scores, [score.dice.get(name) for score in scores]) for name in classes]
     means = [float(values.mean()) for values in of_classes if len(values) >= least]

@@ -12,7 +12,6 @@ from flapsam.adapters.store import AdapterCard, read_card, read_tensors
 from flapsam.adapters.trained import Trained, find_trained
 from flapsam.base.errors import FlapsamError
 from flapsam.base.files import written_whole
-from flapsam.federation.hospitals.run_config import as_federated
 from flapsam.federation.packets import checksum
 from flapsam.run.config import Checkpoint, Rounds, RunConfig
 from flapsam.run.folder import RunFolder
@@ -21,6 +20,8 @@ from flapsam.sam import strategy
 
 MOST_ADAPTERS = 8
 """Largest number of adapters in an evaluation, and of answers with test scores in a run."""
+NOTES = "Test of "
+"""How an evaluation's notes begin, before the names of its adapters."""
 SAME = ("strategy", "lora", "frozen", "backbone", "samples", "classes", "labels")
 """What adapters that are evaluated together must share, so that they are tensors of the same network."""
 
@@ -56,10 +57,11 @@ def evaluation_of(
     nothing: dict[str, Any] = {"privacy": None, "secure": False, "personal": [], "site_ranks": {}, "notes": _notes(found)}
     rounds = {"count": 0, "min_sites": 1, "deadline": (found[0].run.rounds if found[0].run else Rounds()).deadline}
     tree |= nothing | {"output": output, "rounds": rounds, "compression": {"codec": "fp32"}}
-    tree["data"] = {**tree["data"], "sites": list(sites) if sites else None, "training_cases": None}
+    data = {"path": "/", "table": None, "simulated_sites": None, "training_cases": None}
+    tree |= {"modes": ["federated"], "data": {**tree["data"], **data, "sites": list(sites) if sites else None}}
     if checkpoint or found[0].checkpoint:
         tree["backbone"] = {**tree["backbone"], "weights": checkpoint or found[0].checkpoint}
-    return as_federated(validated(tree, RunConfig, str(found[0].folder)), str(found[0].folder))
+    return validated(tree, RunConfig, str(found[0].folder))
 
 
 def begin(paths: Sequence[Path], config: RunConfig) -> None:
@@ -126,9 +128,6 @@ def _shared(folder: Path) -> dict[str, Tensor]:
         for name, tensor in tensors.items()
         if chosen.selects(name) or not any(fnmatchcase(name, pattern) for pattern in card.personal)
     }
-
-
-NOTES = "Test of "
 
 
 def _field(card: AdapterCard, name: str) -> Any:

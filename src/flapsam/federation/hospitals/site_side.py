@@ -41,12 +41,12 @@ from flapsam.federation.state import ClientState
 from flapsam.learning.metrics import CaseScores
 from flapsam.learning.private import by_patient
 from flapsam.learning.testing import tested_case
-from flapsam.run.config import RANDOM, RunConfig, as_values
+from flapsam.run.config import RANDOM, RunConfig
 from flapsam.run.reading import validated
 from flapsam.run.site_scores import SiteScores
 from flapsam.sam import Sam, fuse, tensors_of
 from flapsam.sam.checkpoints import find_checkpoint
-from flapsam.sites import Case, hold_out_validation, read_site
+from flapsam.sites import Case, hold_out_validation, label_map, read_site
 
 if TYPE_CHECKING:
     from flapsam.federation.secure_aggregation.member import Member
@@ -303,7 +303,8 @@ class SiteSide:
         With other label values, too, two runs could show the score of a single patient.
         """
         path, least = self.site.tested, self.site.min_test_patients
-        labels = json.dumps(sorted([name, sorted(values)] for name, values in self._label_values().items()))
+        mapping = label_map(self.config.data, self.name)
+        labels = json.dumps([mapping.classes, sorted(mapping.index_of.items()), sorted(mapping.annotated)])
         stored = json.loads(path.read_text()) if path.exists() else {"labels": labels, "cases": []}
         if stored["labels"] != labels:
             log.error("no test scores leave, because %s holds those of other label values", path)
@@ -320,12 +321,6 @@ class SiteSide:
             return []
         write_text(path, json.dumps({"labels": labels, "cases": sorted(chosen)}))
         return [present[case] for case in sorted(chosen)]
-
-    def _label_values(self) -> dict[str, list[int]]:
-        """Class → its values in this site's label maps, with the reserved names."""
-        data = self.config.data
-        own = {**data.labels, **data.site_labels.get(self.name, {})}
-        return {name: as_values(values) for name, values in own.items()}
 
     def _keep_own(self, packets: Iterable[bytes]) -> None:
         """Choose and save the adapter, unless it was chosen after the same packets before."""

@@ -1,6 +1,6 @@
 """Scores of label maps: what is measured per case, and means over cases with their intervals."""
 
-from flapsam.learning.metrics.case import CaseScores, score_case, score_missing, scores_of, tested
+from flapsam.learning.metrics.case import CaseScores, mean, score_case, scores_of, tested
 from flapsam.learning.metrics.interval import Mean, mean_of
 from flapsam.learning.metrics.measures import MEASURES, Measure, dice, hd95
 from flapsam.learning.metrics.summary import (
@@ -10,7 +10,6 @@ from flapsam.learning.metrics.summary import (
     by_site,
     crossed,
     few_patients,
-    mean,
     missing_cases,
     rule_for_absent,
     spread,
@@ -36,7 +35,6 @@ __all__ = [
     "missing_cases",
     "rule_for_absent",
     "score_case",
-    "score_missing",
     "scores_of",
     "spread",
     "spread_of",

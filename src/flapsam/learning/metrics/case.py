@@ -1,8 +1,8 @@
 """Scores of one case: the agreement of a label map with the truth in 3-D, per class and region."""
 
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,8 +63,7 @@ class CaseScores:
     @property
     def mean_dice(self) -> float | None:
         """Mean Dice over the classes that have one; None if none has."""
-        present = [value for name in self.classes if (value := self.dice[name]) is not None and not math.isnan(value)]
-        return sum(present) / len(present) if present else None
+        return mean(self.dice[name] for name in self.classes)
 
     def values(self, measure: str) -> Values:
         """Class or region → value of a measure."""
@@ -74,7 +73,7 @@ class CaseScores:
 def score_case(
     case: str,
     site: str,
-    predicted: NDArray,
+    predicted: NDArray | None,
     truth: NDArray,
     spacing: Sequence[float] | None,
     classes: Sequence[str],
@@ -88,7 +87,8 @@ def score_case(
     Args:
         case: name of the case.
         site: name of its site.
-        predicted: predicted class indices.
+        predicted: predicted class indices. None stands for a case without a prediction, in which every annotated class of
+            the truth is missed, and a class that the truth lacks has no Dice under either rule.
         truth: true class indices. Voxels with −100 are left out, as if they were in neither; any other value counts as no
             class.
         spacing: voxel spacing in mm; without it, there are no measures of surfaces.
@@ -99,6 +99,8 @@ def score_case(
         subject: the patient; the case itself if empty.
     """
     evaluation = evaluation or Evaluation()
+    missing = predicted is None
+    predicted = np.zeros_like(truth) if predicted is None else predicted
     known = truth != IGNORED
     index_of = {name: index for index, name in enumerate(classes, start=1)}
     structures = {name: [name] for name in classes} | evaluation.regions
@@ -116,21 +118,19 @@ def score_case(
                 found |= _in_space(*masks, spacing, evaluation.tolerance_of(name))
             if name in evaluation.lesions:
                 found["lesion_f1"] = measures.lesion_f1(*masks)
-            if outcome[name] == ABSENT and absent == "one":
+            if outcome[name] == ABSENT and absent == "one" and not missing:
                 found |= dict.fromkeys(("dice", "surface_dice") if spacing is not None else ("dice",), 1.0)
         for measure, value in found.items():
             if measure != "lesion_f1" or name in evaluation.lesions:
                 scores[measure][name] = value
-    means = {}
-    for name, parts in evaluation.means.items():
-        present = [value for part in parts if (value := scores["dice"][part]) is not None]
-        means[name] = sum(present) / len(present) if present else None
+    means = {name: mean(scores["dice"][part] for part in parts) for name, parts in evaluation.means.items()}
     return CaseScores(
         case=case,
         site=site,
         dice=scores["dice"],
         hd95=scores["hd95"],
         absent=absent,
+        missing=missing,
         surface_dice=scores["surface_dice"],
         surface_distance=scores["surface_distance"],
         volume_error=scores["volume_error"],
@@ -140,26 +140,6 @@ def score_case(
         regions=list(evaluation.regions),
         subject=subject,
     )
-
-
-def score_missing(
-    case: str,
-    site: str,
-    truth: NDArray,
-    spacing: Sequence[float] | None,
-    classes: Sequence[str],
-    annotated: Collection[int] | None = None,
-    absent: Absent = "none",
-    evaluation: Evaluation | None = None,
-    subject: str = "",
-) -> CaseScores:
-    """Scores of a case that has no prediction: every annotated class of its truth is missed.
-
-    The arguments are those of ``score_case``. With ``absent="one"``, a class that the truth lacks gets no Dice all the same.
-    """
-    empty = np.zeros_like(truth)
-    zeros = score_case(case, site, empty, truth, spacing, classes, annotated, "none", evaluation, subject)
-    return replace(zeros, absent=absent, missing=True)
 
 
 def scores_of(event: CaseTested) -> CaseScores:
@@ -177,6 +157,12 @@ def tested(cohort: Cohort, scores: CaseScores) -> CaseTested:
     """
     known = {one.name: getattr(scores, one.name) for one in fields(scores) if one.name in CaseTested.model_fields}
     return CaseTested(cohort=cohort, **known)
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Mean of the values, without None and NaN. None if no value remains."""
+    present = [value for value in values if value is not None and not math.isnan(value)]
+    return sum(present) / len(present) if present else None
 
 
 def _outcome(predicted: NDArray[np.bool_], truth: NDArray[np.bool_]) -> str:

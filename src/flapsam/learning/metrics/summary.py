@@ -117,12 +117,6 @@ def spread(scores: Iterable[CaseScores]) -> Spread | None:
     return spread_of({site: summarise(part).mean_dice for site, part in by_site(scores).items()})
 
 
-def mean(values: Iterable[float | None]) -> float | None:
-    """Mean of the values, without None and NaN. None if no value remains."""
-    present = [value for value in values if value is not None and not math.isnan(value)]
-    return sum(present) / len(present) if present else None
-
-
 def few_patients(summary: Summary) -> str:
     """A sentence that warns of few patients. Empty if there are enough."""
     if summary.patients >= FEW:
