@@ -154,9 +154,9 @@ def test_options_of_the_prediction_take_effect(model: flapsam.Model, path: Path)
 
 def test_precision_is_full_on_a_cpu_unless_chosen_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     adapter = saved_lively(tmp_path)
-    monkeypatch.setattr("flapsam.adapters.model.fastest_precision", lambda network: "bf16")
-    assert flapsam.load(adapter).precision == "fp32"
-    assert flapsam.load(adapter, precision="auto").precision == "bf16"
+    assert [flapsam.load(adapter, precision=name).precision for name in (None, "auto")] == ["fp32", "fp32"]
+    monkeypatch.setattr("flapsam.adapters.model.usual_precision", lambda device: "bf16")
+    assert flapsam.load(adapter).precision == "bf16"
     assert flapsam.load(adapter, precision="fp16").precision == "fp16"
 
 

@@ -14,9 +14,9 @@ from flapsam.learning.inference import (
     PredictionOptions,
     _largest,
     class_probabilities,
-    fastest_precision,
     predict_volume,
     slices_at_once,
+    usual_precision,
 )
 from flapsam.learning.slices import stack_of
 from flapsam.run.config import Samples
@@ -152,13 +152,31 @@ def test_half_precision_is_close_and_full_precision_is_the_default():
     assert torch.equal(default, full)
 
 
-def test_the_fastest_precision_is_chosen_by_measurement(monkeypatch):
-    network = trained("flap")[0].network
-    seconds = {"fp32": 1.0, "bf16": 0.5}
-    monkeypatch.setattr("flapsam.learning.inference._seconds", lambda network, images, precision: seconds[precision])
-    assert fastest_precision(network) == "bf16"
-    seconds["bf16"] = 0.9
-    assert fastest_precision(network) == "fp32"
+def test_the_precision_follows_from_the_device_alone(monkeypatch: pytest.MonkeyPatch):
+    assert [usual_precision(torch.device(name)) for name in ("cpu", "mps")] == ["fp32", "fp32"]
+    for capability, expected in {(7, 5): "fp16", (8, 0): "bf16", (9, 0): "bf16"}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert usual_precision(torch.device("cuda")) == expected
+
+
+def test_half_precision_that_overflows_gives_way_to_full_precision(caplog: pytest.LogCaptureFixture):
+    """The encoder's embedding is infinite in half precision alone."""
+    assembled, card = trained("flap", size=64)
+    stack = stack_of(volume(), card.samples)
+    network = assembled.network
+    embed = network.embed
+
+    def overflowing(images: torch.Tensor, depth: int | None = None) -> torch.Tensor:
+        embedding = embed(images, depth)
+        return embedding * torch.inf if torch.is_autocast_enabled("cpu") else embedding
+
+    wanted = torch.cat([p for _, p in class_probabilities(network, stack)])
+    network.embed = overflowing
+    found = torch.cat([p for _, p in class_probabilities(network, stack, precision="bf16")])
+    assert torch.equal(found, wanted)
+    assert [record.message for record in caplog.records] == [
+        "bf16 overflows in this network, so the rest is predicted in fp32"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,11 @@ from scipy import stats
 from torch import Tensor
 
 from flapsam.learning import private
-from flapsam.learning.prepared import PreparedCase
+from flapsam.learning.cuda_graph import Batch
+from flapsam.learning.prepared import Middle, PreparedCase
 from flapsam.learning.private import by_patient, clipped, fit_privately
 from flapsam.learning.slices import labels_to_square, to_square
-from flapsam.learning.training import Batch, Learner, Middle, batch_of, segmentation_loss
+from flapsam.learning.training import Learner, batch_of, segmentation_loss
 from flapsam.run.config import Privacy, Rounds, RunConfig, Samples, Training
 from flapsam.run.reading import read_config
 from flapsam.sam import Sam, assemble_run, trained

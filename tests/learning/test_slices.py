@@ -8,10 +8,21 @@ import torch
 from torch import Tensor
 
 from flapsam.base.errors import FlapsamError
-from flapsam.learning.augmentation import AUGMENTATIONS, EITHER, erase, exponent, paper, rotate, turn_and_flip, warp
+from flapsam.learning.augmentation import (
+    AUGMENTATIONS,
+    EITHER,
+    Change,
+    Window,
+    erase,
+    exponent,
+    gentle,
+    rotate,
+    turn_and_flip,
+    warp,
+)
 from flapsam.learning.inference import predict_volume
 from flapsam.learning.prepared import prepare
-from flapsam.learning.slices import SliceStack, from_square, labels_to_square, stack_of, to_square
+from flapsam.learning.slices import SliceStack, from_square, labels_to_square, ranges_of, stack_of, to_square
 from flapsam.run.config import Data, Samples
 from flapsam.sites import HIDDEN, IGNORED, LabelMap, folders, label_map
 from flapsam.volumes import Volume
@@ -91,7 +102,7 @@ def test_adjacent_slices_fill_the_outer_channels():
 @pytest.mark.parametrize("depth", [1, 3, 5, 9])
 def test_windows_have_the_expected_shape(channels: str, depth: int):
     images = np.random.default_rng(0).normal(size=(4, 6, 5)).astype(np.float32)
-    slices = SliceStack(images, Samples.model_validate({"channels": channels}), ((-3, 3),))
+    slices = SliceStack(images, Samples.model_validate({"channels": channels}), ranges_of(images))
     for centre in range(4):
         window = slices.window(centre, depth)
         assert window.shape == (depth, 3 if channels == "adjacent" else 1, 6, 5)
@@ -140,7 +151,18 @@ def window() -> tuple[Tensor, Tensor]:
     return torch.rand(5, 1, 20, 30, generator=draw) * 0.2 + labels[:, None].clamp(min=0) * 0.6, labels
 
 
-CHANGES = [*AUGMENTATIONS.values(), turn_and_flip, rotate, exponent, erase, *EITHER]
+def on_one(augment: Change) -> Change:
+    """An augmentation of windows as a change of a single one."""
+
+    def change(images: torch.Tensor, labels: torch.Tensor, rng: np.random.Generator) -> Window:
+        (images,), (labels,) = augment(images[None], labels[None], rng)
+        return images, labels
+
+    change.__name__ = augment.__name__
+    return change
+
+
+CHANGES = [*map(on_one, AUGMENTATIONS.values()), turn_and_flip, rotate, exponent, erase, *EITHER]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
@@ -152,7 +174,7 @@ def test_every_augmentation_keeps_type_and_range_and_moves_labels_with_the_image
         assert images.shape[-2:] == labels.shape[-2:]
         assert images.min() >= 0 and images.max() <= 1
         assert set(labels.unique().tolist()) <= {IGNORED, 0, 1}
-        if change not in (erase, paper):
+        if change.__name__ not in ("erase", "paper"):
             # The bright square is where the labels are 1.
             assert images[:, 0][labels == 1].mean() > images[:, 0][labels == 0].mean() + 0.1
 
@@ -161,6 +183,29 @@ def test_every_augmentation_keeps_type_and_range_and_moves_labels_with_the_image
 def test_every_augmentation_depends_on_its_seed_alone(change, window):
     first, second = (change(*window, np.random.default_rng(5)) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+def test_gentle_changes_move_and_tone_each_window_by_itself(window, monkeypatch: pytest.MonkeyPatch):
+    """Several windows at once are changed as one after another, but for their noise."""
+    monkeypatch.setattr(torch, "randn", lambda shape, **_: torch.zeros(shape))
+    images, labels = (torch.stack([part] * 12) for part in window)
+    together, moved = gentle(images, labels, np.random.default_rng(3))
+    assert len({part.numpy().tobytes() for part in together}) > 8
+    rng: Any = _NoNoise(np.random.default_rng(3))
+    for index in range(12):
+        (one,), (truth,) = gentle(images[:1], labels[:1], rng)
+        assert torch.equal(truth, moved[index])
+        torch.testing.assert_close(one, together[index])
+
+
+class _NoNoise:
+    """Draws as a generator does, but never a seed for noise."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.random, self.uniform = rng.random, rng.uniform
+
+    def integers(self, _: int) -> int:
+        return 0
 
 
 def test_there_are_ten_augmentations_to_choose_two_from():

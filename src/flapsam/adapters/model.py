@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from numpy.typing import NDArray
 
@@ -10,7 +10,7 @@ from flapsam.adapters.store import AdapterCard, load_adapter
 from flapsam.adapters.trained import find_trained
 from flapsam.base.device import find_device
 from flapsam.base.errors import FlapsamError
-from flapsam.learning.inference import Precision, Prediction, PredictionOptions, fastest_precision, predict_volume
+from flapsam.learning.inference import OFFERED, Precision, Prediction, PredictionOptions, predict_volume, usual_precision
 from flapsam.run.config import Checkpoint
 from flapsam.sam import Sam, fuse
 from flapsam.volumes import Legend, Volume, labels_like, legend_of, read_image, source_at, volume_of
@@ -94,7 +94,7 @@ def load(
     *,
     checkpoint: Checkpoint | None = None,
     device: str = "cpu",
-    precision: Literal["fp32", "bf16", "fp16", "auto"] | None = None,
+    precision: Literal["fp32", "bf16", "fp16", "auto"] | None = "auto",
     weights: Checkpoint | None = None,
 ) -> Model:
     """Load the adapter that a run has trained.
@@ -103,21 +103,19 @@ def load(
         path: folder of an adapter or of a run.
         checkpoint: the backbone's checkpoint, if the adapter needs one that neither ships nor was downloaded.
         device: ``cpu``, ``cuda``, ``mps`` or ``auto``.
-        precision: precision of the image encoder. ``auto`` briefly times each and takes the fastest. None means ``fp32`` on
-            a CPU and ``auto`` elsewhere.
+        precision: precision of the image encoder. ``auto`` is ``bf16`` on a GPU that computes in it, ``fp16``
+            on an older one, and ``fp32`` elsewhere.
         weights: former name of ``checkpoint``.
 
     Raises:
         FlapsamError: there is no adapter at ``path``, its backbone is missing or is another one, or the device or precision
             is unknown.
     """
-    if precision not in (None, "auto", *get_args(Precision)):
-        raise FlapsamError(f"precision '{precision}' is unknown; choose {', '.join(get_args(Precision))} or auto")
+    if precision not in (None, "auto", *OFFERED):
+        raise FlapsamError(f"precision '{precision}' is unknown; choose {', '.join(OFFERED)} or auto")
     trained = find_trained(Path(path))
     torch_device = find_device(device)
     network, card = load_adapter(trained.folder, checkpoint or weights or trained.checkpoint)
     model = Model(network.to(torch_device), card)
-    if precision is None:
-        precision = "fp32" if torch_device.type == "cpu" else "auto"
-    model.precision = fastest_precision(model.network) if precision == "auto" else precision
+    model.precision = usual_precision(torch_device) if precision in (None, "auto") else precision
     return model

@@ -61,7 +61,7 @@ def predict(
     resume: bool = False,
     checkpoint: Checkpoint | None = None,
     device: str = "cpu",
-    precision: Literal["fp32", "bf16", "fp16", "auto"] | None = None,
+    precision: Literal["fp32", "bf16", "fp16", "auto"] | None = "auto",
     threads: int | None = None,
     observer: Observer | None = None,
 ) -> Predictions:

@@ -1,10 +1,16 @@
 """The device that a network runs on, and the machine around it."""
 
 import os
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from flapsam.base.environment import environment
 from flapsam.base.errors import FlapsamError
@@ -26,19 +32,48 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def set_up_torch(threads: int, *, deterministic: bool) -> None:
+def set_up_torch(threads: int, *, deterministic: bool, precision: str = "fp32") -> None:
     """Set, for the whole process, what the last bits of a result depend on.
 
     Args:
         threads: number of threads for each operation on the CPU.
         deterministic: whether to use only operations that return the same bits every time.
+        precision: with ``fp32``, a GPU computes products and convolutions of float32 in full precision, otherwise in TF32.
     """
     torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    # cuDNN's attention has no gradient for a bias, and is not deterministic.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     # flapsam writes every tensor before reading it. Filling memory first would cost a fifth of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@contextmanager
+def beside(device: torch.device) -> Iterator[None]:
+    """Work on a GPU beside what else it does: on a stream of this thread's own, whose work is done at the end."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = getattr(_own, "stream", None) or torch.cuda.Stream(device)
+    _own.stream = stream
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
+
+
+def lent(tensor: Tensor) -> Tensor:
+    """Return a tensor that was made ``beside`` other work, whose memory now stays until that work is done with it."""
+    if tensor.is_cuda:
+        tensor.record_stream(torch.cuda.default_stream(tensor.device))
+    return tensor
+
+
+_own = threading.local()
+"""A stream for each thread, which works on one GPU."""
 
 
 def inspect_machine() -> dict[str, Any]:
@@ -53,3 +88,41 @@ def inspect_machine() -> dict[str, Any]:
         "device": str(find_device("auto")),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
+
+
+def device_of_worker(name: str, number: int) -> str:
+    """The device of a worker process: the machine's GPUs in turn, if the run's device names none of them in particular."""
+    count = torch.cuda.device_count() if name == "cuda" else 1
+    return f"cuda:{number % count}" if count > 1 else name
+
+
+def on_one_device(name: str, workers: int) -> int:
+    """Largest number of workers on one device."""
+    return sum(device_of_worker(name, number) == device_of_worker(name, 0) for number in range(max(workers, 1)))
+
+
+def describe_device(name: str) -> dict[str, Any]:
+    """What a run's environment says about its device: the model of a GPU, its memory, and the software that drives it."""
+    device = torch.device(name)
+    if device.type != "cuda":
+        return {"device": name}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "device": name,
+        "gpu": properties.name,
+        "gpus": torch.cuda.device_count(),
+        "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+        "capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "driver": _driver(),
+    }
+
+
+def _driver() -> str | None:
+    """Version of the GPU's driver, where the system says it."""
+    try:
+        found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        return None
+    return found[1] if found else None

@@ -1,8 +1,10 @@
-"""Preparing samples ahead of time in a separate thread, so that the network need not wait for them."""
+"""Preparing samples ahead of time in separate threads, so that the network need not wait for them."""
 
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice, repeat
 from typing import TypeVar
 
 import torch
@@ -11,7 +13,7 @@ from threadpoolctl import threadpool_limits
 Item = TypeVar("Item")
 
 DEPTH = 3
-"""Default for the number of items that may be computed in advance."""
+"""Default for the number of items that each thread may compute in advance."""
 
 
 def ahead(items: Iterator[Item], depth: int = DEPTH) -> Generator[Item]:
@@ -20,11 +22,24 @@ def ahead(items: Iterator[Item], depth: int = DEPTH) -> Generator[Item]:
     At most ``depth`` items are computed in advance. An exception of the iterator is raised in place of its item.
     """
     end = object()
-    with ThreadPoolExecutor(1, initializer=_one_thread) as pool:
-        waiting = deque(pool.submit(next, items, end) for _ in range(depth))
-        while (item := waiting.popleft().result()) is not end:
-            waiting.append(pool.submit(next, items, end))
-            yield item  # pyright: ignore[reportReturnType]
+    for item in called_ahead(repeat(partial(next, items, end)), depth=depth):
+        if item is end:
+            return
+        yield item  # pyright: ignore[reportReturnType]
+
+
+def called_ahead(calls: Iterable[Callable[[], Item]], threads: int = 1, depth: int = DEPTH) -> Generator[Item]:
+    """Yield what the calls return, in their order, while threads make the following calls.
+
+    At most ``depth`` calls for each thread are made in advance. An exception of a call is raised in place of its item.
+    """
+    remaining = iter(calls)
+    with ThreadPoolExecutor(threads, initializer=_one_thread) as pool:
+        waiting = deque(pool.submit(call) for call in islice(remaining, depth * threads))
+        while waiting:
+            item = waiting.popleft().result()
+            waiting.extend(pool.submit(call) for call in islice(remaining, 1))
+            yield item
 
 
 def _one_thread() -> None:

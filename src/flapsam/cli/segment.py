@@ -66,9 +66,9 @@ def predict(
     checkpoint: Checkpoint = None,
     device: Device = "cpu",
     precision: Annotated[
-        Literal["fp32", "bf16", "fp16", "auto"] | None,
-        typer.Option(help="auto briefly times each and takes the fastest. By default fp32 on a CPU, and auto elsewhere."),
-    ] = None,
+        Literal["fp32", "bf16", "fp16", "auto"],
+        typer.Option(help="auto is bf16 on a GPU that computes in it, fp16 on an older one, and fp32 elsewhere."),
+    ] = "auto",
     threads: Threads = None,
     quiet: Quiet = False,
     as_json: Json = False,

@@ -222,7 +222,7 @@ def settings_for(seen: Look) -> dict[str, Any]:
 
 def estimate_of(config: RunConfig, seen: Look) -> Estimate:
     """Estimate a run's time from one measured step of its network, and its traffic from the size of its packets."""
-    set_up_torch(config.threads or default_threads(), deterministic=config.deterministic)
+    set_up_torch(config.threads or default_threads(), deterministic=config.deterministic, precision=config.precision)
     network = assemble_run(config).network
     windows = windows_that_fit(network, config.training)
     sites = config.data.simulated_sites or len(seen.sites)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flapsam.adapters.card import write_model_card
 from flapsam.adapters.store import AdapterCard, read_tensors, save_adapter
+from flapsam.base.device import describe_device, device_of_worker, on_one_device
 from flapsam.base.environment import default_threads
 from flapsam.base.errors import FlapsamError
 from flapsam.base.files import alone, write_text
@@ -218,7 +219,7 @@ def simulate(
     with alone(folder.lock, wait=False):
         if from_round is not None:
             go_back(folder, from_round)
-        prepared = prepare(config, run, sites, shares, observer)
+        prepared = prepare(config, run, sites, shares, observer, workers)
         for part in prepared.trainings:
             rounds = train(prepared, part, workers, observer)
             test(prepared, part, observer)
@@ -248,7 +249,14 @@ def divided(config: RunConfig, sites: Sequence[Site]) -> list[Site]:
     return held_out if count is None else [keep_for_training(site, count, seed) for site in held_out]
 
 
-def prepare(config: RunConfig, run: str, sites: Sequence[Site], shares: Mapping[str, float], observer: Observer) -> Prepared:
+def prepare(
+    config: RunConfig,
+    run: str,
+    sites: Sequence[Site],
+    shares: Mapping[str, float],
+    observer: Observer,
+    workers: int = 1,
+) -> Prepared:
     """Unpack the volumes and assemble the network.
 
     Args:
@@ -257,6 +265,7 @@ def prepare(config: RunConfig, run: str, sites: Sequence[Site], shares: Mapping[
         sites: all sites, each with its test cases.
         shares: site that trains → its share in the mean.
         observer: follows the work.
+        workers: number of sites that train in parallel, which share the memory of a device.
 
     Raises:
         FlapsamError: a case or the backbone cannot be used.
@@ -275,7 +284,7 @@ def prepare(config: RunConfig, run: str, sites: Sequence[Site], shares: Mapping[
     assembled = assembled_for(config)
     observer.say(assembled.origin.about)
     if config.training.micro_batch == "auto":
-        config = _measured(config, assembled.network, ledger)
+        config = _measured(config, assembled.network, ledger, on_one_device(config.device, workers))
         windows, batch = config.training.micro_batch, config.training.batch_size
         observer.say(f"micro_batch: {windows} of the {batch} windows of a batch fit into memory at once")
     start = trained_state(assembled.network) | start_of(assembled.network, aggregator(config.aggregator, config.lora.rank))
@@ -370,13 +379,13 @@ def _open_folder(folder: RunFolder, config: RunConfig, resume: bool) -> str:
         return folder.resume(config)
     if resume:
         raise FlapsamError(f"{folder.path}: there is no run here to resume; leave out --resume")
-    return folder.begin(config)
+    return folder.begin(config, describe_device(config.device))
 
 
-def _measured(config: RunConfig, network: Sam, ledger: Ledger) -> RunConfig:
+def _measured(config: RunConfig, network: Sam, ledger: Ledger, sharing: int) -> RunConfig:
     """The configuration with a number in place of ``micro_batch: auto``. A resumed run keeps its first number."""
     known = [event.windows for event in ledger.events() if isinstance(event, MicroBatchChosen)]
-    config = with_windows(config, network, *known[:1])
+    config = with_windows(config, network, *known[:1], sharing=sharing)
     if isinstance(config.training.micro_batch, int):
         ledger.write(MicroBatchChosen(windows=config.training.micro_batch))
     return config
@@ -468,8 +477,11 @@ def _members(config: RunConfig, agreement: Agreement, sites: Sequence[str], fold
     }
 
 
-def _own_clients(config: RunConfig, agreement: Agreement, data: Sequence[ClientData], folder: Path) -> dict[str, Client]:
-    """Site → client in a worker process, which has a network of its own."""
+def _own_clients(
+    config: RunConfig, agreement: Agreement, data: Sequence[ClientData], folder: Path, worker: int
+) -> dict[str, Client]:
+    """Site → client in a worker process, which has a network of its own, on the next GPU if there are several."""
+    config = config.model_copy(update={"device": device_of_worker(config.device, worker)})
     return _clients(assembled_for(config).network, config, agreement, data, folder)
 
 

@@ -96,7 +96,7 @@ def assembled_for(config: RunConfig) -> Assembled:
     Raises:
         FlapsamError: the network cannot be assembled, see ``sam.assemble``.
     """
-    set_up_torch(config.threads or 1, deterministic=config.deterministic)
+    set_up_torch(config.threads or 1, deterministic=config.deterministic, precision=config.precision)
     assembled = assemble_run(config)
     assembled.network.to(config.device)
     if config.training.checkpointing:
@@ -201,11 +201,18 @@ def with_modalities(config: RunConfig, cases: Sequence[Case]) -> RunConfig:
     return config.model_copy(update={"samples": config.samples.model_copy(update={"modalities": number})})
 
 
-def with_windows(config: RunConfig, network: Sam, known: int | None = None) -> RunConfig:
-    """Replace ``micro_batch: auto`` by a number: the one known from earlier in the run, or one measured now."""
+def with_windows(config: RunConfig, network: Sam, known: int | None = None, sharing: int = 1) -> RunConfig:
+    """Replace ``micro_batch: auto`` by a number: the one known from earlier in the run, or one measured now.
+
+    Args:
+        config: the configuration.
+        network: the network, ready to train.
+        known: the number from earlier in the run, if any.
+        sharing: number of processes that train on the same device.
+    """
     if config.training.micro_batch != "auto":
         return config
-    windows = known or windows_that_fit(network, config.training, config.precision)
+    windows = known or windows_that_fit(network, config.training, config.precision, sharing=sharing)
     return config.model_copy(update={"training": config.training.model_copy(update={"micro_batch": windows})})
 
 

@@ -1,10 +1,12 @@
-"""Random augmentation of a training window. All slices of a window change alike.
+"""Random augmentation of training windows, on their own device. All slices of a window change alike.
 
-Images have shape (depth, channels, height, width) and values in [0, 1]. Labels have shape (depth, height, width).
+Images have shape (windows, depth, channels, height, width) and values in [0, 1]. Labels have shape (windows, depth, height,
+width). The changes that ``paper`` consists of take a single window, without the first dimension.
 """
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +23,11 @@ def paper(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Window:
     Four changes are applied in this order, with probability ½ each. Two of the ten changes in ``EITHER`` always follow.
     Spatial changes use nearest-neighbour interpolation. Pixels from outside the slice become black background.
     """
+    changed = [_as_in_the_paper(*window, rng) for window in zip(images, labels, strict=True)]
+    return tuple(torch.stack(part) for part in zip(*changed, strict=True))  # pyright: ignore[reportReturnType]
+
+
+def _as_in_the_paper(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Window:
     for change in (turn_and_flip, rotate, exponent, erase):
         if rng.random() < 0.5:
             images, labels = change(images, labels, rng)
@@ -38,16 +45,40 @@ def gentle(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Window:
     intensities change by γ in e^±0.4, contrast of 0.8–1.2 and brightness of ±0.1. With probability ½, Gaussian noise with a
     standard deviation of up to 0.06 is added.
     """
-    if rng.random() < 0.7:
-        images, labels = _affine(images, labels, rng)
-    if rng.random() < 0.5:
-        images = images ** math.exp(rng.uniform(-0.4, 0.4))
-        images = _blend(images.mean(), images, rng.uniform(0.8, 1.2))
-        images = (images + rng.uniform(-0.1, 0.1)).clamp(0, 1)
-    if rng.random() < 0.5:
-        noise = rng.uniform(0, 0.06) * rng.standard_normal(tuple(images.shape), dtype=np.float32)
-        images = (images + torch.from_numpy(noise)).clamp(0, 1)
+    drawn = torch.tensor([_gentle_draw(rng) for _ in images], dtype=torch.float32)
+    moved, toned, noisy = (bool((drawn[:, part] != drawn.new_tensor(UNCHANGED[part])).any()) for part in PARTS)
+    numbers = drawn.to(images.device).T.reshape(len(UNCHANGED), -1, *[1] * (images.ndim - 1))
+    if moved:
+        images, labels = _affine(images, labels, numbers[PARTS[0]].reshape(2, 3, -1, 1, 1))
+    if toned:
+        gamma, factor, shift = numbers[PARTS[1]]
+        images = images**gamma
+        images = (_blend(images.mean(dim=(1, 2, 3, 4), keepdim=True), images, factor) + shift).clamp(0, 1)
+    if noisy:
+        (deviation,) = numbers[PARTS[2]]
+        images = (images + deviation * torch.randn(images.shape, **_drawing(images, rng))).clamp(0, 1)
     return images, labels
+
+
+UNCHANGED = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0)
+"""The numbers with which ``gentle`` leaves a window as it is: an affine map, exponent, contrast, brightness and noise."""
+PARTS = (slice(0, 6), slice(6, 9), slice(9, 10))
+"""Which of the numbers move, tone and blur."""
+
+
+def _gentle_draw(rng: np.random.Generator) -> list[float]:
+    """Draw the numbers of a window. The map takes output to input coordinates from −1 to 1, as in ``affine_grid``."""
+    drawn = list(UNCHANGED)
+    if rng.random() < 0.7:
+        angle = math.radians(rng.uniform(-12, 12))
+        cosine, sine = math.cos(angle), math.sin(angle)
+        (wide, high), shear, shift = rng.uniform(0.85, 1.18, 2), rng.uniform(-0.1, 0.1), rng.uniform(-0.16, 0.16, 2)
+        drawn[PARTS[0]] = [cosine * wide, (shear - sine) * wide, shift[0], sine * high, cosine * high, shift[1]]
+    if rng.random() < 0.5:
+        drawn[PARTS[1]] = [math.exp(rng.uniform(-0.4, 0.4)), rng.uniform(0.8, 1.2), rng.uniform(-0.1, 0.1)]
+    if rng.random() < 0.5:
+        drawn[PARTS[2]] = [rng.uniform(0, 0.06)]
+    return drawn
 
 
 def turn_and_flip(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Window:
@@ -83,9 +114,9 @@ def erase(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Window:
     tall = min(max(round(math.sqrt(area * aspect)), 1), height)
     wide = min(max(round(math.sqrt(area / aspect)), 1), width)
     top, left = int(rng.integers(height - tall + 1)), int(rng.integers(width - wide + 1))
-    noise = rng.random((*images.shape[:-2], tall, wide), dtype=np.float32)
+    noise = torch.rand((*images.shape[:-2], tall, wide), **_drawing(images, rng))
     images, labels = images.clone(), labels.clone()
-    images[..., top : top + tall, left : left + wide] = torch.from_numpy(noise)
+    images[..., top : top + tall, left : left + wide] = noise
     labels[..., top : top + tall, left : left + wide] = 0
     return images, labels
 
@@ -129,12 +160,12 @@ def contrast(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Window
 
 def brightness(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Window:
     """Blend with black by a factor of 0.7–1.3."""
-    return _blend(torch.zeros(()), images, rng.uniform(0.7, 1.3)), labels
+    return _blend(images.new_zeros(()), images, rng.uniform(0.7, 1.3)), labels
 
 
 def sharpness(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Window:
     """Blend with a smoothed copy by a factor of 0.1–1.9."""
-    kernel = torch.tensor([[1.0, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
+    kernel = images.new_tensor([[1.0, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
     flat = images.reshape(-1, 1, *images.shape[-2:])
     smooth = F.conv2d(F.pad(flat, (1, 1, 1, 1), mode="replicate"), kernel[None, None]).reshape(images.shape)
     return _blend(smooth, images, rng.uniform(0.1, 1.9)), labels
@@ -160,27 +191,39 @@ EITHER: tuple[Change, ...] = (
 """Changes of which ``paper`` applies two."""
 
 AUGMENTATIONS: dict[str, Change] = {"paper": paper, "gentle": gentle, "none": nothing}
-"""Augmentations of a training window by name."""
+"""Augmentations of training windows by name."""
+
+ON_SMALLER = ("gentle",)
+"""Augmentations that depend on no pixel's size, so that a slice larger than the network's input is resized first."""
+
+ONE_BY_ONE = ("paper",)
+"""Augmentations that change the shape of some windows, so that they take one window at a time."""
 
 
-def _affine(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Window:
-    angle = math.radians(rng.uniform(-12, 12))
-    cosine, sine = math.cos(angle), math.sin(angle)
-    (wide, high), shear, shift = rng.uniform(0.85, 1.18, 2), rng.uniform(-0.1, 0.1), rng.uniform(-0.16, 0.16, 2)
-    matrix = [[cosine * wide, (shear - sine) * wide, shift[0]], [sine * high, cosine * high, shift[1]]]
-    grid = F.affine_grid(torch.tensor([matrix], dtype=torch.float32), [1, 1, *labels.shape[-2:]], align_corners=False)
+def _drawing(images: Tensor, rng: np.random.Generator) -> dict[str, Any]:
+    """Arguments of a random tensor on the images' device. Its numbers follow from ``rng`` and the kind of device."""
+    generator = torch.Generator(images.device)
+    return {"generator": generator.manual_seed(int(rng.integers(2**63))), "device": images.device}
+
+
+def _affine(images: Tensor, labels: Tensor, maps: Tensor) -> Window:
+    """Move windows by maps (2, 3, windows, 1, 1)."""
+    # The same as affine_grid, which takes a product of matrices for it.
+    y, x = ((2 * torch.arange(side, device=images.device) + 1) / side - 1 for side in labels.shape[-2:])
+    grid = torch.stack([a * x + b * y[:, None] + c for a, b, c in maps], dim=-1)
 
     def moved(planes: Tensor, mode: str) -> Tensor:
-        return F.grid_sample(planes[None], grid, mode=mode, padding_mode="border", align_corners=False)[0]
+        return F.grid_sample(planes, grid, mode=mode, padding_mode="border", align_corners=False)
 
-    moved_images = moved(images.flatten(0, 1), "bilinear").view_as(images)
+    moved_images = moved(images.flatten(1, 2), "bilinear").view_as(images)
     return moved_images.clamp(0, 1), moved(labels.float(), "nearest").long()
 
 
 def warp(images: Tensor, labels: Tensor, matrix: list[list[float]]) -> Window:
     """Take each output pixel (x, y) from the input pixel nearest to ``matrix`` · (x, y, 1), or 0 outside the slice."""
     height, width = labels.shape[-2:]
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    y, x = (torch.arange(side, device=images.device) for side in (height, width))
+    y, x = torch.meshgrid(y, x, indexing="ij")
     (a, b, c), (d, e, f) = matrix
     source_x = torch.round(a * x + b * y + c).long()
     source_y = torch.round(d * x + e * y + f).long()
@@ -189,5 +232,5 @@ def warp(images: Tensor, labels: Tensor, matrix: list[list[float]]) -> Window:
     return images[..., index[0], index[1]] * inside, labels[..., index[0], index[1]] * inside
 
 
-def _blend(towards: Tensor, images: Tensor, factor: float) -> Tensor:
+def _blend(towards: Tensor, images: Tensor, factor: float | Tensor) -> Tensor:
     return (towards + factor * (images - towards)).clamp(0, 1)

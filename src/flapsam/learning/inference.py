@@ -4,28 +4,34 @@ The next slices are cut and scaled while the network works on the current ones. 
 probabilities are requested or averaged over planes.
 """
 
-import time
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flapsam.base.device import beside, lent
 from flapsam.base.errors import FlapsamError
 from flapsam.base.prefetch import ahead
 from flapsam.learning.cleaning import fill_holes, keep_largest
-from flapsam.learning.slices import SliceStack, from_square, stack_of, to_square
+from flapsam.learning.cuda_graph import captured_without_gradients
+from flapsam.learning.slices import SliceStack, at_once, from_square, stack_of, to_square, windows
 from flapsam.run.config import Samples
 from flapsam.sam import Sam
 from flapsam.volumes import CANONICAL_AXES, Volume, canonical_slice_axis, room
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 HALF: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+OFFERED: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
+"""Precisions of a prediction. What a GPU does with float32 is a setting of the process."""
 MIRRORED = {"x": 0, "y": 1, "z": 2}
 """Canonical axis of each letter: x runs from left to right, y from back to front, z from foot to head."""
 Turns = Sequence[tuple[int, ...]]
@@ -34,11 +40,13 @@ CERTAIN = 65535
 """Stored value of probability 1."""
 BUDGET = 2**30
 """Bytes that the slices in one pass through the network may take, roughly."""
+AMPERE = (8, 0)
+"""Compute capability of the first GPUs that compute in bfloat16."""
 EVERY = slice(None)
 Batch = tuple[list[int], Tensor, list[int], slice]
 """Indices of slices, images, which may be of more slices, indices of blank slices, and which of the images are wanted."""
-WORTH = 1.2
-"""How many times faster than fp32 a lower precision must be to be chosen."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -148,7 +156,8 @@ def class_probabilities(
     """Compute the class probabilities, a few slices at a time.
 
     They are resized to the slice's own grid. Slices that reach the network as zeros only, such as air, all look the same to
-    it. Only the first of these is predicted, and the others take its probabilities.
+    it. Only the first of these is predicted, and the others take its probabilities. Where half precision gives logits that
+    are not finite, these slices and all that follow are predicted in fp32, and the log says so.
 
     Args:
         network: the network with its trained parameters.
@@ -166,16 +175,21 @@ def class_probabilities(
     resize, shape = stack.samples.resize, stack.shape[1:]
     batch = batch or slices_at_once(network, shape)
     blank_probabilities = None
+    passing = _pass_of(network, batch, precision)
     batches = _runs(network, stack, batch) if network.reach else _batches(network, stack, batch)
     with closing(ahead(batches)) as batches:
         for indices, images, blanks, halo in batches:
             if indices:
                 with torch.inference_mode():
                     squares = images.to(device)
-                    probabilities = torch.stack(
-                        [_logits(network, squares.flip(axes), precision, halo).softmax(1).flip(axes) for axes in turns]
-                    ).mean(0)
-                    probabilities = from_square(probabilities, shape, resize)
+                    logits = [passing(squares.flip(axes), halo) for axes in turns]
+                    if precision in HALF and not all(bool(part.isfinite().all()) for part in logits):
+                        log.warning("%s overflows in this network, so the rest is predicted in fp32", precision)
+                        precision = "fp32"
+                        passing = partial(_logits, network, precision=precision)
+                        logits = [passing(squares.flip(axes), halo) for axes in turns]
+                    turned = [part.softmax(1).flip(axes) for part, axes in zip(logits, turns, strict=True)]
+                    probabilities = from_square(torch.stack(turned).mean(0), shape, resize)
                 yield indices, probabilities
                 if blanks and blank_probabilities is None:
                     blank_probabilities = probabilities[indices.index(blanks[0])]
@@ -191,9 +205,7 @@ def _runs(network: Sam, stack: SliceStack, batch: int) -> Iterator[Batch]:
     for start in range(0, count, batch):
         end = min(start + batch, count)
         first, last = max(start - reach, 0), min(end + reach, count)
-        images = torch.cat(
-            [to_square(stack.window(i), network.image_size, stack.samples.resize) for i in range(first, last)]
-        )
+        images, _ = _squares(network, stack, range(first, last))
         yield list(range(start, end)), images, [], slice(start - first, end - first)
 
 
@@ -202,19 +214,30 @@ def _batches(network: Sam, stack: SliceStack, batch: int) -> Iterator[Batch]:
 
     Only the first blank slice of the stack is among those to predict.
     """
-    indices, images, blanks, blank_seen = [], [], [], False
-    for index in range(len(stack)):
-        image = stack.window(index)
-        blank = not bool(image.any())
-        if blank:
-            blanks.append(index)
-        if not (blank and blank_seen):
-            indices.append(index)
-            images.append(to_square(image, network.image_size, stack.samples.resize))
-        blank_seen |= blank
-        if len(indices) == batch or index == len(stack) - 1:
-            yield indices, torch.cat(images) if images else torch.empty(0), blanks, EVERY
-            indices, images, blanks = [], [], []
+    blank_seen = False
+    for start in range(0, len(stack), batch):
+        indices = range(start, min(start + batch, len(stack)))
+        images, lit = _squares(network, stack, indices)
+        blanks = [index for index, is_lit in zip(indices, lit, strict=True) if not is_lit]
+        left_out = blanks if blank_seen else blanks[1:]
+        shown = [index for index in indices if index not in left_out]
+        if left_out:
+            images = images[[index - start for index in shown]]
+        blank_seen |= bool(blanks)
+        yield shown, images, blanks, EVERY
+
+
+def _squares(network: Sam, stack: SliceStack, indices: range) -> tuple[Tensor, list[bool]]:
+    """Images (slices, channels, size, size) on the network's device, and which of the slices have a value other than 0."""
+    device, size = network.pixel_mean.device, network.image_size
+    most = min(at_once(stack.shape[1:], 1, device), len(indices))
+    images, lit = [], []
+    with beside(device):
+        for start in range(0, len(indices), most):
+            cut = windows([(stack, index) for index in indices[start : start + most]], device=device)[:, 0]
+            lit += cut.flatten(1).any(dim=1).tolist()
+            images.append(to_square(cut, size, stack.samples.resize))
+        return lent(torch.cat(images)), lit
 
 
 def slices_at_once(network: Sam, shape: tuple[int, ...]) -> int:
@@ -230,35 +253,33 @@ def slices_at_once(network: Sam, shape: tuple[int, ...]) -> int:
     return max(min(max(most, 3 * ends), BUDGET // a_slice) - ends, 1)
 
 
-def fastest_precision(network: Sam) -> Precision:
-    """Measure briefly which precision is fastest on the network's device.
+def usual_precision(device: torch.device) -> Precision:
+    """The precision that suits a device: bf16 on a GPU that computes in it, fp16 on an older one, fp32 elsewhere.
 
-    Returns:
-        The fastest precision if it is more than ``WORTH`` times as fast as fp32, otherwise fp32.
+    It follows from the device alone. A measurement could choose otherwise the next time, and label maps would differ.
     """
-    device = network.pixel_mean.device
-    images = torch.rand(slices_at_once(network, (1, 1)), 1, network.image_size, network.image_size, device=device)
-    candidates: list[Precision] = ["fp32", "bf16"] if device.type == "cpu" else ["fp32", "bf16", "fp16"]
-    seconds = {candidate: _seconds(network, images, candidate) for candidate in candidates}
-    best = min(candidates, key=lambda candidate: seconds[candidate])
-    return best if seconds[best] * WORTH < seconds["fp32"] else "fp32"
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.get_device_capability(device) >= AMPERE else "fp16"
 
 
 @torch.inference_mode()
-def _seconds(network: Sam, images: Tensor, precision: Precision) -> float:
-    """Seconds of the faster of two passes after a warm-up. Infinite where the device lacks the precision."""
-    times = []
-    try:
-        for _ in range(3):
-            began = time.perf_counter()
-            _logits(network, images, precision).sum().item()
-            times.append(time.perf_counter() - began)
-    except (RuntimeError, NotImplementedError, TypeError):
-        return float("inf")
-    return min(times[1:])
+def _pass_of(network: Sam, batch: int, precision: Precision) -> Callable[[Tensor, slice], Tensor]:
+    """The pass of images and of the slice of them that is wanted. On a GPU, it is a graph if the network stays as it is."""
+    if network.pixel_mean.device.type != "cuda" or not network.fused or network.reach:
+        return partial(_logits, network, precision=precision)
+    replays = _replays.setdefault(network, {})
+    if (batch, precision) not in replays:
+        example = network.pixel_mean.new_zeros(batch, 3, network.image_size, network.image_size)
+        replays[batch, precision] = captured_without_gradients(partial(_logits, network, precision=precision), example)
+    return lambda images, _: replays[batch, precision](images)
 
 
-def _logits(network: Sam, images: Tensor, precision: Precision, wanted: slice = EVERY) -> Tensor:
+_replays: WeakKeyDictionary[Sam, dict[tuple[int, Precision], Callable[[Tensor], Tensor]]] = WeakKeyDictionary()
+"""Network → number of slices and precision → the graph of its pass."""
+
+
+def _logits(network: Sam, images: Tensor, wanted: slice = EVERY, *, precision: Precision) -> Tensor:
     half = HALF.get(precision)
     with torch.autocast(images.device.type, half or torch.bfloat16, enabled=half is not None):
         embedding = network.embed(images.expand(-1, 3, -1, -1))

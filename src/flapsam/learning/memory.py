@@ -13,6 +13,8 @@ from flapsam.sam import Sam, assemble, checkpoint_layers
 
 SHARE = 0.8
 """Part of the free memory that a step may take."""
+MEASURED = (1, 2)
+"""Numbers of slices in the steps that are measured."""
 
 
 def step_bytes(network: Sam, slices: int, options: Training, precision: str = "fp32") -> int:
@@ -56,22 +58,31 @@ def step_bytes(network: Sam, slices: int, options: Training, precision: str = "f
 
 def free_bytes(device: torch.device) -> int:
     """Free memory of a GPU in bytes or, for other devices, of the machine."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    # What PyTorch keeps for later would otherwise count as taken.
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
-def windows_that_fit(network: Sam, options: Training, precision: str = "fp32", free: int | None = None) -> int:
+def windows_that_fit(
+    network: Sam, options: Training, precision: str = "fp32", free: int | None = None, sharing: int = 1
+) -> int:
     """Number of a batch's windows that fit through the network at once within ``SHARE`` of the free memory, at least one.
 
-    Two small steps are measured. Every further slice adds the same amount of memory.
+    Two small steps are measured after a first one, which also takes memory that stays. Every further slice adds the same
+    amount of memory.
 
     Args:
         network: the network, ready to train.
         options: training options, of which window, batch size and loss are used.
         precision: ``bf16`` runs the network under autocast.
         free: free memory in bytes; that of the network's device if None.
+        sharing: number of processes that train in this memory.
     """
     constant, a_slice = _line(network, options, precision)
-    available = SHARE * (free_bytes(network.pixel_mean.device) if free is None else free) - learned_bytes(network) - constant
+    free = free_bytes(network.pixel_mean.device) if free is None else free
+    available = SHARE * free / sharing - learned_bytes(network) - constant
     return min(max(int(available / a_slice / options.window), 1), options.batch_size)
 
 
@@ -89,9 +100,12 @@ def learned_bytes(network: Sam) -> int:
 
 def _line(network: Sam, options: Training, precision: str) -> tuple[int, int]:
     """Bytes that a step takes whatever its number of slices, and bytes that every slice adds."""
-    with_one, with_two = (step_bytes(network, slices, options, precision) for slices in (1, 2))
-    a_slice = max(with_two - with_one, 1)
-    return with_one - a_slice, a_slice
+    few, many = MEASURED
+    if network.pixel_mean.device.type == "cuda":
+        step_bytes(network, few, options, precision)
+    with_few, with_many = (step_bytes(network, slices, options, precision) for slices in MEASURED)
+    a_slice = max((with_many - with_few) // (many - few), 1)
+    return with_few - few * a_slice, a_slice
 
 
 @dataclass(frozen=True)

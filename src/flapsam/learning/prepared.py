@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,12 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flapsam.base.files import write_text, written_whole
-from flapsam.learning.slices import Bounds, SliceStack, ceiling, clip_bounds, stack_of
+from flapsam.learning.slices import CPU, Bounds, SliceStack, ceiling, clip_bounds, stack_of
 from flapsam.run.config import Samples
 from flapsam.sites import IGNORED, Case, LabelMap
 from flapsam.sites.pairs import read_pair
 
-RECORD = 4
+RECORD = 5
 """Version of the record beside an unpacked case."""
 
 
@@ -33,8 +34,8 @@ class PreparedCase:
     """Number of slices."""
     occupied: frozenset[int]
     """Indices of the slices that contain a class."""
-    bounds: Bounds
-    """Intensity range of the volume as stored."""
+    ranges: tuple[Bounds, ...]
+    """Intensity range of each slice as stored."""
     ceiling: tuple[float, ...] | None
     """Intensity of each modality at the percentile that intensities are clipped to, if there is one."""
     folder: Path
@@ -50,7 +51,7 @@ class PreparedCase:
     def stack(self, samples: Samples) -> SliceStack:
         """The images as a stack of slices, mapped from disk."""
         images = _mapped(_image_path(self.folder, self.name))
-        return SliceStack(images, samples, self.bounds, clip_bounds(samples, self.site, self.ceiling))
+        return SliceStack(images, samples, self.ranges, clip_bounds(samples, self.site, self.ceiling))
 
     def labels(self) -> NDArray[np.int8]:
         """Class indices (slices, height, width), mapped from disk, with ``IGNORED`` and ``HIDDEN`` below 0."""
@@ -62,13 +63,23 @@ class PreparedCase:
 
     def window_labels(self, centre: int, depth: int) -> Tensor:
         """The labels of a training sample: (depth, height, width). The loss leaves out voxels with −100."""
-        labels = torch.from_numpy(np.asarray(self.labels()[self.indices(centre, depth)], dtype=np.int64))
-        return labels.masked_fill_(labels < 0, IGNORED)
+        return window_labels([(self, centre)], depth)[0]
 
     def indices(self, centre: int, depth: int) -> NDArray[np.int64]:
         """Indices of the ``depth`` slices around ``centre``. Beyond the volume, its outermost slice is repeated."""
         half = depth // 2
         return np.clip(np.arange(centre - half, centre + half + 1), 0, self.slices - 1)
+
+
+Middle = tuple[PreparedCase, int]
+"""A case and the index of a window's middle slice."""
+
+
+def window_labels(places: Sequence[Middle], depth: int, device: torch.device = CPU) -> Tensor:
+    """The labels of windows of the same height and width: (windows, depth, height, width)."""
+    stored = np.stack([case.labels()[case.indices(centre, depth)] for case, centre in places])
+    labels = torch.from_numpy(stored).to(device).long()
+    return labels.masked_fill_(labels < 0, IGNORED)
 
 
 def prepare(case: Case, label_map: LabelMap, samples: Samples, folder: Path) -> PreparedCase:
@@ -101,7 +112,7 @@ def prepare(case: Case, label_map: LabelMap, samples: Samples, folder: Path) -> 
             "key": key,
             "slices": len(stack),
             "occupied": occupied,
-            "bounds": stack.bounds,
+            "ranges": stack.ranges,
             "ceiling": ceiling(stack.images, samples),
         }
         write_text(record, json.dumps(metadata))
@@ -111,7 +122,7 @@ def prepare(case: Case, label_map: LabelMap, samples: Samples, folder: Path) -> 
         annotated=label_map.annotated,
         slices=metadata["slices"],
         occupied=frozenset(metadata["occupied"]),
-        bounds=tuple((low, high) for low, high in metadata["bounds"]),
+        ranges=tuple(tuple((low, high) for low, high in bounds) for bounds in metadata["ranges"]),
         ceiling=tuple(metadata["ceiling"]) if metadata["ceiling"] else None,
         folder=folder,
         subject=case.subject,

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from flapsam.base.randomness import Randomness, normal, uniform
+from flapsam.learning.cuda_graph import Batch
 from flapsam.learning.features import Features, can_be_kept
 from flapsam.learning.prepared import PreparedCase
 from flapsam.learning.training import (
-    Batch,
     FitReport,
     Learner,
     backward,
@@ -80,7 +80,7 @@ def fit_privately(
         for group in learner.optimizer.param_groups:
             group["lr"] = learning_rate(learner.steps, 1, options, learner.rounds)
         total = np.zeros(sum(parameter.numel() for parameter in moving))
-        for batch in _drawn(patients, options, samples, privacy, network.image_size, randomness, features):
+        for batch in _drawn(patients, options, samples, privacy, network.image_size, randomness, features, device):
             learner.optimizer.zero_grad(set_to_none=True)
             losses.append(backward(forward, batch, device, options, precision, privacy.windows))
             total += clipped(_flat_gradient(moving), privacy.clip)
@@ -132,6 +132,7 @@ def _drawn(
     size: int,
     randomness: Randomness,
     features: Features | None,
+    device: torch.device,
 ) -> Iterator[Batch]:
     """Draw a step's patients (Poisson sampling), and for each of them a batch of its windows."""
     takes_part = uniform(randomness, len(patients)) <= privacy.sampling
@@ -141,7 +142,7 @@ def _drawn(
             every = middles(cases, options, rng)
             # Always as many, so that neither memory nor time depends on how many slices a patient has.
             chosen = np.resize(rng.permutation(len(every)), privacy.windows)
-            yield batch_of([every[index] for index in chosen], options, samples, size, rng, features)
+            yield batch_of([every[index] for index in chosen], options, samples, size, rng, features, device)
 
 
 def _with_gradient(network: Sam, learner: Learner, options: Training) -> list[nn.Parameter]:

@@ -5,32 +5,31 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from flapsam.base.device import beside, lent
 from flapsam.base.environment import default_threads
 from flapsam.base.errors import FlapsamError
 from flapsam.base.files import written_whole
-from flapsam.base.prefetch import ahead
+from flapsam.base.prefetch import called_ahead
 from flapsam.base.seeds import seed_for
-from flapsam.learning.augmentation import AUGMENTATIONS
+from flapsam.learning.augmentation import AUGMENTATIONS, ON_SMALLER, ONE_BY_ONE
+from flapsam.learning.cuda_graph import WORTH, Batch, Pass, captured
 from flapsam.learning.features import Features, can_be_kept
-from flapsam.learning.prepared import PreparedCase
-from flapsam.learning.slices import labels_to_square, to_square
+from flapsam.learning.prepared import Middle, PreparedCase, window_labels
+from flapsam.learning.slices import CPU, at_once, inner_size, labels_to_square, padded, resized, resized_labels, windows
 from flapsam.run.config import Rounds, Samples, Training
 from flapsam.sam import Sam, trained
+from flapsam.sam.halving import halved
 from flapsam.sites import IGNORED
-
-Batch = tuple[Tensor, Tensor]
-Middle = tuple[PreparedCase, int]
-"""A case and the index of a window's middle slice."""
 
 
 @dataclass(frozen=True)
@@ -53,18 +52,19 @@ def segmentation_loss(logits: Tensor, labels: Tensor, options: Training) -> Loss
         labels: class indices or −100 (batch, height, width).
         options: training options, with the weights of both terms and of the foreground in the cross-entropy.
     """
-    valid = labels != IGNORED
-    if not valid.any():
-        zero = logits.sum() * 0
-        return Loss(zero, zero, zero)
-    classes = logits.shape[1]
-    weight = torch.full((classes,), options.foreground_weight, device=logits.device)
-    weight[0] = 1.0
-    cross_entropy = F.cross_entropy(logits, labels, weight=weight, ignore_index=IGNORED)
-    truth = F.one_hot(labels.where(valid, 0), classes).movedim(-1, 1) * valid[:, None]
-    predicted = logits.softmax(dim=1) * valid[:, None]
+    valid = (labels != IGNORED)[:, None]
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    # A voxel that is ignored has no class. CUDA has no deterministic kernel for PyTorch's own cross-entropy, and asking
+    # whether any voxel is valid would wait for the device.
+    truth = (labels[:, None] == classes[:, None, None]).to(logits.dtype)
+    weight = torch.where(classes == 0, 1.0, options.foreground_weight)
+    log_softmax = logits.log_softmax(dim=1)
     over = (0, 2, 3)
-    overlap, squares = (predicted * truth).sum(over), (predicted**2).sum(over) + truth.sum(over)
+    size = truth.sum(over)
+    likelihood = (log_softmax * truth).sum(over)
+    cross_entropy = -(weight * likelihood).sum() / (weight * size).sum().clamp(min=torch.finfo(logits.dtype).tiny)
+    predicted = log_softmax.exp() * valid
+    overlap, squares = (predicted * truth).sum(over), (predicted**2).sum(over) + size
     dice = (1 - (2 * overlap + 1e-5) / (squares + 1e-5)).mean()
     return Loss(options.cross_entropy * cross_entropy + options.dice * dice, cross_entropy, dice)
 
@@ -110,6 +110,8 @@ def backward(
 
 
 ONE_ROUND = Rounds(count=1)
+MOST_LOADERS = 2
+"""Threads that make batches for a GPU, at most. They take turns in Python: with four, a fit is no faster (``benchmarks/gpu.py``)."""
 
 
 def learning_rate(step: int, batches_per_epoch: int, options: Training, rounds: Rounds = ONE_ROUND) -> float:
@@ -235,8 +237,11 @@ def batches(
     seed: int,
     features: Features | None = None,
     first: int = 0,
-) -> Iterator[Batch]:
-    """Cut one epoch of windows, in random order.
+    device: torch.device = CPU,
+) -> Iterator[Callable[[], Batch]]:
+    """Draw one epoch of windows, in random order.
+
+    Every batch has a generator of its own, so that it is the same whichever thread makes it, and whatever came before.
 
     Args:
         cases: the training cases.
@@ -245,20 +250,26 @@ def batches(
         size: side of the network's square input in pixels.
         seed: seed of order and augmentation.
         features: embeddings of the cases, which take the place of images.
-        first: number of batches to leave out at the beginning. The windows are the same, but their augmentation is not.
+        first: number of batches to leave out at the beginning.
+        device: device of the batches.
 
     Yields:
-        Images (slices, channels, size, size) in [0, 1] or embeddings (slices, width, tokens, tokens), and labels (slices,
-        size, size). The slices of a batch's windows follow one another.
+        Functions that cut and augment a batch: images (slices, channels, size, size) in [0, 1] or embeddings (slices, width,
+        tokens, tokens), and labels (slices, size, size). The slices of a batch's windows follow one another.
     """
     rng = np.random.default_rng(seed)
     every = middles(cases, options, rng)
     order = rng.permutation(len(every))
-    if first:
-        rng = np.random.default_rng([seed, first])
-    for start in range(first * options.batch_size, len(order), options.batch_size):
+    for number in range(first, math.ceil(len(order) / options.batch_size)):
+        start = number * options.batch_size
         shown = [every[index] for index in order[start : start + options.batch_size]]
-        yield batch_of(shown, options, samples, size, rng, features)
+        yield partial(_seeded, [seed, number], shown, options, samples, size, features, device)
+
+
+def _seeded(
+    seed: Sequence[int], shown: Sequence[Middle], options: Training, samples: Samples, size: int, *rest: Any
+) -> Batch:
+    return batch_of(shown, options, samples, size, np.random.default_rng(seed), *rest)
 
 
 def batch_of(
@@ -268,8 +279,9 @@ def batch_of(
     size: int,
     rng: np.random.Generator,
     features: Features | None = None,
+    device: torch.device = CPU,
 ) -> Batch:
-    """Cut and augment windows.
+    """Cut and augment windows on a device.
 
     Args:
         shown: the windows, each as its case and its middle slice.
@@ -278,22 +290,59 @@ def batch_of(
         size: side of the network's square input in pixels.
         rng: source of the augmentation.
         features: embeddings of the cases, which take the place of images.
+        device: device of the batch.
 
     Returns:
-        Images and labels, as ``batches`` yields them.
+        Images and labels, as the functions of ``batches`` return them.
     """
-    augment = AUGMENTATIONS[options.augment]
+    parts = _parts(shown, options, device)
     images, labels = [], []
-    for case, centre in shown:
-        if features:
-            images.append(torch.from_numpy(features.of(case)[case.indices(centre, options.window)]))
-            truth = case.window_labels(centre, options.window)
-        else:
-            window = case.window(centre, options.window, samples)
-            image, truth = augment(window[0], window[1], rng)
-            images.append(to_square(image, size, samples.resize))
-        labels.append(labels_to_square(truth, size, samples.resize))
-    return torch.cat(images), torch.cat(labels)
+    with beside(device):
+        for numbers in parts:
+            alike = [shown[number] for number in numbers]
+            truth = window_labels(alike, options.window, device)
+            if features:
+                kept = [features.of(case)[case.indices(centre, options.window)] for case, centre in alike]
+                image = torch.from_numpy(np.stack(kept)).to(device)
+                truth = labels_to_square(truth.flatten(0, 1), size, samples.resize).unflatten(0, truth.shape[:2])
+            else:
+                cut = windows([(case.stack(samples), centre) for case, centre in alike], options.window, device)
+                image, truth = _augmented(cut, truth, options, samples, size, rng)
+            images.append(image)
+            labels.append(truth)
+        whole = torch.cat(images), torch.cat(labels)
+        order = np.argsort(np.concatenate(parts))
+        if (np.diff(order) < 0).any():
+            whole = whole[0][order], whole[1][order]
+        return lent(whole[0].flatten(0, 1)), lent(whole[1].flatten(0, 1))
+
+
+def _parts(shown: Sequence[Middle], options: Training, device: torch.device) -> list[list[int]]:
+    """The numbers of the windows that are cut at once: of one shape, and on a CPU no more than its cache holds."""
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for number, (case, _) in enumerate(shown):
+        alike.setdefault(case.labels().shape[1:], []).append(number)
+    parts = []
+    for shape, numbers in alike.items():
+        most = 1 if options.augment in ONE_BY_ONE else at_once(shape, options.window, device)
+        parts += [numbers[start : start + most] for start in range(0, len(numbers), most)]
+    return parts
+
+
+def _augmented(
+    images: Tensor, labels: Tensor, options: Training, samples: Samples, size: int, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Augment windows and resize them to the network's square, whichever comes first."""
+    shape, change = labels.shape[-2:], AUGMENTATIONS[options.augment]
+    inner = inner_size(shape, size, samples.resize)
+    smaller_first = options.augment in ON_SMALLER and math.prod(inner) < math.prod(shape)
+
+    def square(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        whole = resized(images.flatten(0, 1), inner), resized_labels(labels.flatten(0, 1), inner)
+        return tuple(part.unflatten(0, labels.shape[:2]) for part in whole)  # pyright: ignore[reportReturnType]
+
+    images, labels = change(*square(images, labels), rng) if smaller_first else square(*change(images, labels, rng))
+    return padded(images, size), padded(labels, size, IGNORED)
 
 
 def middles(cases: Sequence[PreparedCase], options: Training, rng: np.random.Generator) -> list[Middle]:
@@ -326,6 +375,7 @@ def fit(
     *,
     seed: int,
     precision: str = "fp32",
+    loaders: int | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> FitReport:
     """Train the network's trainable parameters for a round's local epochs or, if the rounds count in steps, for these.
@@ -340,6 +390,8 @@ def fit(
         samples: how volumes become samples.
         seed: seed of window order and augmentation at this site, of this round or, if rounds count in steps, of the run.
         precision: ``bf16`` runs the network under autocast.
+        loaders: number of threads that make batches while the network trains. The result does not depend on it. Without a
+            number, it follows from the device.
         on_step: called after every step.
     """
     options = learner.options
@@ -355,31 +407,54 @@ def fit(
     slices, waiting = 0, 0.0
     epoch, first = divmod(learner.steps, per_epoch) if learner.rounds.steps else (0, 0)
     end = learner.steps + _steps(per_epoch, options, learner.rounds)
-    while learner.steps < end:
-        upcoming = batches(cases, options, samples, network.image_size, seed_for(seed, epoch), features, first)
-        upcoming = islice(upcoming, end - learner.steps)
-        # If the network uses all cores, a prefetching thread costs more time than waiting: a third of the demo's rounds.
-        if device.type != "cpu" or torch.get_num_threads() < default_threads():
-            upcoming = ahead(upcoming)
-        while True:
-            asked = time.perf_counter()
-            batch = next(upcoming, None)
-            waiting += time.perf_counter() - asked
-            if batch is None:
-                break
-            for group in learner.optimizer.param_groups:
-                group["lr"] = learning_rate(learner.steps, per_epoch, options, learner.rounds)
-            learner.optimizer.zero_grad(set_to_none=True)
-            losses.append(backward(forward, batch, device, options, precision, options.batch_size))
-            if options.proximal:
-                pull_back(moving, start, options.proximal)
-            learner.optimizer.step()
-            learner.steps += 1
-            slices += len(batch[0])
-            on_step()
-        epoch, first = epoch + 1, 0
+    loaders = default_loaders(device) if loaders is None else loaders
+
+    def work(batch: Batch) -> Tensor:
+        return backward(forward, batch, device, options, precision, options.batch_size)
+
+    step_of_batch = work if device.type != "cuda" or options.checkpointing else None
+    with halved(network, precision):
+        while learner.steps < end:
+            calls = batches(cases, options, samples, network.image_size, seed_for(seed, epoch), features, first, device)
+            calls = islice(calls, end - learner.steps)
+            if step_of_batch is None:
+                calls, step_of_batch = _with_graph(calls, work, list(learner.parameters.values()), end - learner.steps)
+            upcoming = called_ahead(calls, loaders) if loaders else (call() for call in calls)
+            while True:
+                asked = time.perf_counter()
+                batch = next(upcoming, None)
+                waiting += time.perf_counter() - asked
+                if batch is None:
+                    break
+                for group in learner.optimizer.param_groups:
+                    group["lr"] = learning_rate(learner.steps, per_epoch, options, learner.rounds)
+                learner.optimizer.zero_grad(set_to_none=True)
+                losses.append(step_of_batch(batch))
+                if options.proximal:
+                    pull_back(moving, start, options.proximal)
+                learner.optimizer.step()
+                learner.steps += 1
+                slices += len(batch[0])
+                on_step()
+            epoch, first = epoch + 1, 0
     total, cross_entropy, dice = torch.stack(losses).mean(dim=0).tolist()
     return FitReport(len(losses), slices, total, cross_entropy, dice, time.perf_counter() - started, waiting)
+
+
+def default_loaders(device: torch.device) -> int:
+    """Number of threads that make batches while the network trains."""
+    if device.type != "cpu":
+        return min(MOST_LOADERS, default_threads())
+    # If the network uses all cores, another thread costs more time than waiting: a third of the demo's rounds.
+    return int(torch.get_num_threads() < default_threads())
+
+
+def _with_graph(
+    calls: Iterator[Callable[[], Batch]], work: Pass, parameters: Sequence[nn.Parameter], steps: int
+) -> tuple[Iterator[Callable[[], Batch]], Pass]:
+    """The calls, and the pass of their first batch as a CUDA graph if there are enough steps."""
+    first = next(calls)
+    return chain([first], calls), captured(work, first(), parameters) if steps >= WORTH else work
 
 
 def pull_back(parameters: Sequence[Tensor], start: Sequence[Tensor], strength: float) -> None:

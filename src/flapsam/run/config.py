@@ -447,8 +447,9 @@ class RunConfig(StrictModel):
     """Number of slices per batch in validation and test; as many as fit into memory if not given."""
     device: str = "cpu"
     """Device to compute on: ``cpu``, ``cuda``, ``mps``, or ``auto``, which takes a GPU if there is one."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the network. ``bf16`` runs it under autocast, while parameters and packets stay fp32."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Precision of the network. ``bf16`` runs it under autocast, while parameters and packets stay fp32. ``tf32`` lets a GPU
+    compute products of float32 with ten bits of mantissa, and is the same as ``fp32`` elsewhere."""
     threads: Positive | None = None
     """Number of CPU threads that a site trains with; all cores if not given. Results are bit-identical only for the same
     number of threads."""

@@ -2,6 +2,7 @@
 
 import json
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,8 +106,12 @@ class RunFolder:
         """Whether the folder holds a run."""
         return self.environment.exists()
 
-    def begin(self, config: RunConfig) -> str:
+    def begin(self, config: RunConfig, device: Mapping[str, Any] | None = None) -> str:
         """Begin a run in this folder, and return its id.
+
+        Args:
+            config: the run's configuration.
+            device: what ``describe_device`` says of the device that computes here; None where nothing is computed.
 
         Raises:
             FlapsamError: the folder cannot be written to.
@@ -114,7 +119,7 @@ class RunFolder:
         check_writable(self.path)
         write_text(self.config, write_config(config))
         run = uuid.uuid4().hex
-        metadata = {"format": FOLDER_FORMAT, "run": run, **environment()}
+        metadata = {"format": FOLDER_FORMAT, "run": run, **environment(), **(device or {})}
         write_text(self.environment, json.dumps(metadata, indent=2) + "\n")
         return run
 

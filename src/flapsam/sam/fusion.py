@@ -9,4 +9,5 @@ def fuse(network: Sam) -> Sam:
     """Merge the adapters and fuse the encoder, in place. The network can only predict afterwards."""
     merge_adapters(network).vision_encoder.fuse()
     connect(network.vision_encoder)
+    network.fused = True
     return network.eval()

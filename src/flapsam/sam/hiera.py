@@ -21,7 +21,7 @@ from flapsam.sam.naming import (
     split_thirds,
     to_transformers,
 )
-from flapsam.sam.vit import fused_projection
+from flapsam.sam.vit import as_autocast, fused_projection
 
 if TYPE_CHECKING:
     from transformers.models.sam2.configuration_sam2 import Sam2VisionConfig
@@ -288,7 +288,8 @@ class HieraAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Attend over tokens (batch, height, width, channels)."""
-        query, key, value = (layer(hidden_states) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        tokens = as_autocast(hidden_states)
+        query, key, value = (layer(tokens) for layer in (self.q_proj, self.k_proj, self.v_proj))
         return self.proj(_attend(query, key, value, self.heads, self.stride))
 
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -81,6 +82,11 @@ def apply_strategy(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             inject_adapter_in_model(lora_config(lora, len(network.vision_encoder.layers)), network)
+            for module in network.modules():
+                if isinstance(module, BaseTunerLayer):
+                    layer: Any = module
+                    # Under autocast, PEFT would convert half precision back, only to have it converted again.
+                    layer.cast_input_dtype_enabled = False
             if strategy.volume:
                 add_slice_adapters(network.vision_encoder, lora.rank, network.stack)
     stay = tuple(f"{OUTPUT.removesuffix('*')}{part.replace('-', '_')}." for part in frozen)

@@ -1,5 +1,6 @@
 """The whole network: from images to one logit map per class and one for the background, without prompts."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ class Sam(nn.Module):
         self.masks = masks
         self.personal: frozenset[str] = frozenset()
         """Public names of the parameters that a site trains for itself and that never travel."""
+        self.fused = False
+        """Whether the network can only predict, and stays as it is."""
         self.stack = Stack()
         self.vision_encoder: Any = sizes.encoder(image_size)
         self.prompt_encoder = _prompt_encoder(sizes, image_size)
@@ -55,7 +58,7 @@ class Sam(nn.Module):
         prompt = self.prompt_encoder.no_mask_embed.weight[:, :, None, None]
         logits, iou = self.mask_decoder(embedding, self.positions(), prompt)
         if logits.shape[-1] != self.image_size:
-            logits = F.interpolate(logits, (self.image_size, self.image_size), mode="bilinear")
+            logits = enlarged(logits, self.image_size)
         return logits, iou
 
     def logits(self, embedding: Tensor) -> Tensor:
@@ -77,6 +80,28 @@ class Sam(nn.Module):
         centres = (torch.arange(tokens, device=self.pixel_mean.device) + 0.5) / tokens
         y, x = torch.meshgrid(centres, centres, indexing="ij")
         return self.prompt_encoder.shared_embedding(torch.stack([x, y], dim=-1)).permute(2, 0, 1)[None]
+
+
+def enlarged(logits: Tensor, size: int) -> Tensor:
+    """Resize logits (batch, masks, height, width) bilinearly to a square."""
+    if logits.device.type == "cpu" or not logits.requires_grad:
+        return F.interpolate(logits, (size, size), mode="bilinear")
+    return enlarged_by_products(logits, size)
+
+
+def enlarged_by_products(logits: Tensor, size: int) -> Tensor:
+    """The same as two products. On a GPU, the gradient of PyTorch's own is deterministic only by sorting all pixels."""
+    down, across = (
+        F.interpolate(torch.eye(side, device=logits.device)[None], size, mode="linear")[0] for side in logits.shape[-2:]
+    )
+    with full_precision(logits.device):
+        return down.T @ logits.float() @ across
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Leave autocast, where the device has it."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()  # pyright: ignore[reportReturnType]
 
 
 def _prompt_encoder(sizes: Architecture, image_size: int) -> SamPromptEncoder:

@@ -18,7 +18,7 @@ from transformers.models.sam.modeling_sam import SamVisionNeck
 from flapsam.sam.architecture import Architecture
 from flapsam.sam.decoder import MaskDecoder
 from flapsam.sam.naming import DECODER_FROM_META, NECK_FROM_META, PROJECTIONS, renamed
-from flapsam.sam.vit import fused_projection
+from flapsam.sam.vit import as_autocast, fused_projection
 
 HEAD = 32
 """Channels of an attention head."""
@@ -308,7 +308,7 @@ class WindowAttention(nn.Module):
 
     def forward(self, windows: Tensor) -> Tensor:
         """Attend over tokens (windows, tokens, channels)."""
-        normed = self.layer_norm(windows)
+        normed = as_autocast(self.layer_norm(windows))
         query, key, value = (
             projection(normed).unflatten(2, (self.heads, HEAD)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)

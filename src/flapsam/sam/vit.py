@@ -153,6 +153,10 @@ class VitEncoder(SamVisionEncoder):
         for block, layer in enumerate(self.layers):
             grid = tokens if block in sizes.global_blocks else sizes.window
             layer.attn = EncoderAttention(sizes.width, sizes.heads, grid)
+            switched: Any = layer
+            if switched.window_size == tokens:
+                # One window covers the whole image, so cutting it out and putting it back would only copy it.
+                switched.window_size = 0
 
     def forward(self, images: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Embed images."""
@@ -163,9 +167,6 @@ class VitEncoder(SamVisionEncoder):
         """Compute query, key and value in one product from now on."""
         for layer in self.layers:
             switched: Any = layer
-            if switched.window_size == self.tokens:
-                # One window covers the whole image, so cutting it out and putting it back would only copy it.
-                switched.window_size = 0
             switched.attn = FusedAttention(switched.attn)
 
 
@@ -187,16 +188,18 @@ class EncoderAttention(nn.Module):
         index = torch.arange(grid)
         self.offset: Tensor
         self.register_buffer("offset", index[:, None] - index[None, :] + grid - 1, persistent=False)
+        self.places: Tensor
+        self.register_buffer("places", places_of(grid), persistent=False)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, None]:
         """Attend over tokens (batch, height, width, channels). Return the same shape, and None for the attention weights."""
         batch, height, width, channels = hidden_states.shape
-        tokens = hidden_states.reshape(batch, height * width, channels)
+        tokens = as_autocast(hidden_states).reshape(batch, height * width, channels)
         query, key, value = (
             projection(tokens).view(batch, height * width, self.heads, -1).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        mixed = attend(query, key, value, self.rel_pos_h[self.offset], self.rel_pos_w[self.offset])
+        mixed = attend(query, key, value, self.rel_pos_h[self.offset], self.rel_pos_w[self.offset], self.places)
         return self.proj(mixed).view(batch, height, width, channels), None
 
 
@@ -212,14 +215,25 @@ class FusedAttention(nn.Module):
         self.along_w: Tensor
         self.register_buffer("along_h", attention.rel_pos_h[attention.offset].detach())
         self.register_buffer("along_w", attention.rel_pos_w[attention.offset].detach())
+        self.places: Tensor
+        self.register_buffer("places", attention.places, persistent=False)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, None]:
         """Attend over tokens (batch, height, width, channels). Return the same shape, and None for the attention weights."""
         batch, height, width, channels = hidden_states.shape
         tokens = hidden_states.reshape(batch, height * width, channels)
         query, key, value = self.qkv(tokens).view(batch, height * width, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = attend(query, key, value, self.along_h, self.along_w)
+        mixed = attend(query, key, value, self.along_h, self.along_w, self.places)
         return self.proj(mixed).view(batch, height, width, channels), None
+
+
+def as_autocast(values: Tensor) -> Tensor:
+    """Values in the type in which autocast multiplies, converted once for all layers that use them."""
+    kind = values.device.type
+    # Tensors of shapes alone, on the device meta, know no autocast.
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return values
+    return values.to(torch.get_autocast_dtype(kind))
 
 
 def fused_projection(*projections: nn.Linear) -> nn.Linear:
@@ -230,8 +244,12 @@ def fused_projection(*projections: nn.Linear) -> nn.Linear:
     return fused
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, along_h: Tensor, along_w: Tensor) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, along_h: Tensor, along_w: Tensor, places: Tensor) -> Tensor:
     """Attention over a grid of tokens with decomposed relative positions.
+
+    The scores are q·k/√d + q·Rh + q·Rw (Segment Anything, arXiv 2304.02643, as in ViTDet, arXiv 2203.16527). On a CPU, the
+    positions are an additive mask. Elsewhere, they are channels of query and key, because the fastest kernels of GPUs take
+    no mask.
 
     Args:
         query: queries (batch, heads, height · width, channels of a head).
@@ -239,12 +257,53 @@ def attend(query: Tensor, key: Tensor, value: Tensor, along_h: Tensor, along_w: 
         value: values of the same shape.
         along_h: relative position embeddings from row to row (height, height, channels of a head).
         along_w: relative position embeddings from column to column (width, width, channels of a head).
+        places: row and column of each token, as ``places_of`` returns them.
 
     Returns:
         The attended values (batch, height · width, channels).
+    """
+    if query.device.type == "cpu":
+        mixed = masked(query, key, value, along_h, along_w)
+    else:
+        mixed = folded(query, key, value, along_h, along_w, places)
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def masked(query: Tensor, key: Tensor, value: Tensor, along_h: Tensor, along_w: Tensor) -> Tensor:
+    """Attention whose scores get a mask: that of a key's row, plus that of its column. Arguments are those of ``attend``.
+
+    Returns:
+        The attended values, in the shape of the queries.
     """
     grid = query.unflatten(2, (len(along_h), len(along_w)))
     bias_h = torch.einsum("bnhwc,hkc->bnhwk", grid, along_h)
     bias_w = torch.einsum("bnhwc,wkc->bnhwk", grid, along_w)
     bias = (bias_h[..., :, None] + bias_w[..., None, :]).flatten(4).flatten(2, 3)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+
+
+def folded(query: Tensor, key: Tensor, value: Tensor, along_h: Tensor, along_w: Tensor, places: Tensor) -> Tensor:
+    """The same as ``masked``, as products of q' = [q, q·√d·Rh, q·√d·Rw, 0] and k' = [k, e(row), e(column), 0].
+
+    Here, e is a unit vector, so that q'·k'/√d is the whole score. Kernels take heads of a multiple of eight channels, and
+    values with as many.
+    """
+    height, width, channels = len(along_h), len(along_w), query.shape[-1]
+    tables = torch.cat([along_h[:, None].expand(-1, width, -1, -1), along_w.expand(height, -1, -1, -1)], dim=2)
+    grid = query.unflatten(2, (height, width))
+    scores = torch.einsum("bnhwc,hwkc->bnhwk", grid, tables * channels**0.5).flatten(2, 3)
+    kind = scores.dtype
+    few = (*query.shape[:3], -(channels + height + width) % 8)
+    many = (*query.shape[:3], few[-1] + height + width)
+    nothing = torch.zeros((), dtype=kind, device=query.device)
+    whole_query = torch.cat([query.to(kind), scores, nothing.expand(few)], dim=-1)
+    whole_key = torch.cat([key.to(kind), places.to(kind).expand(*key.shape[:2], -1, -1), nothing.expand(few)], dim=-1)
+    whole_value = torch.cat([value.to(kind), nothing.expand(many)], dim=-1)
+    mixed = F.scaled_dot_product_attention(whole_query, whole_key, whole_value, scale=channels**-0.5)
+    return mixed[..., :channels]
+
+
+def places_of(grid: int) -> Tensor:
+    """Row and column of each token of a square grid, each as a unit vector (tokens, 2 · grid)."""
+    one = torch.eye(grid)
+    return torch.cat([one.repeat_interleave(grid, 0), one.repeat(grid, 1)], dim=1)

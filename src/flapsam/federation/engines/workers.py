@@ -5,6 +5,7 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -15,12 +16,13 @@ from flapsam.federation.client import Client
 class Workers:
     """Worker processes with a pipe each, as a context manager. Leaving it kills them, even in the middle of a fit."""
 
-    def __init__(self, count: int, make_clients: Callable[[], Mapping[str, Client]]) -> None:
+    def __init__(self, count: int, make_clients: Callable[[int], Mapping[str, Client]]) -> None:
         """Start the processes.
 
         Args:
             count: number of processes.
-            make_clients: builds a worker's network and its clients by site. It is called once in each process.
+            make_clients: builds the network and the clients by site of a worker, given its number. It is called once in each
+                process.
         """
         # Torch reads this when it is loaded. Threads that wait must not keep the other workers' cores busy.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -28,9 +30,9 @@ class Workers:
         context = multiprocessing.get_context("spawn")
         self.processes = []
         self.pipes = []
-        for _ in range(count):
+        for number in range(count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, make_clients), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, partial(make_clients, number)), daemon=True)
             process.start()
             theirs.close()
             self.processes.append(process)
