@@ -92,7 +92,7 @@ def finished(small_families: None, data: Path, tmp_path_factory: pytest.TempPath
     config = read_config(write_bench(tmp_path_factory.mktemp("bench"), data))
     resumed = []
 
-    def interrupted(cell_config, *, resume, sites, observer):
+    def interrupted(cell_config, *, resume, workers, sites, observer):
         resumed.append(resume)
         if len(resumed) == 3:
             observer.step = interrupt
@@ -150,6 +150,53 @@ def test_a_bench_killed_in_its_second_cell_resumes(finished: Path, data: Path, t
     )
     assert len(resumed) == 2
     assert resumed == {name: whole[name] for name in resumed}
+
+
+def test_two_processes_compute_each_cell_once_and_one_takes_over_what_the_other_left(
+    finished: Path, data: Path, tmp_path: Path
+):
+    path = write_bench(tmp_path, data)
+    command = [sys.executable, "-m", "tests.helpers.small_cli", "bench", str(path)]
+    cells = tmp_path / "bench" / "cells"
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)]
+    deadline = time.monotonic() + 240
+    # Both are at work, each in a cell of its own. Then one is killed.
+    while len(list(cells.glob("*/events.jsonl"))) < 2 or not any(cells.glob("*.json")):
+        assert time.monotonic() < deadline and processes[0].poll() is None
+        time.sleep(0.005)
+    processes[0].kill()
+    _, survivor = processes[1].communicate(timeout=240)
+    _, killed = processes[0].communicate()
+    assert processes[1].returncode == 0, survivor
+    assert len(list(cells.glob("*.json"))) == len(NAMES)
+    begun = [[name for name in NAMES if f": {name}\n" in told] for told in (killed, survivor)]
+    # The survivor computes every cell but those that the other had finished.
+    assert set(begun[0]) | set(begun[1]) == set(NAMES)
+    assert len(begun[0]) + len(begun[1]) <= len(NAMES) + 1
+    for name in (cell.name for cell in cells.glob("*.json")):
+        first, second = (json.loads((folder / name).read_text())["scores"] for folder in (cells, finished / "cells"))
+        assert first == second
+
+
+def test_shards_are_the_cells_in_turn(data: Path, tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch):
+    path = write_bench(tmp_path, data)
+    computed: list[str] = []
+
+    def compute(cell, config, file, *_) -> None:
+        computed.append(cell.name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+
+    monkeypatch.setattr(module, "_compute", compute)
+    monkeypatch.setattr(module, "read_bench", lambda config, cells: None)
+    config = read_config(path)
+    every = [cell.name for cell in cells_of(config)]
+    for number in range(3):
+        module.bench(config, shard=(number, 3))
+        assert computed == every[number::3]
+        computed.clear()
+    for shard in ("3", "4/3", "a/b", "0/0", "-1/3"):
+        outcome = flapsam(capfd, "bench", path, "--shard", shard)
+        assert (outcome.code, f"--shard {shard}: is not a part" in outcome.err) == (2, True)
 
 
 def test_a_cell_has_the_scores_of_the_same_simulation(finished: Path, data: Path, tmp_path: Path, capfd):

@@ -166,6 +166,10 @@ def check_writable(folder: Path) -> None:
     probe.unlink()
 
 
+class InUseError(FlapsamError):
+    """Another process is using a folder."""
+
+
 def alone(path: Path, *, wait: bool = True) -> IO[bytes]:
     """Lock a file until the returned file object is closed or the process ends.
 
@@ -174,7 +178,7 @@ def alone(path: Path, *, wait: bool = True) -> IO[bytes]:
         wait: whether to wait while another process holds the lock.
 
     Raises:
-        FlapsamError: another process holds the lock and ``wait`` is False.
+        InUseError: another process holds the lock and ``wait`` is False.
     """
     import fcntl
 
@@ -183,7 +187,7 @@ def alone(path: Path, *, wait: bool = True) -> IO[bytes]:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError as error:
-        raise FlapsamError(f"{path.parent}: another process is using this folder; stop that process first") from error
+        raise InUseError(f"{path.parent}: another process is using this folder; stop that process first") from error
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise

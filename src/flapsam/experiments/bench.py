@@ -8,6 +8,7 @@ computed on several machines and collected in one folder.
 import json
 import shutil
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -16,9 +17,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from flapsam.base.environment import forget_peak, peak_bytes
+from flapsam.base.environment import default_threads, forget_peak, peak_bytes
 from flapsam.base.errors import FlapsamError
-from flapsam.base.files import write_text
+from flapsam.base.files import InUseError, alone, write_text
 from flapsam.experiments.paired import Difference, compare, holm
 from flapsam.experiments.simulation import Results, simulate
 from flapsam.federation.preparation import resolve
@@ -29,6 +30,11 @@ from flapsam.run.ledger import TOGETHER, Fitted, RoundClosed, bytes_sent, nearly
 from flapsam.run.observer import Observer
 from flapsam.run.reading import changed, fingerprint
 from flapsam.sites import CaseList, Site, list_cases, read_sites
+
+LOCK = "cell.lock"
+"""Name of the file in a cell's folder that is locked while the cell is computed."""
+LOOK_SECONDS = 2
+"""Time between two looks at the cells of other processes."""
 
 
 @dataclass(frozen=True)
@@ -304,15 +310,21 @@ def bench(
     config: RunConfig,
     *,
     only: str = "*",
+    shard: tuple[int, int] = (0, 1),
     minutes: float | None = None,
+    workers: int = 1,
     observer: Observer | None = None,
 ) -> Bench:
-    """Compute the cells that have no result yet.
+    """Compute the cells that have no result yet. Several processes may share the folder, and each cell is computed once.
+
+    A cell that another process is computing comes last. If that process dies, this one continues its cell.
 
     Args:
         config: the run and its grids.
         only: a shell-style pattern for the names of the cells to compute.
+        shard: compute only every so many of these cells: the number of the first one, from 0, and how many to go on by.
         minutes: time after which no further cell is started; no limit if None.
+        workers: number of sites that train in parallel, as in ``simulate``.
         observer: follows the runs.
 
     Returns:
@@ -322,21 +334,40 @@ def bench(
         FlapsamError: the configuration or the data are wrong, or an existing cell was computed with another configuration.
     """
     observer = observer or Observer()
+    if workers > 1 and config.threads is None:
+        config = config.model_copy(update={"threads": max(default_threads() // workers, 1)})
     folds = Folds()
     cells = cells_of(config, folds)
     selected = [cell for cell in cells if fnmatchcase(cell.name, only)]
     if not selected:
         raise FlapsamError(f"--only {only}: matches no cell; the first cell is '{next(iter(cells)).name}'")
+    first, step = shard
+    selected = selected[first::step]
     end = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
-    for number, cell in enumerate(selected, start=1):
+    waiting = deque(enumerate(selected, start=1))
+    elsewhere = 0
+    while waiting:
+        number, cell = waiting.popleft()
         if cell_file(config, cell).exists():
             continue
         if time.monotonic() >= end:
             rest = f"run the same command to resume with cell {number} of {len(selected)}"
             observer.say(f"stopped after {minutes:g} minutes; {rest}")
             break
-        observer.say(f"cell {number} of {len(selected)}: {cell.name}")
-        _compute(cell, cells[cell], cell_file(config, cell), folds, observer)
+        try:
+            with alone(_folder(config, cell) / LOCK, wait=False):
+                # Another process may have computed it since.
+                if not cell_file(config, cell).exists():
+                    observer.say(f"cell {number} of {len(selected)}: {cell.name}")
+                    _compute(cell, cells[cell], cell_file(config, cell), folds, workers, observer)
+            elsewhere = 0
+        except InUseError:
+            waiting.append((number, cell))
+            elsewhere += 1
+            if elsewhere == len(waiting):
+                observer.say(f"waiting for {elsewhere} {'cell' if elsewhere == 1 else 'cells'} of other processes")
+            if elsewhere >= len(waiting):
+                time.sleep(LOOK_SECONDS)
     return read_bench(config, cells)
 
 
@@ -403,12 +434,12 @@ def _combinations(grid: Grid, config: RunConfig, folds: Folds) -> Sequence[tuple
     return combinations
 
 
-def _compute(cell: Cell, config: RunConfig, path: Path, folds: Folds, observer: Observer) -> None:
+def _compute(cell: Cell, config: RunConfig, path: Path, folds: Folds, workers: int, observer: Observer) -> None:
     """Run or resume a cell and write its result to ``path``."""
     forget_peak()
     folder = RunFolder(config.output)
     sites = folds.sites(config.data, config.seed)
-    results = simulate(config, resume=folder.is_begun, sites=sites, observer=observer)
+    results = simulate(config, resume=folder.is_begun, workers=workers, sites=sites, observer=observer)
     cases = [case for site in sites for case in site.of("test")]
     up, down = _traffic(results)
     nearly = nearly_final(results.events)

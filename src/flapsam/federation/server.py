@@ -177,7 +177,7 @@ class Server:
         # These are refused unread, because a site may send any number of answers that nobody asked for.
         if site not in self.shares:
             raise PacketRefused(f"{site!r} is not a site of this run")
-        if site in self.state.replied():
+        if self.state.has_replied(site):
             raise PacketRefused(f"{site} has already answered this round")
 
         def agreed(header: Header) -> Contract:

@@ -104,6 +104,10 @@ class ServerState:
         """Keep a site's reply until the round is committed."""
         _write(self._reply(site), {"": tensors}, about)
 
+    def has_replied(self, site: str) -> bool:
+        """Whether a site has answered. It does not look at the other sites' replies, which may be thousands."""
+        return self._reply(site).exists()
+
     def replied(self) -> dict[str, Path]:
         """The sites that have answered, in the order of their names, each with the file of its reply."""
         replies = {path.name.removesuffix(".safetensors"): path for path in self._replies.glob("[!.]*.safetensors")}

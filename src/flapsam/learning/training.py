@@ -111,7 +111,7 @@ def backward(
 
 ONE_ROUND = Rounds(count=1)
 MOST_LOADERS = 2
-"""Threads that make batches for a GPU, at most. They take turns in Python: with four, a fit is no faster (``benchmarks/gpu.py``)."""
+"""Threads that make batches for a GPU, at most. They take turns in Python: four are no faster (``benchmarks/gpu.py``)."""
 
 
 def learning_rate(step: int, batches_per_epoch: int, options: Training, rounds: Rounds = ONE_ROUND) -> float:
