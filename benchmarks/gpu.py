@@ -208,9 +208,8 @@ def attention(check: Check) -> None:
             mixed = mix(*given)
             return mixed.detach(), *torch.autograd.grad(mixed.sin().sum(), given)
 
-        places = vit.places_of(grid).to(check.device)
         reference = whole(exact, vit.masked) if grid <= 32 else None
-        for name, mix in (("masked", vit.masked), ("folded", partial(vit.folded, places=places))):
+        for name, mix in (("masked", vit.masked), ("folded", vit.folded)):
             given = [query, key, value, *along]
             errors = None
             if reference:
@@ -227,7 +226,7 @@ def attention(check: Check) -> None:
 
 @contextmanager
 def unfolded() -> Iterator[None]:
-    kept, vit.folded = vit.folded, lambda *given: vit.masked(*given[:5])
+    kept, vit.folded = vit.folded, vit.masked
     try:
         yield
     finally:

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from flapsam.base.files import alone
+from flapsam.base.files import alone, write_text
 from flapsam.report.progress import ConsoleObserver
 from flapsam.report.standing import Standing
 from flapsam.report.units import duration, rate
 from flapsam.run.config import RunConfig
-from flapsam.run.ledger import TOGETHER, Cohort, Event, Ledger, RoundClosed, RunEnded
+from flapsam.run.ledger import TOGETHER, Cohort, Event, Ledger, LedgerReader, RoundClosed, RunEnded
 from flapsam.run.reading import read_config
 from tests.helpers.command import flapsam
 from tests.helpers.ledgers import LEDGER, at, begun, closed, event, fit, site, validation
@@ -221,6 +221,22 @@ def test_following_ends_when_the_run_ends(config: RunConfig, tmp_path: Path, cap
     thread.join()
     assert "federated: round 2 of 4 in 10 s" in outcome.out
     assert "ended" in outcome.out.splitlines()[-1]
+
+
+def test_a_reader_reads_only_what_was_added_and_notices_a_run_that_went_back(tmp_path: Path):
+    path = tmp_path / "events.jsonl"
+    reader = LedgerReader(path)
+    assert reader.added() == []
+    lines = [json.dumps(entry.as_json()) + "\n" for entry in LEDGER[:4]]
+    path.write_text(lines[0] + lines[1] + lines[2][:-5])
+    assert reader.added() == LEDGER[:2]
+    path.write_text("".join(lines))
+    assert reader.added() == LEDGER[2:4]
+    assert reader.added() == []
+    # A run that goes back replaces its ledger, which may have become longer again by the next look.
+    write_text(path, "".join(lines) * 2)
+    assert reader.added() is None
+    assert len(LedgerReader(path).added() or []) == 8
 
 
 def test_only_one_process_can_work_in_a_run_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]):

@@ -1,6 +1,8 @@
 """``flapsam status``: where a run stands while another process runs it, perhaps on another machine."""
 
 import time
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from flapsam.report.run import read_run
 from flapsam.report.standing import Standing
 from flapsam.report.standing_view import activity_line, event_line, standing_view, trouble_lines
 from flapsam.run.folder import RunFolder
-from flapsam.run.ledger import now
+from flapsam.run.ledger import Event, LedgerReader, now
 
 LOOK_SECONDS = 1.0
 """Seconds between two reads of the ledger."""
@@ -28,8 +30,6 @@ class Status:
     run: str
     """The run's id."""
     standing: Standing
-    seen: int
-    """Number of the ledger's events that ``standing`` includes."""
     locked: bool
     """Whether a process is known to be running it."""
 
@@ -45,7 +45,7 @@ def read_status(folder: Path) -> Status:
     """
     run = read_run(folder)
     standing = Standing(run.config, run.events)
-    return Status(folder, run.environment["run"], standing, len(run.events), is_locked(RunFolder(folder).lock))
+    return Status(folder, run.environment["run"], standing, is_locked(RunFolder(folder).lock))
 
 
 def as_json_of(status: Status) -> dict[str, Any]:
@@ -61,30 +61,55 @@ def show(folder: Path, console: Console) -> None:
 
 def watch(folder: Path, console: Console) -> None:
     """Show where a run stands until it ends, or print one line per round if the console is not a terminal."""
-    status = read_status(folder)
+    follower = _Follower(folder)
     if console.is_terminal:
-        with Live(_view(status), console=console, auto_refresh=False) as live:
-            while not status.standing.ended:
+        with Live(_view(follower.status()), console=console, auto_refresh=False) as live:
+            while not follower.standing.ended:
                 time.sleep(LOOK_SECONDS)
-                status = read_status(folder)
-                live.update(_view(status), refresh=True)
+                deque(follower.look(), maxlen=0)
+                live.update(_view(follower.status()), refresh=True)
         return
 
     def say(text: str) -> None:
         console.print(one_line(text), highlight=False, markup=False, soft_wrap=True)
 
-    for line in [activity_line(status.standing, now(), status.locked), *trouble_lines(status.standing)]:
+    def say_activity() -> None:
+        say(activity_line(follower.standing, now(), follower.status().locked))
+
+    say_activity()
+    for line in trouble_lines(follower.standing):
         say(line)
-    seen = status.seen
-    while not status.standing.ended:
+    while not follower.standing.ended:
         time.sleep(LOOK_SECONDS)
-        events = read_run(folder).events
-        for event in events[seen:]:
-            status.standing.add(event)
-            if line := event_line(event, status.standing.under_way):
+        for event in follower.look():
+            if line := event_line(event, follower.standing.under_way):
                 say(line)
-        seen = len(events)
-    say(activity_line(status.standing, now(), status.locked))
+    say_activity()
+
+
+class _Follower:
+    """Where a run stands, brought up to date by what its ledger has gained."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = RunFolder(folder)
+        self.run: str = self.folder.read_environment()["run"]
+        self._read_all()
+
+    def _read_all(self) -> None:
+        self.ledger = LedgerReader(self.folder.ledger)
+        self.standing = Standing(self.folder.read_config(), self.ledger.added() or [])
+
+    def look(self) -> Iterator[Event]:
+        """Yield the events since the last look, each once ``standing`` includes it. None of a run that has gone back."""
+        added = self.ledger.added()
+        if added is None:
+            self._read_all()
+        for event in added or ():
+            self.standing.add(event)
+            yield event
+
+    def status(self) -> Status:
+        return Status(self.folder.path, self.run, self.standing, is_locked(self.folder.lock))
 
 
 def _view(status: Status) -> RenderableType:

@@ -541,6 +541,38 @@ def read_ledger(path: Path, *, whole_lines: bool = False) -> list[Event]:
         raise FlapsamError(f"{path}: the ledger is damaged") from error
 
 
+class LedgerReader:
+    """Reads a ledger that another process writes, and each time only what has been added."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.offset = 0
+        self.inode: int | None = None
+
+    def added(self) -> list[Event] | None:
+        """The events since the last time. None if the file has been replaced, because its run went back.
+
+        Raises:
+            FlapsamError: the file is damaged.
+        """
+        try:
+            with self.path.open("rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
+                if self.inode not in (None, inode):
+                    return None
+                self.inode = inode
+                file.seek(self.offset)
+                added = file.read()
+            # Another process may still be writing the last line.
+            added = added[: added.rfind(b"\n") + 1]
+            self.offset += len(added)
+            return parse_events(added.decode().splitlines())
+        except FileNotFoundError:
+            return []
+        except ValueError as error:
+            raise FlapsamError(f"{self.path}: the ledger is damaged") from error
+
+
 def parse_events(lines: Iterable[str]) -> list[Event]:
     """Parse the lines of a ledger as events.
 

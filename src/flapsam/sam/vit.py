@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -188,8 +189,6 @@ class EncoderAttention(nn.Module):
         index = torch.arange(grid)
         self.offset: Tensor
         self.register_buffer("offset", index[:, None] - index[None, :] + grid - 1, persistent=False)
-        self.places: Tensor
-        self.register_buffer("places", places_of(grid), persistent=False)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, None]:
         """Attend over tokens (batch, height, width, channels). Return the same shape, and None for the attention weights."""
@@ -199,7 +198,7 @@ class EncoderAttention(nn.Module):
             projection(tokens).view(batch, height * width, self.heads, -1).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        mixed = attend(query, key, value, self.rel_pos_h[self.offset], self.rel_pos_w[self.offset], self.places)
+        mixed = attend(query, key, value, self.rel_pos_h[self.offset], self.rel_pos_w[self.offset])
         return self.proj(mixed).view(batch, height, width, channels), None
 
 
@@ -215,15 +214,13 @@ class FusedAttention(nn.Module):
         self.along_w: Tensor
         self.register_buffer("along_h", attention.rel_pos_h[attention.offset].detach())
         self.register_buffer("along_w", attention.rel_pos_w[attention.offset].detach())
-        self.places: Tensor
-        self.register_buffer("places", attention.places, persistent=False)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, None]:
         """Attend over tokens (batch, height, width, channels). Return the same shape, and None for the attention weights."""
         batch, height, width, channels = hidden_states.shape
         tokens = hidden_states.reshape(batch, height * width, channels)
         query, key, value = self.qkv(tokens).view(batch, height * width, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = attend(query, key, value, self.along_h, self.along_w, self.places)
+        mixed = attend(query, key, value, self.along_h, self.along_w)
         return self.proj(mixed).view(batch, height, width, channels), None
 
 
@@ -244,7 +241,7 @@ def fused_projection(*projections: nn.Linear) -> nn.Linear:
     return fused
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, along_h: Tensor, along_w: Tensor, places: Tensor) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, along_h: Tensor, along_w: Tensor) -> Tensor:
     """Attention over a grid of tokens with decomposed relative positions.
 
     The scores are q·k/√d + q·Rh + q·Rw (Segment Anything, arXiv 2304.02643, as in ViTDet, arXiv 2203.16527). On a CPU, the
@@ -257,16 +254,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, along_h: Tensor, along_w: 
         value: values of the same shape.
         along_h: relative position embeddings from row to row (height, height, channels of a head).
         along_w: relative position embeddings from column to column (width, width, channels of a head).
-        places: row and column of each token, as ``places_of`` returns them.
 
     Returns:
         The attended values (batch, height · width, channels).
     """
-    if query.device.type == "cpu":
-        mixed = masked(query, key, value, along_h, along_w)
-    else:
-        mixed = folded(query, key, value, along_h, along_w, places)
-    return mixed.transpose(1, 2).flatten(2)
+    mix = masked if query.device.type == "cpu" else folded
+    return mix(query, key, value, along_h, along_w).transpose(1, 2).flatten(2)
 
 
 def masked(query: Tensor, key: Tensor, value: Tensor, along_h: Tensor, along_w: Tensor) -> Tensor:
@@ -282,7 +275,7 @@ def masked(query: Tensor, key: Tensor, value: Tensor, along_h: Tensor, along_w: 
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
 
-def folded(query: Tensor, key: Tensor, value: Tensor, along_h: Tensor, along_w: Tensor, places: Tensor) -> Tensor:
+def folded(query: Tensor, key: Tensor, value: Tensor, along_h: Tensor, along_w: Tensor) -> Tensor:
     """The same as ``masked``, as products of q' = [q, q·√d·Rh, q·√d·Rw, 0] and k' = [k, e(row), e(column), 0].
 
     Here, e is a unit vector, so that q'·k'/√d is the whole score. Kernels take heads of a multiple of eight channels, and
@@ -293,17 +286,21 @@ def folded(query: Tensor, key: Tensor, value: Tensor, along_h: Tensor, along_w: 
     grid = query.unflatten(2, (height, width))
     scores = torch.einsum("bnhwc,hwkc->bnhwk", grid, tables * channels**0.5).flatten(2, 3)
     kind = scores.dtype
+    places = _places(height, width, kind, query.device)
     few = (*query.shape[:3], -(channels + height + width) % 8)
     many = (*query.shape[:3], few[-1] + height + width)
     nothing = torch.zeros((), dtype=kind, device=query.device)
     whole_query = torch.cat([query.to(kind), scores, nothing.expand(few)], dim=-1)
-    whole_key = torch.cat([key.to(kind), places.to(kind).expand(*key.shape[:2], -1, -1), nothing.expand(few)], dim=-1)
+    whole_key = torch.cat([key.to(kind), places.expand(*key.shape[:2], -1, -1), nothing.expand(few)], dim=-1)
     whole_value = torch.cat([value.to(kind), nothing.expand(many)], dim=-1)
     mixed = F.scaled_dot_product_attention(whole_query, whole_key, whole_value, scale=channels**-0.5)
     return mixed[..., :channels]
 
 
-def places_of(grid: int) -> Tensor:
-    """Row and column of each token of a square grid, each as a unit vector (tokens, 2 · grid)."""
-    one = torch.eye(grid)
-    return torch.cat([one.repeat_interleave(grid, 0), one.repeat(grid, 1)], dim=1)
+@lru_cache(maxsize=16)
+def _places(height: int, width: int, kind: torch.dtype, device: torch.device) -> Tensor:
+    """Row and column of each token, each as a unit vector (tokens, height + width)."""
+    # Made once, and not as a buffer, which would count for the checksum of a backbone.
+    with torch.inference_mode(False):
+        rows, columns = (torch.eye(side, dtype=kind, device=device) for side in (height, width))
+        return torch.cat([rows.repeat_interleave(width, 0), columns.repeat(height, 1)], dim=1)
