@@ -9,6 +9,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flapsam.base.device import device_of_worker, on_one_device
+from flapsam.base.device import describe_device, device_of_worker, on_one_device, set_up_torch
+from flapsam.learning.memory import SHARE, learned_bytes, step_bytes, windows_that_fit
 from flapsam.learning.slices import SliceStack, ranges_of
 from flapsam.learning.training import Learner, batches, default_loaders, fit, segmentation_loss
 from flapsam.run.config import Backbone, Lora, Samples, Training
@@ -197,3 +199,50 @@ def test_the_gpu_check_passes_in_tiny_on_a_cpu(tmp_path: Path):
     assert {word for _, word, _ in found["verdicts"]} == {"PASS", "INFO"}
     assert set(found["seconds"]) == set(sections.split(","))
     assert "| sam-tiny-1 | 64 | flap | 12 | fp32 |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_full_precision_is_full_and_the_others_allow_tf32():
+    try:
+        for precision, allowed in (("fp32", False), ("tf32", True), ("bf16", True)):
+            set_up_torch(1, deterministic=True, precision=precision)
+            assert torch.backends.cudnn.allow_tf32 is allowed
+            assert torch.get_float32_matmul_precision() == ("high" if allowed else "highest")
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        set_up_torch(1, deterministic=True)
+
+
+def test_a_run_records_its_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    assert describe_device("cpu") == {"device": "cpu"}
+    properties = SimpleNamespace(name="NVIDIA H200", total_memory=150 * 2**30, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    version = tmp_path / "version"
+    version.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build\n")
+    monkeypatch.setattr("flapsam.base.device.DRIVER", version)
+    found = describe_device("cuda")
+    assert found["driver"] == "580.159.04"
+    assert (found["gpu"], found["gpus"], found["gpu_memory_gib"], found["capability"]) == ("NVIDIA H200", 2, 150.0, "9.0")
+    version.unlink()
+    assert describe_device("cuda")["driver"] is None
+
+
+def test_workers_on_one_device_share_its_memory():
+    net, options = network(), Training(window=1, batch_size=64)
+    one, two = (step_bytes(net, slices, options) for slices in (1, 2))
+    fixed = learned_bytes(net) + one - (two - one)
+    free = int((fixed + 40.5 * (two - one)) / SHARE)
+    windows = [windows_that_fit(net, options, free=free, sharing=sharing) for sharing in (1, 2, 3)]
+    # Half of the memory, less the other half of what does not depend on the slices.
+    assert windows[:2] == [40, int((20.25 * (two - one) - fixed / 2) / (two - one))]
+    assert windows[1] > windows[2] >= 1
+
+
+def test_a_step_in_tf32_is_that_of_full_precision_on_a_cpu(cases):
+    options = Training(window=1, batch_size=4, warmup_steps=2)
+    ends = []
+    for precision in ("fp32", "tf32"):
+        net = network()
+        fit(net, Learner(net, options), cases, Samples(), seed=3, precision=precision)
+        ends.append(travelling_state(net))
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())

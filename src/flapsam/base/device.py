@@ -15,6 +15,9 @@ from torch import Tensor
 from flapsam.base.environment import environment
 from flapsam.base.errors import FlapsamError
 
+DRIVER = Path("/proc/driver/nvidia/version")
+"""Where Linux says which driver of NVIDIA it has loaded."""
+
 
 def find_device(name: str) -> torch.device:
     """The device called ``name``. ``auto`` takes a GPU if the machine has one.
@@ -122,7 +125,7 @@ def describe_device(name: str) -> dict[str, Any]:
 def _driver() -> str | None:
     """Version of the GPU's driver, where the system says it."""
     try:
-        found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", Path("/proc/driver/nvidia/version").read_text())
+        found = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)", DRIVER.read_text())
     except OSError:
         return None
     return found[1] if found else None
