@@ -28,6 +28,8 @@ from flapsam.sam.halving import halved
 from flapsam.sam.network import enlarged_by_products
 from tests.helpers.families import SMALL
 
+pytestmark = pytest.mark.usefixtures("small_families")
+
 FORBIDDEN = (
     "adaptive_",
     "avg_pool3d_backward",
@@ -73,7 +75,6 @@ def network(strategy: str = "flap", backbone: str = "small-vit") -> Sam:
     ).network
 
 
-@pytest.mark.usefixtures("small_families")
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("backbone", SMALL)
 def test_no_step_takes_an_operation_that_a_gpu_refuses(backbone: str, strategy: str):
