@@ -184,7 +184,7 @@ def rules(check: Check) -> None:
                         work(moved)
                         off = distance(gradients(network), expected)
                         if check.cuda:
-                            replay = captured(work, moved, list(travelling(network).values()))
+                            replay = captured(work, [moved], list(travelling(network).values()))
                             replay(moved)
                             again = distance(gradients(network), expected)
                             good = replay is not work and abs(again - off) < 1e-4
@@ -261,7 +261,7 @@ def steps(check: Check) -> None:
             work = passes(network, options, precision, 1)
             check.forget()
             with halved(network, precision if half else "fp32"), unfolded() if "masked" in variant else without():
-                once = captured(work, batch, list(learner.parameters.values())) if graph and check.cuda else work
+                once = captured(work, [batch], list(learner.parameters.values())) if graph and check.cuda else work
 
                 def step(once: Any = once, learner: Learner = learner, batch: Any = batch) -> None:
                     learner.optimizer.zero_grad(set_to_none=True)

@@ -7,6 +7,7 @@ for a value gets an error, as would a CUDA graph.
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,10 +19,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flapsam.base.device import describe_device, device_of_worker, on_one_device, set_up_torch
+from flapsam.base.device import describe_device, device_of_worker, on_one_device, sample_device, set_up_torch
+from flapsam.learning import cuda_graph
+from flapsam.learning.cuda_graph import captured
 from flapsam.learning.memory import SHARE, learned_bytes, step_bytes, windows_that_fit
 from flapsam.learning.slices import SliceStack, ranges_of
-from flapsam.learning.training import Learner, batches, default_loaders, fit, segmentation_loss
+from flapsam.learning.training import Learner, _sizes, backward, batches, default_loaders, fit, segmentation_loss
 from flapsam.run.config import Backbone, Lora, Samples, Training
 from flapsam.sam import STRATEGIES, Sam, assemble, travelling_state, vit
 from flapsam.sam.halving import halved
@@ -202,9 +205,9 @@ def test_the_gpu_check_passes_in_tiny_on_a_cpu(tmp_path: Path):
     assert "| sam-tiny-1 | 64 | flap | 12 | fp32 |" in (tmp_path / "gpu.md").read_text()
 
 
-def test_full_precision_is_full_and_the_others_allow_tf32():
+def test_tf32_is_allowed_only_where_it_is_asked_for():
     try:
-        for precision, allowed in (("fp32", False), ("tf32", True), ("bf16", True)):
+        for precision, allowed in (("fp32", False), ("tf32", True), ("bf16", False)):
             set_up_torch(1, deterministic=True, precision=precision)
             assert torch.backends.cudnn.allow_tf32 is allowed
             assert torch.get_float32_matmul_precision() == ("high" if allowed else "highest")
@@ -247,3 +250,95 @@ def test_a_step_in_tf32_is_that_of_full_precision_on_a_cpu(cases):
         fit(net, Learner(net, options), cases, Samples(), seed=3, precision=precision)
         ends.append(travelling_state(net))
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
+class FakeGraph:
+    """A graph that repeats its pass on a CPU, with the same memory for its result and its gradients as at the capture."""
+
+    def __init__(self, work: Callable[[], Tensor], result: Tensor, parameters: Sequence[Tensor]) -> None:
+        self.work, self.result, self.parameters = work, result, parameters
+        self.gradients = [parameter.grad for parameter in parameters]
+
+    def pool(self) -> str:
+        return "pool"
+
+    def replay(self) -> None:
+        self.result.copy_(self.work())
+        for parameter, place in zip(self.parameters, self.gradients, strict=True):
+            assert place is not None and parameter.grad is not None
+            place.copy_(parameter.grad)
+            parameter.grad = None
+
+
+@pytest.fixture
+def faked(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], list[Any]]:
+    """The parameters that graphs know, and the memory that each graph was given. Graphs are faked."""
+    parameters: list[Tensor] = []
+    pools: list[Any] = []
+
+    def graph_of(work: Callable[[], Tensor], device: torch.device, clear: Any = None, pool: Any = None) -> Any:
+        pools.append(pool)
+        result = work().clone()
+        return FakeGraph(work, result, parameters), result
+
+    monkeypatch.setattr(cuda_graph, "_graph_of", graph_of)
+    return parameters, pools
+
+
+def test_replayed_steps_have_the_gradients_of_their_own_batch(faked: tuple[list[Tensor], list[Any]]):
+    net = network().train()
+    options = Training(window=1, batch_size=4)
+    parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
+
+    def work(batch: tuple[Tensor, Tensor]) -> Tensor:
+        return backward(net, batch, torch.device("cpu"), options, "fp32", 4)
+
+    def batch(slices: int, seed: int) -> tuple[Tensor, Tensor]:
+        images = torch.rand(slices, 1, net.image_size, net.image_size, generator=torch.Generator().manual_seed(seed))
+        return images, (images[:, 0] * 2.99).long()
+
+    def of(step: Callable[[Any], Tensor], given: tuple[Tensor, Tensor]) -> tuple[Tensor, list[Tensor]]:
+        for parameter in parameters:
+            parameter.grad = None
+        loss = step(given)
+        return loss, [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
+
+    work(batch(4, 0))
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    known, pools = faked
+    known[:] = parameters
+    replay = captured(work, [batch(4, 0), batch(2, 0)], parameters)  # type: ignore[arg-type]
+    assert pools == [None, "pool"]
+    assert all(parameter.grad is None for parameter in parameters)
+    # Shapes that were captured, in any order, and one that was not.
+    for slices, seed in ((4, 1), (2, 2), (4, 3), (3, 4)):
+        found, wanted = of(replay, batch(slices, seed)), of(work, batch(slices, seed))
+        assert torch.equal(found[0], wanted[0])
+        assert len(found[1]) == len(parameters)
+        assert all(torch.equal(a, b) for a, b in zip(found[1], wanted[1], strict=True))
+
+
+def test_a_replayed_prediction_may_have_fewer_rows_and_is_not_overwritten(faked: tuple[list[Tensor], list[Any]]):
+    replay = cuda_graph.captured_without_gradients(lambda images: 2 * images, torch.zeros(4, 3))
+    assert replay is not None
+    first, second = replay(torch.ones(4, 3)), replay(torch.full((2, 3), 5.0))
+    assert torch.equal(first, torch.full((4, 3), 2.0))
+    assert torch.equal(second, torch.full((2, 3), 10.0))
+
+
+def test_a_pass_that_cannot_be_captured_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cuda_graph, "_graph_of", lambda *given: None)
+    work = lambda batch: batch[0].sum()  # noqa: E731
+    assert captured(work, [(torch.zeros(1), torch.zeros(1))], []) is work
+    assert cuda_graph.captured_without_gradients(lambda images: images, torch.zeros(1)) is None
+
+
+def test_both_sizes_of_an_epochs_batches_are_captured():
+    options = Training(window=3, batch_size=4)
+    assert _sizes(10, options) == [12, 6]
+    assert _sizes(8, options) == [12]
+    assert _sizes(2, options) == [6]
+
+
+def test_samples_are_made_where_several_threads_may_work():
+    assert [str(sample_device(torch.device(name))) for name in ("cuda:1", "mps", "cpu")] == ["cuda:1", "cpu", "cpu"]

@@ -11,6 +11,7 @@ from nibabel import orientations
 from flapsam.learning.metrics import CaseScores
 from flapsam.report import page as report
 from flapsam.report.comparison import write_comparison
+from flapsam.report.figures.drawing import CHART_SITES, lowest
 from flapsam.report.figures.strips import chosen_cases, draw_strip
 from flapsam.report.page import write_report
 from flapsam.run.config import Samples
@@ -307,3 +308,11 @@ def luminance(colour: str) -> float:
     parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
     red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_charts_of_many_sites_show_those_that_need_attention_and_say_so():
+    values = {f"site_{index:03}": index / 100 for index in range(100)} | {"unscored": None}
+    sites, text = lowest(values, "the lowest Dice")
+    assert sites == [f"site_{index:03}" for index in range(CHART_SITES)]
+    assert text == f" The chart shows {CHART_SITES} of 101 sites, those with the lowest Dice."
+    assert lowest({"b": 0.5, "a": None}, "the lowest Dice") == (["a", "b"], "")

@@ -2,7 +2,6 @@
 
 import os
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,11 +40,11 @@ def set_up_torch(threads: int, *, deterministic: bool, precision: str = "fp32") 
     Args:
         threads: number of threads for each operation on the CPU.
         deterministic: whether to use only operations that return the same bits every time.
-        precision: with ``fp32``, a GPU computes products and convolutions of float32 in full precision, otherwise in TF32.
+        precision: with ``tf32``, a GPU may round the factors of products and convolutions of float32 to ten bits.
     """
     torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
-    torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
     # cuDNN's attention has no gradient for a bias, and is not deterministic.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if deterministic:
@@ -57,15 +56,18 @@ def set_up_torch(threads: int, *, deterministic: bool, precision: str = "fp32") 
 
 @contextmanager
 def beside(device: torch.device) -> Iterator[None]:
-    """Work on a GPU beside what else it does: on a stream of this thread's own, whose work is done at the end."""
+    """Work on a GPU beside what else it does: on a stream that nobody else uses meanwhile, whose work is done at the end."""
     if device.type != "cuda":
         yield
         return
-    stream = getattr(_own, "stream", None) or torch.cuda.Stream(device)
-    _own.stream = stream
+    try:
+        stream = _streams.setdefault(device, []).pop()
+    except IndexError:
+        stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
         yield
     stream.synchronize()
+    _streams[device].append(stream)
 
 
 def lent(tensor: Tensor) -> Tensor:
@@ -75,8 +77,14 @@ def lent(tensor: Tensor) -> Tensor:
     return tensor
 
 
-_own = threading.local()
-"""A stream for each thread, which works on one GPU."""
+_streams: dict[torch.device, list[torch.cuda.Stream]] = {}
+"""Streams of each GPU that wait for work. PyTorch keeps memory for every stream, so they are used again."""
+
+
+def sample_device(device: torch.device) -> torch.device:
+    """The device on which samples are made for a network: its own if that can do several things at once, or the CPU."""
+    # Two threads that use MPS at the same time crash.
+    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def inspect_machine() -> dict[str, Any]:

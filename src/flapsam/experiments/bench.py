@@ -349,6 +349,7 @@ def bench(
     while waiting:
         number, cell = waiting.popleft()
         if cell_file(config, cell).exists():
+            elsewhere = 0
             continue
         if time.monotonic() >= end:
             rest = f"run the same command to resume with cell {number} of {len(selected)}"

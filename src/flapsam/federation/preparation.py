@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from flapsam.adapters.store import AdapterCard, BackboneCard
@@ -97,6 +98,9 @@ def assembled_for(config: RunConfig) -> Assembled:
         FlapsamError: the network cannot be assembled, see ``sam.assemble``.
     """
     set_up_torch(config.threads or 1, deterministic=config.deterministic, precision=config.precision)
+    if config.device.startswith("cuda:"):
+        # Whatever names no GPU takes this one, and none other is touched.
+        torch.cuda.set_device(config.device)
     assembled = assemble_run(config)
     assembled.network.to(config.device)
     if config.training.checkpointing:

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flapsam.base.device import beside, lent
+from flapsam.base.device import beside, lent, sample_device
 from flapsam.base.errors import FlapsamError
 from flapsam.base.prefetch import ahead
 from flapsam.learning.cleaning import fill_holes, keep_largest
@@ -175,7 +175,7 @@ def class_probabilities(
     resize, shape = stack.samples.resize, stack.shape[1:]
     batch = batch or slices_at_once(network, shape)
     blank_probabilities = None
-    passing = _pass_of(network, batch, precision)
+    passing = _pass_of(network, len(stack), batch, precision)
     batches = _runs(network, stack, batch) if network.reach else _batches(network, stack, batch)
     with closing(ahead(batches)) as batches:
         for indices, images, blanks, halo in batches:
@@ -205,7 +205,7 @@ def _runs(network: Sam, stack: SliceStack, batch: int) -> Iterator[Batch]:
     for start in range(0, count, batch):
         end = min(start + batch, count)
         first, last = max(start - reach, 0), min(end + reach, count)
-        images, _ = _squares(network, stack, range(first, last))
+        images, _ = _squares(network, stack, range(first, last), None)
         yield list(range(start, end)), images, [], slice(start - first, end - first)
 
 
@@ -217,19 +217,23 @@ def _batches(network: Sam, stack: SliceStack, batch: int) -> Iterator[Batch]:
     blank_seen = False
     for start in range(0, len(stack), batch):
         indices = range(start, min(start + batch, len(stack)))
-        images, lit = _squares(network, stack, indices)
+        images, lit = _squares(network, stack, indices, blank_seen)
         blanks = [index for index, is_lit in zip(indices, lit, strict=True) if not is_lit]
         left_out = blanks if blank_seen else blanks[1:]
-        shown = [index for index in indices if index not in left_out]
-        if left_out:
-            images = images[[index - start for index in shown]]
         blank_seen |= bool(blanks)
-        yield shown, images, blanks, EVERY
+        yield [index for index in indices if index not in left_out], images, blanks, EVERY
 
 
-def _squares(network: Sam, stack: SliceStack, indices: range) -> tuple[Tensor, list[bool]]:
-    """Images (slices, channels, size, size) on the network's device, and which of the slices have a value other than 0."""
-    device, size = network.pixel_mean.device, network.image_size
+def _squares(network: Sam, stack: SliceStack, indices: range, blank_seen: bool | None) -> tuple[Tensor, list[bool]]:
+    """Images (slices, channels, size, size), and which of the slices have a value other than 0.
+
+    Args:
+        network: the network.
+        stack: the slices.
+        indices: those to cut.
+        blank_seen: whether to leave out all blank slices or, if it is False, all but the first. None keeps all.
+    """
+    device, size = sample_device(network.pixel_mean.device), network.image_size
     most = min(at_once(stack.shape[1:], 1, device), len(indices))
     images, lit = [], []
     with beside(device):
@@ -237,7 +241,11 @@ def _squares(network: Sam, stack: SliceStack, indices: range) -> tuple[Tensor, l
             cut = windows([(stack, index) for index in indices[start : start + most]], device=device)[:, 0]
             lit += cut.flatten(1).any(dim=1).tolist()
             images.append(to_square(cut, size, stack.samples.resize))
-        return lent(torch.cat(images)), lit
+        whole = torch.cat(images)
+        if blank_seen is not None and not all(lit):
+            kept = [place for place, is_lit in enumerate(lit) if is_lit or not (blank_seen or False in lit[:place])]
+            whole = whole[kept]
+        return lent(whole), lit
 
 
 def slices_at_once(network: Sam, shape: tuple[int, ...]) -> int:
@@ -264,19 +272,31 @@ def usual_precision(device: torch.device) -> Precision:
 
 
 @torch.inference_mode()
-def _pass_of(network: Sam, batch: int, precision: Precision) -> Callable[[Tensor, slice], Tensor]:
-    """The pass of images and of the slice of them that is wanted. On a GPU, it is a graph if the network stays as it is."""
-    if network.pixel_mean.device.type != "cuda" or not network.fused or network.reach:
-        return partial(_logits, network, precision=precision)
+def _pass_of(network: Sam, slices: int, batch: int, precision: Precision) -> Callable[[Tensor, slice], Tensor]:
+    """The pass of images and of the slice of them that is wanted.
+
+    On a GPU, it is a graph if the network stays as it is and if there are several batches.
+    """
+    directly = partial(_logits, network, precision=precision)
+    if network.pixel_mean.device.type != "cuda" or not network.fused or network.reach or slices < 2 * batch:
+        return directly
     replays = _replays.setdefault(network, {})
-    if (batch, precision) not in replays:
+    # A graph knows the weights by their addresses.
+    addresses = hash(tuple(tensor.data_ptr() for tensor in (*network.parameters(), *network.buffers())))
+    key = (batch, precision, addresses)
+    if key not in replays:
+        while len(replays) >= MOST_GRAPHS:
+            del replays[next(iter(replays))]
         example = network.pixel_mean.new_zeros(batch, 3, network.image_size, network.image_size)
-        replays[batch, precision] = captured_without_gradients(partial(_logits, network, precision=precision), example)
-    return lambda images, _: replays[batch, precision](images)
+        replays[key] = captured_without_gradients(directly, example)
+    replay = replays[key]
+    return directly if replay is None else lambda images, _: replay(images)
 
 
-_replays: WeakKeyDictionary[Sam, dict[tuple[int, Precision], Callable[[Tensor], Tensor]]] = WeakKeyDictionary()
-"""Network → number of slices and precision → the graph of its pass."""
+MOST_GRAPHS = 2
+"""Graphs of a network that are kept. Each has memory of its own, and slices of another size may need another one."""
+_replays: WeakKeyDictionary[Sam, dict[tuple[int, Precision, int], Callable[[Tensor], Tensor] | None]] = WeakKeyDictionary()
+"""Network → number of slices, precision and addresses → the graph of its pass, or None if it cannot be captured."""
 
 
 def _logits(network: Sam, images: Tensor, wanted: slice = EVERY, *, precision: Precision) -> Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flapsam.base.device import sample_device
 from flapsam.base.randomness import Randomness, normal, uniform
 from flapsam.learning.cuda_graph import Batch
 from flapsam.learning.features import Features, can_be_kept
@@ -69,6 +70,7 @@ def fit_privately(
     network.train()
     started = time.perf_counter()
     device = network.pixel_mean.device
+    making = sample_device(device)
     features = Features(network, cases, samples, precision) if can_be_kept(network, options, samples) else None
     forward = network.logits if features else partial(network, depth=options.window)
     moving = _with_gradient(network, learner, options)
@@ -80,7 +82,7 @@ def fit_privately(
         for group in learner.optimizer.param_groups:
             group["lr"] = learning_rate(learner.steps, 1, options, learner.rounds)
         total = np.zeros(sum(parameter.numel() for parameter in moving))
-        for batch in _drawn(patients, options, samples, privacy, network.image_size, randomness, features, device):
+        for batch in _drawn(patients, options, samples, privacy, network.image_size, randomness, features, making):
             learner.optimizer.zero_grad(set_to_none=True)
             losses.append(backward(forward, batch, device, options, precision, privacy.windows))
             total += clipped(_flat_gradient(moving), privacy.clip)

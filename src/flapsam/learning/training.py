@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flapsam.base.device import beside, lent
+from flapsam.base.device import beside, lent, sample_device
 from flapsam.base.environment import default_threads
 from flapsam.base.errors import FlapsamError
 from flapsam.base.files import written_whole
@@ -224,9 +225,14 @@ def batches_per_epoch(cases: Sequence[PreparedCase], options: Training) -> int:
 
     Every slice that the epoch shows is the centre of one window. The last, smaller batch counts, too.
     """
+    return math.ceil(_windows(cases, options) / options.batch_size)
+
+
+def _windows(cases: Sequence[PreparedCase], options: Training) -> int:
+    """Number of windows that an epoch shows."""
     occupied = sum(len(case.occupied) for case in cases)
     empty = sum(case.slices for case in cases) - occupied
-    return math.ceil((occupied + _empty_shown(occupied, empty, options)) / options.batch_size)
+    return occupied + _empty_shown(occupied, empty, options)
 
 
 def batches(
@@ -407,7 +413,9 @@ def fit(
     slices, waiting = 0, 0.0
     epoch, first = divmod(learner.steps, per_epoch) if learner.rounds.steps else (0, 0)
     end = learner.steps + _steps(per_epoch, options, learner.rounds)
+    making = sample_device(device)
     loaders = default_loaders(device) if loaders is None else loaders
+    under_way: deque[torch.cuda.Event] = deque()
 
     def work(batch: Batch) -> Tensor:
         return backward(forward, batch, device, options, precision, options.batch_size)
@@ -415,10 +423,12 @@ def fit(
     step_of_batch = work if device.type != "cuda" or options.checkpointing else None
     with halved(network, precision):
         while learner.steps < end:
-            calls = batches(cases, options, samples, network.image_size, seed_for(seed, epoch), features, first, device)
+            calls = batches(cases, options, samples, network.image_size, seed_for(seed, epoch), features, first, making)
             calls = islice(calls, end - learner.steps)
             if step_of_batch is None:
-                calls, step_of_batch = _with_graph(calls, work, list(learner.parameters.values()), end - learner.steps)
+                sizes = _sizes(_windows(cases, options), options)
+                parameters = list(learner.parameters.values())
+                calls, step_of_batch = _with_graph(calls, work, parameters, end - learner.steps, sizes)
             upcoming = called_ahead(calls, loaders) if loaders else (call() for call in calls)
             while True:
                 asked = time.perf_counter()
@@ -435,26 +445,49 @@ def fit(
                 learner.optimizer.step()
                 learner.steps += 1
                 slices += len(batch[0])
+                if device.type == "cuda":
+                    wait_for_earlier(under_way, device)
                 on_step()
             epoch, first = epoch + 1, 0
+    if device.type == "cuda":
+        # Gradients would keep the memory of the graphs.
+        learner.optimizer.zero_grad(set_to_none=True)
     total, cross_entropy, dice = torch.stack(losses).mean(dim=0).tolist()
     return FitReport(len(losses), slices, total, cross_entropy, dice, time.perf_counter() - started, waiting)
 
 
 def default_loaders(device: torch.device) -> int:
     """Number of threads that make batches while the network trains."""
-    if device.type != "cpu":
+    if device.type == "cuda":
         return min(MOST_LOADERS, default_threads())
     # If the network uses all cores, another thread costs more time than waiting: a third of the demo's rounds.
-    return int(torch.get_num_threads() < default_threads())
+    return int(device.type != "cpu" or torch.get_num_threads() < default_threads())
+
+
+def _sizes(windows: int, options: Training) -> list[int]:
+    """Numbers of slices in an epoch's batches: in the full ones and in the last one, if there are both."""
+    full, rest = divmod(windows, options.batch_size)
+    return [number * options.window for number in ((options.batch_size,) if full else ()) + ((rest,) if rest else ())]
 
 
 def _with_graph(
-    calls: Iterator[Callable[[], Batch]], work: Pass, parameters: Sequence[nn.Parameter], steps: int
+    calls: Iterator[Callable[[], Batch]], work: Pass, parameters: Sequence[nn.Parameter], steps: int, sizes: Sequence[int]
 ) -> tuple[Iterator[Callable[[], Batch]], Pass]:
-    """The calls, and the pass of their first batch as a CUDA graph if there are enough steps."""
+    """The calls, and the pass of batches of these sizes as CUDA graphs if there are enough steps."""
+    if steps < WORTH:
+        return calls, work
     first = next(calls)
-    return chain([first], calls), captured(work, first(), parameters) if steps >= WORTH else work
+    images, labels = first()
+    examples = [(images.new_zeros(size, *images.shape[1:]), labels.new_zeros(size, *labels.shape[1:])) for size in sizes]
+    return chain([first], calls), captured(work, examples, parameters)
+
+
+def wait_for_earlier(under_way: deque[torch.cuda.Event], device: torch.device) -> None:
+    """Note a step that was handed to the GPU, and wait for the one before the last, whose batch keeps its memory so long."""
+    under_way.append(torch.cuda.Event())
+    under_way[-1].record(torch.cuda.current_stream(device))
+    if len(under_way) > 2:
+        under_way.popleft().synchronize()
 
 
 def pull_back(parameters: Sequence[Tensor], start: Sequence[Tensor], strength: float) -> None:

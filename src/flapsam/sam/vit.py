@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -297,10 +297,10 @@ def folded(query: Tensor, key: Tensor, value: Tensor, along_h: Tensor, along_w: 
     return mixed[..., :channels]
 
 
-@lru_cache(maxsize=16)
+@cache
 def _places(height: int, width: int, kind: torch.dtype, device: torch.device) -> Tensor:
     """Row and column of each token, each as a unit vector (tokens, height + width)."""
-    # Made once, and not as a buffer, which would count for the checksum of a backbone.
+    # Made once and kept, as CUDA graphs know its address. It is no buffer, which would count for a backbone's checksum.
     with torch.inference_mode(False):
         rows, columns = (torch.eye(side, dtype=kind, device=device) for side in (height, width))
         return torch.cat([rows.repeat_interleave(width, 0), columns.repeat(height, 1)], dim=1)

@@ -1,8 +1,9 @@
 """Drop-outs: which site answered in which round, and which packets were refused."""
 
+from collections import Counter
 from collections.abc import Sequence
 
-from flapsam.report.figures.drawing import INK, MUTED, SERIES, WIDTH, chart, legend, new_figure, short
+from flapsam.report.figures.drawing import INK, MUTED, SERIES, WIDTH, chart, legend, lowest, new_figure, short
 from flapsam.report.run import Series
 from flapsam.report.section import Section, Table
 from flapsam.report.units import NONE
@@ -35,14 +36,16 @@ def attendance(answered: Series, troubles: Sequence[Trouble], rounds: int) -> Se
     if not troubles:
         text = f"Every site answered every round ({len(answered)} sites, {rounds} rounds)."
         return Section("attendance", "Drop-outs", text)
-    sites = sorted({*answered, *(trouble.site for trouble in troubles)})
+    often = Counter(trouble.site for trouble in troubles)
+    sites, note = lowest({site: -often[site] for site in {*answered, *often}}, "most events")
+    rows_of = {site: row for row, site in enumerate(sites)}
     figure = new_figure(max(WIDTH, 2 + 0.11 * rounds), 1.3 + 0.24 * len(sites))
     axes = figure.subplots()
     places: dict[str, list[tuple[int, int]]] = {kind: [] for kind in LOOKS}
-    places["answered"] = [(number, sites.index(site)) for site, points in answered.items() for number in points]
+    places["answered"] = [(number, row) for site, row in rows_of.items() for number in answered.get(site, {})]
     for trouble in troubles:
-        if not isinstance(trouble, SiteExcluded):
-            places[trouble.event].append((trouble.round, sites.index(trouble.site)))
+        if not isinstance(trouble, SiteExcluded) and trouble.site in rows_of:
+            places[trouble.event].append((trouble.round, rows_of[trouble.site]))
     for kind, look in LOOKS.items():
         axes.plot([number for number, _ in places[kind]], [row for _, row in places[kind]], **look)
     axes.set_yticks(range(len(sites)), [short(site) for site in sites])
@@ -56,7 +59,8 @@ def attendance(answered: Series, troubles: Sequence[Trouble], rounds: int) -> Se
     return Section(
         "attendance",
         "Drop-outs",
-        f"{summary}. A round continues without the sites that do not answer and without the answers that are not used.",
+        f"{summary}. A round continues without the sites that do not answer and without the answers that are not used."
+        + note,
         [chart(figure, "Answers by site and round", summary)],
         [Table("attendance-table", "Drop-outs and unused answers", ["event", "site", "time", "reason", "round"], rows, 4)],
     )

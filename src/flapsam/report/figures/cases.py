@@ -5,8 +5,20 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from flapsam.learning.metrics import rule_for_absent
-from flapsam.report.figures.drawing import GRID, INK, MARKERS, SERIES, WIDTH, chart, dice_axis, legend, new_figure, short
+from flapsam.learning.metrics import by_site, rule_for_absent, summarise
+from flapsam.report.figures.drawing import (
+    GRID,
+    INK,
+    MARKERS,
+    SERIES,
+    WIDTH,
+    chart,
+    dice_axis,
+    legend,
+    lowest,
+    new_figure,
+    short,
+)
 from flapsam.report.run import TITLES, Scores
 from flapsam.report.section import CaseName, Section, Table
 from flapsam.report.units import number
@@ -24,15 +36,17 @@ def dice_per_case(scores: Scores, classes: Sequence[str]) -> Section | None:
     """
     if not scores:
         return None
-    sites = sorted({score.site for cases in scores.values() for score in cases})
+    by_mode = {mode: by_site(cases) for mode, cases in scores.items()}
+    main = by_mode.get("federated") or next(iter(by_mode.values()))
+    every = {site for parts in by_mode.values() for site in parts}
+    sites, note = lowest({site: summarise(main.get(site, [])).mean_dice for site in every}, "the lowest Dice")
     figure = new_figure(max(WIDTH, 1.2 + 0.28 * len(sites) * (len(scores) + 1)), 0.9 + 2.3 * len(classes))
     panels = figure.subplots(len(classes), 1, sharex=True, squeeze=False)[:, 0]
     width = SPREAD / len(scores)
     for axes, name in zip(panels, classes, strict=True):
-        for index, cases in enumerate(scores.values()):
+        for index, parts in enumerate(by_mode.values()):
             for place, site in enumerate(sites):
-                dices = [score.dice[name] for score in cases if score.site == site]
-                values = [value for value in dices if value is not None]
+                values = [value for score in parts.get(site, []) if (value := score.dice[name]) is not None]
                 if values:
                     _box(axes, values, place - SPREAD / 2 + width * (index + 0.5), width, SERIES[index], MARKERS[index])
         axes.set_title(name if len(name) < 60 else short(name))
@@ -48,10 +62,11 @@ def dice_per_case(scores: Scores, classes: Sequence[str]) -> Section | None:
         "cases",
         "Dice per case",
         "Each point is a test case. A box spans the middle half of a site's cases, and the line in it is their median. Test "
-        f"cases were used only once, after the last round. {rule_for_absent(s for cases in scores.values() for s in cases)}",
+        "cases were used only once, after the last round. "
+        f"{rule_for_absent(s for cases in scores.values() for s in cases)}{note}",
         [
             chart(
-                figure, "Test Dice per case by site and class", f"{count} cases at {len(sites)} sites, listed in the table."
+                figure, "Test Dice per case by site and class", f"{count} cases at {len(every)} sites, listed in the table."
             )
         ],
         [_table(scores, classes)],

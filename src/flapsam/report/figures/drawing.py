@@ -1,7 +1,7 @@
 """Style of the charts. Matplotlib draws them, and the page's style sheet sets their colours, in light and dark."""
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
 from io import StringIO
@@ -29,6 +29,8 @@ WIDTH = 10.4
 """Width of most charts, in inches."""
 MARKED = 20
 """Approximate number of points of a line that have a marker."""
+CHART_SITES = 40
+"""Number of sites that a chart by site shows, at most."""
 LABEL = 22
 """Largest number of characters of a name in a chart."""
 
@@ -98,6 +100,18 @@ def chart(figure: Figure, title: str, description: str) -> Chart:
     return Chart(
         Markup(f'{head} role="img" aria-label="{escape(f"{title}. {description}")}">{texts}{body}'), round(width * 96)
     )
+
+
+def lowest(values: Mapping[str, float | None], what: str) -> tuple[list[str], str]:
+    """The sites that a chart by site shows, in the order of their names, and a sentence if it does not show all of them.
+
+    Args:
+        values: site → the value by which those with the lowest are chosen. None counts as the highest.
+        what: what the chosen sites have, in words.
+    """
+    chosen = sorted(values, key=lambda site: (values[site] is None, values[site] or 0.0, site))[:CHART_SITES]
+    text = f" The chart shows {len(chosen)} of {len(values)} sites, those with {what}."
+    return sorted(chosen), text if len(chosen) < len(values) else ""
 
 
 def short(name: str) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from flapsam.experiments.paired import compare
 from flapsam.learning.metrics import CaseScores, by_site, rule_for_absent, summarise
-from flapsam.report.figures.drawing import INK, MARKERS, MUTED, SERIES, WIDTH, chart, legend, new_figure, short
+from flapsam.report.figures.drawing import INK, MARKERS, MUTED, SERIES, WIDTH, chart, legend, lowest, new_figure, short
 from flapsam.report.run import TITLES, Scores
 from flapsam.report.section import Section, Table
 from flapsam.report.units import NONE, interval, number, with_interval
@@ -24,7 +24,10 @@ def modes_by_site(scores: Scores, subjects: Mapping[str, str]) -> Section | None
     if not scores:
         return None
     dices = {mode: _mean_dices_by_site(cases) for mode, cases in scores.items()}
-    names = [*sorted({site for sites in dices.values() for site in sites} - {POOLED}), POOLED]
+    every = [*sorted({site for sites in dices.values() for site in sites} - {POOLED}), POOLED]
+    main = dices.get("federated") or next(iter(dices.values()))
+    shown, note = lowest({site: main.get(site) for site in every if site != POOLED}, "the lowest Dice")
+    names = [*shown, POOLED]
     figure = new_figure(WIDTH, 1.3 + 0.3 * len(names))
     axes = figure.subplots()
     for row, name in enumerate(names):
@@ -46,9 +49,9 @@ def modes_by_site(scores: Scores, subjects: Mapping[str, str]) -> Section | None
     return Section(
         "gain",
         "Gain from federated training" if compared else "Test Dice by site",
-        f"{_text(compared)} {rule_for_absent(score for cases in scores.values() for score in cases)}",
+        f"{_text(compared)} {rule_for_absent(score for cases in scores.values() for score in cases)}{note}",
         [chart(figure, "Mean test Dice by site and mode", f"Over all cases: {pooled}.")],
-        [_table(scores, names, compared, subjects)],
+        [_table(scores, every, compared, subjects)],
     )
 
 
@@ -92,11 +95,13 @@ def _table(
     references = [mean_dices(scores[mode]) for mode in compared]
     subject_of = {key: subjects.get(key, key) for key in federated}
     texts = {mode: _texts_by_site(cases) for mode, cases in scores.items()}
+    places: dict[str, set[tuple[str, str]]] = {POOLED: {(s.site, s.case) for cases in scores.values() for s in cases}}
+    for site, case in places[POOLED]:
+        places.setdefault(site, set()).add((site, case))
     rows = []
     for name in names:
         kept = federated if name == POOLED else {k: v for k, v in federated.items() if k.rpartition("/")[0] == name}
         differences = [interval(compare(kept, reference, subject_of)) for reference in references]
-        count = len({(s.site, s.case) for cases in scores.values() for s in cases if name in (s.site, POOLED)})
-        rows.append([name, str(count), *(sites.get(name, NONE) for sites in texts.values()), *differences])
+        rows.append([name, str(len(places[name])), *(sites.get(name, NONE) for sites in texts.values()), *differences])
     head = ["site", "cases", *(TITLES[mode] for mode in scores), *(f"federated − {TITLES[mode]}" for mode in compared)]
     return Table("gain-table", "Mean test Dice by site", head, rows, opened=len(rows) <= OPENED)
