@@ -96,10 +96,11 @@ class CohortStanding:
         """Compute the mean Dice of every round that all sites have validated."""
         for number in sorted(self.validation.keys() - self.dice.keys()):
             scores = self.validation[number]
-            known = [value for value in scores.values() if value is not None]
             # Sites validate a round's model in the next round, and their scores arrive one after another.
-            if known and (number < self.rounds or self.validated or len(scores) >= self._expected(number)):
-                self.dice[number] = fmean(known)
+            if number < self.rounds or self.validated or len(scores) >= self._expected(number):
+                known = [value for value in scores.values() if value is not None]
+                if known:
+                    self.dice[number] = fmean(known)
 
     def _expected(self, number: int) -> int:
         """Number of sites expected to validate a round: as many as the round before, or at first all that answered it."""

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -64,7 +65,13 @@ DROPPED = "events-dropped.jsonl"
 
 
 def _cohort(value: Any) -> Any:
-    return Cohort.parse(value) if isinstance(value, str) else value
+    return _parsed(value) if isinstance(value, str) else value
+
+
+@lru_cache(maxsize=4096)
+def _parsed(name: str) -> Cohort:
+    """The cohort with this name, which is in nearly every line of a ledger."""
+    return Cohort.parse(name)
 
 
 CohortName = Annotated[Cohort, BeforeValidator(_cohort), PlainSerializer(str)]
