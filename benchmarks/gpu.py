@@ -20,7 +20,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -260,7 +260,7 @@ def steps(check: Check) -> None:
             learner = Learner(network, options)
             work = passes(network, options, precision, 1)
             check.forget()
-            with halved(network, precision if half else "fp32"), unfolded() if "masked" in variant else without():
+            with halved(network, precision if half else "fp32"), unfolded() if "masked" in variant else nullcontext():
                 once = captured(work, [batch], list(learner.parameters.values())) if graph and check.cuda else work
 
                 def step(once: Any = once, learner: Learner = learner, batch: Any = batch) -> None:
@@ -296,11 +296,6 @@ def steps(check: Check) -> None:
     if check.cuda and first["of_data_sheet"]:
         check.verdict("a step of ViT-B at 224 px, bf16, takes 25 % of the dense rate", first["of_data_sheet"] >= 0.25, first)
     set_up_torch(check.found["threads"], deterministic=True)
-
-
-@contextmanager
-def without() -> Iterator[None]:
-    yield
 
 
 def written_case(folder: Path, side: int, slices: int, name: str = "case") -> PreparedCase:

@@ -17,12 +17,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from flapsam.base.environment import default_threads, forget_peak, peak_bytes
+from flapsam.base.environment import forget_peak, peak_bytes
 from flapsam.base.errors import FlapsamError
 from flapsam.base.files import InUseError, alone, write_text
 from flapsam.experiments.paired import Difference, compare, holm
 from flapsam.experiments.simulation import Results, simulate
-from flapsam.federation.preparation import resolve
+from flapsam.federation.preparation import resolve, with_threads
 from flapsam.learning.metrics import MEASURES, CaseScores, Mean, Spread, by_site, mean, rule_for_absent, spread_of, summarise
 from flapsam.run.config import Data, Grid, RunConfig
 from flapsam.run.folder import RunFolder
@@ -334,8 +334,7 @@ def bench(
         FlapsamError: the configuration or the data are wrong, or an existing cell was computed with another configuration.
     """
     observer = observer or Observer()
-    if workers > 1 and config.threads is None:
-        config = config.model_copy(update={"threads": max(default_threads() // workers, 1)})
+    config = with_threads(config, workers)
     folds = Folds()
     cells = cells_of(config, folds)
     selected = [cell for cell in cells if fnmatchcase(cell.name, only)]

@@ -19,7 +19,6 @@ from torch import Tensor
 from flapsam.adapters.card import write_model_card
 from flapsam.adapters.store import AdapterCard, read_tensors, save_adapter
 from flapsam.base.device import describe_device, device_of_worker, on_one_device
-from flapsam.base.environment import default_threads
 from flapsam.base.errors import FlapsamError
 from flapsam.base.files import alone, write_text
 from flapsam.federation.aggregation import aggregator
@@ -42,6 +41,7 @@ from flapsam.federation.preparation import (
     resolve,
     start_of,
     with_modalities,
+    with_threads,
     with_windows,
 )
 from flapsam.federation.privacy.budget import Budget
@@ -193,8 +193,7 @@ def simulate(
     Raises:
         FlapsamError: the configuration, the data or the output folder is wrong.
     """
-    if workers > 1 and config.threads is None:
-        config = config.model_copy(update={"threads": max(1, default_threads() // workers)})
+    config = with_threads(config, workers)
     observer = observer or Observer()
     if config.rounds.count == 0:
         raise FlapsamError("rounds.count: it is 0, so nothing would train; raise it")

@@ -91,6 +91,13 @@ def resolve(config: RunConfig) -> RunConfig:
     )
 
 
+def with_threads(config: RunConfig, workers: int) -> RunConfig:
+    """Give each of several workers an equal share of all cores, unless the configuration says how many threads it has."""
+    if workers == 1 or config.threads is not None:
+        return config
+    return config.model_copy(update={"threads": max(1, default_threads() // workers)})
+
+
 def assembled_for(config: RunConfig) -> Assembled:
     """Set up torch for the run and assemble its network on its device.
 

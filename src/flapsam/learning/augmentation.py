@@ -63,7 +63,7 @@ def gentle(images: Tensor, labels: Tensor, rng: np.random.Generator) -> Window:
 UNCHANGED = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0)
 """The numbers with which ``gentle`` leaves a window as it is: an affine map, exponent, contrast, brightness and noise."""
 PARTS = (slice(0, 6), slice(6, 9), slice(9, 10))
-"""Which of the numbers move, tone and blur."""
+"""Which of the numbers move a window, change its intensities and add noise."""
 
 
 def _gentle_draw(rng: np.random.Generator) -> list[float]:

@@ -201,11 +201,12 @@ def class_probabilities(
 
 def _runs(network: Sam, stack: SliceStack, batch: int) -> Iterator[Batch]:
     """Yield consecutive slices, with those before and after them that their logits depend on. None counts as blank."""
-    reach, count = network.reach, len(stack)
+    reach, count, device = network.reach, len(stack), sample_device(network.pixel_mean.device)
     for start in range(0, count, batch):
         end = min(start + batch, count)
         first, last = max(start - reach, 0), min(end + reach, count)
-        images, _ = _squares(network, stack, range(first, last), None)
+        with beside(device):
+            images = lent(_squares(network, stack, range(first, last), device)[0])
         yield list(range(start, end)), images, [], slice(start - first, end - first)
 
 
@@ -214,38 +215,28 @@ def _batches(network: Sam, stack: SliceStack, batch: int) -> Iterator[Batch]:
 
     Only the first blank slice of the stack is among those to predict.
     """
-    blank_seen = False
+    device, blank_seen = sample_device(network.pixel_mean.device), False
     for start in range(0, len(stack), batch):
         indices = range(start, min(start + batch, len(stack)))
-        images, lit = _squares(network, stack, indices, blank_seen)
-        blanks = [index for index, is_lit in zip(indices, lit, strict=True) if not is_lit]
-        left_out = blanks if blank_seen else blanks[1:]
+        with beside(device):
+            images, lit = _squares(network, stack, indices, device)
+            blanks = [index for index, is_lit in zip(indices, lit, strict=True) if not is_lit]
+            left_out = blanks if blank_seen else blanks[1:]
+            shown = [index for index in indices if index not in left_out]
+            images = lent(images[[index - start for index in shown]] if left_out else images)
         blank_seen |= bool(blanks)
-        yield [index for index in indices if index not in left_out], images, blanks, EVERY
+        yield shown, images, blanks, EVERY
 
 
-def _squares(network: Sam, stack: SliceStack, indices: range, blank_seen: bool | None) -> tuple[Tensor, list[bool]]:
-    """Images (slices, channels, size, size), and which of the slices have a value other than 0.
-
-    Args:
-        network: the network.
-        stack: the slices.
-        indices: those to cut.
-        blank_seen: whether to leave out all blank slices or, if it is False, all but the first. None keeps all.
-    """
-    device, size = sample_device(network.pixel_mean.device), network.image_size
+def _squares(network: Sam, stack: SliceStack, indices: range, device: torch.device) -> tuple[Tensor, list[bool]]:
+    """Images (slices, channels, size, size) on a device, and which of the slices have a value other than 0."""
     most = min(at_once(stack.shape[1:], 1, device), len(indices))
     images, lit = [], []
-    with beside(device):
-        for start in range(0, len(indices), most):
-            cut = windows([(stack, index) for index in indices[start : start + most]], device=device)[:, 0]
-            lit += cut.flatten(1).any(dim=1).tolist()
-            images.append(to_square(cut, size, stack.samples.resize))
-        whole = torch.cat(images)
-        if blank_seen is not None and not all(lit):
-            kept = [place for place, is_lit in enumerate(lit) if is_lit or not (blank_seen or False in lit[:place])]
-            whole = whole[kept]
-        return lent(whole), lit
+    for start in range(0, len(indices), most):
+        cut = windows([(stack, index) for index in indices[start : start + most]], device=device)[:, 0]
+        lit += cut.flatten(1).any(dim=1).tolist()
+        images.append(to_square(cut, network.image_size, stack.samples.resize))
+    return torch.cat(images), lit
 
 
 def slices_at_once(network: Sam, shape: tuple[int, ...]) -> int:

@@ -13,8 +13,6 @@ from flapsam.sam import Sam, assemble, checkpoint_layers
 
 SHARE = 0.8
 """Part of the free memory that a step may take."""
-MEASURED = (1, 2)
-"""Numbers of slices in the steps that are measured."""
 
 
 def step_bytes(network: Sam, slices: int, options: Training, precision: str = "fp32") -> int:
@@ -100,12 +98,11 @@ def learned_bytes(network: Sam) -> int:
 
 def _line(network: Sam, options: Training, precision: str) -> tuple[int, int]:
     """Bytes that a step takes whatever its number of slices, and bytes that every slice adds."""
-    few, many = MEASURED
     if network.pixel_mean.device.type == "cuda":
-        step_bytes(network, few, options, precision)
-    with_few, with_many = (step_bytes(network, slices, options, precision) for slices in MEASURED)
-    a_slice = max((with_many - with_few) // (many - few), 1)
-    return with_few - few * a_slice, a_slice
+        step_bytes(network, 1, options, precision)
+    with_one, with_two = (step_bytes(network, slices, options, precision) for slices in (1, 2))
+    a_slice = max(with_two - with_one, 1)
+    return with_one - a_slice, a_slice
 
 
 @dataclass(frozen=True)

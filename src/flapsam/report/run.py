@@ -17,12 +17,12 @@ from flapsam.run.ledger import (
     Event,
     EventBase,
     Fitted,
+    LedgerReader,
     RoundClosed,
     RunEnded,
     SiteJoined,
     Trouble,
     Validated,
-    read_ledger,
 )
 
 TITLES: dict[str, str] = {
@@ -160,7 +160,7 @@ def read_run(path: Path) -> Run:
     """
     folder = RunFolder(path)
     environment = folder.read_environment()
-    events = read_ledger(folder.ledger, whole_lines=True) if folder.ledger.exists() else []
+    events = LedgerReader(folder.ledger).added() or []
     return Run(folder, folder.read_config(), environment, events)
 
 

@@ -12,7 +12,6 @@ from rich.live import Live
 
 from flapsam.base.escaping import one_line
 from flapsam.base.files import is_locked
-from flapsam.report.run import read_run
 from flapsam.report.standing import Standing
 from flapsam.report.standing_view import activity_line, event_line, standing_view, trouble_lines
 from flapsam.run.folder import RunFolder
@@ -43,9 +42,7 @@ def read_status(folder: Path) -> Status:
     Raises:
         FlapsamError: there is no run, or its files are damaged.
     """
-    run = read_run(folder)
-    standing = Standing(run.config, run.events)
-    return Status(folder, run.environment["run"], standing, is_locked(RunFolder(folder).lock))
+    return _Follower(folder).status()
 
 
 def as_json_of(status: Status) -> dict[str, Any]:

@@ -529,19 +529,17 @@ def nearly_final(events: Iterable[Event], share: float = 0.95) -> NearlyFinal | 
     return NearlyFinal(rounds, (up + down) / len({event.site for event in fits}))
 
 
-def read_ledger(path: Path, *, whole_lines: bool = False) -> list[Event]:
+def read_ledger(path: Path) -> list[Event]:
     """Read all events of a ledger.
 
     Args:
         path: the ledger's file.
-        whole_lines: whether to leave out an incomplete last line, which another process may still be writing.
 
     Raises:
         FlapsamError: the file is missing or damaged.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        return parse_events((text[: text.rfind("\n") + 1] if whole_lines else text).splitlines())
+        return parse_events(path.read_text(encoding="utf-8").splitlines())
     except OSError as error:
         raise FlapsamError(f"{path}: there is no ledger here; is this the folder of a run?") from error
     except ValueError as error:
@@ -560,7 +558,7 @@ class LedgerReader:
         """The events since the last time. None if the file has been replaced, because its run went back.
 
         Raises:
-            FlapsamError: the file is damaged.
+            FlapsamError: the file is damaged or cannot be read.
         """
         try:
             with self.path.open("rb") as file:
@@ -576,6 +574,8 @@ class LedgerReader:
             return parse_events(added.decode().splitlines())
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise FlapsamError(f"{self.path}: cannot be read ({error.strerror})") from error
         except ValueError as error:
             raise FlapsamError(f"{self.path}: the ledger is damaged") from error
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flapsam.sam.architecture import Architecture
+from flapsam.sam.autocast import as_autocast
 from flapsam.sam.decoder import MaskDecoder, Mlp
 from flapsam.sam.naming import (
     DECODER_FROM_META,
@@ -21,7 +22,7 @@ from flapsam.sam.naming import (
     split_thirds,
     to_transformers,
 )
-from flapsam.sam.vit import as_autocast, fused_projection
+from flapsam.sam.vit import fused_projection
 
 if TYPE_CHECKING:
     from transformers.models.sam2.configuration_sam2 import Sam2VisionConfig

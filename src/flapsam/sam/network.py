@@ -1,6 +1,5 @@
 """The whole network: from images to one logit map per class and one for the background, without prompts."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from transformers.models.sam.configuration_sam import SamConfig, SamPromptEncode
 from transformers.models.sam.modeling_sam import SamPromptEncoder
 
 from flapsam.sam.architecture import Architecture
+from flapsam.sam.autocast import full_precision
 from flapsam.sam.decoder import MaskDecoder
 from flapsam.sam.slice_adapters import Stack, reach
 
@@ -96,12 +96,6 @@ def enlarged_by_products(logits: Tensor, size: int) -> Tensor:
     )
     with full_precision(logits.device):
         return down.T @ logits.float() @ across
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[None]:
-    """Leave autocast, where the device has it."""
-    available = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if available else nullcontext()  # pyright: ignore[reportReturnType]
 
 
 def _prompt_encoder(sizes: Architecture, image_size: int) -> SamPromptEncoder:

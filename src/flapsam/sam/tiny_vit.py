@@ -16,9 +16,10 @@ from transformers.models.sam.configuration_sam import SamVisionConfig
 from transformers.models.sam.modeling_sam import SamVisionNeck
 
 from flapsam.sam.architecture import Architecture
+from flapsam.sam.autocast import as_autocast
 from flapsam.sam.decoder import MaskDecoder
 from flapsam.sam.naming import DECODER_FROM_META, NECK_FROM_META, PROJECTIONS, renamed
-from flapsam.sam.vit import as_autocast, fused_projection
+from flapsam.sam.vit import fused_projection
 
 HEAD = 32
 """Channels of an attention head."""

@@ -13,6 +13,7 @@ from transformers.models.sam.configuration_sam import SamConfig, SamPromptEncode
 from transformers.models.sam.modeling_sam import SamVisionEncoder
 
 from flapsam.sam.architecture import Architecture
+from flapsam.sam.autocast import as_autocast
 from flapsam.sam.decoder import MaskDecoder
 from flapsam.sam.naming import (
     DECODER_FROM_META,
@@ -222,15 +223,6 @@ class FusedAttention(nn.Module):
         query, key, value = self.qkv(tokens).view(batch, height * width, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = attend(query, key, value, self.along_h, self.along_w)
         return self.proj(mixed).view(batch, height, width, channels), None
-
-
-def as_autocast(values: Tensor) -> Tensor:
-    """Values in the type in which autocast multiplies, converted once for all layers that use them."""
-    kind = values.device.type
-    # Tensors of shapes alone, on the device meta, know no autocast.
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return values
-    return values.to(torch.get_autocast_dtype(kind))
 
 
 def fused_projection(*projections: nn.Linear) -> nn.Linear:

@@ -29,10 +29,10 @@ from flapsam.run.ledger import (
     Fitted,
     JobEnded,
     JobStarted,
+    LedgerReader,
     RoundClosed,
     RunEnded,
     SiteExcluded,
-    read_ledger,
 )
 from flapsam.run.observer import Observer
 
@@ -122,10 +122,12 @@ class RunFollower:
     observer: Observer
     wait: float
     """Seconds to wait for missing sites. After that, the run starts as soon as enough are connected."""
-    size: int = 0
-    """Size of the ledger in bytes when it was last read."""
     events: list[Event] = field(default_factory=list)
     """All events of the ledger so far."""
+
+    def __post_init__(self) -> None:
+        """Begin at the ledger's first event."""
+        self.ledger = LedgerReader(self._folder.ledger)
 
     def follow(self) -> Path:
         """Submit jobs until the run is complete.
@@ -296,13 +298,11 @@ class RunFollower:
                 time.sleep(POLL_SECONDS)
 
     def _read_ledger(self) -> None:
-        path = self._folder.ledger
-        size = path.stat().st_size if path.exists() else 0
-        if size == self.size:
-            return
-        self.size, seen = size, len(self.events)
-        # The server may be in the middle of writing a line.
-        self.events = read_ledger(path, whole_lines=True)
+        seen, added = len(self.events), self.ledger.added()
+        if added is None:
+            self.ledger, self.events = LedgerReader(self._folder.ledger), []
+            added = self.ledger.added()
+        self.events += added or []
         for event in self.events[seen:]:
             self.observer.event(event)
             if isinstance(event, RoundClosed):
