@@ -40,6 +40,9 @@ NAMES = [
     "lora, federated, flexlora-aligned, seed 0, without site_1",
 ]
 
+WHOLE = "[!.]*.json"
+"""Results of cells, without the hidden file that is about to become one, or was when its process was killed."""
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -105,7 +108,7 @@ def finished(small_families: None, data: Path, tmp_path_factory: pytest.TempPath
     monkeypatch.setattr(module, "simulate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         module.bench(config)
-    assert len(list((config.output / "cells").glob("*.json"))) == 2
+    assert len(list((config.output / "cells").glob(WHOLE))) == 2
     module.bench(config, only="partial*")
     module.bench(config)
     monkeypatch.undo()
@@ -137,7 +140,7 @@ def test_a_bench_killed_in_its_second_cell_resumes(finished: Path, data: Path, t
     cells = tmp_path / "bench" / "cells"
     deadline = time.monotonic() + 120
     # Kill it when the second cell has written its first event, long before its end.
-    while not (len(list(cells.glob("*.json"))) == 1 and len(list(cells.glob("*/events.jsonl"))) == 2):
+    while not (len(list(cells.glob(WHOLE))) == 1 and len(list(cells.glob("*/events.jsonl"))) == 2):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.001)
@@ -145,7 +148,7 @@ def test_a_bench_killed_in_its_second_cell_resumes(finished: Path, data: Path, t
     process.wait()
     assert flapsam(capfd, "bench", path).code == 0
     resumed, whole = (
-        {cell.name: json.loads(cell.read_text())["scores"] for cell in (folder / "cells").glob("*.json")}
+        {cell.name: json.loads(cell.read_text())["scores"] for cell in (folder / "cells").glob(WHOLE)}
         for folder in (tmp_path / "bench", finished)
     )
     assert len(resumed) == 2
@@ -161,19 +164,19 @@ def test_two_processes_compute_each_cell_once_and_one_takes_over_what_the_other_
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)]
     deadline = time.monotonic() + 240
     # Both are at work, each in a cell of its own. Then one is killed.
-    while len(list(cells.glob("*/events.jsonl"))) < 2 or not any(cells.glob("*.json")):
+    while len(list(cells.glob("*/events.jsonl"))) < 2 or not any(cells.glob(WHOLE)):
         assert time.monotonic() < deadline and processes[0].poll() is None
         time.sleep(0.005)
     processes[0].kill()
     _, survivor = processes[1].communicate(timeout=240)
     _, killed = processes[0].communicate()
     assert processes[1].returncode == 0, survivor
-    assert len(list(cells.glob("*.json"))) == len(NAMES)
+    assert len(list(cells.glob(WHOLE))) == len(NAMES)
     begun = [[name for name in NAMES if f": {name}\n" in told] for told in (killed, survivor)]
     # The survivor computes every cell but those that the other had finished.
     assert set(begun[0]) | set(begun[1]) == set(NAMES)
     assert len(begun[0]) + len(begun[1]) <= len(NAMES) + 1
-    for name in (cell.name for cell in cells.glob("*.json")):
+    for name in (cell.name for cell in cells.glob(WHOLE)):
         first, second = (json.loads((folder / name).read_text())["scores"] for folder in (cells, finished / "cells"))
         assert first == second
 
