@@ -19,14 +19,14 @@ from typing import Any
 
 from flapsam.base.environment import forget_peak, peak_bytes
 from flapsam.base.errors import FlapsamError
-from flapsam.base.files import InUseError, alone, write_text
+from flapsam.base.files import InUseError, alone, size_of, write_text
 from flapsam.experiments.paired import Difference, compare, holm
 from flapsam.experiments.simulation import Results, simulate
 from flapsam.federation.preparation import resolve, with_threads
 from flapsam.learning.metrics import MEASURES, CaseScores, Mean, Spread, by_site, mean, rule_for_absent, spread_of, summarise
 from flapsam.run.config import Data, Grid, RunConfig
 from flapsam.run.folder import RunFolder
-from flapsam.run.ledger import TOGETHER, Fitted, RoundClosed, bytes_sent, nearly_final
+from flapsam.run.ledger import TOGETHER, Cohort, Fitted, RoundClosed, bytes_sent, nearly_final
 from flapsam.run.observer import Observer
 from flapsam.run.reading import changed, fingerprint
 from flapsam.sites import CaseList, Site, list_cases, read_sites
@@ -78,9 +78,10 @@ class CellResult:
     parameters: int
     """Number of parameters that train, and that travel in a federation."""
     bytes_up: float
-    """Bytes that a site sends over all rounds, on average; 0 without a federation."""
+    """Bytes that a site sends over all rounds, on average; 0 without a federation. In an ensemble, its adapter's size."""
     bytes_down: float
-    """Bytes that a site receives over all rounds, on average; 0 without a federation."""
+    """Bytes that a site receives over all rounds, on average; 0 without a federation. In an ensemble, the size of the
+    others' adapters."""
     seconds: float
     """Seconds of all rounds, with all sites one after another."""
     peak_bytes: int | None
@@ -424,7 +425,7 @@ def _combinations(grid: Grid, config: RunConfig, folds: Folds) -> Sequence[tuple
                 **fields,
                 "strategy": strategy,
                 "aggregator": aggregator,
-                "modes": [mode],
+                "modes": ["local", mode] if mode == "ensemble" else [mode],
                 "seed": seed,
                 "data.unseen": [unseen] if unseen else config.data.unseen,
                 "output": str(_folder(config, cell)),
@@ -441,7 +442,7 @@ def _compute(cell: Cell, config: RunConfig, path: Path, folds: Folds, workers: i
     sites = folds.sites(config.data, config.seed)
     results = simulate(config, resume=folder.is_begun, workers=workers, sites=sites, observer=observer)
     cases = [case for site in sites for case in site.of("test")]
-    up, down = _traffic(results)
+    up, down = _exchanged(folder) if cell.row.mode == "ensemble" else _traffic(results)
     nearly = nearly_final(results.events)
     result = CellResult(
         cell=cell,
@@ -475,6 +476,12 @@ def _traffic(results: Results) -> tuple[float, float]:
     sites = {event.site for event in results.events if isinstance(event, Fitted)}
     up, down = bytes_sent(results.events, TOGETHER)
     return up / len(sites), down / len(sites)
+
+
+def _exchanged(folder: RunFolder) -> tuple[float, float]:
+    """Bytes that a site sends and receives where each sends its own adapter to all others once."""
+    sizes = [size_of(*path.glob("*.safetensors")) for path in folder.adapter(Cohort("local", "SITE")).parent.iterdir()]
+    return sum(sizes) / len(sizes), sum(sizes) * (len(sizes) - 1) / len(sizes)
 
 
 def _folder(config: RunConfig, cell: Cell) -> Path:

@@ -1,7 +1,8 @@
 """Simulation of all sites on one machine, from volumes through rounds to adapters, label maps and scores.
 
 Every mode is a set of cohorts. ``federated`` has one cohort of all sites, ``local`` has one cohort per site, and
-``centralised`` has one cohort whose only client holds the pooled data.
+``centralised`` has one cohort whose only client holds the pooled data. ``ensemble`` trains nothing: it averages the
+probabilities of the adapters from ``local``.
 """
 
 import json
@@ -145,6 +146,7 @@ class CohortTraining:
 
     cohort: Cohort
     clients: Sequence[ClientData]
+    """None in an ensemble, which does not train."""
     tested: Sequence[Site]
 
 
@@ -220,6 +222,9 @@ def simulate(
             go_back(folder, from_round)
         prepared = prepare(config, run, sites, shares, observer, workers)
         for part in prepared.trainings:
+            if not part.clients:
+                test(prepared, part, observer)
+                continue
             rounds = train(prepared, part, workers, observer)
             test(prepared, part, observer)
             write_model_card(*_card(prepared, part.cohort, rounds), part.cohort, prepared.ledger.events())
@@ -345,7 +350,7 @@ def test(prepared: Prepared, training: CohortTraining, observer: Observer) -> No
     """Predict and score a cohort's test cases, each once.
 
     Args:
-        prepared: the run, whose network holds the cohort's adapter.
+        prepared: the run, whose network holds the cohort's adapter. An ensemble takes its adapters from their folders.
         training: the cohort and the sites that it is tested on.
         observer: follows the cases.
     """
@@ -357,17 +362,25 @@ def test(prepared: Prepared, training: CohortTraining, observer: Observer) -> No
         if isinstance(event, CaseTested) and event.cohort == cohort
     }
     # The fused network, as in ``flapsam predict``, so that label maps are the same to the last voxel.
-    network = fuse(deepcopy(prepared.assembled.network))
+    network = fuse(deepcopy(prepared.assembled.network)) if training.clients else None
     observer.begin(f"{cohort}: test", len(cases))
     for case in cases:
         if (case.site, case.name) not in scored:
-            found = tested_case(network, case, config)
+            found = tested_case(network or _alone(prepared), case, config)
             if cohort.mode != "personal" or cohort.site == case.site:
                 target = prepared.folder.label_map(cohort.mode, case.site, case.name)
                 write_label_like(found.labels, case.image, target, legend_of(config.data.classes))
             prepared.ledger.write(tested(cohort, found.scores))
         observer.step()
     observer.end()
+
+
+def _alone(prepared: Prepared) -> Iterator[Sam]:
+    """The network with the adapter of each site that trained alone, one after another."""
+    for site in prepared.shares:
+        own = read_tensors(prepared.folder.adapter(Cohort("local", site)))
+        load_tensors(prepared.assembled.network, dict(prepared.start) | own)
+        yield prepared.assembled.network
 
 
 def _open_folder(folder: RunFolder, config: RunConfig, resume: bool) -> str:
@@ -405,6 +418,8 @@ def _trainings(
     """One training for each cohort of a mode."""
     if mode == "federated":
         yield CohortTraining(TOGETHER, clients, sites)
+    elif mode == "ensemble":
+        yield CohortTraining(Cohort(mode), [], sites)
     elif mode == "centralised":
         train = [case for data in clients for case in data.train]
         val = [case for data in clients for case in data.val]

@@ -5,7 +5,7 @@ probabilities are requested or averaged over planes.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -138,6 +138,45 @@ def predict_volume(
     if options.fill:
         fill_holes(labels)
     return Prediction(labels, maps if options.probabilities else None)
+
+
+def predict_ensemble(
+    networks: Iterable[Sam],
+    volume: Volume,
+    samples: Samples,
+    *,
+    batch: int | None = None,
+    precision: Precision = "fp32",
+    site: str = "",
+) -> NDArray[np.uint8]:
+    """Segment a volume by the mean of several networks' class probabilities.
+
+    Args:
+        networks: the networks, of which only one at a time is used, so that they may share their weights.
+        volume: the image.
+        samples: how it is cut and scaled.
+        batch: number of slices per pass through a network, as in ``predict_volume``.
+        precision: precision of the image encoders.
+        site: the volume's site.
+
+    Returns:
+        Class indices (i, j, k), with 0 for background.
+
+    Raises:
+        FlapsamError: there is no room for the probabilities.
+    """
+    total = None
+    for network in networks:
+        options = PredictionOptions(probabilities=True)
+        maps = predict_volume(network, volume, samples, batch=batch, precision=precision, site=site, options=options)
+        assert maps.probabilities is not None
+        if total is None:
+            total = room("probabilities", maps.probabilities.shape, np.uint32)
+            total[:] = 0
+        total += maps.probabilities
+    if total is None:
+        raise FlapsamError("an ensemble needs at least one network")
+    return total.argmax(axis=-1).astype(np.uint8)
 
 
 def predict_stack(

@@ -28,6 +28,7 @@ from flapsam.run.ledger import (
 TITLES: dict[str, str] = {
     "federated": "federated",
     "local": "local-only",
+    "ensemble": "ensemble",
     "centralised": "centralised",
     "personal": "personal",
 }

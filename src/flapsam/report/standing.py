@@ -265,8 +265,8 @@ class Standing:
         }
 
     def _add_to_cohort(self, event: CohortEvent) -> None:
-        if event.cohort.mode == "personal":
-            # What a site keeps for itself is no training of its own.
+        if event.cohort.mode in ("personal", "ensemble"):
+            # Neither trains anything of its own.
             return
         standing = self.cohorts.get(event.cohort) or self._plan_cohort(event.cohort)
         if standing is not self.under_way:
@@ -321,6 +321,8 @@ class Standing:
         known, self.cohorts = self.cohorts, {}
         sites = sorted(self.cases)
         for mode in self.config.modes:
+            if mode == "ensemble":
+                continue
             for cohort in [Cohort(mode, site) for site in sites] if mode == "local" else [Cohort(mode)]:
                 standing = known.get(cohort) or self._plan_cohort(cohort)
                 self.cohorts[cohort] = standing

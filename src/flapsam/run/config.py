@@ -19,7 +19,7 @@ ClassValues = int | list[int]
 Tolerance = Annotated[float, Field(ge=0, le=1000)]
 VariantName = Annotated[str, AfterValidator(lambda name: as_name(name) if name else name)]
 """Name of a variant in a bench. The run without changes has none."""
-Mode = Literal["federated", "local", "centralised"]
+Mode = Literal["federated", "local", "ensemble", "centralised"]
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[str, ...] = get_args(Split)
 Projection = Literal["q", "k", "v", "out"]
@@ -437,8 +437,9 @@ class RunConfig(StrictModel):
     site_ranks: Named[Positive] = {}
     """Site → rank of its adapters, for sites where it is smaller than ``lora.rank``."""
     modes: Annotated[list[Mode], Field(min_length=1)] = ["federated"]
-    """Models to train: one by all sites together (``federated``), one by each site alone (``local``), or one on the
-    pooled data (``centralised``)."""
+    """Models to compare: one by all sites together (``federated``), one by each site alone (``local``), the mean of these
+    sites' predictions, which trains nothing more (``ensemble``, after ``local``), or one on the pooled data
+    (``centralised``)."""
     absent_class: Absent = "none"
     """Dice of a class that is in neither the truth nor the prediction of a case. With ``none`` it has no Dice, and means
     leave the case out for this class. With ``one`` it is 1."""
@@ -476,6 +477,12 @@ class RunConfig(StrictModel):
         if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"preset: there is no '{name}'; choose {' or '.join(PRESETS)}")
         return with_preset(tree, name, SECURE if tree.get("secure") is True else {})
+
+    @model_validator(mode="after")
+    def _check_modes(self) -> "RunConfig":
+        if "ensemble" in self.modes and "local" not in self.modes[: self.modes.index("ensemble")]:
+            raise ValueError("modes: ensemble averages what the sites predict that train alone; put local before it")
+        return self
 
     @model_validator(mode="after")
     def _check_evaluation(self) -> "RunConfig":

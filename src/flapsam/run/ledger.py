@@ -33,7 +33,8 @@ class Cohort:
     """Those who train one model together: all sites, one site alone, or one client with the pooled data.
 
     In the ledger its name is ``federated``, ``local/SITE`` or ``centralised``. ``personal/SITE`` stands for the adapter that
-    a site keeps for its own use after the federation.
+    a site keeps for its own use after the federation, and ``ensemble`` for all that trained alone, whose predictions are
+    averaged.
     """
 
     mode: Mode | Literal["personal"]
@@ -53,9 +54,9 @@ class Cohort:
         mode, slash, site = name.partition("/")
         if mode in ("local", "personal") and slash and site:
             return cls(mode, as_name(site))
-        if mode in ("federated", "centralised") and not slash:
+        if mode in ("federated", "ensemble", "centralised") and not slash:
             return cls(mode)
-        raise ValueError(f"'{name}' is not a cohort; expected federated, centralised, local/SITE or personal/SITE")
+        raise ValueError(f"'{name}' is not a cohort; expected federated, ensemble, centralised, local/SITE or personal/SITE")
 
 
 TOGETHER = Cohort("federated")
