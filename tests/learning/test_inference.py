@@ -40,9 +40,9 @@ class Recording(Brightest):
         super().__init__()
         self.seen: list[Tensor] = []
 
-    def embed(self, images: Tensor) -> Tensor:
+    def embed(self, images: Tensor, depth: int | None = None) -> Tensor:
         self.seen += list(images)
-        return super().embed(images)
+        return super().embed(images, depth)
 
 
 @pytest.mark.parametrize("strategy", ["flap", "lora-decoder", "full"])

@@ -287,7 +287,7 @@ class Brightest(torch.nn.Module):
     reach = 0
     pixel_mean = torch.zeros(1)
 
-    def embed(self, images: Tensor) -> Tensor:
+    def embed(self, images: Tensor, depth: int | None = None) -> Tensor:
         return images[:, :1]
 
     def logits(self, embedding: Tensor) -> Tensor:

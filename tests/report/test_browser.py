@@ -20,7 +20,7 @@ from flapsam.report.scene import nifti_of
 from flapsam.report.serving import ViewServer
 from flapsam.report.viewing import image_server, opened, run_server
 from flapsam.run.observer import Observer
-from flapsam.volumes import Volume
+from flapsam.volumes import Volume, write_fractions
 from tests.helpers.browser import needs_browser, open_browser, watch
 from tests.helpers.command import flapsam
 from tests.helpers.reports import make_run
@@ -192,12 +192,24 @@ def test_the_viewer_shows_an_image_and_its_label_map(browser: Browser, tmp_path:
     make_run(tmp_path)
     site = tmp_path / "sites" / "alpha"
     image, labels = site / "images" / "case0.nii.gz", site / "labels" / "case0.nii.gz"
-    server, address = image_server(image, [("prediction", labels)], None, 0)
+    half = np.full(load(image).shape, 128, np.uint8)
+    write_fractions(half, image, load(image).affine, tmp_path / "half.nii.gz", "uncertainty")  # pyright: ignore
+    server, address = image_server(image, [("prediction", labels)], None, 0, tmp_path / "half.nii.gz")
     with serving(server):
         watched = watch(browser)
         watched.page.goto(address)
         watched.page.wait_for_selector("body[data-state=shown]", timeout=60_000)
         assert watched.page.locator("header li").all_inner_texts() == ["value 1", "value 2"]
+        box = watched.page.locator("canvas").bounding_box()
+        assert box
+        watched.page.locator("canvas").click(position={"x": 0.4 * box["width"], "y": 0.3 * box["height"]})
+        assert "uncertainty: 0.50" in watched.page.inner_text("#status")
+        # The map has colours of its own, which cover everything once it is faded in.
+        slider = watched.page.locator("input[data-layer='2']")
+        assert slider.input_value() == "0"
+        slider.fill("1")
+        watched.page.wait_for_timeout(300)
+        assert share_of(picture(watched.page), (188, 55, 84)) > 0.05
         audit = Axe().run(watched.page)
         assert audit.violations_count == 0, audit.generate_report()
 

@@ -14,7 +14,7 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from flapsam.base.errors import FlapsamError
-from flapsam.volumes import Volume, labels_like, read_image, read_label, volume_of, write_labels, write_probabilities
+from flapsam.volumes import Volume, labels_like, read_image, read_label, volume_of, write_fractions, write_labels
 from flapsam.volumes.itk import affine_of
 from tests.helpers.sites import load
 from tests.volumes.test_headers import ARRAY, META, NRRD, write
@@ -179,7 +179,7 @@ def test_nifti_units_are_converted_as_by_itk(unit: str, factor: float, kind: typ
     if kind is nibabel.Nifti1Image:
         np.testing.assert_allclose(volume.affine, affine_of(sitk.ReadImage(str(path))), rtol=1e-6)
         assert_same_place_in_itk(path, written)
-    write_probabilities(np.zeros((4, 3, 2, 3), np.uint16), path, volume.affine, tmp_path / "p.nii.gz")
+    write_fractions(np.zeros((4, 3, 2, 3), np.uint16), path, volume.affine, tmp_path / "p.nii.gz", "probabilities")
     np.testing.assert_array_equal(load(tmp_path / "p.nii.gz").affine, load(path).affine)
 
 
@@ -194,7 +194,7 @@ def test_a_unit_that_nifti_does_not_define_is_refused(tmp_path: Path):
 def test_probabilities_of_other_formats_are_written_in_millimetres(tmp_path: Path):
     lines, expected = NRRD_PLACES["microns"]
     path = write(tmp_path / "a.nrrd", [*lines, ""])
-    write_probabilities(np.zeros((4, 3, 2, 3), np.uint16), path, read_image(path).affine, tmp_path / "p.nii.gz")
+    write_fractions(np.zeros((4, 3, 2, 3), np.uint16), path, read_image(path).affine, tmp_path / "p.nii.gz", "probabilities")
     written = load(tmp_path / "p.nii.gz")
     assert written.affine is not None and np.allclose(written.affine, expected)
     assert written.header.get_xyzt_units()[0] == "mm"

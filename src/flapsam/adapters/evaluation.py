@@ -168,14 +168,14 @@ def _check_indices(prediction: NDArray, truth: NDArray, mapping: LabelMap, path:
 def _label_maps(folder: Path) -> dict[Key, Path]:
     """Paths of label maps by the names of their folders and case.
 
-    A folder ``labels`` does not count as a name. The folders ``images`` and ``probabilities`` are left out.
+    A folder ``labels`` does not count as a name. The folders ``images``, ``probabilities`` and ``uncertainty`` are left out.
     """
     if not folder.is_dir():
         raise FlapsamError(f"{folder}: no such folder")
     label_maps: dict[Key, Path] = {}
     for path in sorted(folder.rglob("*")):
         folders = path.relative_to(folder).parent.parts
-        if is_image(path) and not {"images", "probabilities"} & set(folders):
+        if is_image(path) and not {"images", "probabilities", "uncertainty"} & set(folders):
             names = (*(part for part in folders if part != "labels"), case_name(path))
             key = tuple(map(spelling, names))
             if key in label_maps:

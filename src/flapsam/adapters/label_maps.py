@@ -10,13 +10,14 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flapsam.adapters.confidence import CaseConfidence, Confidence
 from flapsam.adapters.images import Job
 from flapsam.adapters.model import Model
 from flapsam.adapters.trained import Trained
@@ -28,9 +29,9 @@ from flapsam.base.version import __version__
 from flapsam.learning.inference import Prediction, PredictionOptions
 from flapsam.run.ledger import LabelMapWritten, Ledger
 from flapsam.run.observer import Observer
-from flapsam.volumes import Legend, Series, Volume, itk_snap, read_image, write_labels, write_probabilities
+from flapsam.volumes import Legend, Series, Volume, itk_snap, read_image, write_fractions, write_labels
 
-RECORD, VOLUMES, DESCRIPTIONS, PROBABILITIES = "predictions.jsonl", "volumes.csv", "labels.txt", "probabilities"
+RECORD, VOLUMES, DESCRIPTIONS = "predictions.jsonl", "volumes.csv", "labels.txt"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Outcome:
     """Files written for the image, the label map first."""
     ml: dict[str, float] = field(default_factory=dict)
     """Volume of each class in millilitres."""
+    confidence: CaseConfidence | None = None
+    """How much the label map can be trusted; None without a calibration."""
     error: str = ""
     """Reason why the image was not segmented, empty if it was."""
 
@@ -50,7 +53,16 @@ class Outcome:
         image = str(self.job.image)
         if self.error:
             return {"image": image, "error": self.error}
-        return {"image": image, "written": [str(path) for path in self.written], "ml": self.ml}
+        judged = asdict(self.confidence) if self.confidence else None
+        return {"image": image, "written": [str(path) for path in self.written], "ml": self.ml, "confidence": judged}
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """A segmented image."""
+
+    prediction: Prediction
+    confidence: CaseConfidence | None
 
 
 def predict_images(
@@ -61,6 +73,7 @@ def predict_images(
     *,
     options: PredictionOptions = PredictionOptions(),
     segmentation: bool = True,
+    confidence: Confidence | None = None,
     resume: bool = False,
     observer: Observer = Observer(),
 ) -> Iterator[Outcome]:
@@ -76,6 +89,7 @@ def predict_images(
         output: folder for the label maps.
         options: optional steps beyond predicting every slice once.
         segmentation: whether DICOM images also get a DICOM segmentation, beside the NIfTI label map.
+        confidence: judges every label map, if given.
         resume: skip images that the same adapter has segmented into this folder with the same options.
         observer: follows the images.
 
@@ -89,19 +103,20 @@ def predict_images(
     check_writable(output)
     write_text(output / DESCRIPTIONS, itk_snap(model.legend))
     ledger = Ledger(output / RECORD)
-    method = _fingerprint(model, trained, options)
+    options = replace(options, confidence=confidence is not None)
+    method = _fingerprint(model, trained, options, confidence)
     done = _done(ledger, output, method) if resume else {}
     skipped, remaining = [], []
     for job in jobs:
         event = done.get(job.stem.as_posix())
         if event and not job.fault and event.files == _files_of(job):
-            skipped.append(Outcome(job, tuple(output / name for name in event.written), event.ml))
+            skipped.append(Outcome(job, tuple(output / name for name in event.written), event.ml, _judged(event)))
         else:
             remaining.append(job)
     observer.begin("label maps", len(jobs), len(skipped))
     try:
         yield from skipped
-        for outcome in _outcomes(model, remaining, output, options, segmentation, observer):
+        for outcome in _outcomes(model, remaining, output, options, segmentation, confidence, observer):
             yield outcome if outcome.error else _recorded(outcome, ledger, output, method)
     finally:
         try:
@@ -112,7 +127,13 @@ def predict_images(
 
 
 def _outcomes(
-    model: Model, jobs: list[Job], output: Path, options: PredictionOptions, segmentation: bool, observer: Observer
+    model: Model,
+    jobs: list[Job],
+    output: Path,
+    options: PredictionOptions,
+    segmentation: bool,
+    confidence: Confidence | None,
+    observer: Observer,
 ) -> Iterator[Outcome]:
     """Segment images, while the next one is read and the previous label map is written."""
     writing: Future[Outcome] | None = None
@@ -120,10 +141,10 @@ def _outcomes(
         for job, volume in volumes:
             result = volume
             if isinstance(volume, Volume):
-                result = _tried(job, _segment, model, job, volume, options, observer)
+                result = _tried(job, _segment, model, job, volume, options, confidence, observer)
             if writing is not None:
                 yield writing.result()
-            if isinstance(volume, Volume) and isinstance(result, Prediction):
+            if isinstance(volume, Volume) and isinstance(result, Segmented):
                 writing = writer.submit(_write, job, result, volume.affine, output, model.legend, segmentation)
             else:
                 writing = None
@@ -141,26 +162,41 @@ def _read(jobs: Iterable[Job]) -> Iterator[tuple[Job, Volume | str]]:
         yield job, job.fault or _tried(job, read_image, job.image, *job.others)
 
 
-def _segment(model: Model, job: Job, volume: Volume, options: PredictionOptions, observer: Observer) -> Prediction:
+def _segment(
+    model: Model,
+    job: Job,
+    volume: Volume,
+    options: PredictionOptions,
+    confidence: Confidence | None,
+    observer: Observer,
+) -> Segmented:
     try:
-        return model.segment(volume, options, site=job.site, on_slices=lambda count, of: observer.step(count / of))
+        found = model.segment(volume, options, site=job.site, on_slices=lambda count, of: observer.step(count / of))
+        return Segmented(found, confidence.judge(model, volume, found.expected, job.site) if confidence else None)
     except FlapsamError as error:
         raise FlapsamError(f"{job.image}: {error}") from error
 
 
 def _write(
-    job: Job, prediction: Prediction, affine: NDArray[np.float64], output: Path, legend: Legend, segmentation: bool
+    job: Job,
+    segmented: Segmented,
+    affine: NDArray[np.float64],
+    output: Path,
+    legend: Legend,
+    segmentation: bool,
 ) -> Outcome:
     """Write all files of an image, or none."""
     written: list[Path] = []
+    prediction = segmented.prediction
 
     def write() -> None:
         stem = output / job.stem
         written.extend(write_labels(prediction.labels, job.image, affine, stem, legend, segmentation=segmentation))
-        if prediction.probabilities is not None:
-            path = output / PROBABILITIES / job.stem.with_name(job.stem.name + ".nii.gz")
-            write_probabilities(prediction.probabilities, job.image, affine, path)
-            written.append(path)
+        for what, fractions in (("probabilities", prediction.probabilities), ("uncertainty", prediction.uncertainty)):
+            if fractions is not None:
+                path = output / what / job.stem.with_name(job.stem.name + ".nii.gz")
+                write_fractions(fractions, job.image, affine, path, f"flapsam {what}")
+                written.append(path)
 
     error = _tried(job, write)
     if error:
@@ -169,7 +205,8 @@ def _write(
     slices = np.moveaxis(prediction.labels, 2, 0)
     voxels = np.sum([np.bincount(labels.ravel(), minlength=len(legend) + 1) for labels in slices], axis=0)
     ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
-    return Outcome(job, tuple(written), {segment.name: round(voxels[segment.value] * ml, 6) for segment in legend})
+    volumes = {segment.name: round(voxels[segment.value] * ml, 6) for segment in legend}
+    return Outcome(job, tuple(written), volumes, segmented.confidence)
 
 
 def _recorded(outcome: Outcome, ledger: Ledger, output: Path, method: str) -> Outcome:
@@ -181,6 +218,7 @@ def _recorded(outcome: Outcome, ledger: Ledger, output: Path, method: str) -> Ou
         method=method,
         written=[path.relative_to(output).as_posix() for path in outcome.written],
         ml=outcome.ml,
+        confidence=asdict(outcome.confidence) if outcome.confidence else None,
     )
     try:
         ledger.write(event)
@@ -206,9 +244,10 @@ def _tried(job: Job, function: Callable[..., Any], *arguments: Any) -> Any:
         return f"{job.image}: unexpected {type(error).__name__}: {' '.join(str(error).split()) or 'no reason given'}"
 
 
-def _fingerprint(model: Model, trained: Trained, options: PredictionOptions) -> str:
-    """SHA-256 of everything that label maps depend on, except the images."""
+def _fingerprint(model: Model, trained: Trained, options: PredictionOptions, confidence: Confidence | None) -> str:
+    """SHA-256 of everything that label maps and their confidence depend on, except the images."""
     digest = hashlib.sha256(json.dumps([asdict(options), model.precision, __version__]).encode())
+    digest.update(confidence.digest.encode() if confidence else b"")
     for path in sorted(trained.folder.iterdir()):
         if path.is_file():
             digest.update(path.read_bytes())
@@ -219,6 +258,11 @@ def _files_of(job: Job) -> list[list[Any]]:
     """Paths, sizes and modification times of an image's files."""
     files = job.image.files if isinstance(job.image, Series) else (job.image, *job.others)
     return [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files if path.exists()]
+
+
+def _judged(event: LabelMapWritten) -> CaseConfidence | None:
+    judged = event.confidence
+    return CaseConfidence(**{**judged, "unusual": tuple(judged["unusual"])}) if judged else None
 
 
 def _newest(ledger: Ledger) -> dict[str, LabelMapWritten]:
@@ -237,10 +281,16 @@ def _done(ledger: Ledger, output: Path, method: str) -> dict[str, LabelMapWritte
 
 def _write_volumes(output: Path, ledger: Ledger, classes: Sequence[str]) -> None:
     """Write a table with one row for every image that was ever segmented into this folder."""
-    table = io.StringIO()
+    table, newest = io.StringIO(), sorted(_newest(ledger).items())
     rows = csv.writer(table, lineterminator="\n")
-    rows.writerow(["case", "image", "label_map", *(csv_cell(f"{name} (ml)") for name in classes)])
-    for case, event in sorted(_newest(ledger).items()):
+    judged = any(event.confidence for _, event in newest)
+    head = ["expected_dice", "expected_dice_low", "expected_dice_high", "unusual"] if judged else []
+    rows.writerow(["case", "image", "label_map", *(csv_cell(f"{name} (ml)") for name in classes), *head])
+    for case, event in newest:
         texts = [csv_cell(text) for text in (case, event.image, event.written[0])]
-        rows.writerow([*texts, *(event.ml.get(name, "") for name in classes)])
+        found = _judged(event)
+        dices = (found.dice, found.low, found.high) if found else (None, None, None)
+        told = ["" if value is None else f"{value:.3f}" for value in dices]
+        cells = [*told, csv_cell("; ".join(found.unusual)) if found else ""] if judged else []
+        rows.writerow([*texts, *(event.ml.get(name, "") for name in classes), *cells])
     write_text(output / VOLUMES, table.getvalue())

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from flapsam.adapters.confidence import read_confidence
 from flapsam.adapters.images import find_images, images_of_split
 from flapsam.adapters.label_maps import VOLUMES, Outcome, predict_images
 from flapsam.adapters.model import load
@@ -35,6 +36,11 @@ class Predictions:
         return [outcome for outcome in self.outcomes if not outcome.error]
 
     @property
+    def unusual(self) -> list[Outcome]:
+        """Outcomes of the images that are unlike those that the adapter was calibrated on."""
+        return [outcome for outcome in self.written if outcome.confidence and outcome.confidence.unusual]
+
+    @property
     def failed(self) -> list[Outcome]:
         """Outcomes of the images that could not be segmented."""
         return [outcome for outcome in self.outcomes if outcome.error]
@@ -57,6 +63,7 @@ def predict(
     split: Split | None = None,
     series: str | None = None,
     options: PredictionOptions = PredictionOptions(),
+    confidence: Path | None = None,
     dicom_seg: bool = True,
     resume: bool = False,
     checkpoint: Checkpoint | None = None,
@@ -74,6 +81,7 @@ def predict(
         split: segment only the cases of this split. ``images`` must then be one folder of sites.
         series: pattern for the description, number or UID of a series, which selects from folders with several DICOM series.
         options: optional steps beyond predicting every slice once.
+        confidence: file from ``flapsam calibrate``, by which every label map is judged.
         dicom_seg: whether DICOM images also get a DICOM segmentation, beside the NIfTI label map.
         resume: skip images that the same adapter has segmented into this folder with the same options.
         checkpoint: the backbone's checkpoint, if the adapter needs one.
@@ -83,10 +91,12 @@ def predict(
         observer: follows the images.
 
     Raises:
-        FlapsamError: there is no adapter or no image, or the output folder cannot be written. An image that cannot be
+        FlapsamError: there is no adapter or no image, the output folder cannot be written, or ``confidence`` is no
+            calibration of this adapter. An image that cannot be
             segmented raises nothing. It is listed in ``Predictions.failed``.
     """
     adapter = find_trained(trained)
+    judge = read_confidence(confidence, adapter.folder) if confidence else None
     left_out: list[LeftOut] = []
     if split is None:
         jobs, left_out = find_images(images, adapter, series=series, output=output)
@@ -97,6 +107,14 @@ def predict(
     set_up_torch(threads or default_threads(), deterministic=True)
     model = load(trained, checkpoint=checkpoint, device=device, precision=precision)
     outcomes = predict_images(
-        model, adapter, jobs, output, options=options, segmentation=dicom_seg, resume=resume, observer=observer or Observer()
+        model,
+        adapter,
+        jobs,
+        output,
+        options=options,
+        segmentation=dicom_seg,
+        confidence=judge,
+        resume=resume,
+        observer=observer or Observer(),
     )
     return Predictions(list(outcomes), output / VOLUMES, left_out)

@@ -57,6 +57,7 @@ def view(
     ] = None,
     prediction: Annotated[Path | None, typer.Option(help="Label map of the image.")] = None,
     truth: Annotated[Path | None, typer.Option(help="Second label map, such as the ground truth.")] = None,
+    uncertainty: Annotated[Path | None, typer.Option(help="Uncertainty of the image, from flapsam predict.")] = None,
     trained: TrainedOption = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on. By default, any free one.")] = 0,
     browser: Annotated[bool, typer.Option(help="Open the address in a browser.")] = True,
@@ -65,7 +66,7 @@ def view(
     from flapsam.report.viewing import opened, view_server
 
     with interruptible("The viewer is closed.") as observer:
-        server, address = view_server(path, case, prediction, truth, trained, port, observer)
+        server, address = view_server(path, case, prediction, truth, uncertainty, trained, port, observer)
         say(f"Open {address}")
         say("Only this machine can reach it. Press Ctrl-C to stop.")
         with opened(address) if browser else nullcontext():

@@ -60,6 +60,13 @@ def predict(
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Also write class probabilities, as one 4-D NIfTI file per image.")
     ] = False,
+    uncertainty: Annotated[
+        bool, typer.Option("--uncertainty", help="Also write the uncertainty of every voxel, from 0 to 1.")
+    ] = False,
+    confidence: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Calibration from flapsam calibrate, to tell the Dice to expect of each image."),
+    ] = None,
     dicom_seg: Annotated[
         bool, typer.Option(help="For DICOM images, write a DICOM segmentation beside the NIfTI file.")
     ] = True,
@@ -85,7 +92,8 @@ def predict(
             output,
             split=split,
             series=series,
-            options=PredictionOptions(flips, planes, largest, fill, probabilities),
+            options=PredictionOptions(flips, planes, largest, fill, probabilities, uncertainty),
+            confidence=confidence,
             dicom_seg=dicom_seg,
             resume=resume,
             checkpoint=checkpoint,
@@ -102,12 +110,60 @@ def predict(
         say(f"{label_maps} in {output}, volumes in millilitres in {predictions.volumes}")
         for sentence in sentences(predictions.left_out):
             warn(sentence)
+        for outcome in predictions.unusual:
+            assert outcome.confidence
+            warn(f"{outcome.job.image}: is unlike the images of the calibration ({'; '.join(outcome.confidence.unusual)})")
     if predictions.failed:
         failed, total = len(predictions.failed), len(predictions.outcomes)
         notes.print(f"[bold red]{failed} of {total} images were not segmented:[/]", highlight=False)
         for outcome in predictions.failed:
             warn(f"- {outcome.error}")
         raise typer.Exit(1)
+
+
+@app.command()
+def calibrate(
+    trained: TrainedArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Calibration to write.")],
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Folder of labelled cases, if it is not where the run found it.")
+    ] = None,
+    checkpoint: Checkpoint = None,
+    device: Device = "cpu",
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16", "auto"], typer.Option(help="Precision of the network, as in flapsam predict.")
+    ] = "auto",
+    threads: Threads = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Learn from labelled cases which Dice to expect of a label map, and which images are usual.
+
+    An adapter of a run is calibrated on the run's validation cases. The file holds statistics of the cases.
+    """
+    from flapsam.experiments.calibration import calibrate as learn
+    from flapsam.report import tables
+    from flapsam.report.units import number
+
+    with interruptible("Nothing was written.") as observer:
+        outcome = learn(
+            trained,
+            output,
+            data,
+            checkpoint=checkpoint,
+            device=device,
+            precision=precision,
+            threads=threads,
+            observer=observer,
+        )
+    if as_json:
+        return print_json(outcome.as_json())
+    for table in tables.calibration_tables(outcome):
+        out.print(table)
+    brier, error = number(outcome.brier), number(outcome.calibration_error)
+    say(f"Over these voxels, the Brier score is {brier}, and the expected calibration error {error}")
+    say(f"Wrote {output}, which knows {outcome.images} images")
+    say(f"Next: flapsam predict {trained} IMAGES -o OUT --confidence {output}")
 
 
 @app.command()

@@ -22,6 +22,7 @@ from flapsam.base.device import beside, lent, sample_device
 from flapsam.base.errors import FlapsamError
 from flapsam.base.prefetch import ahead
 from flapsam.learning.cleaning import fill_holes, keep_largest
+from flapsam.learning.confidence import CERTAIN, entropy, expected_dice
 from flapsam.learning.cuda_graph import captured_without_gradients
 from flapsam.learning.slices import SliceStack, at_once, from_square, stack_of, to_square, windows
 from flapsam.run.config import Samples
@@ -36,8 +37,6 @@ MIRRORED = {"x": 0, "y": 1, "z": 2}
 """Canonical axis of each letter: x runs from left to right, y from back to front, z from foot to head."""
 Turns = Sequence[tuple[int, ...]]
 """Dimensions of (…, height, width) to flip, one tuple for each pass through the network."""
-CERTAIN = 65535
-"""Stored value of probability 1."""
 BUDGET = 2**30
 """Bytes that the slices in one pass through the network may take, roughly."""
 AMPERE = (8, 0)
@@ -64,6 +63,10 @@ class PredictionOptions:
     """Fill the holes of every class."""
     probabilities: bool = False
     """Return the probabilities, too."""
+    uncertainty: bool = False
+    """Return the entropy of every voxel's probabilities, too."""
+    confidence: bool = False
+    """Return the Dice to expect of every class, too."""
 
     def __post_init__(self) -> None:
         """Raise FlapsamError for an unknown axis."""
@@ -75,12 +78,16 @@ class PredictionOptions:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A volume's label map, and its probabilities if requested."""
+    """A volume's label map, and what else was requested."""
 
     labels: NDArray[np.uint8]
     """Class indices (i, j, k), with 0 for background."""
     probabilities: NDArray[np.uint16] | None = None
     """Probabilities (i, j, k, class), where 65535 stands for 1."""
+    uncertainty: NDArray[np.uint8] | None = None
+    """Entropy (i, j, k) of the probabilities, where 255 stands for equal ones."""
+    expected: Sequence[float | None] = ()
+    """Dice to expect of each class, from ``expected_dice``."""
 
 
 def predict_volume(
@@ -112,7 +119,7 @@ def predict_volume(
     shape, affine = volume.geometry
     labels = room("label map", shape, np.uint8)
     maps = None
-    if options.planes or options.probabilities:
+    if options.planes or options.probabilities or options.uncertainty or options.confidence:
         maps = room("probabilities", (*shape, network.masks), np.uint16)
     planes = list(CANONICAL_AXES) if options.planes else [samples.axis]
     stacks = [stack_of(volume, samples.model_copy(update={"axis": plane}), site) for plane in planes]
@@ -137,7 +144,12 @@ def predict_volume(
         keep_largest(labels)
     if options.fill:
         fill_holes(labels)
-    return Prediction(labels, maps if options.probabilities else None)
+    return Prediction(
+        labels,
+        maps if options.probabilities else None,
+        entropy(maps) if maps is not None and options.uncertainty else None,
+        expected_dice(labels, maps) if maps is not None and options.confidence else (),
+    )
 
 
 def predict_ensemble(
@@ -238,6 +250,27 @@ def class_probabilities(
                 yield current, blank_probabilities.expand(len(current), -1, -1, -1)
 
 
+@torch.inference_mode()
+def embeddings(network: Sam, stack: SliceStack, slices: Sequence[int], *, precision: Precision = "fp32") -> Iterator[Tensor]:
+    """Encode single slices, each by itself even where slices meet.
+
+    Args:
+        network: the network with its trained parameters.
+        stack: the slices.
+        slices: indices of the slices to encode.
+        precision: precision of the image encoder.
+
+    Yields:
+        Embeddings (slices, channels, tokens, tokens) of some slices after another, on the network's device.
+    """
+    network.eval()
+    device, batch = network.pixel_mean.device, slices_at_once(network, stack.shape[1:])
+    for start in range(0, len(slices), batch):
+        some = slices[start : start + batch]
+        images = torch.cat([_squares(network, stack, range(index, index + 1), sample_device(device))[0] for index in some])
+        yield _embedded(network, images.to(device), precision, depth=1)
+
+
 def _runs(network: Sam, stack: SliceStack, batch: int) -> Iterator[Batch]:
     """Yield consecutive slices, with those before and after them that their logits depend on. None counts as blank."""
     reach, count, device = network.reach, len(stack), sample_device(network.pixel_mean.device)
@@ -330,10 +363,13 @@ _replays: WeakKeyDictionary[Sam, dict[tuple[int, Precision, int], Callable[[Tens
 
 
 def _logits(network: Sam, images: Tensor, wanted: slice = EVERY, *, precision: Precision) -> Tensor:
+    return network.logits(_embedded(network, images, precision)[wanted].float())
+
+
+def _embedded(network: Sam, images: Tensor, precision: Precision, depth: int | None = None) -> Tensor:
     half = HALF.get(precision)
     with torch.autocast(images.device.type, half or torch.bfloat16, enabled=half is not None):
-        embedding = network.embed(images.expand(-1, 3, -1, -1))
-    return network.logits(embedding[wanted].float())
+        return network.embed(images.expand(-1, 3, -1, -1), depth)
 
 
 def _turns(flips: str, axis: int) -> Turns:

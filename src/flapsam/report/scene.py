@@ -27,6 +27,8 @@ class Layer:
 
     name: str
     read: Callable[[], Volume]
+    fractions: bool = False
+    """Whether its voxels are fractions from 0 to 1 instead of the values of the legend."""
 
 
 @dataclass(frozen=True)
@@ -63,26 +65,34 @@ def scenes_of(run: Run) -> dict[CaseKey, Scene]:
     return scenes
 
 
-def scene_of(image: Path, label_maps: Sequence[tuple[str, Path]], classes: Sequence[str]) -> Scene:
+def scene_of(
+    image: Path, label_maps: Sequence[tuple[str, Path]], classes: Sequence[str], uncertainty: Path | None = None
+) -> Scene:
     """Read an image and its label maps from files.
 
     Args:
         image: the image's file in any supported format, or a folder with a DICOM series.
         label_maps: name and file of each label map.
         classes: names of the values 1, 2, …. Further values get the name ``value N``.
+        uncertainty: file with the uncertainty of every voxel, as ``flapsam predict`` writes it.
 
     Raises:
-        FlapsamError: a file is missing or broken, or a label map has another shape than the image.
+        FlapsamError: a file is missing or broken, or a map has another shape than the image.
     """
     source = source_at(image)
     volume = read_image(source)
     maps = [(name, path, _ordered(read_label(path), volume)) for name, path in label_maps]
-    for _, path, labels in maps:
-        if labels.array.shape != volume.array.shape[:3]:
-            raise FlapsamError(f"{path}: has shape {labels.array.shape}, but {image} has shape {volume.array.shape[:3]}")
+    known = [(path, labels) for _, path, labels in maps]
+    layers = [Layer("image", lambda: volume), *(Layer(name, lambda labels=labels: labels) for name, _, labels in maps)]
+    if uncertainty:
+        fractions = _ordered(read_image(uncertainty), volume)
+        known.append((uncertainty, fractions))
+        layers.append(Layer("uncertainty", lambda: fractions, fractions=True))
+    for path, over in known:
+        if over.array.shape != volume.array.shape[:3]:
+            raise FlapsamError(f"{path}: has shape {over.array.shape}, but {image} has shape {volume.array.shape[:3]}")
     highest = max((int(labels.array.max()) for _, _, labels in maps), default=0)
     names = [*classes, *(f"value {value}" for value in range(len(classes) + 1, highest + 1))]
-    layers = [Layer("image", lambda: volume), *(Layer(name, lambda labels=labels: labels) for name, _, labels in maps)]
     return Scene(image.name, layers, legend_of(names))
 
 

@@ -97,7 +97,12 @@ class ViewServer:
 
     def _page(self, key: Key, scene: Scene) -> str:
         layers = [
-            {"name": layer.name, "url": f"{self.link(*key)}{index}.nii", "opacity": SHOWN if index == 1 else 0}
+            {
+                "name": layer.name,
+                "url": f"{self.link(*key)}{index}.nii",
+                "opacity": SHOWN if index == 1 else 0,
+                "fractions": layer.fractions,
+            }
             for index, layer in enumerate(scene.layers)
         ]
         segments = [{"value": s.value, "name": s.name, "colour": s.colour, "rgb": s.rgb} for s in scene.legend]

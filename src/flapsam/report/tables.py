@@ -8,9 +8,11 @@ from rich.text import Text
 
 from flapsam.base.escaping import one_line
 from flapsam.experiments.audit import Audit, allowed
+from flapsam.experiments.calibration import Calibration
 from flapsam.experiments.simulation import Results
 from flapsam.federation.hospitals.aggregates import pooled_dice
 from flapsam.federation.traffic import RunTraffic, StrategyTraffic
+from flapsam.learning.confidence import SURELY
 from flapsam.learning.memory import StepMemory
 from flapsam.learning.metrics import (
     CaseScores,
@@ -193,6 +195,28 @@ def audit_table(audit: Audit) -> Table:
             NONE if most is None else number(most),
         )
     return table
+
+
+def calibration_tables(calibration: Calibration) -> list[Table]:
+    """What a calibration found: the Dice that follows from the expected one, and how often probabilities are right."""
+    line = calibration.line
+    dices = Table(title=f"Dice that follows from the probabilities, {line.patients} patients")
+    for column in ("mean expected", "mean measured", "slope", "95 % of new patients", "rank correlation"):
+        dices.add_column(column, justify="right")
+    _, low, high = line.dice(line.centre)
+    dices.add_row(
+        number(line.centre),
+        number(line.level),
+        f"{line.slope:.2f}",
+        f"{low:.3f} to {high:.3f}",
+        number(calibration.rank_correlation),
+    )
+    voxels = Table(title=f"Voxels that are background with less than {SURELY:.0%}")
+    for column in ("mean probability", "right", "voxels"):
+        voxels.add_column(column, justify="right")
+    for probability, right, count in calibration.reliability:
+        voxels.add_row(number(probability), number(right), f"{count:,}")
+    return [dices, voxels]
 
 
 def prediction_table(rows: Sequence[RunTraffic]) -> Table:

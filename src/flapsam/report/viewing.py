@@ -23,6 +23,7 @@ def view_server(
     case: str | None,
     prediction: Path | None,
     truth: Path | None,
+    uncertainty: Path | None,
     trained: Path | None,
     port: int,
     observer: Observer,
@@ -34,6 +35,7 @@ def view_server(
         case: the case of the run to open.
         prediction: the predicted label map of the image.
         truth: the true label map of the image.
+        uncertainty: the image's uncertainty, as ``flapsam predict`` writes it.
         trained: a run or an adapter whose classes name the values of the image's label maps.
         port: the port to listen on; a free one if 0.
         observer: follows the work.
@@ -45,13 +47,15 @@ def view_server(
         FlapsamError: as for ``run_server`` and ``image_server``, or an option does not apply to a run or to an image.
     """
     if RunFolder(path).is_begun:
-        if prediction or truth or trained:
-            raise FlapsamError(f"{path}: is a run with its own label maps; leave out --prediction, --truth and --adapter")
+        if prediction or truth or uncertainty or trained:
+            raise FlapsamError(
+                f"{path}: is a run with its own label maps; leave out --prediction, --truth, --uncertainty and --adapter"
+            )
         return run_server(path, case, port, observer)
     if case:
         raise FlapsamError(f"{path}: there is no run here, so no case {case}; give a run's folder, or an image without CASE")
     label_maps = [(name, file) for name, file in (("prediction", prediction), ("truth", truth)) if file]
-    return image_server(path, label_maps, trained, port)
+    return image_server(path, label_maps, trained, port, uncertainty)
 
 
 @contextmanager
@@ -99,7 +103,7 @@ def run_server(folder: Path, case: str | None, port: int, observer: Observer) ->
 
 
 def image_server(
-    image: Path, label_maps: Sequence[tuple[str, Path]], trained: Path | None, port: int
+    image: Path, label_maps: Sequence[tuple[str, Path]], trained: Path | None, port: int, uncertainty: Path | None = None
 ) -> tuple[ViewServer, str]:
     """Start a server for one image.
 
@@ -108,6 +112,7 @@ def image_server(
         label_maps: name and file of each label map.
         trained: a run or an adapter whose classes name the values of the label maps.
         port: the port to listen on; a free one if 0.
+        uncertainty: file with the uncertainty of every voxel.
 
     Returns:
         The server, and the address to open.
@@ -118,5 +123,5 @@ def image_server(
     if not image.exists():
         raise FlapsamError(f"{image}: does not exist; give an image or a run's folder")
     classes = read_card(find_trained(trained).folder).classes if trained else []
-    server = ViewServer({(image.name,): scene_of(image, label_maps, classes)}, port=port)
+    server = ViewServer({(image.name,): scene_of(image, label_maps, classes, uncertainty)}, port=port)
     return server, server.address.removesuffix(server.root) + server.link(image.name)

@@ -364,6 +364,8 @@ class LabelMapWritten(EventBase):
     """Paths of the written files in the output folder, the label map first."""
     ml: dict[str, float]
     """Class → volume in millilitres."""
+    confidence: dict[str, Any] | None = None
+    """How much the label map can be trusted, if it was judged."""
 
     repeats = True
 

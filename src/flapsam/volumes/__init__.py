@@ -10,8 +10,8 @@ from flapsam.volumes.formats import (
     read_image,
     read_label,
     source_at,
+    write_fractions,
     write_labels,
-    write_probabilities,
 )
 from flapsam.volumes.left_out import LeftOut, is_hidden, reason_of, sentences
 from flapsam.volumes.legend import COLOURS, Legend, itk_snap, legend_of
@@ -61,8 +61,8 @@ __all__ = [
     "sort_files",
     "source_at",
     "volume_of",
+    "write_fractions",
     "write_label_like",
     "write_labels",
-    "write_probabilities",
     "write_volume",
 ]

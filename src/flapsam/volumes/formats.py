@@ -147,10 +147,20 @@ def write_labels(
     return [plain, encoded]
 
 
-def write_probabilities(probabilities: NDArray[np.uint16], source: Source, affine: NDArray[np.float64], path: Path) -> None:
-    """Write probabilities (i, j, k, class) as NIfTI, at the position of the image. The value 65535 means 1."""
+def write_fractions(
+    fractions: NDArray[np.unsignedinteger], source: Source, affine: NDArray[np.float64], path: Path, what: str
+) -> None:
+    """Write fractions as NIfTI, at the position of the image. The largest number of their type means 1.
+
+    Args:
+        fractions: unsigned whole numbers (i, j, k) or (i, j, k, class).
+        source: the image.
+        affine: its matrix from voxel indices to millimetres.
+        path: path of the file.
+        what: description of the values, which the header stores.
+    """
     like = source if isinstance(source, Path) and nifti.is_nifti(source) else None
-    nifti.write_probabilities(Volume(probabilities, affine), path, like)
+    nifti.write_fractions(Volume(fractions, affine), path, what, like)
 
 
 def _three_dimensional(path: Path) -> Volume:

@@ -123,21 +123,23 @@ def write_label_like(labels: NDArray, original: Path, path: Path, legend: Legend
     _save(image_like(labels.astype(np.uint8, copy=False), None, header), path)
 
 
-def write_probabilities(probabilities: Volume, path: Path, original: Path | None = None) -> None:
-    """Write probabilities (i, j, k, class) as whole numbers up to 65535, which readers scale to the range from 0 to 1.
+def write_fractions(fractions: Volume, path: Path, what: str, original: Path | None = None) -> None:
+    """Write fractions as whole numbers, of which readers scale the largest of its type to 1.
 
     Args:
-        probabilities: whole numbers, and their affine.
+        fractions: unsigned whole numbers (i, j, k) or (i, j, k, class), and their affine.
         path: path of the file, which is written completely or not at all.
+        what: description of the values, which the header stores.
         original: NIfTI image whose header geometry is kept bit for bit, if there is one.
     """
-    header = _derived(original, np.uint16, "flapsam probabilities") if original else None
+    array = fractions.array
+    header = _derived(original, array.dtype.type, what) if original else None
     if header is None:
-        image = nibabel.Nifti1Image(probabilities.array, probabilities.affine)
+        image = nibabel.Nifti1Image(array, fractions.affine)
         image.header.set_xyzt_units("mm")
     else:
-        image = image_like(probabilities.array, None, header)
-    image.header.set_slope_inter(1 / 65535, 0)
+        image = image_like(array, None, header)
+    image.header.set_slope_inter(1 / np.iinfo(array.dtype).max, 0)
     _save(image, path)
 
 

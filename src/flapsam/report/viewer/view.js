@@ -25,8 +25,10 @@ function colours(segments) {
 function described(location) {
   const place = `${Array.from(location.mm).slice(0, 3).map((coordinate) => coordinate.toFixed(1)).join(", ")} mm`;
   const values = location.values.map(({ value }, index) => {
+    if (index === 0) return `intensity ${Number(value.toFixed(2))}`;
+    const layer = scene.layers[index];
     const segment = scene.segments.find((known) => known.value === Math.round(value));
-    return index === 0 ? `intensity ${Number(value.toFixed(2))}` : `${scene.layers[index].name}: ${segment ? segment.name : "–"}`;
+    return `${layer.name}: ${layer.fractions ? value.toFixed(2) : segment ? segment.name : "–"}`;
   });
   return [place, ...values].join(" · ");
 }
@@ -50,8 +52,11 @@ async function show() {
     url: new URL(layer.url, document.baseURI).href,
     name: `${index}.nii`,
     opacity: index === 0 ? 1 : layer.opacity,
+    ...(layer.fractions ? { colormap: "inferno", cal_min: 0, cal_max: 1 } : {}),
   })));
-  for (const volume of viewer.volumes.slice(1)) volume.setColormapLabel(colours(scene.segments));
+  viewer.volumes.forEach((volume, index) => {
+    if (index > 0 && !scene.layers[index].fractions) volume.setColormapLabel(colours(scene.segments));
+  });
   viewer.updateGLVolume();
 
   document.getElementById("layout").addEventListener("change", (event) => viewer.setSliceType(layouts[event.target.value]));

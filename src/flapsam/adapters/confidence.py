@@ -1,0 +1,128 @@
+"""What a calibration knows of an adapter: the Dice to expect of a segmentation, and what familiar images look like.
+
+The file holds statistics of the images and scores that it was made from, and the checksum of the adapter that it belongs to.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from flapsam.adapters.model import Model
+from flapsam.base.errors import FlapsamError, too_new
+from flapsam.base.files import check_file, written_whole
+from flapsam.learning.confidence import Line, mean_expected
+from flapsam.learning.familiarity import Familiar, look
+from flapsam.volumes import Volume
+
+FORMAT = 1
+"""Version of the file."""
+DESCRIPTION = "flapsam"
+"""Name of the description in the file's metadata."""
+
+
+@dataclass(frozen=True)
+class CaseConfidence:
+    """How much a segmentation can be trusted."""
+
+    dice: float | None
+    """Mean Dice over the classes to expect, from the line through the calibration's patients. None if no class is expected,
+    or if the image is unusual, because the line says nothing about such images."""
+    low: float | None
+    """Lower end of the 95 % prediction interval."""
+    high: float | None
+    """Upper end of the interval."""
+    unusual: tuple[str, ...]
+    """Reasons why the image is unlike those of the calibration."""
+
+
+class _Description(BaseModel):
+    """The part of the file that is no array."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: int
+    adapter: str
+    """SHA-256 of the adapter's tensors and description."""
+    line: dict[str, float]
+    classes: list[str]
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """The content of a calibration's file."""
+
+    adapter: str
+    """SHA-256 of the adapter, from ``checksum_of``."""
+    classes: Sequence[str]
+    line: Line
+    familiar: Familiar
+    digest: str = ""
+    """SHA-256 of the file that it was read from."""
+
+    def judge(self, model: Model, volume: Volume, expected: Sequence[float | None], site: str = "") -> CaseConfidence:
+        """Judge a segmentation of an image.
+
+        Args:
+            model: the network that segmented it.
+            volume: the image.
+            expected: Dice to expect of each class by the probabilities alone.
+            site: the image's site, which matters where sites clip intensities differently.
+        """
+        image = look(model.network, volume, model.card.samples, precision=model.precision, site=site)
+        unusual = tuple(self.familiar.unusual(image))
+        value = None if unusual else mean_expected(expected)
+        return CaseConfidence(*(self.line.dice(value) if value is not None else (None, None, None)), unusual)
+
+    def write(self, path: Path) -> None:
+        """Write the file, completely or not at all."""
+        tree = {"format": FORMAT, "adapter": self.adapter, "line": asdict(self.line), "classes": list(self.classes)}
+        with written_whole(path) as temporary:
+            save_file(self.familiar.tensors(), temporary, metadata={DESCRIPTION: json.dumps(tree)})
+
+
+def read_confidence(path: Path, adapter: Path) -> Confidence:
+    """Read a calibration and check that it belongs to an adapter.
+
+    Args:
+        path: the calibration's file.
+        adapter: the adapter's folder.
+
+    Raises:
+        FlapsamError: the file is missing, damaged or of a later version, or belongs to another adapter.
+    """
+    check_file(path)
+    broken = FlapsamError(f"{path}: is not a calibration; make one with flapsam calibrate")
+    try:
+        with safe_open(path, "np") as file:
+            tree = json.loads((file.metadata() or {})[DESCRIPTION])
+            if problem := too_new(tree.get("format"), FORMAT):
+                raise FlapsamError(f"{path}: {problem}")
+            description = _Description.model_validate(tree)
+            familiar = Familiar(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
+            line = Line(**{**description.line, "patients": int(description.line["patients"])})
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+        raise broken from error
+    if not familiar.fits() or not all(np.isfinite(list(asdict(line).values()))):
+        raise broken
+    if description.adapter != checksum_of(adapter):
+        raise FlapsamError(f"{path}: was made for another adapter than {adapter}; run flapsam calibrate on this one")
+    return Confidence(
+        description.adapter, description.classes, line, familiar, hashlib.sha256(path.read_bytes()).hexdigest()
+    )
+
+
+def checksum_of(adapter: Path) -> str:
+    """SHA-256 of an adapter's tensors and description, without its model card."""
+    digest = hashlib.sha256()
+    for path in sorted(adapter.iterdir()):
+        if path.suffix in (".safetensors", ".json"):
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,172 @@
+"""Calibrate an adapter's confidence on labelled cases: which Dice follows from its probabilities, and what it knows."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from scipy.stats import rankdata
+
+from flapsam.adapters.confidence import Confidence, checksum_of
+from flapsam.adapters.model import Model, load
+from flapsam.adapters.trained import Trained, find_trained
+from flapsam.base.device import set_up_torch
+from flapsam.base.environment import default_threads
+from flapsam.base.errors import FlapsamError
+from flapsam.experiments.simulation import divided
+from flapsam.learning import confidence, familiarity
+from flapsam.learning.confidence import Line, Reliability, mean_expected
+from flapsam.learning.familiarity import Familiar, Look, look
+from flapsam.learning.inference import PredictionOptions
+from flapsam.learning.metrics import mean, score_case
+from flapsam.run.config import Checkpoint, Data
+from flapsam.run.observer import Observer
+from flapsam.run.reading import validated
+from flapsam.sites import Case, label_map, read_sites
+from flapsam.sites.pairs import read_pair
+from flapsam.volumes import read_image
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Outcome of a calibration."""
+
+    line: Line
+    points: dict[str, tuple[float, float]]
+    """``SITE/PATIENT`` → expected and measured Dice, the means over classes and cases."""
+    rank_correlation: float | None
+    """Spearman's correlation between them; None where one of them is constant."""
+    brier: float | None
+    calibration_error: float | None
+    reliability: Sequence[tuple[float, float, int]]
+    """Mean probability, share that is right and number of voxels of each range of probabilities."""
+    images: int
+    """Number of images that say what is usual."""
+    components: int
+    """Number of principal components of their slices."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The calibration for other programs."""
+        return asdict(self)
+
+
+def calibrate(
+    path: Path,
+    output: Path,
+    data: Path | None = None,
+    *,
+    checkpoint: Checkpoint | None = None,
+    device: str = "cpu",
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "auto",
+    threads: int | None = None,
+    observer: Observer | None = None,
+) -> Calibration:
+    """Calibrate an adapter and write the file that ``flapsam predict --confidence`` takes.
+
+    An adapter of a run is calibrated on the run's validation cases, and knows the images of its training and validation
+    cases. Any other adapter needs ``data``, of which all cases serve for both.
+
+    Args:
+        path: the folder of a run or of an adapter.
+        output: the file to write.
+        data: folder of labelled cases, if it is not where the run found it.
+        checkpoint: the backbone's checkpoint, if the adapter needs one.
+        device: ``cpu``, ``cuda``, ``mps`` or ``auto``.
+        precision: precision of the image encoder, as in ``flapsam predict``.
+        threads: number of threads; all cores if None.
+        observer: follows the cases.
+
+    Raises:
+        FlapsamError: there is no adapter, its data cannot be read, or they are too few.
+    """
+    observer = observer or Observer()
+    trained = find_trained(path)
+    set_up_torch(threads or default_threads(), deterministic=True)
+    model = load(path, checkpoint=checkpoint, device=device, precision=precision)
+    labels, scored, known = _cases(path, trained, data, model)
+    to_score = {(case.site, case.name) for case in scored}
+    cases = {(case.site, case.name): case for case in [*known, *scored]}
+    patients = {f"{case.site}/{case.subject}" for case in scored}
+    if len(patients) < confidence.FEWEST or len(cases) < familiarity.FEWEST:
+        raise FlapsamError(
+            f"{path}: there are {len(patients)} patients to calibrate on and {len(cases)} images; a calibration needs at "
+            f"least {confidence.FEWEST} patients and {familiarity.FEWEST} images. Name more cases with --data"
+        )
+    looks: list[Look] = []
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    reliability = Reliability()
+    observer.begin("calibration", len(cases))
+    for place, case in cases.items():
+        if place in to_score:
+            looks.append(_score(model, case, labels, found, reliability))
+        else:
+            image = read_image(*case.images)
+            looks.append(look(model.network, image, model.card.samples, precision=model.precision, site=case.site))
+        observer.step()
+    observer.end()
+    points = {patient: (_mean(pairs, 0), _mean(pairs, 1)) for patient, pairs in sorted(found.items())}
+    if len(points) < confidence.FEWEST:
+        raise FlapsamError(
+            f"{path}: only {len(points)} patients have a class in truth or prediction; a calibration needs at least "
+            f"{confidence.FEWEST}. Name more cases with --data"
+        )
+    expected, measured = zip(*points.values(), strict=True)
+    line = Line.through(expected, measured)
+    familiar = Familiar.of(looks)
+    Confidence(checksum_of(trained.folder), model.card.classes, line, familiar).write(output)
+    constant = len(set(expected)) == 1 or len(set(measured)) == 1
+    return Calibration(
+        line,
+        points,
+        None if constant else _rank_correlation(expected, measured),
+        reliability.brier,
+        reliability.error,
+        reliability.table(),
+        len(looks),
+        len(familiar.basis),
+    )
+
+
+def _cases(path: Path, trained: Trained, data: Path | None, model: Model) -> tuple[Data, list[Case], list[Case]]:
+    """The labels, the cases that are scored, and those whose images are known."""
+    if trained.run is not None:
+        config = trained.run
+        if data is not None:
+            config = config.model_copy(update={"data": config.data.model_copy(update={"path": data})})
+        sites = divided(config, read_sites(config.data, config.seed))
+        training = [site for site in sites if site.name not in config.data.unseen]
+        scored = [case for site in training for case in site.of("val")]
+        return config.data, scored, [case for site in training for case in site.of("train")]
+    if data is None:
+        raise FlapsamError(f"{path}: this adapter lies in no run; name a folder of labelled cases with --data")
+    labels = validated({"path": data, "labels": model.card.labels}, Data, str(data))
+    cases = [case for site in read_sites(labels, 0) for case in site.cases]
+    return labels, cases, []
+
+
+def _score(
+    model: Model, case: Case, data: Data, found: dict[str, list[tuple[float, float]]], reliability: Reliability
+) -> Look:
+    """Segment a case, add its expected and measured Dice to those of its patient, and return its look."""
+    labels = label_map(data, case.site)
+    image, truth = read_pair(case, labels)
+    options = PredictionOptions(probabilities=True, confidence=True)
+    prediction = model.segment(image, options, site=case.site)
+    assert prediction.probabilities is not None
+    scores = score_case(case.name, case.site, prediction.labels, truth.array, None, labels.classes, labels.annotated)
+    expected, measured = mean_expected(prediction.expected), mean(scores.dice.values())
+    if expected is not None and measured is not None:
+        found[f"{case.site}/{case.subject}"].append((expected, measured))
+    reliability.add(prediction.probabilities, truth.array)
+    return look(model.network, image, model.card.samples, precision=model.precision, site=case.site)
+
+
+def _rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's correlation, which is Pearson's of the ranks."""
+    return float(np.corrcoef(rankdata(first), rankdata(second))[0, 1])
+
+
+def _mean(pairs: Sequence[tuple[float, float]], which: int) -> float:
+    return sum(pair[which] for pair in pairs) / len(pairs)
