@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from flapsam import __version__
 from flapsam.base.errors import FlapsamError
 from flapsam.federation.agreement import SERVER
 from flapsam.federation.engines.fit_process import FitProcess
+from flapsam.federation.engines.nvflare.jobs import with_names
 from flapsam.federation.going_back import go_back
 from flapsam.federation.hospitals.handshake import (
     REASONS,
@@ -31,7 +33,8 @@ from flapsam.federation.shares import TrainingSize, bounded
 from flapsam.federation.state import ClientState
 from flapsam.run.config import Rounds, RunConfig
 from flapsam.run.folder import RunFolder
-from flapsam.run.reading import read_config
+from flapsam.run.ledger import TOGETHER, Fitted
+from flapsam.run.reading import changed, read_config
 from tests.helpers.ledgers import read_events
 from tests.helpers.sites import make_sites, write_run
 
@@ -215,6 +218,95 @@ def test_a_server_excludes_a_site_that_differs_and_says_why(change: dict, reason
     (excluded,) = read_events(config.output, "excluded")
     assert excluded["site"] == "site_1" and reason in excluded["reason"]
     assert server.known["site_0"].slices == 24
+
+
+def requiring(config: RunConfig, require: object) -> RunConfig:
+    return changed(config, {"rounds.require": require})
+
+
+def test_a_server_does_not_begin_without_a_site_that_is_required(config: RunConfig, tmp_path: Path):
+    config = requiring(config, ["site_0", "site_1", "site_2"])
+    RunFolder(config.output).begin(config)
+    valid = SiteSide("site_0", site_config(tmp_path)).join(propose(config))
+    server = ServerSide(config.output)
+    for site in ("site_0", "site_1"):
+        server.admit(site, valid)
+    server.exclude("site_2", "data")
+    with pytest.raises(FlapsamError, match=r"site_2 is required \(rounds\.require\) and does not take part: its data or"):
+        server.open()
+    del server
+    # The coordinator decides to go on without it. Nothing else of the run may change.
+    folder = RunFolder(config.output)
+    fewer = requiring(config, ["site_0", "site_1"])
+    with pytest.raises(FlapsamError, match="another configuration"):
+        folder.resume(changed(fewer, {"rounds.count": 9}))
+    assert folder.read_config().rounds.named == ["site_0", "site_1", "site_2"]
+    assert folder.resume(fewer) == folder.read_environment()["run"]
+    server = ServerSide(config.output)
+    for site in ("site_0", "site_1"):
+        server.admit(site, valid)
+    server.open()
+    assert sorted(server.held) == ["site_0", "site_1"]
+
+
+def test_sites_are_not_told_whom_the_run_waits_for(config: RunConfig):
+    """So a site's own record of what it agreed to does not change with it."""
+    assert propose(requiring(config, ["site_1"])) == propose(config) == propose(requiring(config, 2))
+
+
+def test_a_required_site_has_all_the_time_it_needs_and_others_three_times_their_longest_fit(
+    config: RunConfig, tmp_path: Path
+):
+    config = changed(requiring(config, ["site_0"]), {"rounds.deadline": 100})
+    RunFolder(config.output).begin(config)
+    valid = read_message(Presence, SiteSide("site_0", site_config(tmp_path)).join(propose(config)))
+    server = ServerSide(config.output)
+    server.admit("site_0", valid.model_dump_json().encode())
+    server.admit("site_1", valid.model_copy(update={"training_cases": 15}).model_dump_json().encode())
+    server.open()
+    assert (server.patience("site_0"), server.patience("site_1")) == (inf, 100)
+    server.await_answer("site_0", "fit", 12.34)
+    server.await_answer("site_1", "fit", 50)
+    about: dict = {"bytes_down": 1, "bytes_up": 1, "slices": 1, "loss": 1.0}
+    for number, seconds in enumerate((50.0, 40.0), start=1):
+        server._record(Fitted(cohort=TOGETHER, round=number, site="site_1", site_seconds=seconds, **about))
+    assert server.patience("site_1") == 150
+    first, second = read_events(config.output, "awaited")
+    assert (first["round"], first["site"], first["seconds"], first["left"], first["share"]) == (
+        1,
+        "site_0",
+        12.3,
+        None,
+        0.25,
+    )
+    assert (second["left"], second["share"]) == (50, 0.75)
+    # The same holds for a server that was restarted.
+    del server
+    assert ServerSide(config.output).patience("site_1") == 150
+
+
+@pytest.mark.parametrize(
+    ("require", "sites", "named", "enough"),
+    [
+        ("all", None, ["a", "b", "c"], 3),
+        ("all", ["c", "a"], ["a", "c"], 2),
+        (["b"], None, ["b"], 2),
+        (3, None, [], 3),
+        (1, None, [], 2),
+    ],
+)
+def test_all_means_the_sites_of_the_run(require: object, sites: list | None, named: list, enough: int, config: RunConfig):
+    found = with_names(changed(requiring(config, require), {"data.sites": sites}), ["b", "a", "c"])
+    assert (found.rounds.named, found.rounds.enough) == (named, enough)
+
+
+@pytest.mark.parametrize(
+    ("require", "problem"),
+    [(["a", "x"], "rounds.require: x is not a site of this run; its sites are a, b, c"), (4, "4 sites are required, and")],
+)
+def test_a_run_cannot_require_sites_that_it_does_not_have(require: object, problem: str, config: RunConfig):
+    with pytest.raises(FlapsamError, match=problem):
+        with_names(requiring(config, require), ["a", "b", "c"])
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,8 @@ def test_a_killed_fit_misses_only_its_own_round_and_a_killed_site_rejoins(hospit
     """
     hospitals.start_site("site_d")
     until(lambda: "Connected to the server" in hospitals.said("site_d"))
-    fields: dict[str, Any] = {**PRIVATE, "rounds": {"count": 6, "steps": 60, "weights": "uniform"}, "secure": True}
+    rounds = {"count": 6, "steps": 60, "weights": "uniform", "require": 3}
+    fields: dict[str, Any] = {**PRIVATE, "rounds": rounds, "secure": True}
     config, run = run_of(tmp_path, hospitals, spare=True, **fields), tmp_path / "run"
     hospitals.start_run(config)
     until(lambda: fitting(hospitals, "site_b", run) == 2)
@@ -227,6 +228,52 @@ def test_a_killed_fit_misses_only_its_own_round_and_a_killed_site_rejoins(hospit
     for site in hospitals.sites:
         spent = Budget(hospitals.state_of(site) / "privacy.jsonl").spent()
         assert {entry.round for entry in spent if entry.run == identity} >= fits[site]
+
+
+def test_by_default_nobody_is_left_out_however_slow_it_is_and_even_if_it_was_gone(
+    hospitals: Hospitals, tmp_path: Path, simulated
+):
+    """The deadline is a second. One fit is halted for five, and then another site's machine is switched off and on."""
+    fields = {**LONG, "rounds": {**LONG["rounds"], "deadline": 1}}
+    config, run = run_of(tmp_path, hospitals, **fields), tmp_path / "run"
+    hospitals.start_run(config)
+    until(lambda: fitting(hospitals, "site_b", run) == 2)
+    fit = descendant(hospitals, "site_b", "fit_process")
+    fit.suspend()
+    until(lambda: [event for event in read_events(run, "awaited") if event["site"] == "site_b"])
+    time.sleep(5)
+    assert rounds_done(run) == 1
+    fit.resume()
+    until(lambda: rounds_done(run) == 2)
+    kill_all(hospitals.running["site_c"])
+    until(lambda: "the run waits for site_c (rounds.require)" in hospitals.said("run-run"))
+    hospitals.start_site("site_c")
+    output = hospitals.follow(config, seconds=360)
+    assert "site_b has not answered for" in output and "The run waits for it, because it is required" in output
+    rounds = range(1, LONG["rounds"]["count"] + 1)
+    for site in hospitals.sites:
+        assert {event["round"] for event in read_events(run, "fit") if event["site"] == site} == {*rounds}
+    assert adapter_of(run) == simulated(config)
+    assert "All 3 sites took part in every round." in (run / "adapter" / "README.md").read_text()
+
+
+def test_with_a_number_of_required_sites_a_slow_one_is_left_out_after_a_warning(hospitals: Hospitals, tmp_path: Path):
+    rounds = {**LONG["rounds"], "count": 2, "deadline": 15, "require": 2}
+    config, run = run_of(tmp_path, hospitals, **{**LONG, "rounds": rounds}), tmp_path / "run"
+    hospitals.start_run(config)
+    until(lambda: fitting(hospitals, "site_b", run) == 2)
+    fit = descendant(hospitals, "site_b", "fit_process")
+    fit.suspend()
+    until(lambda: read_events(run, "missing"))
+    fit.resume()
+    output = hospitals.follow(config)
+    awaited = [event for event in read_events(run, "awaited") if event["site"] == "site_b"]
+    (missing,) = read_events(run, "missing")
+    assert missing["site"] == "site_b" and awaited[-1]["round"] == 2 and awaited[-1]["time"] < missing["time"]
+    # Counts are rounded to multiples of 5, so that each of the three sites has a third.
+    assert "the round goes on without it and its 33% of the training cases" in output
+    card = (run / "adapter" / "README.md").read_text()
+    assert "All 3 sites took part in 1 of 2 rounds. The smallest was round 2, in which 2 of 3 sites took part" in card
 
 
 def test_neither_a_stop_nor_a_repeated_round_nor_a_killed_server_changes_the_adapter(
@@ -393,7 +440,7 @@ def test_a_site_refuses_a_forbidden_strategy_and_a_server_of_another_version(mal
     hospitals.start_site("site_b", strategies=["lora"])
     hospitals.start_site("site_c", environment={"PYTHONPATH": str(tmp_path)})
     until(lambda: all(hospitals.said(site).rstrip().endswith("Connected to the server.") for site in ("site_b", "site_c")))
-    config = run_of(tmp_path, hospitals, rounds={"count": 1, "min_sites": 1})
+    config = run_of(tmp_path, hospitals, rounds={"count": 1, "min_sites": 1, "require": 1})
     hospitals.start_run(config)
     output = hospitals.follow(config)
     assert f"site_b does not take part: {REASONS['strategy']}" in output

@@ -105,6 +105,33 @@ def test_a_round_with_too_few_answers_is_repeated(tmp_path: Path):
     assert not repeated.recorded("refused")
 
 
+@pytest.mark.parametrize(
+    ("require", "problem"),
+    [
+        (["a", "b"], r"round 1: b did not answer and is required \(rounds\.require\)"),
+        (["b", "c"], r"round 1: b, c did not answer and are required"),
+        (2, r"round 1: too few sites answered: 1 of at least 2 \(rounds\.require\)"),
+    ],
+)
+def test_a_round_is_not_closed_without_the_sites_that_it_requires(require: object, problem: str, tmp_path: Path):
+    scripted = ScriptedRun(tmp_path, count=1, min_sites=1, require=require)
+    alone = [Answer("a", 0, scripted.packet("a", 1, 1)), Answer("b", 0, missing="it is gone")]
+    with pytest.raises(FlapsamError, match=problem):
+        scripted.run(alone)
+    assert scripted.server.rounds_done == 0
+    # What was answered is not lost: only the others are asked again.
+    again = ScriptedRun(tmp_path, count=1, min_sites=1, require=require)
+    assert [site for site in WEIGHTS if again.server.asks(site)] == ["b", "c"]
+    again.run([Answer("b", 0, again.packet("b", 1, 1)), Answer("c", 0, again.packet("c", 1, 1))])
+    assert again.value == pytest.approx(1) and again.server.rounds_done == 1
+
+
+def test_a_required_site_without_a_weight_holds_up_nobody(tmp_path: Path):
+    scripted = ScriptedRun(tmp_path, count=1, min_sites=1, require=["a", "d"])
+    scripted.run([Answer("a", 0, scripted.packet("a", 1, 1))])
+    assert scripted.server.rounds_done == 1
+
+
 HUGE = float(torch.finfo(torch.float32).max)
 
 

@@ -43,6 +43,7 @@ LINES: list[dict[str, Any]] = [
     {"event": "refused", **FEDERATED, "site": "b", "reason": "not finite", "bytes_up": 7},
     {"event": "left_out", **FEDERATED, "site": "b", "reason": "its change is 1e+30 times the others'"},
     {"event": "missing", **FEDERATED, "site": "b", "reason": "it is gone", "work": "validate"},
+    {"event": "awaited", **FEDERATED, "site": "b", "work": "fit", "seconds": 3.5, "left": None, "share": 0.25},
     {"event": "delivery", **FEDERATED, "site": "a", "bytes_down": 20},
     {"event": "site_test", **FEDERATED, "site": "a", "scores": None, "bytes_down": 0},
     {"event": "kept", **FEDERATED, "site": "a", "kept": "shared", "dice": {"shared": 0.5, "trained on": None}},

@@ -11,6 +11,7 @@ from flapsam.base.files import write_text
 from flapsam.learning.metrics import CaseScores, Summary, by_site, rule_for_absent, scores_of, summarise
 from flapsam.run.config import SPLITS, Privacy
 from flapsam.run.ledger import Cases, CaseTested, Cohort, Event, SiteJoined, SiteTested
+from flapsam.run.participation import participation
 from flapsam.run.site_scores import SiteScores
 from flapsam.sam import strategy
 from flapsam.sam.sources import SOURCES
@@ -69,6 +70,7 @@ def model_card(card: AdapterCard, cohort: Cohort, events: Sequence[Event]) -> st
         f"The label maps contain {_values(card)}.",
         "## Training and evaluation",
         _sites(cases, scores, card.classes, told),
+        *([took_part] if card.mode == "federated" and (took_part := participation(events).sentence()) else []),
         _evaluated(scores, told),
         "## Intended use",
         f"This adapter is meant for research on the segmentation of {classes}. Use it on volumes like those of the sites "

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from statistics import median_high
@@ -75,8 +75,8 @@ def rounds(server: Server, cohort: Cohort, options: Rounds, carry: Carry, record
         The number of rounds done, after each round.
 
     Raises:
-        FlapsamError: fewer usable answers than ``options.min_sites`` arrived. The round is not closed and has to be run
-            again.
+        FlapsamError: fewer usable answers than ``options.min_sites`` arrived, or none of a site in ``options.require``. The
+            round is not closed and has to be run again.
     """
     while server.rounds_done < options.count and not settled(server.validation, options.patience, options.settled):
         number = server.rounds_done + 1
@@ -89,10 +89,9 @@ def rounds(server: Server, cohort: Cohort, options: Rounds, carry: Carry, record
         for step in server.steps():
             sent, received = _step(server, cohort, number, "fit" if step == "fit" else "agree", carry, record)
             up, down = up + sent, down + received
-            answered = len(server.state.replied())
-            if step == "fit" and answered < options.min_sites:
-                few = f"too few sites answered: {answered} of at least {options.min_sites} (rounds.min_sites)"
-                raise FlapsamError(f"round {number}: {few}; see the ledger for the reasons")
+            answered = server.state.replied()
+            if step == "fit":
+                _check_answered(server, number, answered, options)
             server.end_step(leave_out)
         aggregating = time.perf_counter()
         server.close_round(options.min_sites, leave_out)
@@ -102,6 +101,20 @@ def rounds(server: Server, cohort: Cohort, options: Rounds, carry: Carry, record
             record(Summed(cohort=cohort, round=number, sites=sites, bytes_up=up, bytes_down=down))
         record(RoundClosed(cohort=cohort, round=number, seconds=closed - started, aggregation_seconds=closed - aggregating))
         yield number
+
+
+def _check_answered(server: Server, number: int, answered: Collection[str], options: Rounds) -> None:
+    """Check that all sites have answered without which a round is not closed."""
+    lacking = [site for site in options.named if site not in answered and server.shares.get(site, 0) > 0]
+    if lacking:
+        raise FlapsamError(
+            f"round {number}: {', '.join(lacking)} did not answer and {'is' if len(lacking) == 1 else 'are'} required "
+            "(rounds.require); see the ledger for the reasons"
+        )
+    if len(answered) < options.enough:
+        field = "rounds.min_sites" if options.enough == options.min_sites else "rounds.require"
+        few = f"too few sites answered: {len(answered)} of at least {options.enough} ({field})"
+        raise FlapsamError(f"round {number}: {few}; see the ledger for the reasons")
 
 
 def _step(server: Server, cohort: Cohort, number: int, work: Work, carry: Carry, record: Record) -> tuple[int, int]:

@@ -35,6 +35,7 @@ from flapsam.report.units import NONE, between, number, size
 from flapsam.run.config import SPLITS, RunConfig
 from flapsam.run.ledger import RunEnded, nearly_final
 from flapsam.run.observer import Observer
+from flapsam.run.participation import participation
 from flapsam.run.reading import write_config
 from flapsam.sam import strategy
 from flapsam.sites import Case
@@ -97,7 +98,7 @@ def report_page(run: Run, *, images: bool = True, link: Link | None = None, obse
             traffic(run.bytes_up, run.bytes_down, run.delivered, federated, _strategies(run.config, federated)),
             losses({mode: run.fits(mode, lambda fit: fit.loss) for mode in run.modes}, run.config.training),
             phases(phase_times(run), site_times(run)),
-            attendance(_answered(run), run.troubles, federated),
+            attendance(_answered(run), run.troubles, federated, participation(run.events).sentence()),
             _strips(run, cases, observer or Observer()) if images else None,
             _description(run),
         ]

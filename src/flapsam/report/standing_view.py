@@ -12,6 +12,7 @@ from flapsam.report.run import TITLES
 from flapsam.report.standing import CohortStanding, SiteStanding, Standing
 from flapsam.report.units import NONE, duration, number, size
 from flapsam.run.ledger import (
+    AnswerAwaited,
     AnswerLeftOut,
     AnswerMissing,
     AnswerRefused,
@@ -71,6 +72,8 @@ def event_line(event: Event, standing: CohortStanding | None) -> str:
             return f"round {event.round}: the answer of {event.site} was left out: {event.reason}"
         case AnswerMissing():
             return f"round {event.round}: no answer from {event.site}: {event.reason}"
+        case AnswerAwaited():
+            return f"round {event.round}: {_awaited(event)}"
         case SiteExcluded():
             return f"{event.site} does not take part: {event.reason}"
         case CountBounded():
@@ -90,6 +93,17 @@ def event_line(event: Event, standing: CohortStanding | None) -> str:
             closed = f"{standing.cohort}: round {event.round} of {standing.planned} in {event.seconds:.0f} s"
             return ", ".join(filter(None, [closed, dice_line(standing), bytes_line(standing)]))
     return ""
+
+
+def _awaited(event: AnswerAwaited) -> str:
+    whom = f"{event.site} has not answered for {duration(event.seconds)}"
+    part = f"{event.share:.0%} of the training cases"
+    if event.left is not None:
+        return f"{whom}; in {duration(event.left)}, the round goes on without it and its {part}"
+    return (
+        f"{whom}. The run waits for it, because it is required (rounds.require) and has {part}. To go on without it, run "
+        "flapsam federation stop, then the same run with --set rounds.require=…"
+    )
 
 
 def end_line(standing: CohortStanding) -> str:

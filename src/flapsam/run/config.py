@@ -276,8 +276,22 @@ class Rounds(StrictModel):
     min_sites: Positive = 2
     """Between hospitals, the number of sites that must answer before a round is closed. The mean of a single site's
     tensors would reveal them to all."""
+    require: Literal["all"] | Positive | Annotated[list[Name], Field(min_length=1)] = "all"
+    """Between hospitals, the sites without which no round is closed: ``all`` sites of the run, a list of names, or a number,
+    whichever sites they are. The run waits for sites that are named, however long they take."""
     deadline: Annotated[float, Field(gt=0)] = 3600
-    """Between hospitals, the number of seconds that a round waits for the sites' answers."""
+    """Between hospitals, the number of seconds that a round waits for the answers of sites that are not named in
+    ``require``. A site that has taken longer before has three times its longest fit."""
+
+    @property
+    def named(self) -> list[str]:
+        """The sites that are required by name. Between hospitals, the coordinator puts all names in the place of ``all``."""
+        return list(self.require) if isinstance(self.require, list) else []
+
+    @property
+    def enough(self) -> int:
+        """Number of sites that must answer before a round is closed."""
+        return max(self.min_sites, self.require if isinstance(self.require, int) else len(self.named))
 
 
 class Compression(StrictModel):

@@ -173,7 +173,11 @@ class RunFolder:
                 f"{self.config}: the run here was begun with adapters on queries and values alone, as preset fast had them "
                 "before; add --set 'lora.projections=[q, v]' to resume it"
             )
+        # Whom a run waits for may change, because a site may leave for good.
+        same = changed(stored, {"rounds.require": config.rounds.require})
         # The texts may differ, because a later version writes fields that an earlier one did not know.
-        if write_config(stored) != write_config(config):
+        if write_config(same) != write_config(config):
             raise FlapsamError(f"{self.config}: the run here has another configuration; resume it with that one")
+        if stored.rounds.require != config.rounds.require:
+            write_text(self.config, write_config(config))
         return run

@@ -283,6 +283,22 @@ class AnswerMissing(RoundEvent):
     repeats = True
 
 
+class AnswerAwaited(RoundEvent):
+    """A site has not answered a request for long, and is still waited for."""
+
+    event: Literal["awaited"] = "awaited"
+    site: Name
+    work: Literal["fit", "agree", "validate", "own", "test"] = "fit"
+    seconds: float
+    """Seconds since the request."""
+    left: float | None
+    """Seconds until the round goes on without the site; None if the site is required."""
+    share: float
+    """The site's share of all training cases."""
+
+    repeats = True
+
+
 class Delivered(RoundEvent):
     """A site has received the result of the last round."""
 
@@ -388,6 +404,7 @@ Event = Annotated[
     | AnswerRefused
     | AnswerLeftOut
     | AnswerMissing
+    | AnswerAwaited
     | Delivered
     | OwnAdapterKept
     | CaseTested

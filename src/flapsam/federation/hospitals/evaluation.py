@@ -55,7 +55,12 @@ def evaluation_of(
             )
     tree = _tree(found[0], cards[0])
     nothing: dict[str, Any] = {"privacy": None, "secure": False, "personal": [], "site_ranks": {}, "notes": _notes(found)}
-    rounds = {"count": 0, "min_sites": 1, "deadline": (found[0].run.rounds if found[0].run else Rounds()).deadline}
+    rounds = {
+        "count": 0,
+        "min_sites": 1,
+        "require": 1,
+        "deadline": (found[0].run.rounds if found[0].run else Rounds()).deadline,
+    }
     tree |= nothing | {"output": output, "rounds": rounds, "compression": {"codec": "fp32"}}
     data = {"path": "/", "table": None, "simulated_sites": None, "training_cases": None}
     tree |= {"modes": ["federated"], "data": {**tree["data"], **data, "sites": list(sites) if sites else None}}

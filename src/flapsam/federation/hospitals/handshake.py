@@ -41,6 +41,8 @@ MOST_CASES, MOST_SLICES = 10**7, 10**10
 """Largest numbers of cases and slices that a site may claim to have."""
 LOCAL = ("output", "device", "threads", "bench", "notes")
 """Fields of a run that each participant sets for itself. They are never sent."""
+LOCAL_ROUNDS = ("require",)
+"""Fields of ``rounds`` that are the coordinator's alone, and may change when a run is resumed. They are never sent."""
 LOCAL_DATA = ("path", "layout", "table", "simulated_sites", "sites", "unseen", "training_cases")
 """Fields of ``data`` that each participant sets for itself. They are never sent either."""
 
@@ -64,7 +66,7 @@ class Proposal(Message):
     run: Annotated[str, Field(pattern=HEX)]
     """The run's id."""
     config: dict[str, Any]
-    """The run's configuration, without the fields in ``LOCAL`` and ``LOCAL_DATA``."""
+    """The run's configuration, without the fields in ``LOCAL``, ``LOCAL_DATA`` and ``LOCAL_ROUNDS``."""
 
     @classmethod
     def of(cls, run: str, config: RunConfig) -> "Proposal":
@@ -76,6 +78,7 @@ class Proposal(Message):
         """
         tree = config.model_dump(mode="json", exclude=set(LOCAL))
         tree["data"] = {name: value for name, value in tree["data"].items() if name not in LOCAL_DATA}
+        tree["rounds"] = {name: value for name, value in tree["rounds"].items() if name not in LOCAL_ROUNDS}
         if tree["backbone"]["weights"] != RANDOM:
             del tree["backbone"]["weights"]
         return cls(run=run, config=tree)

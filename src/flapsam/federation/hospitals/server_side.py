@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 
 from flapsam.adapters.card import write_model_card
@@ -32,6 +33,7 @@ from flapsam.run.config import RunConfig
 from flapsam.run.folder import RunFolder
 from flapsam.run.ledger import (
     TOGETHER,
+    AnswerAwaited,
     CountBounded,
     Delivered,
     Event,
@@ -43,6 +45,9 @@ from flapsam.run.ledger import (
     SiteTested,
 )
 from flapsam.run.site_scores import SiteScores
+
+TIMES_BEFORE = 3
+"""How many times its longest fit a site may take, if that is longer than the deadline."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,10 @@ class ServerSide:
         """Each site's first valid answer to the proposal."""
         self.held: dict[str, int] = {}
         """Sites that take part, each with the last round that its tensors are known to include."""
+        self.slowest: dict[str, float] = {}
+        """Site → seconds of its longest fit, from one packet to the next."""
+        for event in self.ledger.events():
+            self._time(event)
 
     def admit(self, site: str, answer: bytes) -> None:
         """Let a site take part, or record in the ledger why it does not. Only its first answer counts.
@@ -117,6 +126,7 @@ class ServerSide:
             FlapsamError: too few sites take part, or the saved state is damaged.
         """
         self._join()
+        self._check_required()
         if len(self.held) < self.config.rounds.min_sites:
             few = f"{len(self.held)} of at least {self.config.rounds.min_sites} (rounds.min_sites)"
             raise FlapsamError(f"too few sites take part: {few}; see the ledger for the reasons")
@@ -145,6 +155,39 @@ class ServerSide:
         if options.count and (event := false_sites_borne(self.config, count, options.min_sites)):
             self.ledger.write(event)
         self.agreement = self.server.agreement = self.agreement.without_start()
+
+    def _check_required(self) -> None:
+        """Check that all sites take part that the run is not to go on without."""
+        reasons = {event.site: event.reason for event in self.ledger.events() if isinstance(event, SiteExcluded)}
+        for site in self.config.rounds.named:
+            if site not in self.held:
+                reason = reasons.get(site, "it was not connected")
+                raise FlapsamError(f"{site} is required (rounds.require) and does not take part: {reason}")
+
+    def share(self, site: str) -> float:
+        """The site's share of all known training cases; of all sites in a private run, in which no counts leave a site."""
+        known = {name: size.cases for name, size in self.known.items() if name in self.held or name == site}
+        return known.get(site, 0) / max(sum(known.values()), 1)
+
+    def patience(self, site: str) -> float:
+        """Seconds to wait for a site's answer; without end for a site that is required."""
+        if site in self.config.rounds.named:
+            return inf
+        return max(self.config.rounds.deadline, TIMES_BEFORE * self.slowest.get(site, 0.0))
+
+    def await_answer(self, site: str, work: Work, seconds: float) -> None:
+        """Record that a site is still waited for.
+
+        Args:
+            site: the site's name.
+            work: what it was asked to do.
+            seconds: seconds since then.
+        """
+        number = self.server.rounds_done + (work in ("fit", "agree"))
+        most = self.patience(site)
+        left = None if most == inf else round(most - seconds, 1)
+        about = {"seconds": round(seconds, 1), "left": left, "share": round(self.share(site), 4)}
+        self.ledger.write(AnswerAwaited(cohort=TOGETHER, round=number, site=site, work=work, **about))
 
     def packets(self, site: str, work: Work) -> list[bytes]:
         """The packets that a site needs for some work, oldest first."""
@@ -251,7 +294,12 @@ class ServerSide:
         if isinstance(event, Fitted | Delivered | SiteTested):
             # A site answers only after it has read its packets, so it now has these tensors.
             self.held[event.site] = self.server.rounds_done
+        self._time(event)
         self.ledger.write(event)
+
+    def _time(self, event: Event) -> None:
+        if isinstance(event, Fitted):
+            self.slowest[event.site] = max(self.slowest.get(event.site, 0.0), event.site_seconds or 0.0)
 
     def _join(self) -> None:
         """Let those sites take part whose images have as many modalities as most sites' images have."""

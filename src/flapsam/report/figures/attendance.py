@@ -23,13 +23,14 @@ WORDS = {
 }
 
 
-def attendance(answered: Series, troubles: Sequence[Trouble], rounds: int) -> Section | None:
+def attendance(answered: Series, troubles: Sequence[Trouble], rounds: int, told: str = "") -> Section | None:
     """A chart of sites by rounds, and a table with the reasons for drop-outs; None if no site took part in a federation.
 
     Args:
         answered: site → round → any number, for the rounds that the site answered.
         troubles: refused packets, answers left out, missing answers and excluded sites.
         rounds: number of rounds done.
+        told: a sentence on how many rounds all sites took part in.
     """
     if not answered and not troubles:
         return None
@@ -59,8 +60,8 @@ def attendance(answered: Series, troubles: Sequence[Trouble], rounds: int) -> Se
     return Section(
         "attendance",
         "Drop-outs",
-        f"{summary}. A round continues without the sites that do not answer and without the answers that are not used."
-        + note,
+        f"{summary}. A round goes on without answers that are not used, and without sites that do not answer, unless "
+        f"rounds.require names them. {told}{note}",
         [chart(figure, "Answers by site and round", summary)],
         [Table("attendance-table", "Drop-outs and unused answers", ["event", "site", "time", "reason", "round"], rows, 4)],
     )

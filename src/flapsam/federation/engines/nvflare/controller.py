@@ -5,8 +5,9 @@ import queue
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -72,13 +73,22 @@ class Post:
     tasks: dict[str, Task] = field(default_factory=dict)
     """Open task of each site that has not answered yet."""
 
-    def ask(self, name: str, requests: Iterator[tuple[str, Shareable]], deadline: float) -> Iterator[Received]:
+    def ask(
+        self,
+        name: str,
+        requests: Iterator[tuple[str, Shareable]],
+        patience: Callable[[str], float],
+        awaited: Callable[[str, float], object] = lambda site, seconds: None,
+        remind: float = inf,
+    ) -> Iterator[Received]:
         """Send requests to sites and collect the answers.
 
         Args:
             name: name of the task: ``join``, ``fit``, ``agree``, ``validate``, ``own`` or ``test``.
             requests: each site and its request.
-            deadline: seconds to wait for the answers.
+            patience: seconds to wait for a site's answer.
+            awaited: called once with each site that is still waited for after a while, and the seconds since the request.
+            remind: longest such while in seconds; half of a site's patience if that is shorter.
 
         Yields:
             Each answer as it arrives, also late ones to earlier requests. A site that falls silent or misses the deadline
@@ -94,7 +104,8 @@ class Post:
             INTAKE.expect(site, self.number)
             self.controller.send(task, self.context, targets=[site])
             self.tasks[site] = task
-        until = time.monotonic() + deadline
+        asked = time.monotonic()
+        late: set[str] = set()
         while self.tasks:
             try:
                 received = self.controller.answers.get(timeout=0.05)
@@ -109,8 +120,11 @@ class Post:
             for site in list(self.tasks):
                 if self.controller.silence(site) > GONE_SECONDS:
                     yield self._give_up(site, GONE)
-                elif time.monotonic() > until:
-                    yield self._give_up(site, f"no answer within {deadline:g} s")
+                elif (waited := time.monotonic() - asked) > (most := patience(site)):
+                    yield self._give_up(site, f"no answer within {most:g} s")
+                elif site not in late and waited > min(most / 2, remind):
+                    late.add(site)
+                    awaited(site, waited)
 
     def _give_up(self, site: str, reason: str) -> Received:
         self.controller.cancel_task(self.tasks.pop(site))
@@ -218,7 +232,8 @@ class FlapsamController(Controller):
                 data[PACKETS] = [np.frombuffer(server.proposal, np.uint8)]
                 yield site, data
 
-        for received in post.ask("join", requests(), JOIN_SECONDS):
+        required = server.config.rounds.named
+        for received in post.ask("join", requests(), lambda site: inf if site in required else JOIN_SECONDS):
             if received.problem:
                 server.exclude(received.site, received.problem)
             elif received.number == post.number:
@@ -241,7 +256,10 @@ class FlapsamController(Controller):
                 data[PACKETS] = packets[key]
                 yield site, data
 
-        for received in post.ask(work, requests(), server.config.rounds.deadline):
+        def awaited(site: str, seconds: float) -> None:
+            server.await_answer(site, work, seconds)
+
+        for received in post.ask(work, requests(), server.patience, awaited, server.config.rounds.deadline):
             down = bytes_down.get(received.site, 0)
             if received.problem:
                 # A problem with an earlier request was already reported as a missing answer.

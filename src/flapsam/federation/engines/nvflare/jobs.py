@@ -262,23 +262,36 @@ class RunFollower:
         """Wait for the sites of the next job.
 
         Returns:
-            All sites of the run, or after ``wait`` seconds those that are connected, as soon as they are enough.
+            All sites of the run, or after ``wait`` seconds those that are connected, as soon as they are enough and none is
+            missing that is required.
         """
         chosen = self._chosen(self.admin.kit.card.sites)
-        enough = self.config.rounds.min_sites
         reported: list[str] = []
         since = time.monotonic()
         while True:
             info = self._patiently(lambda session: session.get_system_info())
             connected = sorted(self._chosen([client.name for client in info.client_info or []]))
             missing = sorted(set(chosen) - set(connected))
-            if not missing or (len(connected) >= enough and time.monotonic() - since > self.wait):
+            required = [site for site in missing if site in self.config.rounds.named]
+            enough = not required and len(connected) >= self.config.rounds.enough
+            if not missing or (enough and time.monotonic() - since > self.wait):
                 return connected
             if missing != reported:
-                limit = f" The run starts without them after {self.wait:g} s." if len(connected) >= enough else ""
-                self.observer.say(f"Waiting for {', '.join(missing)}.{limit}")
+                self.observer.say(f"Waiting for {', '.join(missing)}.{self._advice(required, enough)}")
                 reported = missing
             time.sleep(POLL_SECONDS)
+
+    def _advice(self, required: Sequence[str], enough: bool) -> str:
+        """What follows if missing sites stay away."""
+        if enough:
+            return f" The run goes on without them after {self.wait:g} s."
+        if not required:
+            return f" The run needs {self.config.rounds.enough} sites."
+        since = datetime.now().astimezone().strftime("%H:%M")
+        return (
+            f" Since {since}, the run waits for {', '.join(required)} (rounds.require). To go on without, press Ctrl-C "
+            "and run the same command with --set rounds.require=… (a number or names)."
+        )
 
     def _chosen(self, names: Sequence[str]) -> list[str]:
         """The given sites that the run's configuration includes."""
@@ -316,6 +329,27 @@ class RunFollower:
         return any(isinstance(event, RunEnded) for event in self.events)
 
 
+def with_names(config: RunConfig, sites: Sequence[str]) -> RunConfig:
+    """The configuration with the names of all its sites in the place of ``rounds.require: all``.
+
+    Args:
+        config: the configuration.
+        sites: the sites of the federation.
+
+    Raises:
+        FlapsamError: a required site is not among the run's, or more sites are required than there are.
+    """
+    chosen, rounds = sorted(config.data.sites or sites), config.rounds
+    if rounds.require == "all":
+        return config.model_copy(update={"rounds": rounds.model_copy(update={"require": chosen})})
+    unknown = [site for site in rounds.named if site not in chosen]
+    if unknown:
+        raise FlapsamError(f"rounds.require: {unknown[0]} is not a site of this run; its sites are {', '.join(chosen)}")
+    if rounds.enough > len(chosen):
+        raise FlapsamError(f"rounds.require: {rounds.enough} sites are required, and the run has {len(chosen)}; lower it")
+    return config
+
+
 def run(
     config: RunConfig, kit: Path, observer: Observer, *, wait: float = WAIT_SECONDS, from_round: int | None = None
 ) -> Path:
@@ -345,6 +379,7 @@ def run(
     if unknown:
         sites = ", ".join(coordinator.card.sites)
         raise FlapsamError(f"data.sites: unknown site '{unknown[0]}'; the sites of this federation are {sites}")
+    config = with_names(config, coordinator.card.sites)
     if config.rounds.count:
         check_borne(config, len(config.data.sites or coordinator.card.sites))
     if from_round is not None:
