@@ -64,7 +64,7 @@ def measure(answers: int, folder: Path) -> dict[str, Any]:
     hospitals = Hospitals(folder, ["site_a", "site_b", "site_c"], proxied=False)
     hospitals.make_data()
     (folder / "sitecustomize.py").write_text(FLOOD.replace("ANSWERS", str(answers)).replace("SENT", str(folder / "sent")))
-    config = write_run(folder / "run.yaml", hospitals.data, rounds={"count": 2, "deadline": 120})
+    config = write_run(folder / "run.yaml", hospitals.data, rounds={"count": 2, "deadline": 120, "require": 2})
     peak, disk = 0, 0
     try:
         hospitals.start_server()
