@@ -22,7 +22,6 @@ from flapsam.adapters.trained import find_trained
 from flapsam.base.files import write_text
 from flapsam.experiments.calibration import calibrate
 from flapsam.experiments.simulation import divided
-from flapsam.learning.confidence import mean_expected
 from flapsam.learning.familiarity import look
 from flapsam.learning.inference import PredictionOptions
 from flapsam.learning.metrics import mean, score_case
@@ -82,7 +81,7 @@ def measured(run: Path, others: list[Path]) -> dict:
         image, truth = read_pair(case, labels)
         found = model.segment(image, PredictionOptions(confidence=True), site=case.site)
         scores = score_case(case.name, case.site, found.labels, truth.array, None, labels.classes, labels.annotated)
-        dice, expected = mean(scores.dice.values()), mean_expected(found.expected)
+        dice, expected = mean(scores.dice.values()), mean(found.expected)
         if dice is not None and expected is not None:
             told, low, high = confidence.line.dice(expected)
             dices.append((expected, told, dice))

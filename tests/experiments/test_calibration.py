@@ -128,9 +128,34 @@ def test_an_adapter_outside_of_a_run_needs_labelled_cases(run: Path, tmp_path: P
     make_site(tmp_path / "data" / "own", 10, seed=9)
     done = flapsam(capfd, "calibrate", tmp_path / "adapter", "-o", tmp_path / "c", "--data", tmp_path / "data", "--json")
     assert done.code == 0 and json.loads(done.out)["images"] == 10
-    # It was made for an equal adapter, so that the run's takes it, too.
-    arguments = ["-o", tmp_path / "out", "--confidence", tmp_path / "c"]
-    assert flapsam(capfd, "predict", run, tmp_path / "data" / "own" / "images", *arguments).code == 0
+    # It was made for an equal adapter, so that the run's takes it, too. In the adapter's folder, it changes nothing.
+    shutil.copy(tmp_path / "c", tmp_path / "adapter" / "calibration.safetensors")
+    for trained, file in ((run, tmp_path / "c"), (tmp_path / "adapter", tmp_path / "adapter" / "calibration.safetensors")):
+        arguments = ["-o", tmp_path / "out", "--confidence", file]
+        assert flapsam(capfd, "predict", trained, tmp_path / "data" / "own" / "images", *arguments).code == 0
+
+
+def test_labelled_cases_take_the_place_of_the_runs_own(run: Path, tmp_path: Path, capfd):
+    make_site(tmp_path / "data" / "own", 11, seed=9)
+    outcome = flapsam(capfd, "calibrate", run, "-o", tmp_path / "c", "--data", tmp_path / "data", "--json")
+    found = json.loads(outcome.out)
+    assert set(found["points"]) == {f"own/own_{number}" for number in range(11)} and found["images"] == 11
+
+
+def test_a_calibration_holds_for_the_options_that_it_was_made_with(run: Path, tmp_path: Path, capfd):
+    assert flapsam(capfd, "calibrate", run, "-o", tmp_path / "c", "--flips", "x", "--fill").code == 0
+    images = read_config(run / "run.yaml").data.path / "site_0" / "images"
+    plain = ["predict", run, images, "-o", tmp_path / "out", "--confidence", tmp_path / "c"]
+    assert flapsam(capfd, *plain, "--flips", "x", "--fill").code == 0
+    outcome = flapsam(capfd, *plain)
+    assert outcome.code == 2 and "was made with --flips x --fill; predict so, too" in outcome.err
+    own = flapsam(capfd, *plain[:-1], run.with_name("confidence"), "--planes")
+    assert own.code == 2 and "was made without --flips, --planes, --largest and --fill" in own.err
+
+
+def test_a_calibration_that_cannot_be_written_is_refused_before_any_case_is_segmented(run: Path, tmp_path: Path, capfd):
+    outcome = flapsam(capfd, "calibrate", run, "-o", tmp_path)
+    assert (outcome.code, outcome.err) == (2, f"Error: {tmp_path}: this is a folder; name the file to write\n")
 
 
 def test_a_file_that_is_no_calibration_of_the_adapter_is_refused(run: Path, tmp_path: Path, capfd):
@@ -151,6 +176,9 @@ def test_a_file_that_is_no_calibration_of_the_adapter_is_refused(run: Path, tmp_
         "more": ({**tensors, "other": tensors["mean"]}, tree),
         "line": (tensors, {**tree, "line": {}}),
         "later": (tensors, {**tree, "format": 99}),
+        "nobody": (tensors, {**tree, "line": {**tree["line"], "patients": 0}}),
+        "narrow": ({**tensors, "deviations": 0 * tensors["deviations"]}, tree),
+        "spread": (tensors, {**tree, "line": {**tree["line"], "spread": -1.0}}),
         "list": (tensors, []),
         "adapter": (tensors, {**tree, "adapter": "0" * 64}),
     }

@@ -271,7 +271,7 @@ def test_with_a_number_of_required_sites_a_slow_one_is_left_out_after_a_warning(
     (missing,) = read_events(run, "missing")
     assert missing["site"] == "site_b" and awaited[-1]["round"] == 2 and awaited[-1]["time"] < missing["time"]
     # Counts are rounded to multiples of 5, so that each of the three sites has a third.
-    assert "the round goes on without it and its 33% of the training cases" in output
+    assert "the run goes on without it and its 33% of the training cases" in output
     card = (run / "adapter" / "README.md").read_text()
     assert "All 3 sites took part in 1 of 2 rounds. The smallest was round 2, in which 2 of 3 sites took part" in card
 

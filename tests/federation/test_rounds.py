@@ -119,15 +119,14 @@ def test_a_round_is_not_closed_without_the_sites_that_it_requires(require: objec
     with pytest.raises(FlapsamError, match=problem):
         scripted.run(alone)
     assert scripted.server.rounds_done == 0
-    # What was answered is not lost: only the others are asked again.
+    # The next job repeats the round. A site that has answered sends the same again (test_resume.py).
     again = ScriptedRun(tmp_path, count=1, min_sites=1, require=require)
-    assert [site for site in WEIGHTS if again.server.asks(site)] == ["b", "c"]
-    again.run([Answer("b", 0, again.packet("b", 1, 1)), Answer("c", 0, again.packet("c", 1, 1))])
+    again.run([Answer(site, 0, again.packet(site, 1, 1)) for site in WEIGHTS])
     assert again.value == pytest.approx(1) and again.server.rounds_done == 1
 
 
 def test_a_required_site_without_a_weight_holds_up_nobody(tmp_path: Path):
-    scripted = ScriptedRun(tmp_path, count=1, min_sites=1, require=["a", "d"])
+    scripted = ScriptedRun(tmp_path, count=1, min_sites=1, require=["a", "d", "d"])
     scripted.run([Answer("a", 0, scripted.packet("a", 1, 1))])
     assert scripted.server.rounds_done == 1
 

@@ -52,6 +52,17 @@ def test_nothing_is_said_of_the_order_where_slices_do_not_tell_it():
     assert len(Familiar.of(looks).order) and not len(Familiar.of(mixed).order)
 
 
+def test_images_of_one_patient_do_not_vouch_for_one_another():
+    """Each patient has three equal images. Judged by one another, all of them would seem to be alike."""
+    rng = np.random.default_rng(8)
+    ones = [image(rng) for _ in range(20)]
+    thrice = [Look(one.features, one.places, one.spacing, f"patient {n}") for n, one in enumerate(ones) for _ in range(3)]
+    unnamed = [Look(one.features, one.places, one.spacing) for one in thrice]
+    assert Familiar.of(thrice).usual[0, 1] > Familiar.of(unnamed).usual[0, 1]
+    new = [image(rng) for _ in range(200)]
+    assert sum(bool(Familiar.of(thrice).unusual(one)) for one in new) <= 6
+
+
 def test_another_spacing_is_unusual(familiar: Familiar):
     rng = np.random.default_rng(6)
     known = image(rng)

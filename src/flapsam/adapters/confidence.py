@@ -5,20 +5,23 @@ The file holds statistics of the images and scores that it was made from, and th
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from flapsam.adapters.model import Model
+from flapsam.adapters.store import CARD, PEFT_CONFIG, PEFT_WEIGHTS, PLAIN_WEIGHTS
 from flapsam.base.errors import FlapsamError, too_new
 from flapsam.base.files import check_file, written_whole
-from flapsam.learning.confidence import Line, mean_expected
+from flapsam.learning.confidence import FEWEST, Line
 from flapsam.learning.familiarity import Familiar, look
+from flapsam.learning.inference import PredictionOptions
+from flapsam.learning.metrics import mean
 from flapsam.volumes import Volume
 
 FORMAT = 1
@@ -52,6 +55,8 @@ class _Description(BaseModel):
     """SHA-256 of the adapter's tensors and description."""
     line: dict[str, float]
     classes: list[str]
+    options: dict[str, str | bool]
+    """The prediction's options that change probabilities or label maps."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ class Confidence:
     classes: Sequence[str]
     line: Line
     familiar: Familiar
+    options: PredictionOptions = field(default_factory=PredictionOptions)
+    """The options that the calibration predicted with."""
     digest: str = ""
     """SHA-256 of the file that it was read from."""
 
@@ -77,25 +84,32 @@ class Confidence:
         """
         image = look(model.network, volume, model.card.samples, precision=model.precision, site=site)
         unusual = tuple(self.familiar.unusual(image))
-        value = None if unusual else mean_expected(expected)
+        value = None if unusual else mean(expected)
         return CaseConfidence(*(self.line.dice(value) if value is not None else (None, None, None)), unusual)
 
     def write(self, path: Path) -> None:
         """Write the file, completely or not at all."""
-        tree = {"format": FORMAT, "adapter": self.adapter, "line": asdict(self.line), "classes": list(self.classes)}
+        tree = {
+            "format": FORMAT,
+            "adapter": self.adapter,
+            "line": asdict(self.line),
+            "classes": list(self.classes),
+            "options": _plain(self.options),
+        }
         with written_whole(path) as temporary:
             save_file(self.familiar.tensors(), temporary, metadata={DESCRIPTION: json.dumps(tree)})
 
 
-def read_confidence(path: Path, adapter: Path) -> Confidence:
-    """Read a calibration and check that it belongs to an adapter.
+def read_confidence(path: Path, adapter: Path, options: PredictionOptions = PredictionOptions()) -> Confidence:
+    """Read a calibration and check that it belongs to an adapter and to a way of predicting.
 
     Args:
         path: the calibration's file.
         adapter: the adapter's folder.
+        options: the options of the prediction.
 
     Raises:
-        FlapsamError: the file is missing, damaged or of a later version, or belongs to another adapter.
+        FlapsamError: the file is missing, damaged or of a later version, or belongs to another adapter or to other options.
     """
     check_file(path)
     broken = FlapsamError(f"{path}: is not a calibration; make one with flapsam calibrate")
@@ -109,20 +123,39 @@ def read_confidence(path: Path, adapter: Path) -> Confidence:
             line = Line(**{**description.line, "patients": int(description.line["patients"])})
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
         raise broken from error
-    if not familiar.fits() or not all(np.isfinite(list(asdict(line).values()))):
+    if not familiar.fits() or not _is_possible(line):
         raise broken
     if description.adapter != checksum_of(adapter):
         raise FlapsamError(f"{path}: was made for another adapter than {adapter}; run flapsam calibrate on this one")
-    return Confidence(
-        description.adapter, description.classes, line, familiar, hashlib.sha256(path.read_bytes()).hexdigest()
-    )
+    if description.options != _plain(options):
+        chosen = [
+            f"--{name}" if value is True else f"--{name} {value}" for name, value in description.options.items() if value
+        ]
+        made = f"with {' '.join(chosen)}" if chosen else "without --flips, --planes, --largest and --fill"
+        raise FlapsamError(f"{path}: was made {made}; predict so, too, or calibrate again with the same options")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Confidence(description.adapter, description.classes, line, familiar, options, digest)
 
 
 def checksum_of(adapter: Path) -> str:
     """SHA-256 of an adapter's tensors and description, without its model card."""
     digest = hashlib.sha256()
-    for path in sorted(adapter.iterdir()):
-        if path.suffix in (".safetensors", ".json"):
-            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+    for name in (CARD, PEFT_CONFIG, PEFT_WEIGHTS, PLAIN_WEIGHTS):
+        if (path := adapter / name).exists():
+            digest.update(f"{name} {path.stat().st_size}\n".encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def _plain(options: PredictionOptions) -> dict[str, str | bool]:
+    """The options that change probabilities or label maps."""
+    return {name: getattr(options, name) for name in ("flips", "planes", "largest", "fill")}
+
+
+def _is_possible(line: Line) -> bool:
+    """Whether numbers from a file can be those of a line."""
+    return (
+        all(map(math.isfinite, asdict(line).values()))
+        and line.patients >= FEWEST
+        and min(line.slope, line.spread, line.error) >= 0
+    )

@@ -92,11 +92,11 @@ def predict(
 
     Raises:
         FlapsamError: there is no adapter or no image, the output folder cannot be written, or ``confidence`` is no
-            calibration of this adapter. An image that cannot be
+            calibration of this adapter and these options. An image that cannot be
             segmented raises nothing. It is listed in ``Predictions.failed``.
     """
     adapter = find_trained(trained)
-    judge = read_confidence(confidence, adapter.folder) if confidence else None
+    judge = read_confidence(confidence, adapter.folder, options) if confidence else None
     left_out: list[LeftOut] = []
     if split is None:
         jobs, left_out = find_images(images, adapter, series=series, output=output)

@@ -131,7 +131,9 @@ def run(
     config: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Configuration of the run, as for `flapsam simulate`.")],
     kit: CoordinatorKit = COORDINATOR,
     assignments: Assignments = None,
-    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for missing sites before starting without them.")] = 60,
+    wait: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait for missing sites that rounds.require leaves out.")
+    ] = 60,
     from_round: FromRound = None,
     track: Track = None,
     quiet: Quiet = False,
@@ -144,7 +146,7 @@ def run(
     from flapsam.report.tracking import tracked
 
     configuration = read_federated_config(config, assignments or [])
-    advice = "The run continues at the server. Run the same command to follow it, or flapsam federation stop to stop it."
+    advice = "Rounds that have begun go on at the server. Run the same command to follow them, or flapsam federation stop."
     with interruptible(advice) as shown, tracked(shown, track or [], warn) as observer:
         adapter = follow(configuration, kit, observer, wait=wait, from_round=from_round)
     if as_json:

@@ -126,8 +126,12 @@ def calibrate(
     trained: TrainedArgument,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Calibration to write.")],
     data: Annotated[
-        Path | None, typer.Option("--data", help="Folder of labelled cases, if it is not where the run found it.")
+        Path | None, typer.Option("--data", help="Folder of labelled cases that the adapter was not trained on.")
     ] = None,
+    flips: Annotated[str, typer.Option(metavar="AXES", help="As in flapsam predict.")] = "",
+    planes: Annotated[bool, typer.Option("--planes", help="As in flapsam predict.")] = False,
+    largest: Annotated[bool, typer.Option("--largest", help="As in flapsam predict.")] = False,
+    fill: Annotated[bool, typer.Option("--fill", help="As in flapsam predict.")] = False,
     checkpoint: Checkpoint = None,
     device: Device = "cpu",
     precision: Annotated[
@@ -139,9 +143,11 @@ def calibrate(
 ) -> None:
     """Learn from labelled cases which Dice to expect of a label map, and which images are usual.
 
-    An adapter of a run is calibrated on the run's validation cases. The file holds statistics of the cases.
+    An adapter of a run is calibrated on the run's validation cases, unless --data names others. The file holds statistics
+    of the cases.
     """
     from flapsam.experiments.calibration import calibrate as learn
+    from flapsam.learning.inference import PredictionOptions
     from flapsam.report import tables
     from flapsam.report.units import number
 
@@ -151,6 +157,7 @@ def calibrate(
             output,
             data,
             checkpoint=checkpoint,
+            options=PredictionOptions(flips, planes, largest, fill),
             device=device,
             precision=precision,
             threads=threads,

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,18 +15,22 @@ from flapsam.adapters.trained import Trained, find_trained
 from flapsam.base.device import set_up_torch
 from flapsam.base.environment import default_threads
 from flapsam.base.errors import FlapsamError
+from flapsam.base.files import check_writable
 from flapsam.experiments.simulation import divided
 from flapsam.learning import confidence, familiarity
-from flapsam.learning.confidence import Line, Reliability, mean_expected
+from flapsam.learning.confidence import Line, Reliability
 from flapsam.learning.familiarity import Familiar, Look, look
 from flapsam.learning.inference import PredictionOptions
-from flapsam.learning.metrics import mean, score_case
+from flapsam.learning.metrics import score_case
 from flapsam.run.config import Checkpoint, Data
 from flapsam.run.observer import Observer
 from flapsam.run.reading import validated
 from flapsam.sites import Case, label_map, read_sites
 from flapsam.sites.pairs import read_pair
-from flapsam.volumes import read_image
+from flapsam.volumes import Volume, read_image
+
+LABELS = {"labels", "site_labels"}
+"""Fields of a run's data that say what label values stand for."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ def calibrate(
     data: Path | None = None,
     *,
     checkpoint: Checkpoint | None = None,
+    options: PredictionOptions = PredictionOptions(),
     device: str = "cpu",
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "auto",
     threads: int | None = None,
@@ -66,22 +71,26 @@ def calibrate(
     """Calibrate an adapter and write the file that ``flapsam predict --confidence`` takes.
 
     An adapter of a run is calibrated on the run's validation cases, and knows the images of its training and validation
-    cases. Any other adapter needs ``data``, of which all cases serve for both.
+    cases. With ``data``, which any other adapter needs, all cases there serve for both.
 
     Args:
         path: the folder of a run or of an adapter.
         output: the file to write.
-        data: folder of labelled cases, if it is not where the run found it.
+        data: folder of labelled cases that the adapter was not trained on.
         checkpoint: the backbone's checkpoint, if the adapter needs one.
+        options: the options that ``flapsam predict`` will be used with.
         device: ``cpu``, ``cuda``, ``mps`` or ``auto``.
         precision: precision of the image encoder, as in ``flapsam predict``.
         threads: number of threads; all cores if None.
         observer: follows the cases.
 
     Raises:
-        FlapsamError: there is no adapter, its data cannot be read, or they are too few.
+        FlapsamError: there is no adapter, its data cannot be read, they are too few, or the file cannot be written.
     """
     observer = observer or Observer()
+    if output.is_dir():
+        raise FlapsamError(f"{output}: this is a folder; name the file to write")
+    check_writable(output.parent)
     trained = find_trained(path)
     set_up_torch(threads or default_threads(), deterministic=True)
     model = load(path, checkpoint=checkpoint, device=device, precision=precision)
@@ -100,10 +109,10 @@ def calibrate(
     observer.begin("calibration", len(cases))
     for place, case in cases.items():
         if place in to_score:
-            looks.append(_score(model, case, labels, found, reliability))
+            looks.append(_score(model, case, labels, options, found, reliability))
         else:
             image = read_image(*case.images)
-            looks.append(look(model.network, image, model.card.samples, precision=model.precision, site=case.site))
+            looks.append(_look(model, image, case))
         observer.step()
     observer.end()
     points = {patient: (_mean(pairs, 0), _mean(pairs, 1)) for patient, pairs in sorted(found.items())}
@@ -115,7 +124,7 @@ def calibrate(
     expected, measured = zip(*points.values(), strict=True)
     line = Line.through(expected, measured)
     familiar = Familiar.of(looks)
-    Confidence(checksum_of(trained.folder), model.card.classes, line, familiar).write(output)
+    Confidence(checksum_of(trained.folder), model.card.classes, line, familiar, options).write(output)
     constant = len(set(expected)) == 1 or len(set(measured)) == 1
     return Calibration(
         line,
@@ -131,36 +140,48 @@ def calibrate(
 
 def _cases(path: Path, trained: Trained, data: Path | None, model: Model) -> tuple[Data, list[Case], list[Case]]:
     """The labels, the cases that are scored, and those whose images are known."""
-    if trained.run is not None:
+    if trained.run is not None and data is None:
         config = trained.run
-        if data is not None:
-            config = config.model_copy(update={"data": config.data.model_copy(update={"path": data})})
         sites = divided(config, read_sites(config.data, config.seed))
         training = [site for site in sites if site.name not in config.data.unseen]
         scored = [case for site in training for case in site.of("val")]
         return config.data, scored, [case for site in training for case in site.of("train")]
     if data is None:
         raise FlapsamError(f"{path}: this adapter lies in no run; name a folder of labelled cases with --data")
-    labels = validated({"path": data, "labels": model.card.labels}, Data, str(data))
+    known = {"labels": model.card.labels} if trained.run is None else trained.run.data.model_dump(include=LABELS)
+    labels = validated({**known, "path": data}, Data, str(data))
     cases = [case for site in read_sites(labels, 0) for case in site.cases]
     return labels, cases, []
 
 
+def _look(model: Model, image: Volume, case: Case) -> Look:
+    patient = f"{case.site}/{case.subject}"
+    return look(model.network, image, model.card.samples, precision=model.precision, site=case.site, patient=patient)
+
+
 def _score(
-    model: Model, case: Case, data: Data, found: dict[str, list[tuple[float, float]]], reliability: Reliability
+    model: Model,
+    case: Case,
+    data: Data,
+    options: PredictionOptions,
+    found: dict[str, list[tuple[float, float]]],
+    reliability: Reliability,
 ) -> Look:
     """Segment a case, add its expected and measured Dice to those of its patient, and return its look."""
     labels = label_map(data, case.site)
     image, truth = read_pair(case, labels)
-    options = PredictionOptions(probabilities=True, confidence=True)
-    prediction = model.segment(image, options, site=case.site)
+    prediction = model.segment(image, replace(options, probabilities=True, confidence=True), site=case.site)
     assert prediction.probabilities is not None
     scores = score_case(case.name, case.site, prediction.labels, truth.array, None, labels.classes, labels.annotated)
-    expected, measured = mean_expected(prediction.expected), mean(scores.dice.values())
-    if expected is not None and measured is not None:
-        found[f"{case.site}/{case.subject}"].append((expected, measured))
-    reliability.add(prediction.probabilities, truth.array)
-    return look(model.network, image, model.card.samples, precision=model.precision, site=case.site)
+    # Over the same classes, of which a site may annotate only some.
+    pairs = zip(prediction.expected, (scores.dice[name] for name in labels.classes), strict=True)
+    known = [(expected, dice) for expected, dice in pairs if expected is not None and dice is not None]
+    if known:
+        found[f"{case.site}/{case.subject}"].append((_mean(known, 0), _mean(known, 1)))
+    # Where not all classes are annotated, only voxels of classes are known, and the truth would decide what counts.
+    if len(labels.annotated) == len(labels.classes):
+        reliability.add(prediction.probabilities, truth.array)
+    return _look(model, image, case)
 
 
 def _rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:

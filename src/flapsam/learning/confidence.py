@@ -69,12 +69,6 @@ def expected_dice(labels: NDArray[np.uint8], probabilities: NDArray[np.uint16]) 
     ]
 
 
-def mean_expected(dices: Sequence[float | None]) -> float | None:
-    """Mean over the classes that have a value; None if none has."""
-    known = [value for value in dices if value is not None]
-    return sum(known) / len(known) if known else None
-
-
 @dataclass(frozen=True)
 class Line:
     """A straight line through patients' points of expected and measured Dice, by least squares."""

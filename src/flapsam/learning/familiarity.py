@@ -51,9 +51,19 @@ class Look:
     """Place of each of these slices in the volume, from 0 to 1."""
     spacing: tuple[float, ...]
     """Voxel spacing in mm: left-right, back-front, foot-head."""
+    patient: str = ""
+    """Who was imaged. Images of one patient are never judged by one another. Empty if nobody else's image is theirs."""
 
 
-def look(network: Sam, volume: Volume, samples: Samples, *, precision: Precision = "fp32", site: str = "") -> Look:
+def look(
+    network: Sam,
+    volume: Volume,
+    samples: Samples,
+    *,
+    precision: Precision = "fp32",
+    site: str = "",
+    patient: str = "",
+) -> Look:
     """Look at up to ``LOOKED_AT`` slices of an image.
 
     Args:
@@ -62,6 +72,7 @@ def look(network: Sam, volume: Volume, samples: Samples, *, precision: Precision
         samples: how it is cut and scaled.
         precision: precision of the image encoder.
         site: the volume's site, which matters where sites clip intensities differently.
+        patient: who was imaged.
     """
     stack = stack_of(volume, samples, site)
     chosen = np.unique(np.linspace(0, len(stack) - 1, LOOKED_AT).round().astype(int)).tolist()
@@ -70,7 +81,7 @@ def look(network: Sam, volume: Volume, samples: Samples, *, precision: Precision
         for part in embeddings(network, stack, chosen, precision=precision)
     ]
     places = np.array(chosen, np.float32) / np.float32(max(len(stack) - 1, 1))
-    return Look(np.concatenate(found), places, tuple(volume.to_canonical().spacing))
+    return Look(np.concatenate(found), places, tuple(volume.to_canonical().spacing), patient)
 
 
 @dataclass(frozen=True)
@@ -98,8 +109,10 @@ class Familiar:
 
     @classmethod
     def of(cls, looks: Sequence[Look]) -> "Familiar":
-        """What at least ``FEWEST`` images look like."""
-        folds = [list(range(first, len(looks), FOLDS)) for first in range(FOLDS)]
+        """What at least ``FEWEST`` images of at least ``FOLDS`` patients look like."""
+        patients = [one.patient or str(number) for number, one in enumerate(looks)]
+        order_of = {patient: place for place, patient in enumerate(dict.fromkeys(patients))}
+        folds = [[number for number, who in enumerate(patients) if order_of[who] % FOLDS == part] for part in range(FOLDS)]
         distances = np.zeros((len(looks), 2))
         orders = np.zeros(len(looks))
         for fold in folds:
@@ -152,9 +165,14 @@ class Familiar:
             "order": (count + 1,) if self.order.size else (0,),
             "spacing": (2, 3),
         }
-        return count > 0 and all(
-            array.dtype == np.float32 and np.isfinite(array).all() and array.shape == shapes.get(name, array.shape)
-            for name, array in self.tensors().items()
+        positive = (self.deviations > 0).all() and (self.rest > 0).all()
+        return (
+            count > 0
+            and bool(positive)
+            and all(
+                array.dtype == np.float32 and np.isfinite(array).all() and array.shape == shapes.get(name, array.shape)
+                for name, array in self.tensors().items()
+            )
         )
 
     def tensors(self) -> dict[str, NDArray[np.float32]]:

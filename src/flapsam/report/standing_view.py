@@ -73,7 +73,7 @@ def event_line(event: Event, standing: CohortStanding | None) -> str:
         case AnswerMissing():
             return f"round {event.round}: no answer from {event.site}: {event.reason}"
         case AnswerAwaited():
-            return f"round {event.round}: {_awaited(event)}"
+            return f"round {event.round}: {_awaited(event)}" if event.round else _awaited(event)
         case SiteExcluded():
             return f"{event.site} does not take part: {event.reason}"
         case CountBounded():
@@ -97,12 +97,12 @@ def event_line(event: Event, standing: CohortStanding | None) -> str:
 
 def _awaited(event: AnswerAwaited) -> str:
     whom = f"{event.site} has not answered for {duration(event.seconds)}"
-    part = f"{event.share:.0%} of the training cases"
+    part = None if event.share is None else f"{event.share:.0%} of the training cases"
     if event.left is not None:
-        return f"{whom}; in {duration(event.left)}, the round goes on without it and its {part}"
+        return f"{whom}; in {duration(event.left)}, the run goes on without it{f' and its {part}' if part else ''}"
     return (
-        f"{whom}. The run waits for it, because it is required (rounds.require) and has {part}. To go on without it, run "
-        "flapsam federation stop, then the same run with --set rounds.require=…"
+        f"{whom}. The run waits for it, because it is required (rounds.require){f' and has {part}' if part else ''}. To go "
+        "on without it, run flapsam federation stop, then the same run with --set rounds.require=…"
     )
 
 

@@ -278,7 +278,8 @@ class Rounds(StrictModel):
     tensors would reveal them to all."""
     require: Literal["all"] | Positive | Annotated[list[Name], Field(min_length=1)] = "all"
     """Between hospitals, the sites without which no round is closed: ``all`` sites of the run, a list of names, or a number,
-    whichever sites they are. The run waits for sites that are named, however long they take."""
+    whichever sites they are. The run waits for sites that are named, however long they take. An answer that is left out of
+    a round for its size has arrived, too."""
     deadline: Annotated[float, Field(gt=0)] = 3600
     """Between hospitals, the number of seconds that a round waits for the answers of sites that are not named in
     ``require``. A site that has taken longer before has three times its longest fit."""
@@ -286,12 +287,12 @@ class Rounds(StrictModel):
     @property
     def named(self) -> list[str]:
         """The sites that are required by name. Between hospitals, the coordinator puts all names in the place of ``all``."""
-        return list(self.require) if isinstance(self.require, list) else []
+        return list(dict.fromkeys(self.require)) if isinstance(self.require, list) else []
 
     @property
     def enough(self) -> int:
-        """Number of sites that must answer before a round is closed."""
-        return max(self.min_sites, self.require if isinstance(self.require, int) else len(self.named))
+        """Number of sites that must answer before a round is closed, whichever they are."""
+        return max(self.min_sites, self.require if isinstance(self.require, int) else 1)
 
 
 class Compression(StrictModel):

@@ -288,13 +288,13 @@ class AnswerAwaited(RoundEvent):
 
     event: Literal["awaited"] = "awaited"
     site: Name
-    work: Literal["fit", "agree", "validate", "own", "test"] = "fit"
+    work: Literal["join", "fit", "agree", "validate", "own", "test"] = "fit"
     seconds: float
     """Seconds since the request."""
     left: float | None
-    """Seconds until the round goes on without the site; None if the site is required."""
-    share: float
-    """The site's share of all training cases."""
+    """Seconds until the run goes on without the site; None if the site is required."""
+    share: float | None
+    """The site's share of all training cases, if it is known."""
 
     repeats = True
 

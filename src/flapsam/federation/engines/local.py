@@ -42,9 +42,9 @@ def run_rounds(
             else:
                 yield Answer(client.data.site, down, scores=answer)
 
-    options = clients[0].config.rounds
+    # Every site of a simulation answers, so there are never too few, and none is waited for.
+    options = clients[0].config.rounds.model_copy(update={"require": "all"})
     if server.collector is None:
-        # Every site of a simulation answers, so there are never too few.
         options = options.model_copy(update={"min_sites": 1})
     steps = sum(map(_steps, clients))
     observer.begin(str(cohort), steps * options.count, steps * server.rounds_done)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
+from typing import Literal
 
 from flapsam.adapters.card import write_model_card
 from flapsam.adapters.store import save_adapter
@@ -88,9 +89,9 @@ class ServerSide:
         self.held: dict[str, int] = {}
         """Sites that take part, each with the last round that its tensors are known to include."""
         self.slowest: dict[str, float] = {}
-        """Site → seconds of its longest fit, from one packet to the next."""
-        for event in self.ledger.events():
-            self._time(event)
+        """Site → seconds from the request to the answer of its longest fit in this job, as the server measured them."""
+        self.excluded: dict[str, str] = {}
+        """Site → reason why it does not take part in this job."""
 
     def admit(self, site: str, answer: bytes) -> None:
         """Let a site take part, or record in the ledger why it does not. Only its first answer counts.
@@ -117,7 +118,8 @@ class ServerSide:
             site: the site's name.
             reason: a code of ``REASONS``, or a sentence.
         """
-        self.ledger.write(SiteExcluded(cohort=TOGETHER, site=site, reason=REASONS.get(reason, reason)))
+        self.excluded[site] = REASONS.get(reason, reason)
+        self.ledger.write(SiteExcluded(cohort=TOGETHER, site=site, reason=self.excluded[site]))
 
     def open(self) -> None:
         """Start or resume the algorithm. Call it once all sites that take part have been admitted.
@@ -158,16 +160,20 @@ class ServerSide:
 
     def _check_required(self) -> None:
         """Check that all sites take part that the run is not to go on without."""
-        reasons = {event.site: event.reason for event in self.ledger.events() if isinstance(event, SiteExcluded)}
         for site in self.config.rounds.named:
             if site not in self.held:
-                reason = reasons.get(site, "it was not connected")
+                reason = self.excluded.get(site, "it was not connected")
                 raise FlapsamError(f"{site} is required (rounds.require) and does not take part: {reason}")
 
-    def share(self, site: str) -> float:
-        """The site's share of all known training cases; of all sites in a private run, in which no counts leave a site."""
-        known = {name: size.cases for name, size in self.known.items() if name in self.held or name == site}
-        return known.get(site, 0) / max(sum(known.values()), 1)
+    def share(self, site: str) -> float | None:
+        """A site's share of the training cases of all sites that take part.
+
+        It is None before they are known, and in a private run, in which no counts leave a site.
+        """
+        known = {name: size.cases for name, size in self.known.items() if name in self.held}
+        if self.config.privacy or site not in known:
+            return None
+        return round(known[site] / sum(known.values()), 4)
 
     def patience(self, site: str) -> float:
         """Seconds to wait for a site's answer; without end for a site that is required."""
@@ -175,18 +181,21 @@ class ServerSide:
             return inf
         return max(self.config.rounds.deadline, TIMES_BEFORE * self.slowest.get(site, 0.0))
 
-    def await_answer(self, site: str, work: Work, seconds: float) -> None:
+    def took(self, site: str, seconds: float) -> None:
+        """Note how long a site took for a fit. It is measured here, because a site could claim anything."""
+        self.slowest[site] = max(self.slowest.get(site, 0.0), seconds)
+
+    def await_answer(self, site: str, work: Work | Literal["join"], seconds: float, left: float) -> None:
         """Record that a site is still waited for.
 
         Args:
             site: the site's name.
             work: what it was asked to do.
             seconds: seconds since then.
+            left: seconds until the run goes on without it; infinite if it is required.
         """
-        number = self.server.rounds_done + (work in ("fit", "agree"))
-        most = self.patience(site)
-        left = None if most == inf else round(most - seconds, 1)
-        about = {"seconds": round(seconds, 1), "left": left, "share": round(self.share(site), 4)}
+        number = 0 if work == "join" else self.server.rounds_done + (work in ("fit", "agree"))
+        about = {"seconds": round(seconds, 1), "left": None if left == inf else round(left, 1), "share": self.share(site)}
         self.ledger.write(AnswerAwaited(cohort=TOGETHER, round=number, site=site, work=work, **about))
 
     def packets(self, site: str, work: Work) -> list[bytes]:
@@ -294,12 +303,7 @@ class ServerSide:
         if isinstance(event, Fitted | Delivered | SiteTested):
             # A site answers only after it has read its packets, so it now has these tensors.
             self.held[event.site] = self.server.rounds_done
-        self._time(event)
         self.ledger.write(event)
-
-    def _time(self, event: Event) -> None:
-        if isinstance(event, Fitted):
-            self.slowest[event.site] = max(self.slowest.get(event.site, 0.0), event.site_seconds or 0.0)
 
     def _join(self) -> None:
         """Let those sites take part whose images have as many modalities as most sites' images have."""

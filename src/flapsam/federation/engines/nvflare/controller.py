@@ -5,6 +5,7 @@ import queue
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from math import inf
@@ -50,7 +51,9 @@ class Received:
     problem: str = ""
     """Why there is no usable answer; empty if there is one."""
     seconds: float | None = None
-    """Seconds that the site took, if known."""
+    """Seconds that the site says it took, if it does."""
+    waited: float = 0.0
+    """Seconds from the request to the answer."""
 
     def take(self) -> bytes:
         """Read the answer and delete its file."""
@@ -78,8 +81,8 @@ class Post:
         name: str,
         requests: Iterator[tuple[str, Shareable]],
         patience: Callable[[str], float],
-        awaited: Callable[[str, float], object] = lambda site, seconds: None,
-        remind: float = inf,
+        awaited: Callable[[str, float, float], object],
+        remind: float,
     ) -> Iterator[Received]:
         """Send requests to sites and collect the answers.
 
@@ -87,8 +90,9 @@ class Post:
             name: name of the task: ``join``, ``fit``, ``agree``, ``validate``, ``own`` or ``test``.
             requests: each site and its request.
             patience: seconds to wait for a site's answer.
-            awaited: called once with each site that is still waited for after a while, and the seconds since the request.
-            remind: longest such while in seconds; half of a site's patience if that is shorter.
+            awaited: called with a site that is still waited for, the seconds since the request, and those that are left:
+                once after half of its patience, or again and again if that has no end.
+            remind: seconds between two such calls.
 
         Yields:
             Each answer as it arrives, also late ones to earlier requests. A site that falls silent or misses the deadline
@@ -105,12 +109,13 @@ class Post:
             self.controller.send(task, self.context, targets=[site])
             self.tasks[site] = task
         asked = time.monotonic()
-        late: set[str] = set()
+        reminded: Counter[str] = Counter()
         while self.tasks:
             try:
                 received = self.controller.answers.get(timeout=0.05)
                 if received.number == self.number:
                     self.tasks.pop(received.site, None)
+                    received = replace(received, waited=time.monotonic() - asked)
                 yield received
                 continue
             except queue.Empty:
@@ -122,13 +127,25 @@ class Post:
                     yield self._give_up(site, GONE)
                 elif (waited := time.monotonic() - asked) > (most := patience(site)):
                     yield self._give_up(site, f"no answer within {most:g} s")
-                elif site not in late and waited > min(most / 2, remind):
-                    late.add(site)
-                    awaited(site, waited)
+                elif is_due(waited, most, remind, reminded[site]):
+                    reminded[site] += 1
+                    awaited(site, waited, most - waited)
 
     def _give_up(self, site: str, reason: str) -> Received:
         self.controller.cancel_task(self.tasks.pop(site))
         return Received(site, self.number, problem=reason)
+
+
+def is_due(waited: float, patience: float, remind: float, reminded: int) -> bool:
+    """Whether it is time to say that a site is still waited for.
+
+    Args:
+        waited: seconds since the request.
+        patience: seconds that the site has in all.
+        remind: seconds between two reminders of a site that has no limit.
+        reminded: number of reminders so far.
+    """
+    return waited > (reminded + 1) * remind if patience == inf else not reminded and waited > patience / 2
 
 
 def forget_data(client_task: ClientTask, fl_ctx: FLContext) -> None:
@@ -232,8 +249,13 @@ class FlapsamController(Controller):
                 data[PACKETS] = [np.frombuffer(server.proposal, np.uint8)]
                 yield site, data
 
-        required = server.config.rounds.named
-        for received in post.ask("join", requests(), lambda site: inf if site in required else JOIN_SECONDS):
+        def patience(site: str) -> float:
+            return inf if site in server.config.rounds.named else JOIN_SECONDS
+
+        def awaited(site: str, seconds: float, left: float) -> None:
+            server.await_answer(site, "join", seconds, left)
+
+        for received in post.ask("join", requests(), patience, awaited, JOIN_SECONDS / 3):
             if received.problem:
                 server.exclude(received.site, received.problem)
             elif received.number == post.number:
@@ -256,8 +278,8 @@ class FlapsamController(Controller):
                 data[PACKETS] = packets[key]
                 yield site, data
 
-        def awaited(site: str, seconds: float) -> None:
-            server.await_answer(site, work, seconds)
+        def awaited(site: str, seconds: float, left: float) -> None:
+            server.await_answer(site, work, seconds, left)
 
         for received in post.ask(work, requests(), server.patience, awaited, server.config.rounds.deadline):
             down = bytes_down.get(received.site, 0)
@@ -266,6 +288,8 @@ class FlapsamController(Controller):
                 if received.number == post.number:
                     yield Answer(received.site, down, missing=received.problem)
             elif work == "fit":
+                if received.number == post.number:
+                    server.took(received.site, received.waited)
                 yield Answer(received.site, down, fitted=received.take(), seconds=received.seconds)
             elif work == "agree":
                 content = received.take()

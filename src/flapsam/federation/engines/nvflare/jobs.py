@@ -139,6 +139,8 @@ class RunFollower:
             FlapsamError: the run cannot be completed.
         """
         folder = self._folder
+        if folder.is_begun:
+            self._check_same_sites(folder)
         run = folder.resume(self.config) if folder.is_begun else folder.begin(self.config)
         self.observer.opened(self.config, [])
         self._read_ledger()
@@ -150,7 +152,7 @@ class RunFollower:
                 job = self._submit(run)
             before = self._rounds()
             outcome = self._watch(job)
-            failures = 0 if self._rounds() > before or outcome == "regroup" else failures + 1
+            failures = 0 if self._rounds() > before or outcome == "regroup" or self._lost(job) else failures + 1
             if failures >= ATTEMPTS:
                 reasons = [event.reason for event in self.events if isinstance(event, JobEnded) and event.reason]
                 reason = f": {reasons[-1]}" if reasons else ""
@@ -175,14 +177,29 @@ class RunFollower:
 
     def _attach(self, run: str) -> Job | None:
         """Find the job of this run that is already running, if any."""
+        job = self._running(run)
+        if job is not None:
+            job.sites = [site for event in self._started(job) for site in event.sites]
+        return job
+
+    def _running(self, run: str) -> Job | None:
+        """The job of this run that is already running, if any, without its sites."""
         info = self._patiently(lambda session: session.get_system_info())
         for running in info.job_info:
             meta = self._patiently(lambda session, job=running.job_id: session.get_job_meta(job))
             if meta.get("name") == job_name(run):
-                job = Job(running.job_id, [], info.server_info.start_time)
-                job.sites = [site for event in self._started(job) for site in event.sites]
-                return job
+                return Job(running.job_id, [], info.server_info.start_time)
         return None
+
+    def _check_same_sites(self, folder: RunFolder) -> None:
+        """Check that a job that is already running waits for the sites that it is now to wait for."""
+        if folder.read_config().rounds.require == self.config.rounds.require:
+            return
+        if self._running(folder.read_environment()["run"]):
+            raise FlapsamError(
+                f"{folder.path}: the run's job began with another rounds.require and keeps to it; run flapsam federation "
+                "stop, then the same command again"
+            )
 
     def _watch(self, job: Job) -> str:
         """Report events until a job is over, and end it early when a site has returned.
@@ -222,6 +239,12 @@ class RunFollower:
     def _end_of(self, job: Job) -> JobEnded | None:
         """The event that a job ended with, or None if it has not."""
         return next((e for e in self.events if isinstance(e, JobEnded) and e.job == job.identity), None)
+
+    def _lost(self, job: Job) -> bool:
+        """Whether a job ended because a required site was gone, for which the next job waits."""
+        events = self.events[self.events.index(started[0]) :] if (started := self._started(job)) else []
+        gone = [e for e in events if isinstance(e, AnswerMissing | SiteExcluded) and e.reason == GONE]
+        return any(event.site in self.config.rounds.named for event in gone)
 
     def _was_stopped(self, job: Job) -> bool:
         """Whether a job was stopped by somebody, and not by a crash of its server."""
@@ -345,8 +368,8 @@ def with_names(config: RunConfig, sites: Sequence[str]) -> RunConfig:
     unknown = [site for site in rounds.named if site not in chosen]
     if unknown:
         raise FlapsamError(f"rounds.require: {unknown[0]} is not a site of this run; its sites are {', '.join(chosen)}")
-    if rounds.enough > len(chosen):
-        raise FlapsamError(f"rounds.require: {rounds.enough} sites are required, and the run has {len(chosen)}; lower it")
+    if isinstance(rounds.require, int) and rounds.require > len(chosen):
+        raise FlapsamError(f"rounds.require: {rounds.require} sites are required, and the run has {len(chosen)}; lower it")
     return config
 
 
