@@ -1,8 +1,10 @@
 """What a site's own file limits, whatever the server asks: settings, cases, rounds, split, scores and memory."""
 
+import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from flapsam.base.errors import FlapsamError
 from flapsam.federation.agreement import SERVER, cut
 from flapsam.federation.hospitals.bounds import cases_used, refusals, steps_of
 from flapsam.federation.hospitals.handshake import Proposal, SiteFailed
-from flapsam.federation.hospitals.journal import Journal
+from flapsam.federation.hospitals.journal import Journal, Verified, verify
 from flapsam.federation.hospitals.run_config import read_federated_config
 from flapsam.federation.hospitals.site_config import SAFE_STRATEGIES, SiteConfig
 from flapsam.federation.hospitals.site_side import SiteSide
@@ -27,6 +29,7 @@ from flapsam.sam import travelling_state
 from flapsam.sam.strategies import STRATEGIES
 from flapsam.sites import Case, Site
 from tests.helpers.adapters import trained
+from tests.helpers.command import flapsam
 from tests.helpers.families import SMALL
 from tests.helpers.reconstruction import ATTACK, make_volumes, proposal_of, site_of
 from tests.helpers.sites import make_sites, write_run
@@ -259,6 +262,95 @@ def test_a_journal_survives_a_crash_and_a_damaged_one_is_named(tmp_path: Path):
     path.write_text("{}\n")
     with pytest.raises(FlapsamError, match="cannot read this journal"):
         Journal(path)
+
+
+def journal_of(path: Path, count: int) -> list[str]:
+    """Write a journal, and return its checksums as they were the newest ones."""
+    heads = []
+    for number in range(count):
+        journal = Journal(path)
+        journal.write("tested", RUN, round=number, tensors="t", left={1: (0.25, None), "b": "é"})
+        heads.append(journal.head)
+    return heads
+
+
+def test_the_checksums_of_a_journal_are_those_of_a_calculation_by_hand(tmp_path: Path):
+    path = tmp_path / "journal.jsonl"
+    heads = journal_of(path, 3)
+    before = "0" * 64
+    for line, head in zip(path.read_text().splitlines(), heads, strict=True):
+        entry = json.loads(line)
+        assert entry.pop("chain") == head
+        before = hashlib.sha256(f"{before} {json.dumps(entry, sort_keys=True)}".encode()).hexdigest()
+        assert before == head
+    assert verify(path, heads[0]) == verify(path) == Verified(3, 0, {"tested": 3}, heads[-1])
+
+
+def edited(lines: list[str], number: int, **fields: object) -> list[str]:
+    """Change fields of one entry, and leave its checksum as it was."""
+    return [json.dumps({**json.loads(line), **fields}) if i == number else line for i, line in enumerate(lines)]
+
+
+@pytest.mark.parametrize(
+    ("attack", "problem"),
+    [
+        (lambda lines: edited(lines, 1, left=None), "line 2 was changed"),
+        (lambda lines: edited(lines, 1, chain="0" * 64), "line 2 was changed"),
+        (lambda lines: [lines[0], *lines[2:]], "line 2 was changed, or a line before it was changed, moved or removed"),
+        (lambda lines: [lines[1], lines[0], *lines[2:]], "line 1 was changed"),
+        (lambda lines: [*lines, lines[-1]], "line 5 was changed"),
+        (lambda lines: [*lines[:2], json.dumps({"what": "fit"}), *lines[2:]], "line 3 was changed"),
+        (lambda lines: lines[:-1], "no entry has the checksum"),
+        (lambda lines: [], "no entry has the checksum"),
+        (lambda lines: [*lines[:1], "{", *lines[1:]], "a line in it is damaged"),
+    ],
+)
+def test_a_changed_journal_is_found(attack: Callable, problem: str, tmp_path: Path):
+    path = tmp_path / "journal.jsonl"
+    noted = journal_of(path, 4)[-1]
+    verify(path, noted)
+    path.write_text("".join(f"{line}\n" for line in attack(path.read_text().splitlines())))
+    with pytest.raises(FlapsamError, match=problem):
+        verify(path, noted)
+
+
+def test_a_journal_that_was_written_again_is_found_by_what_was_noted_and_an_older_one_goes_on(tmp_path: Path):
+    """Who may write the file can make a new one with right checksums. Only a note elsewhere shows it."""
+    path = tmp_path / "journal.jsonl"
+    noted = journal_of(path, 2)[-1]
+    entries = list(map(json.loads, path.read_text().splitlines()))
+    for entry in entries:
+        del entry["chain"]
+    path.unlink()
+    for entry in entries:
+        Journal(path).write(**{**entry, "left": "something else"})
+    assert verify(path).entries == 2
+    with pytest.raises(FlapsamError, match="written again since it was noted"):
+        verify(path, noted)
+    # Earlier versions wrote no checksums. New entries cover what was there.
+    path.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
+    Journal(path).write("fit", RUN, answer="a")
+    found = verify(path)
+    assert (found.entries, found.unchained) == (3, 2)
+    path.write_text(path.read_text().replace('"round": 1', '"round": 7'))
+    with pytest.raises(FlapsamError, match="line 3 was changed, or a line before it"):
+        verify(path)
+
+
+def test_an_administrator_reads_and_verifies_the_journal(tmp_path: Path, capfd):
+    site = site_config(tmp_path)
+    (tmp_path / "site.yaml").write_text(f"data: {{path: {tmp_path / 'data' / 'site_0'}}}\nstate: {site.state}\n")
+    arguments = ["federation", "journal", tmp_path, "--data", tmp_path / "site.yaml"]
+    nothing = flapsam(capfd, *arguments)
+    assert nothing.code == 2 and "there is no journal yet" in nothing.err
+    head = journal_of(site.journal, 3)[-1]
+    assert flapsam(capfd, *arguments).out == site.journal.read_text()
+    told = flapsam(capfd, *arguments, "--verify")
+    assert told.code == 0 and "3 entries: 3 × tested" in told.out and f"The newest is {head}" in told.out
+    assert json.loads(flapsam(capfd, *arguments, "--noted", head, "--json").out)["head"] == head
+    site.journal.write_text(site.journal.read_text().replace("0.25", "0.75", 1))
+    changed = flapsam(capfd, *arguments, "--noted", head)
+    assert changed.code == 2 and "line 1 was changed" in changed.err and "Traceback" not in changed.err
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")

@@ -1,6 +1,7 @@
 """``flapsam federation``: runs between hospitals."""
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -99,6 +100,39 @@ def key(kit: KitArgument, data: SiteConfigOption = None, as_json: Json = False) 
         return print_json({name: public})
     out.print(f"{name}: {public}", soft_wrap=True)
     say("The other sites enter this line in site.yaml, under secure.partners. Give it to them by a way that you trust.")
+
+
+@app.command()
+def journal(
+    kit: KitArgument,
+    data: SiteConfigOption = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Check the checksum of every entry.")] = False,
+    noted: Annotated[
+        str | None, typer.Option("--noted", metavar="CHECKSUM", help="Newest checksum of an earlier time; implies --verify.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what runs asked of a site and what left it, or check that nobody has changed this journal."""
+    from dataclasses import asdict
+
+    from flapsam.base.files import read_text
+    from flapsam.federation.hospitals.journal import verify as check_chain
+    from flapsam.federation.hospitals.site_config import read_site_config
+
+    path = read_site_config(data or kit / "site.yaml").journal
+    if not path.exists():
+        raise FlapsamError(f"{path}: there is no journal yet; a site writes it once it has been asked to take part in a run")
+    found = check_chain(path, noted) if verify or noted else None
+    if as_json:
+        return print_json(asdict(found) if found else [json.loads(line) for line in read_text(path).splitlines()])
+    if found is None:
+        for line in read_text(path).splitlines():
+            say(line)
+        return None
+    earlier = f", of which the first {found.unchained} are from a version without checksums" if found.unchained else ""
+    say(f"{found.entries} entries{earlier}: " + ", ".join(f"{count} × {kind}" for kind, count in found.kinds.items()))
+    say(f"Every checksum is right. The newest is {found.head}")
+    say("Note it elsewhere. With --noted, this command later finds out whether entries were removed or written again since.")
 
 
 @app.command()

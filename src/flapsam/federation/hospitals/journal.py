@@ -1,14 +1,39 @@
-"""A site's journal: what runs asked of it, what it answered, and what it refused. It never leaves the site."""
+"""A site's journal: what runs asked of it, what it answered, and what it refused. It never leaves the site.
 
+Every entry holds a checksum of itself and of all entries before it. Whoever notes the newest checksum elsewhere can find out
+later whether the journal was changed since.
+"""
+
+import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from flapsam.base.errors import FlapsamError
-from flapsam.base.files import make_folder
+from flapsam.base.files import make_folder, read_text
+
+CHAIN = "chain"
+"""Field of an entry that holds the checksum."""
+START = "0" * 64
+"""What stands in the place of a checksum before the first entry."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A journal whose checksums are right."""
+
+    entries: int
+    unchained: int
+    """Number of entries at its beginning that an earlier version wrote without checksums."""
+    kinds: dict[str, int]
+    """Kind of an entry → number."""
+    head: str
+    """The newest checksum, which stands for the whole journal."""
 
 
 class Journal:
@@ -38,8 +63,10 @@ class Journal:
             if whole != content:
                 # A crash has cut off the last entry. What it was about had not left the site.
                 os.truncate(path, len(whole))
+            self.head = START
             for entry in map(json.loads, whole.splitlines()):
                 self._count(entry)
+                self.head = entry.get(CHAIN) or link(self.head, entry)
         except (ValueError, LookupError, TypeError, OSError) as error:
             raise FlapsamError(
                 f"{path}: cannot read this journal; move it elsewhere, then max_rounds and max_tests start at 0. Keep "
@@ -58,6 +85,9 @@ class Journal:
             FlapsamError: the entry cannot be written.
         """
         entry = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "what": what, "run": run, **fields}
+        # As it will be read, in which tuples are lists and all keys are texts.
+        entry = json.loads(json.dumps(entry))
+        entry[CHAIN] = head = link(self.head, entry)
         make_folder(self.path.parent)
         try:
             with self.path.open("ab") as file:
@@ -72,6 +102,7 @@ class Journal:
                     raise
         except OSError as error:
             raise FlapsamError(f"{self.path}: cannot be written ({error.strerror or error})") from error
+        self.head = head
         self._count(entry)
 
     def _count(self, entry: Mapping[str, Any]) -> None:
@@ -83,3 +114,40 @@ class Journal:
             self.scores[entry["run"], entry["round"], entry["tensors"]] = entry["left"]
         elif entry["what"] == "tested":
             self.tests[entry["run"], entry["round"], entry["tensors"]] = entry["left"]
+
+
+def link(before: str, entry: Mapping[str, Any]) -> str:
+    """SHA-256 of the checksum before an entry and of the entry's other fields."""
+    fields = {name: value for name, value in entry.items() if name != CHAIN}
+    return hashlib.sha256(f"{before} {json.dumps(fields, sort_keys=True)}".encode()).hexdigest()
+
+
+def verify(path: Path, noted: str | None = None) -> Verified:
+    """Check every checksum of a journal.
+
+    Args:
+        path: the file.
+        noted: a checksum that was the newest one once. It must still be among the journal's.
+
+    Raises:
+        FlapsamError: the file cannot be read, or entries were changed, moved or removed.
+    """
+    try:
+        lines = read_text(path).splitlines()
+        entries: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        kinds = Counter(str(entry["what"]) for entry in entries)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise FlapsamError(f"{path}: cannot read this journal; a line in it is damaged, or it is missing") from error
+    heads, unchained = [START], 0
+    for number, entry in enumerate(entries, start=1):
+        heads.append(link(heads[-1], entry))
+        if CHAIN not in entry and unchained == number - 1:
+            unchained = number
+        elif entry.get(CHAIN) != heads[-1]:
+            raise FlapsamError(f"{path}: line {number} was changed, or a line before it was changed, moved or removed")
+    if noted is not None and noted not in heads[1:]:
+        raise FlapsamError(
+            f"{path}: no entry has the checksum {noted}; entries were removed from the end, or all of the journal was "
+            "written again since it was noted"
+        )
+    return Verified(len(entries), unchained, dict(kinds), heads[-1])
