@@ -1,4 +1,4 @@
-"""Does the Dice to expect rank cases by their Dice, and are other images found to be unusual, without false alarms?
+"""Does the expected Dice rank cases by their Dice, and are other images found to be unusual, without false alarms?
 
     python benchmarks/confidence.py RUN --name NAME --other FOLDER --other FOLDER
 
@@ -127,7 +127,7 @@ def table(rows: dict[str, dict]) -> str:
     lines = [
         "# Confidence",
         "",
-        "`python benchmarks/confidence.py RUN` writes a column. The Dice to expect was learned on validation cases, and",
+        "`python benchmarks/confidence.py RUN` writes a column. The expected Dice was learned on validation cases, and",
         "everything below was measured on test cases. Intervals are 95 % bootstraps over cases.",
         "",
         "| | " + " | ".join(names) + " |",
@@ -139,7 +139,7 @@ def table(rows: dict[str, dict]) -> str:
             "rank correlation of expected and true Dice",
             lambda row: "{:.2f} ({:.2f} to {:.2f})".format(row["rank correlation"], *row["rank interval"]),
         ),
-        line("mean error of the Dice to expect", lambda row: f"{row['mean error']:.3f}"),
+        line("mean error of the expected Dice", lambda row: f"{row['mean error']:.3f}"),
         line("true Dice inside the 95 % interval", lambda row: f"{row['inside the interval']:.0%}"),
         line("expected calibration error of voxels", lambda row: f"{row['calibration error']:.3f}"),
         *(line(f"flagged: {kind}", flagged(kind)) for kind in kinds),

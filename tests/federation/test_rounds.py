@@ -108,8 +108,8 @@ def test_a_round_with_too_few_answers_is_repeated(tmp_path: Path):
 @pytest.mark.parametrize(
     ("require", "problem"),
     [
-        (["a", "b"], r"round 1: b did not answer and is required \(rounds\.require\)"),
-        (["b", "c"], r"round 1: b, c did not answer and are required"),
+        (["a", "b"], r"round 1: there is no usable answer of b, required by rounds\.require"),
+        (["b", "c"], r"round 1: there is no usable answer of b, c, required"),
         (2, r"round 1: too few sites answered: 1 of at least 2 \(rounds\.require\)"),
     ],
 )

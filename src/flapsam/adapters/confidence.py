@@ -1,4 +1,4 @@
-"""What a calibration knows of an adapter: the Dice to expect of a segmentation, and what familiar images look like.
+"""What a calibration knows of an adapter: the expected Dice of a segmentation, and what familiar images look like.
 
 The file holds statistics of the images and scores that it was made from, and the checksum of the adapter that it belongs to.
 """
@@ -79,7 +79,7 @@ class Confidence:
         Args:
             model: the network that segmented it.
             volume: the image.
-            expected: Dice to expect of each class by the probabilities alone.
+            expected: Expected Dice of each class by the probabilities alone.
             site: the image's site, which matters where sites clip intensities differently.
         """
         image = look(model.network, volume, model.card.samples, precision=model.precision, site=site)

@@ -65,7 +65,7 @@ def predict(
     ] = False,
     confidence: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Calibration from flapsam calibrate, to tell the Dice to expect of each image."),
+        typer.Option(metavar="FILE", help="Calibration from flapsam calibrate, to tell the expected Dice of each image."),
     ] = None,
     dicom_seg: Annotated[
         bool, typer.Option(help="For DICOM images, write a DICOM segmentation beside the NIfTI file.")
@@ -141,7 +141,7 @@ def calibrate(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Learn from labelled cases which Dice to expect of a label map, and which images are usual.
+    """Learn from labelled cases a label map's expected Dice, and which images are usual.
 
     An adapter of a run is calibrated on the run's validation cases, unless --data names others. The file holds statistics
     of the cases.

@@ -108,8 +108,8 @@ def _check_answered(server: Server, number: int, answered: Collection[str], opti
     lacking = [site for site in options.named if site not in answered and server.shares.get(site, 0) > 0]
     if lacking:
         raise FlapsamError(
-            f"round {number}: {', '.join(lacking)} did not answer and {'is' if len(lacking) == 1 else 'are'} required "
-            "(rounds.require); see the ledger for the reasons"
+            f"round {number}: there is no usable answer of {', '.join(lacking)}, required by rounds.require; see the ledger "
+            "for the reasons"
         )
     if len(answered) < options.enough:
         field = "rounds.min_sites" if options.enough == options.min_sites else "rounds.require"

@@ -1,4 +1,4 @@
-"""How certain a segmentation is: by voxel, and for a case as the Dice to expect."""
+"""How certain a segmentation is: by voxel, and for a case as an expected Dice."""
 
 import math
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def entropy(probabilities: NDArray[np.uint16]) -> NDArray[np.uint8]:
 
 
 def expected_dice(labels: NDArray[np.uint8], probabilities: NDArray[np.uint16]) -> list[float | None]:
-    """The Dice to expect of each class if the probabilities are right: 2·Σp(in the label map) / (voxels + Σp).
+    """The expected Dice of each class if the probabilities are right: 2·Σp(in the label map) / (voxels + Σp).
 
     This is the soft Dice confidence of Borges, Pacheco and Silva 2025 (arXiv 2402.10665), for one class at a time.
 

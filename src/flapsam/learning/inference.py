@@ -66,7 +66,7 @@ class PredictionOptions:
     uncertainty: bool = False
     """Return the entropy of every voxel's probabilities, too."""
     confidence: bool = False
-    """Return the Dice to expect of every class, too."""
+    """Return the expected Dice of every class, too."""
 
     def __post_init__(self) -> None:
         """Raise FlapsamError for an unknown axis."""
@@ -87,7 +87,7 @@ class Prediction:
     uncertainty: NDArray[np.uint8] | None = None
     """Entropy (i, j, k) of the probabilities, where 255 stands for equal ones."""
     expected: Sequence[float | None] = ()
-    """Dice to expect of each class, from ``expected_dice``."""
+    """Expected Dice of each class, from ``expected_dice``."""
 
 
 def predict_volume(

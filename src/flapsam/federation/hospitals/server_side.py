@@ -14,6 +14,7 @@ from flapsam.base.files import alone, write_text
 from flapsam.federation.borne import false_sites_borne
 from flapsam.federation.hospitals.evaluation import adapters_of, tensors_for
 from flapsam.federation.hospitals.handshake import (
+    GONE,
     LIMIT,
     REASONS,
     Presence,
@@ -35,6 +36,7 @@ from flapsam.run.folder import RunFolder
 from flapsam.run.ledger import (
     TOGETHER,
     AnswerAwaited,
+    AnswerMissing,
     CountBounded,
     Delivered,
     Event,
@@ -48,7 +50,7 @@ from flapsam.run.ledger import (
 from flapsam.run.site_scores import SiteScores
 
 TIMES_BEFORE = 3
-"""How many times its longest fit a site may take, if that is longer than the deadline."""
+"""How many times its longest fit a site may take, if that is longer than the deadline, and at most how many deadlines."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,8 @@ class ServerSide:
         """Seconds to wait for a site's answer; without end for a site that is required."""
         if site in self.config.rounds.named:
             return inf
-        return max(self.config.rounds.deadline, TIMES_BEFORE * self.slowest.get(site, 0.0))
+        deadline = self.config.rounds.deadline
+        return max(deadline, TIMES_BEFORE * min(self.slowest.get(site, 0.0), deadline))
 
     def took(self, site: str, seconds: float) -> None:
         """Note how long a site took for a fit. It is measured here, because a site could claim anything."""
@@ -205,9 +208,11 @@ class ServerSide:
     def asked(self, work: Work) -> list[str]:
         """The sites that have a part in some work."""
         if work == "test":
-            number = self.server.rounds_done
-            done = {e.site for e in self.ledger.events() if isinstance(e, SiteTested) and e.round == number}
+            done = self._reached(SiteTested)
             return [site for site in self.held if site not in done]
+        if work == "validate":
+            reached = self._reached(Delivered)
+            return [site for site in self.held if site not in reached]
         return [site for site in self.held if work not in ("fit", "agree") or self.server.asks(site)]
 
     def read_scores(self, answer: bytes) -> dict[str, float | None] | None:
@@ -273,15 +278,33 @@ class ServerSide:
             if stopped() and self.server.rounds_done < self.config.rounds.count:
                 return False
         deliver(self.server, TOGETHER, carry, self._record)
+        self._check_reached(Delivered, "has not received the adapter")
         card = card_of(self.run, TOGETHER.mode, self.server.rounds_done, self._with_modalities(), self.origin)
         folder = self.folder.adapter(TOGETHER)
         save_adapter(folder, card, {**self.agreement.personal, **self.server.tensors})
         if has_own_adapters(self.config):
             keep_own(self.server, TOGETHER, carry, self._record)
         test(self.server, TOGETHER, carry, self._record)
+        self._check_reached(SiteTested, "has not scored the adapter")
         write_model_card(folder, card, TOGETHER, self.ledger.events())
         self.ledger.write(RunEnded())
         return True
+
+    def _reached(self, kind: type[Delivered | SiteTested]) -> set[str]:
+        """The sites that have received or scored the result of the last round."""
+        number = self.server.rounds_done
+        return {e.site for e in self.ledger.events() if isinstance(e, kind) and e.round == number}
+
+    def _check_reached(self, kind: type[Delivered | SiteTested], problem: str) -> None:
+        """Check that no required site is gone before the run ends. One that answers that it cannot do it is in the ledger.
+
+        Raises:
+            FlapsamError: a required site is gone. The next job asks it again.
+        """
+        last = {e.site: e.reason for e in self.ledger.events() if isinstance(e, AnswerMissing)}
+        for site in self.config.rounds.named:
+            if site in self.held and site not in self._reached(kind) and last.get(site) == GONE:
+                raise FlapsamError(f"{site} is required (rounds.require) and {problem}, because {GONE}")
 
     def _evaluate(self, carry: Carry) -> bool:
         """Have the sites test the adapters of an evaluation, one after another.

@@ -33,6 +33,8 @@ from flapsam.federation.rounds import Answer, Work
 from flapsam.run.folder import RunFolder
 from flapsam.run.ledger import TOGETHER, JobEnded, JobStarted
 
+LEAST_REMINDER = 5
+"""Smallest number of seconds between two reminders of a required site."""
 JOIN_SECONDS = 900
 """Deadline of the handshake. It is long, because a site unpacks its volumes before it answers."""
 GONE_SECONDS = 2 * HEARTBEAT_SECONDS
@@ -149,8 +151,14 @@ def is_due(waited: float, patience: float, remind: float, reminded: int) -> bool
 
 
 def forget_data(client_task: ClientTask, fl_ctx: FLContext) -> None:
-    """Release a packet's memory once it is sent. NVFLARE would keep it until the answer arrives."""
-    client_task.task.data = Shareable()
+    """Release a packet's memory once it is sent. NVFLARE would keep it until the answer arrives.
+
+    The number stays. If NVFLARE sends the request again, because it was lost on the way, the site then answers that it
+    cannot use it, and the answer is recognised as one to this request.
+    """
+    empty = Shareable()
+    empty[NUMBER] = client_task.task.data.get(NUMBER)
+    client_task.task.data = empty
 
 
 class Aborted(Exception):  # noqa: N818 (nothing is wrong)
@@ -281,7 +289,8 @@ class FlapsamController(Controller):
         def awaited(site: str, seconds: float, left: float) -> None:
             server.await_answer(site, work, seconds, left)
 
-        for received in post.ask(work, requests(), server.patience, awaited, server.config.rounds.deadline):
+        remind = max(server.config.rounds.deadline, LEAST_REMINDER)
+        for received in post.ask(work, requests(), server.patience, awaited, remind):
             down = bytes_down.get(received.site, 0)
             if received.problem:
                 # A problem with an earlier request was already reported as a missing answer.

@@ -152,10 +152,10 @@ class RunFollower:
                 job = self._submit(run)
             before = self._rounds()
             outcome = self._watch(job)
-            failures = 0 if self._rounds() > before or outcome == "regroup" or self._lost(job) else failures + 1
+            failures = 0 if self._rounds() > before or outcome == "regroup" or self._is_away(job) else failures + 1
             if failures >= ATTEMPTS:
-                reasons = [event.reason for event in self.events if isinstance(event, JobEnded) and event.reason]
-                reason = f": {reasons[-1]}" if reasons else ""
+                end = self._end_of(job)
+                reason = f": {end.reason}" if end and end.reason else ""
                 advice = "see the server's log, then run the same command to resume"
                 raise FlapsamError(f"the run is making no progress{reason}; {advice}")
             job = None
@@ -193,7 +193,8 @@ class RunFollower:
 
     def _check_same_sites(self, folder: RunFolder) -> None:
         """Check that a job that is already running waits for the sites that it is now to wait for."""
-        if folder.read_config().rounds.require == self.config.rounds.require:
+        before, rounds = folder.read_config().rounds, self.config.rounds
+        if (sorted(before.named), before.enough) == (sorted(rounds.named), rounds.enough):
             return
         if self._running(folder.read_environment()["run"]):
             raise FlapsamError(
@@ -240,11 +241,17 @@ class RunFollower:
         """The event that a job ended with, or None if it has not."""
         return next((e for e in self.events if isinstance(e, JobEnded) and e.job == job.identity), None)
 
-    def _lost(self, job: Job) -> bool:
-        """Whether a job ended because a required site was gone, for which the next job waits."""
-        events = self.events[self.events.index(started[0]) :] if (started := self._started(job)) else []
-        gone = [e for e in events if isinstance(e, AnswerMissing | SiteExcluded) and e.reason == GONE]
-        return any(event.site in self.config.rounds.named for event in gone)
+    def _is_away(self, job: Job) -> bool:
+        """Whether a site was gone in a job and is not back yet, so that the next job waits for it. That is no failure."""
+        started = self._started(job)
+        events = self.events[self.events.index(started[0]) :] if started else []
+        gone = {e.site for e in events if isinstance(e, AnswerMissing | SiteExcluded) and e.reason == GONE}
+        if started:
+            gone |= set(self.config.rounds.named) - set(started[0].sites)
+        info = self._patiently(lambda session: session.get_system_info())
+        connected = set(self._chosen([client.name for client in info.client_info or []]))
+        away = gone - connected
+        return bool(away & set(self.config.rounds.named)) or (bool(away) and len(connected) < self.config.rounds.enough)
 
     def _was_stopped(self, job: Job) -> bool:
         """Whether a job was stopped by somebody, and not by a crash of its server."""
@@ -290,7 +297,7 @@ class RunFollower:
         """
         chosen = self._chosen(self.admin.kit.card.sites)
         reported: list[str] = []
-        since = time.monotonic()
+        since, began = time.monotonic(), datetime.now().astimezone()
         while True:
             info = self._patiently(lambda session: session.get_system_info())
             connected = sorted(self._chosen([client.name for client in info.client_info or []]))
@@ -300,17 +307,17 @@ class RunFollower:
             if not missing or (enough and time.monotonic() - since > self.wait):
                 return connected
             if missing != reported:
-                self.observer.say(f"Waiting for {', '.join(missing)}.{self._advice(required, enough)}")
+                self.observer.say(f"Waiting for {', '.join(missing)}.{self._advice(required, enough, began)}")
                 reported = missing
             time.sleep(POLL_SECONDS)
 
-    def _advice(self, required: Sequence[str], enough: bool) -> str:
+    def _advice(self, required: Sequence[str], enough: bool, began: datetime) -> str:
         """What follows if missing sites stay away."""
         if enough:
-            return f" The run goes on without them after {self.wait:g} s."
+            return f" The run goes on without them {self.wait:g} s after it began to wait."
         if not required:
             return f" The run needs {self.config.rounds.enough} sites."
-        since = datetime.now().astimezone().strftime("%H:%M")
+        since = began.strftime("%H:%M")
         return (
             f" Since {since}, the run waits for {', '.join(required)} (rounds.require). To go on without, press Ctrl-C "
             "and run the same command with --set rounds.require=… (a number or names)."
@@ -365,6 +372,8 @@ def with_names(config: RunConfig, sites: Sequence[str]) -> RunConfig:
     chosen, rounds = sorted(config.data.sites or sites), config.rounds
     if rounds.require == "all":
         return config.model_copy(update={"rounds": rounds.model_copy(update={"require": chosen})})
+    if rounds.named:
+        config = config.model_copy(update={"rounds": rounds.model_copy(update={"require": sorted(rounds.named)})})
     unknown = [site for site in rounds.named if site not in chosen]
     if unknown:
         raise FlapsamError(f"rounds.require: {unknown[0]} is not a site of this run; its sites are {', '.join(chosen)}")
@@ -407,8 +416,9 @@ def run(
         check_borne(config, len(config.data.sites or coordinator.card.sites))
     if from_round is not None:
         folder = RunFolder(config.output)
-        folder.resume(config)
+        # Before anything is written: a job of this run may be running.
         with alone(folder.lock, wait=False):
+            folder.resume(config)
             go_back(folder, from_round)
     with AdminLine(coordinator) as admin:
         return RunFollower(config, admin, observer, wait).follow()
