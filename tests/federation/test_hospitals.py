@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterator
 from math import inf
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -13,9 +15,10 @@ from flapsam.base.errors import FlapsamError
 from flapsam.federation.agreement import SERVER
 from flapsam.federation.engines.fit_process import FitProcess
 from flapsam.federation.engines.nvflare.controller import is_due
-from flapsam.federation.engines.nvflare.jobs import with_names
+from flapsam.federation.engines.nvflare.jobs import AdminLine, Job, RunFollower, with_names
 from flapsam.federation.going_back import go_back
 from flapsam.federation.hospitals.handshake import (
+    GONE,
     REASONS,
     Presence,
     Proposal,
@@ -34,6 +37,8 @@ from flapsam.federation.shares import TrainingSize, bounded
 from flapsam.federation.state import ClientState
 from flapsam.run.config import Rounds, RunConfig
 from flapsam.run.folder import RunFolder
+from flapsam.run.ledger import TOGETHER, AnswerMissing, Delivered, JobStarted
+from flapsam.run.observer import Observer
 from flapsam.run.reading import changed, read_config
 from tests.helpers.ledgers import read_events
 from tests.helpers.sites import make_sites, write_run
@@ -234,7 +239,7 @@ def test_a_server_does_not_begin_without_a_site_that_is_required(config: RunConf
     server.exclude("site_2", "data")
     with pytest.raises(FlapsamError, match=r"site_2 is required \(rounds\.require\) and does not take part: its data or"):
         server.open()
-    del server
+    server._lock.close()
     # The coordinator decides to go on without it. Nothing else of the run may change.
     folder = RunFolder(config.output)
     fewer = requiring(config, ["site_0", "site_1"])
@@ -441,6 +446,52 @@ def test_an_agreement_without_initial_tensors_has_the_same_contracts(config: Run
     assert slim.contract.hash == agreement.contract.hash
     assert slim.up("site_0", 1).hash == agreement.up("site_0", 1).hash
     assert all(torch.equal(slim.start[name], torch.zeros_like(tensor)) for name, tensor in agreement.start.items())
+
+
+def test_a_run_does_not_end_while_a_required_site_is_gone_and_has_not_got_the_adapter(config: RunConfig, tmp_path: Path):
+    config = requiring(config, ["site_0", "site_1"])
+    RunFolder(config.output).begin(config)
+    server, valid = ServerSide(config.output), SiteSide("site_0", site_config(tmp_path)).join(propose(config))
+    for site in ("site_0", "site_1"):
+        server.admit(site, valid)
+    server.open()
+    about: dict = {"cohort": TOGETHER, "round": 0}
+    server._record(Delivered(**about, site="site_0", bytes_down=1))
+    server._record(AnswerMissing(**about, site="site_1", work="validate", reason="it refused the server's packet"))
+    # A site that answers that it cannot do it is in the ledger. It would answer the same again.
+    server._check_reached(Delivered, "has not received the adapter")
+    server._record(AnswerMissing(**about, site="site_1", work="validate", reason=GONE))
+    with pytest.raises(FlapsamError, match=r"site_1 is required \(rounds\.require\) and has not received the adapter"):
+        server._check_reached(Delivered, "has not received the adapter")
+    # The next job asks only this site.
+    assert server.asked("validate") == ["site_1"]
+    server._record(Delivered(**about, site="site_1", bytes_down=1))
+    server._check_reached(Delivered, "has not received the adapter")
+
+
+@pytest.mark.parametrize(
+    ("require", "gone", "connected", "away"),
+    [
+        (["a", "b", "c"], ["c"], ["a", "b"], True),
+        (["a", "b", "c"], ["c"], ["a", "b", "c"], False),  # its fits die, or its messages are lost
+        (["a", "b"], ["c"], ["a", "b"], False),
+        (["a", "b"], [], ["a", "b"], False),
+        (3, ["c"], ["a", "b"], True),
+        (2, ["c"], ["a", "b"], False),
+    ],
+)
+def test_a_job_without_a_site_that_is_away_is_no_failure(
+    require: object, gone: list[str], connected: list[str], away: bool, config: RunConfig
+):
+    info = SimpleNamespace(client_info=[SimpleNamespace(name=site) for site in connected])
+    admin = SimpleNamespace(ask=lambda question: info)
+    follower = RunFollower(requiring(config, require), cast(AdminLine, admin), Observer(), 0)
+    follower.events = [
+        AnswerMissing(cohort=TOGETHER, round=1, site="b", reason=GONE),
+        JobStarted(cohort=TOGETHER, job="j", sites=["a", "b", "c"]),
+        *(AnswerMissing(cohort=TOGETHER, round=2, site=site, reason=GONE) for site in gone),
+    ]
+    assert follower._is_away(Job("j", ["a", "b", "c"], 0)) == away
 
 
 @pytest.mark.parametrize(
