@@ -140,7 +140,7 @@ PRIVATE: dict[str, Any] = {
 
 def test_no_private_data_of_a_site_cross_the_wire_or_reach_the_server(hospitals: Hospitals, tmp_path: Path):
     """Covers the run above and a private one in which one site's data are broken, so that there is an error to report."""
-    fields: dict[str, Any] = {**PRIVATE, "rounds": {"count": 2, "steps": 3, "weights": "uniform"}}
+    fields: dict[str, Any] = {**PRIVATE, "rounds": {"count": 2, "steps": 3, "weights": "uniform", "require": 2}}
     config, run = run_of(tmp_path, hospitals, **fields), tmp_path / "run"
     broken = next((hospitals.data / "site_c" / "labels").iterdir())
     whole = broken.read_bytes()
