@@ -14,15 +14,14 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import bootstrap, rankdata
+from scipy.stats import bootstrap
 
-from flapsam.adapters.confidence import Confidence, read_confidence
+from flapsam.adapters.confidence import Confidence, look_of, read_confidence
 from flapsam.adapters.model import Model, load
 from flapsam.adapters.trained import find_trained
 from flapsam.base.files import write_text
-from flapsam.experiments.calibration import calibrate
+from flapsam.experiments.calibration import calibrate, rank_correlation
 from flapsam.experiments.simulation import divided
-from flapsam.learning.familiarity import look
 from flapsam.learning.inference import PredictionOptions
 from flapsam.learning.metrics import mean, score_case
 from flapsam.sites import Case, label_map, read_sites
@@ -57,12 +56,7 @@ def changed(image: Volume) -> Iterator[tuple[str, Volume]]:
 
 def unusual(model: Model, confidence: Confidence, image: Volume, site: str = "") -> bool:
     """Whether an image is flagged."""
-    return bool(confidence.familiar.unusual(look(model.network, image, model.card.samples, site=site)))
-
-
-def rank_correlation(first: NDArray, second: NDArray) -> float:
-    """Spearman's correlation."""
-    return float(np.corrcoef(rankdata(first), rankdata(second))[0, 1])
+    return bool(confidence.familiar.unusual(look_of(model, image, site)))
 
 
 def measured(run: Path, others: list[Path]) -> dict:

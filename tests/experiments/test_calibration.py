@@ -44,7 +44,11 @@ def test_a_calibration_uses_validation_cases_and_knows_training_images(run: Path
     patients = {f"{case.site}/{case.subject}" for site in sites for case in site.of("val")}
     assert set(found["points"]) == patients and len(patients) == found["line"]["patients"]
     assert found["images"] == sum(len(site.of("train", "val")) for site in sites) == 16
-    assert (tmp_path / "again").read_bytes() == run.with_name("confidence").read_bytes()
+    content = (tmp_path / "again").read_bytes()
+    assert content == run.with_name("confidence").read_bytes()
+    # It holds no name of a case or site and no path.
+    names = {name for site in sites for case in site.cases for name in (site.name, case.name, str(case.image.parent))}
+    assert not [name for name in names if name.encode() in content]
     # The measured Dice is that of ``evaluate``.
     out, truth = tmp_path / "out", tmp_path / "truth"
     cases = [case for site in sites for case in site.of("val")]
@@ -171,7 +175,7 @@ def test_a_file_that_is_no_calibration_of_the_adapter_is_refused(run: Path, tmp_
     }
     crafted = {
         "shape": ({**tensors, "deviations": tensors["deviations"][:-1]}, tree),
-        "nan": ({**tensors, "usual": np.full((2, 2), np.nan, np.float32)}, tree),
+        "nan": ({**tensors, "usual": np.full(2, np.nan, np.float32)}, tree),
         "missing": ({name: array for name, array in tensors.items() if name != "mean"}, tree),
         "more": ({**tensors, "other": tensors["mean"]}, tree),
         "line": (tensors, {**tree, "line": {}}),

@@ -39,7 +39,7 @@ from flapsam.run.config import Rounds, RunConfig
 from flapsam.run.folder import RunFolder
 from flapsam.run.ledger import TOGETHER, AnswerMissing, Delivered, JobStarted
 from flapsam.run.observer import Observer
-from flapsam.run.reading import changed, read_config
+from flapsam.run.reading import changed, fingerprint, read_config
 from tests.helpers.ledgers import read_events
 from tests.helpers.sites import make_sites, write_run
 
@@ -240,7 +240,7 @@ def test_a_server_does_not_begin_without_a_site_that_is_required(config: RunConf
     with pytest.raises(FlapsamError, match=r"site_2 is required \(rounds\.require\) and does not take part: its data or"):
         server.open()
     server._lock.close()
-    # The coordinator decides to go on without it. Nothing else of the run may change.
+    # The coordinator decides to continue without it. Nothing else of the run may change.
     folder = RunFolder(config.output)
     fewer = requiring(config, ["site_0", "site_1"])
     with pytest.raises(FlapsamError, match="another configuration"):
@@ -257,6 +257,9 @@ def test_a_server_does_not_begin_without_a_site_that_is_required(config: RunConf
 def test_sites_are_not_told_whom_the_run_waits_for(config: RunConfig):
     """So a site's own record of what it agreed to does not change with it."""
     assert propose(requiring(config, ["site_1"])) == propose(config) == propose(requiring(config, 2))
+    # Nor does a finished cell of a bench count for another run.
+    bare = RunConfig(data=config.data)
+    assert fingerprint(requiring(config, 2)) == fingerprint(config) and fingerprint(requiring(bare, 2)) == fingerprint(bare)
 
 
 def test_a_required_site_has_all_the_time_it_needs_and_others_three_times_their_longest_fit(
@@ -270,8 +273,8 @@ def test_a_required_site_has_all_the_time_it_needs_and_others_three_times_their_
     server.admit("site_1", valid.model_copy(update={"training_cases": 15}).model_dump_json().encode())
     server.open()
     assert (server.patience("site_0"), server.patience("site_1")) == (inf, 100)
-    server.await_answer("site_0", "fit", 12.34, inf)
-    server.await_answer("site_1", "fit", 50, 50)
+    server.await_answer("fit", "site_0", 12.34, inf)
+    server.await_answer("fit", "site_1", 50, 50)
     for seconds in (50.0, 40.0):
         server.took("site_1", seconds)
     assert server.patience("site_1") == 150

@@ -271,7 +271,7 @@ def test_with_a_number_of_required_sites_a_slow_one_is_left_out_after_a_warning(
     warned, missing = (event for event in fits if (event["site"], event["round"]) == ("site_b", 2))
     assert (warned["event"], missing["event"]) == ("awaited", "missing") and warned["time"] < missing["time"]
     # Counts are rounded to multiples of 5, so that each of the three sites has a third.
-    assert "the run goes on without it and its 33% of the training cases" in output
+    assert "the run continues without it and its 33% of the training cases" in output
     card = (run / "adapter" / "README.md").read_text()
     assert "All 3 sites took part in 1 of 2 rounds. The smallest was round 2, in which 2 of 3 sites took part" in card
 

@@ -19,7 +19,7 @@ from flapsam.adapters.store import CARD, PEFT_CONFIG, PEFT_WEIGHTS, PLAIN_WEIGHT
 from flapsam.base.errors import FlapsamError, too_new
 from flapsam.base.files import check_file, written_whole
 from flapsam.learning.confidence import FEWEST, Line
-from flapsam.learning.familiarity import Familiar, look
+from flapsam.learning.familiarity import Familiar, Look, look
 from flapsam.learning.inference import PredictionOptions
 from flapsam.learning.metrics import mean
 from flapsam.volumes import Volume
@@ -54,7 +54,6 @@ class _Description(BaseModel):
     adapter: str
     """SHA-256 of the adapter's tensors and description."""
     line: dict[str, float]
-    classes: list[str]
     options: dict[str, str | bool]
     """The prediction's options that change probabilities or label maps."""
 
@@ -65,7 +64,6 @@ class Confidence:
 
     adapter: str
     """SHA-256 of the adapter, from ``checksum_of``."""
-    classes: Sequence[str]
     line: Line
     familiar: Familiar
     options: PredictionOptions = field(default_factory=PredictionOptions)
@@ -82,8 +80,7 @@ class Confidence:
             expected: Expected Dice of each class by the probabilities alone.
             site: the image's site, which matters where sites clip intensities differently.
         """
-        image = look(model.network, volume, model.card.samples, precision=model.precision, site=site)
-        unusual = tuple(self.familiar.unusual(image))
+        unusual = tuple(self.familiar.unusual(look_of(model, volume, site)))
         value = None if unusual else mean(expected)
         return CaseConfidence(*(self.line.dice(value) if value is not None else (None, None, None)), unusual)
 
@@ -93,11 +90,15 @@ class Confidence:
             "format": FORMAT,
             "adapter": self.adapter,
             "line": asdict(self.line),
-            "classes": list(self.classes),
             "options": _plain(self.options),
         }
         with written_whole(path) as temporary:
             save_file(self.familiar.tensors(), temporary, metadata={DESCRIPTION: json.dumps(tree)})
+
+
+def look_of(model: Model, volume: Volume, site: str = "", patient: str = "") -> Look:
+    """What a model's encoder makes of an image. Site and patient are as in ``look``."""
+    return look(model.network, volume, model.card.samples, precision=model.precision, site=site, patient=patient)
 
 
 def read_confidence(path: Path, adapter: Path, options: PredictionOptions = PredictionOptions()) -> Confidence:
@@ -134,7 +135,7 @@ def read_confidence(path: Path, adapter: Path, options: PredictionOptions = Pred
         made = f"with {' '.join(chosen)}" if chosen else "without --flips, --planes, --largest and --fill"
         raise FlapsamError(f"{path}: was made {made}; predict so, too, or calibrate again with the same options")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Confidence(description.adapter, description.classes, line, familiar, options, digest)
+    return Confidence(description.adapter, line, familiar, options, digest)
 
 
 def checksum_of(adapter: Path) -> str:

@@ -180,7 +180,9 @@ def run(
     from flapsam.report.tracking import tracked
 
     configuration = read_federated_config(config, assignments or [])
-    advice = "Rounds that have begun go on at the server. Run the same command to follow them, or flapsam federation stop."
+    advice = (
+        "Rounds that have begun continue at the server. Run the same command to follow them, or flapsam federation stop."
+    )
     with interruptible(advice) as shown, tracked(shown, track or [], warn) as observer:
         adapter = follow(configuration, kit, observer, wait=wait, from_round=from_round)
     if as_json:

@@ -480,7 +480,7 @@ def _traffic(results: Results) -> tuple[float, float]:
 
 def _exchanged(folder: RunFolder) -> tuple[float, float]:
     """Bytes that a site sends and receives where each sends its own adapter to all others once."""
-    sizes = [size_of(*path.glob("*.safetensors")) for path in folder.adapter(Cohort("local", "SITE")).parent.iterdir()]
+    sizes = [size_of(*path.glob("*.safetensors")) for path in folder.adapter(Cohort("local")).iterdir()]
     return sum(sizes) / len(sizes), sum(sizes) * (len(sizes) - 1) / len(sizes)
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.stats import rankdata
 
-from flapsam.adapters.confidence import Confidence, checksum_of
+from flapsam.adapters.confidence import Confidence, checksum_of, look_of
 from flapsam.adapters.model import Model, load
 from flapsam.adapters.trained import Trained, find_trained
 from flapsam.base.device import set_up_torch
@@ -19,7 +20,7 @@ from flapsam.base.files import check_writable
 from flapsam.experiments.simulation import divided
 from flapsam.learning import confidence, familiarity
 from flapsam.learning.confidence import Line, Reliability
-from flapsam.learning.familiarity import Familiar, Look, look
+from flapsam.learning.familiarity import Familiar, Look
 from flapsam.learning.inference import PredictionOptions
 from flapsam.learning.metrics import score_case
 from flapsam.run.config import Checkpoint, Data
@@ -27,7 +28,7 @@ from flapsam.run.observer import Observer
 from flapsam.run.reading import validated
 from flapsam.sites import Case, label_map, read_sites
 from flapsam.sites.pairs import read_pair
-from flapsam.volumes import Volume, read_image
+from flapsam.volumes import read_image
 
 LABELS = {"labels", "site_labels"}
 """Fields of a run's data that say what label values stand for."""
@@ -95,24 +96,21 @@ def calibrate(
     set_up_torch(threads or default_threads(), deterministic=True)
     model = load(path, checkpoint=checkpoint, device=device, precision=precision)
     labels, scored, known = _cases(path, trained, data, model)
-    to_score = {(case.site, case.name) for case in scored}
-    cases = {(case.site, case.name): case for case in [*known, *scored]}
-    patients = {f"{case.site}/{case.subject}" for case in scored}
-    if len(patients) < confidence.FEWEST or len(cases) < familiarity.FEWEST:
+    patients, images = set(map(_patient, scored)), len(known) + len(scored)
+    if len(patients) < confidence.FEWEST or images < familiarity.FEWEST:
         raise FlapsamError(
-            f"{path}: there are {len(patients)} patients to calibrate on and {len(cases)} images; a calibration needs at "
+            f"{path}: there are {len(patients)} patients to calibrate on and {images} images; a calibration needs at "
             f"least {confidence.FEWEST} patients and {familiarity.FEWEST} images. Name more cases with --data"
         )
     looks: list[Look] = []
     found: dict[str, list[tuple[float, float]]] = defaultdict(list)
     reliability = Reliability()
-    observer.begin("calibration", len(cases))
-    for place, case in cases.items():
-        if place in to_score:
-            looks.append(_score(model, case, labels, options, found, reliability))
-        else:
-            image = read_image(*case.images)
-            looks.append(_look(model, image, case))
+    observer.begin("calibration", images)
+    for case in known:
+        looks.append(look_of(model, read_image(*case.images), case.site, _patient(case)))
+        observer.step()
+    for case in scored:
+        looks.append(_score(model, case, labels, options, found, reliability))
         observer.step()
     observer.end()
     points = {patient: (_mean(pairs, 0), _mean(pairs, 1)) for patient, pairs in sorted(found.items())}
@@ -124,12 +122,12 @@ def calibrate(
     expected, measured = zip(*points.values(), strict=True)
     line = Line.through(expected, measured)
     familiar = Familiar.of(looks)
-    Confidence(checksum_of(trained.folder), model.card.classes, line, familiar, options).write(output)
+    Confidence(checksum_of(trained.folder), line, familiar, options).write(output)
     constant = len(set(expected)) == 1 or len(set(measured)) == 1
     return Calibration(
         line,
         points,
-        None if constant else _rank_correlation(expected, measured),
+        None if constant else rank_correlation(expected, measured),
         reliability.brier,
         reliability.error,
         reliability.table(),
@@ -154,9 +152,8 @@ def _cases(path: Path, trained: Trained, data: Path | None, model: Model) -> tup
     return labels, cases, []
 
 
-def _look(model: Model, image: Volume, case: Case) -> Look:
-    patient = f"{case.site}/{case.subject}"
-    return look(model.network, image, model.card.samples, precision=model.precision, site=case.site, patient=patient)
+def _patient(case: Case) -> str:
+    return f"{case.site}/{case.subject}"
 
 
 def _score(
@@ -177,14 +174,14 @@ def _score(
     pairs = zip(prediction.expected, (scores.dice[name] for name in labels.classes), strict=True)
     known = [(expected, dice) for expected, dice in pairs if expected is not None and dice is not None]
     if known:
-        found[f"{case.site}/{case.subject}"].append((_mean(known, 0), _mean(known, 1)))
+        found[_patient(case)].append((_mean(known, 0), _mean(known, 1)))
     # Where not all classes are annotated, only voxels of classes are known, and the truth would decide what counts.
     if len(labels.annotated) == len(labels.classes):
         reliability.add(prediction.probabilities, truth.array)
-    return _look(model, image, case)
+    return look_of(model, image, case.site, _patient(case))
 
 
-def _rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+def rank_correlation(first: ArrayLike, second: ArrayLike) -> float:
     """Spearman's correlation, which is Pearson's of the ranks."""
     return float(np.corrcoef(rankdata(first), rankdata(second))[0, 1])
 

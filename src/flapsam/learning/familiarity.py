@@ -85,12 +85,8 @@ def look(
 
 
 @dataclass(frozen=True)
-class Familiar:
-    """What known images look like: principal components of their slices, and how far they are from one another.
-
-    An image's distance has two parts, both as logarithms: within the components (Mahalanobis) and away from them. They are
-    compared with those of the known images, each judged by a model of the others.
-    """
+class Components:
+    """Principal components of the slices of some images."""
 
     mean: NDArray[np.float32]
     """Mean of the slices (features,)."""
@@ -100,10 +96,35 @@ class Familiar:
     """Standard deviation along each component."""
     rest: NDArray[np.float32]
     """Mean squared distance of slices from the components, shape (1,)."""
-    usual: NDArray[np.float32]
-    """Mean and largest usual value of both distances of a volume (2, 2)."""
     order: NDArray[np.float32]
     """Weights that tell a slice's place from its components, and a constant; empty if they do not."""
+
+    def distances(self, image: Look) -> NDArray[np.float64]:
+        """Logarithms of an image's mean squared distances, within the components (Mahalanobis) and away from them."""
+        centred = (image.features - self.mean).astype(np.float64)
+        scores = centred @ self.basis.T
+        away = ((centred - scores @ self.basis) ** 2).sum(axis=1).mean() / float(self.rest[0])
+        within = ((scores / self.deviations) ** 2).mean()
+        return np.log(np.maximum([within, away], 1e-12))
+
+    def agreement(self, image: Look) -> float:
+        """Correlation of slices' places with those that their embeddings suggest; 0 where one of them is constant."""
+        scores = (image.features - self.mean) @ self.basis.T / self.deviations
+        suggested = scores @ self.order[:-1] + self.order[-1]
+        if suggested.std() == 0 or image.places.std() == 0:
+            return 0.0
+        return float(np.corrcoef(suggested, image.places)[0, 1])
+
+
+@dataclass(frozen=True)
+class Familiar(Components):
+    """What known images look like: principal components of their slices, and how far they are from one another.
+
+    The distances of an image are compared with those of the known images, each judged by components of the others.
+    """
+
+    usual: NDArray[np.float32]
+    """Largest usual value of both distances, shape (2,)."""
     spacing: NDArray[np.float32]
     """Smallest and largest spacing in mm (2, 3)."""
 
@@ -111,31 +132,27 @@ class Familiar:
     def of(cls, looks: Sequence[Look]) -> "Familiar":
         """What at least ``FEWEST`` images of at least ``FOLDS`` patients look like."""
         patients = [one.patient or str(number) for number, one in enumerate(looks)]
-        order_of = {patient: place for place, patient in enumerate(dict.fromkeys(patients))}
-        folds = [[number for number, who in enumerate(patients) if order_of[who] % FOLDS == part] for part in range(FOLDS)]
-        distances = np.zeros((len(looks), 2))
-        orders = np.zeros(len(looks))
-        for fold in folds:
-            others = _model([one for number, one in enumerate(looks) if number not in fold])
-            for number in fold:
-                distances[number] = _distances(*others[:4], looks[number].features)
-                orders[number] = _agreement(*others[:3], others[4], looks[number])
+        place_of = {patient: place for place, patient in enumerate(dict.fromkeys(patients))}
+        fold_of = [place_of[patient] % FOLDS for patient in patients]
+        distances, agreements = [], []
+        for fold in range(FOLDS):
+            others = components([one for one, own in zip(looks, fold_of, strict=True) if own != fold])
+            judged = [one for one, own in zip(looks, fold_of, strict=True) if own == fold]
+            distances += [others.distances(one) for one in judged]
+            agreements += [others.agreement(one) for one in judged]
         count = len(looks)
         # As in a prediction interval, because mean and deviation are estimates, too.
         reach = stdtrit(count - 1, _normal(DEVIATIONS)) * math.sqrt(1 + 1 / count)
-        centre = distances.mean(axis=0)
-        deviation = np.maximum(distances.std(axis=0, ddof=1), LEAST_DEVIATION)
-        usual = np.stack([centre, centre + reach * deviation], axis=1)
-        mean, basis, deviations, rest, order = _model(looks)
-        tells = np.quantile(orders, 0.05) > IN_ORDER
+        deviation = np.maximum(np.std(distances, axis=0, ddof=1), LEAST_DEVIATION)
+        known = components(looks)
         spacing = np.array([one.spacing for one in looks])
         return cls(
-            mean,
-            basis,
-            deviations,
-            rest,
-            usual.astype(np.float32),
-            order if tells else order[:0],
+            known.mean,
+            known.basis,
+            known.deviations,
+            known.rest,
+            known.order if np.quantile(agreements, 0.05) > IN_ORDER else known.order[:0],
+            (np.mean(distances, axis=0) + reach * deviation).astype(np.float32),
             np.stack([spacing.min(axis=0), spacing.max(axis=0)]).astype(np.float32),
         )
 
@@ -147,10 +164,9 @@ class Familiar:
             one < least / STRETCH or one > most * STRETCH for one, least, most in zip(image.spacing, low, high, strict=True)
         ):
             reasons.append(f"spacing {_text(image.spacing)} mm, known are {_text(low)} to {_text(high)}")
-        distances = _distances(self.mean, self.basis, self.deviations, self.rest, image.features)
-        if (distances > self.usual[:, 1]).any():
+        if (self.distances(image) > self.usual).any():
             reasons.append("slices look different")
-        elif len(self.order) and _agreement(self.mean, self.basis, self.deviations, self.order, image) < 0:
+        elif len(self.order) and self.agreement(image) < 0:
             reasons.append("slices seem to be in reverse order")
         return reasons
 
@@ -161,7 +177,7 @@ class Familiar:
             "mean": (size,),
             "deviations": (count,),
             "rest": (1,),
-            "usual": (2, 2),
+            "usual": (2,),
             "order": (count + 1,) if self.order.size else (0,),
             "spacing": (2, 3),
         }
@@ -176,12 +192,12 @@ class Familiar:
         )
 
     def tensors(self) -> dict[str, NDArray[np.float32]]:
-        """Name → array, for a file."""
+        """Name → array, for a file. They are in the order of C, because safetensors writes memory as it lies."""
         return {field.name: np.ascontiguousarray(getattr(self, field.name)) for field in fields(self)}
 
 
-def _model(looks: Sequence[Look]) -> tuple[NDArray, NDArray, NDArray, NDArray, NDArray]:
-    """Mean, principal components, their deviations, the mean square of the rest, and the weights that tell the place."""
+def components(looks: Sequence[Look]) -> Components:
+    """The principal components of images' slices, of which the places are known."""
     features = np.concatenate([one.features for one in looks]).astype(np.float64)
     mean = features.mean(axis=0)
     centred = features - mean
@@ -193,27 +209,7 @@ def _model(looks: Sequence[Look]) -> tuple[NDArray, NDArray, NDArray, NDArray, N
     deviations = np.sqrt(np.maximum(variances, 1e-30))
     scores = np.column_stack([centred @ basis.T / deviations, np.ones(len(centred))])
     order = np.linalg.lstsq(scores, np.concatenate([one.places for one in looks]), rcond=None)[0]
-    # In the order of C, because safetensors writes the memory of an array as it lies.
-    arrays = [np.ascontiguousarray(array, np.float32) for array in (mean, basis, deviations, [rest], order)]
-    return arrays[0], arrays[1], arrays[2], arrays[3], arrays[4]
-
-
-def _distances(mean: NDArray, basis: NDArray, deviations: NDArray, rest: NDArray, features: NDArray) -> NDArray[np.float64]:
-    """Logarithms of a volume's mean squared distances, within the components and away from them."""
-    centred = (features - mean).astype(np.float64)
-    scores = centred @ basis.T
-    away = ((centred - scores @ basis) ** 2).sum(axis=1).mean() / float(rest[0])
-    within = ((scores / deviations) ** 2).mean()
-    return np.log(np.maximum([within, away], 1e-12))
-
-
-def _agreement(mean: NDArray, basis: NDArray, deviations: NDArray, order: NDArray, image: Look) -> float:
-    """Correlation of slices' places with those that their embeddings suggest; 0 where one of them is constant."""
-    scores = (image.features - mean) @ basis.T / deviations
-    suggested = scores @ order[:-1] + order[-1]
-    if suggested.std() == 0 or image.places.std() == 0:
-        return 0.0
-    return float(np.corrcoef(suggested, image.places)[0, 1])
+    return Components(*(np.asarray(array, np.float32) for array in (mean, basis, deviations, [rest], order)))
 
 
 def _normal(deviations: float) -> float:

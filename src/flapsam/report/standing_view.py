@@ -99,10 +99,10 @@ def _awaited(event: AnswerAwaited) -> str:
     whom = f"{event.site} has not answered for {duration(event.seconds)}"
     part = None if event.share is None else f"{event.share:.0%} of the training cases"
     if event.left is not None:
-        return f"{whom}; in {duration(event.left)}, the run goes on without it{f' and its {part}' if part else ''}"
+        return f"{whom}; in {duration(event.left)}, the run continues without it{f' and its {part}' if part else ''}"
     return (
-        f"{whom}. The run waits for it, because it is required (rounds.require){f' and has {part}' if part else ''}. To go "
-        "on without it, run flapsam federation stop, then the same run with --set rounds.require=…"
+        f"{whom}. The run waits for it, because it is required (rounds.require){f' and has {part}' if part else ''}. To "
+        "continue without it, run flapsam federation stop, then the same run with --set rounds.require=…"
     )
 
 

@@ -292,7 +292,7 @@ class AnswerAwaited(RoundEvent):
     seconds: float
     """Seconds since the request."""
     left: float | None
-    """Seconds until the run goes on without the site; None if the site is required."""
+    """Seconds until the run continues without the site; None if the site is required."""
     share: float | None
     """The site's share of all training cases, if it is known."""
 

@@ -7,40 +7,30 @@ from flapsam.run.ledger import TOGETHER, AnswerLeftOut, Event, Fitted, RoundClos
 
 
 @dataclass(frozen=True)
-class RoundPart:
-    """One closed round."""
-
-    round: int
-    sites: frozenset[str]
-    """Sites whose answers are in its result."""
-
-
-@dataclass(frozen=True)
 class Participation:
     """The closed rounds of a federation, and the sites that joined it."""
 
     cases: dict[str, int]
     """Site → number of its training and validation cases; 0 in a private run, in which no counts leave a site."""
-    rounds: list[RoundPart]
-
-    def share(self, part: RoundPart) -> tuple[int, int]:
-        """Cases of the sites in a round, and cases of all sites."""
-        return sum(self.cases[site] for site in part.sites), sum(self.cases.values())
+    rounds: dict[int, set[str]]
+    """Closed round → sites whose answers are in its result."""
 
     def sentence(self) -> str:
         """How many rounds all sites took part in, and the smallest round; empty before the first round is closed."""
         if not self.rounds:
             return ""
         sites, rounds = len(self.cases), len(self.rounds)
-        whole = sum(len(part.sites) == sites for part in self.rounds)
+        whole = sum(len(part) == sites for part in self.rounds.values())
         if whole == rounds:
             return f"All {sites} sites took part in every round." if sites > 1 else ""
-        least = min(self.rounds, key=lambda part: (self.share(part)[0], len(part.sites), part.round))
-        inside, all_cases = self.share(least)
+        inside, count, least = min(
+            (sum(self.cases[site] for site in part), len(part), number) for number, part in self.rounds.items()
+        )
+        all_cases = sum(self.cases.values())
         counted = f" with {inside} of {all_cases} training and validation cases" if all_cases else ""
         return (
-            f"All {sites} sites took part in {whole} of {rounds} rounds. The smallest was round {least.round}, in which "
-            f"{len(least.sites)} of {sites} sites took part{counted}."
+            f"All {sites} sites took part in {whole} of {rounds} rounds. The smallest was round {least}, in which "
+            f"{count} of {sites} sites took part{counted}."
         )
 
 
@@ -48,7 +38,7 @@ def participation(events: Iterable[Event]) -> Participation:
     """Read from a ledger who took part in the closed rounds of the federation of all sites."""
     cases: dict[str, int] = {}
     answered: dict[int, set[str]] = {}
-    closed: list[RoundPart] = []
+    closed: dict[int, set[str]] = {}
     for event in events:
         match event:
             case SiteJoined():
@@ -60,6 +50,5 @@ def participation(events: Iterable[Event]) -> Participation:
             case Summed() if event.cohort == TOGETHER:
                 answered[event.round] = set(event.sites)
             case RoundClosed() if event.cohort == TOGETHER:
-                sites = frozenset(answered.get(event.round, ())) & cases.keys()
-                closed.append(RoundPart(event.round, frozenset(sites)))
+                closed[event.round] = answered.get(event.round, set()) & cases.keys()
     return Participation(cases, closed)

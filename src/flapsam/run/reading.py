@@ -161,8 +161,9 @@ def fingerprint(config: RunConfig) -> str:
     for field in ("format", "output", "bench", "threads", "device", "licence", "notes", "inference_batch"):
         tree.pop(field, None)
     del tree["data"]["path"]
-    # Whom a run between hospitals waits for.
-    tree.get("rounds", {}).pop("require", None)
+    # Whom a run between hospitals waits for. Without other fields, the section is as if it had not been given.
+    if tree.get("rounds", {}).pop("require", None) is not None and not tree["rounds"]:
+        del tree["rounds"]
     # The default's name counts, too, except for sam-tiny-1, which was the default once, so that old results count for it.
     backbone = {**tree.pop("backbone", {}), "name": config.backbone.name}
     if backbone["name"] == "sam-tiny-1":

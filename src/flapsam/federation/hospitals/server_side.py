@@ -49,6 +49,8 @@ from flapsam.run.ledger import (
 )
 from flapsam.run.site_scores import SiteScores
 
+ONCE: Mapping[str, type[Delivered | SiteTested]] = {"validate": Delivered, "test": SiteTested}
+"""Work that a site does once, after the last round → the event that says that it has."""
 TIMES_BEFORE = 3
 """How many times its longest fit a site may take, if that is longer than the deadline, and at most how many deadlines."""
 
@@ -161,7 +163,7 @@ class ServerSide:
         self.agreement = self.server.agreement = self.agreement.without_start()
 
     def _check_required(self) -> None:
-        """Check that all sites take part that the run is not to go on without."""
+        """Check that all required sites take part."""
         for site in self.config.rounds.named:
             if site not in self.held:
                 reason = self.excluded.get(site, "it was not connected")
@@ -188,14 +190,14 @@ class ServerSide:
         """Note how long a site took for a fit. It is measured here, because a site could claim anything."""
         self.slowest[site] = max(self.slowest.get(site, 0.0), seconds)
 
-    def await_answer(self, site: str, work: Work | Literal["join"], seconds: float, left: float) -> None:
+    def await_answer(self, work: Work | Literal["join"], site: str, seconds: float, left: float) -> None:
         """Record that a site is still waited for.
 
         Args:
+            work: what the site was asked to do.
             site: the site's name.
-            work: what it was asked to do.
             seconds: seconds since then.
-            left: seconds until the run goes on without it; infinite if it is required.
+            left: seconds until the run continues without it; infinite if it is required.
         """
         number = 0 if work == "join" else self.server.rounds_done + (work in ("fit", "agree"))
         about = {"seconds": round(seconds, 1), "left": None if left == inf else round(left, 1), "share": self.share(site)}
@@ -207,12 +209,9 @@ class ServerSide:
 
     def asked(self, work: Work) -> list[str]:
         """The sites that have a part in some work."""
-        if work == "test":
-            done = self._reached(SiteTested)
+        if work in ONCE:
+            done = self._reached(ONCE[work])
             return [site for site in self.held if site not in done]
-        if work == "validate":
-            reached = self._reached(Delivered)
-            return [site for site in self.held if site not in reached]
         return [site for site in self.held if work not in ("fit", "agree") or self.server.asks(site)]
 
     def read_scores(self, answer: bytes) -> dict[str, float | None] | None:
@@ -302,8 +301,9 @@ class ServerSide:
             FlapsamError: a required site is gone. The next job asks it again.
         """
         last = {e.site: e.reason for e in self.ledger.events() if isinstance(e, AnswerMissing)}
+        reached = self._reached(kind)
         for site in self.config.rounds.named:
-            if site in self.held and site not in self._reached(kind) and last.get(site) == GONE:
+            if site in self.held and site not in reached and last.get(site) == GONE:
                 raise FlapsamError(f"{site} is required (rounds.require) and {problem}, because {GONE}")
 
     def _evaluate(self, carry: Carry) -> bool:

@@ -60,7 +60,7 @@ def attendance(answered: Series, troubles: Sequence[Trouble], rounds: int, told:
     return Section(
         "attendance",
         "Drop-outs",
-        f"{summary}. A round goes on without answers that are not used, and without sites that do not answer, unless "
+        f"{summary}. A round continues without answers that are not used, and without sites that do not answer, unless "
         f"rounds.require names them. {told}{note}",
         [chart(figure, "Answers by site and round", summary)],
         [Table("attendance-table", "Drop-outs and unused answers", ["event", "site", "time", "reason", "round"], rows, 4)],

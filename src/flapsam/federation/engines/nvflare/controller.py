@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -260,9 +261,7 @@ class FlapsamController(Controller):
         def patience(site: str) -> float:
             return inf if site in server.config.rounds.named else JOIN_SECONDS
 
-        def awaited(site: str, seconds: float, left: float) -> None:
-            server.await_answer(site, "join", seconds, left)
-
+        awaited = partial(server.await_answer, "join")
         for received in post.ask("join", requests(), patience, awaited, JOIN_SECONDS / 3):
             if received.problem:
                 server.exclude(received.site, received.problem)
@@ -286,9 +285,7 @@ class FlapsamController(Controller):
                 data[PACKETS] = packets[key]
                 yield site, data
 
-        def awaited(site: str, seconds: float, left: float) -> None:
-            server.await_answer(site, work, seconds, left)
-
+        awaited = partial(server.await_answer, work)
         remind = max(server.config.rounds.deadline, LEAST_REMINDER)
         for received in post.ask(work, requests(), server.patience, awaited, remind):
             down = bytes_down.get(received.site, 0)

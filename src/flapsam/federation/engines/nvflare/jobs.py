@@ -243,13 +243,11 @@ class RunFollower:
 
     def _is_away(self, job: Job) -> bool:
         """Whether a site was gone in a job and is not back yet, so that the next job waits for it. That is no failure."""
-        started = self._started(job)
-        events = self.events[self.events.index(started[0]) :] if started else []
+        events = self._since_start(job)
         gone = {e.site for e in events if isinstance(e, AnswerMissing | SiteExcluded) and e.reason == GONE}
-        if started:
-            gone |= set(self.config.rounds.named) - set(started[0].sites)
-        info = self._patiently(lambda session: session.get_system_info())
-        connected = set(self._chosen([client.name for client in info.client_info or []]))
+        for started in self._started(job):
+            gone |= set(self.config.rounds.named) - set(started.sites)
+        connected = set(self._connected())
         away = gone - connected
         return bool(away & set(self.config.rounds.named)) or (bool(away) and len(connected) < self.config.rounds.enough)
 
@@ -267,8 +265,8 @@ class RunFollower:
     def _regroup_if_back(self, job: Job, connected: Sequence[str]) -> None:
         """Ask a job to end after the current round if a connected site could take part again."""
         silent, excluded = set[str](), set[str]()
-        started = self._started(job)
-        for event in self.events[self.events.index(started[0]) :] if started else []:
+        events = self._since_start(job)
+        for event in events:
             if isinstance(event, AnswerMissing) and event.reason == GONE:
                 silent.add(event.site)
             elif isinstance(event, Fitted):
@@ -278,7 +276,7 @@ class RunFollower:
         back = [site for site in self._chosen(connected) if site in silent or site not in job.sites]
         back = [site for site in back if site not in excluded]
         # Before the job has started there is nothing to end.
-        if back and not job.regrouped and started:
+        if back and not job.regrouped and events:
             with contextlib.suppress(Unreachable):
                 self.admin.ask(lambda session: session.do_app_command(job.identity, REGROUP, {}))
                 job.regrouped = True
@@ -287,6 +285,16 @@ class RunFollower:
     def _started(self, job: Job) -> list[JobStarted]:
         """The event that a job started with, in a list, which is empty before."""
         return [e for e in self.events if isinstance(e, JobStarted) and e.job == job.identity][:1]
+
+    def _since_start(self, job: Job) -> list[Event]:
+        """The events since a job started; none before."""
+        started = self._started(job)
+        return self.events[self.events.index(started[0]) :] if started else []
+
+    def _connected(self) -> list[str]:
+        """Names of the run's sites that are connected, sorted."""
+        info = self._patiently(lambda session: session.get_system_info())
+        return sorted(self._chosen([client.name for client in info.client_info or []]))
 
     def _wait_for_sites(self) -> list[str]:
         """Wait for the sites of the next job.
@@ -299,8 +307,7 @@ class RunFollower:
         reported: list[str] = []
         since, began = time.monotonic(), datetime.now().astimezone()
         while True:
-            info = self._patiently(lambda session: session.get_system_info())
-            connected = sorted(self._chosen([client.name for client in info.client_info or []]))
+            connected = self._connected()
             missing = sorted(set(chosen) - set(connected))
             required = [site for site in missing if site in self.config.rounds.named]
             enough = not required and len(connected) >= self.config.rounds.enough
@@ -314,13 +321,13 @@ class RunFollower:
     def _advice(self, required: Sequence[str], enough: bool, began: datetime) -> str:
         """What follows if missing sites stay away."""
         if enough:
-            return f" The run goes on without them {self.wait:g} s after it began to wait."
+            return f" The run starts without them {self.wait:g} s after it began to wait."
         if not required:
             return f" The run needs {self.config.rounds.enough} sites."
         since = began.strftime("%H:%M")
         return (
-            f" Since {since}, the run waits for {', '.join(required)} (rounds.require). To go on without, press Ctrl-C "
-            "and run the same command with --set rounds.require=… (a number or names)."
+            f" Since {since}, the run waits for {', '.join(required)} (rounds.require). To continue without them, press "
+            "Ctrl-C and run the same command with --set rounds.require=… (a number or names)."
         )
 
     def _chosen(self, names: Sequence[str]) -> list[str]:
@@ -370,16 +377,12 @@ def with_names(config: RunConfig, sites: Sequence[str]) -> RunConfig:
         FlapsamError: a required site is not among the run's, or more sites are required than there are.
     """
     chosen, rounds = sorted(config.data.sites or sites), config.rounds
-    if rounds.require == "all":
-        return config.model_copy(update={"rounds": rounds.model_copy(update={"require": chosen})})
-    if rounds.named:
-        config = config.model_copy(update={"rounds": rounds.model_copy(update={"require": sorted(rounds.named)})})
-    unknown = [site for site in rounds.named if site not in chosen]
-    if unknown:
+    names = chosen if rounds.require == "all" else sorted(rounds.named)
+    if unknown := [site for site in names if site not in chosen]:
         raise FlapsamError(f"rounds.require: {unknown[0]} is not a site of this run; its sites are {', '.join(chosen)}")
     if isinstance(rounds.require, int) and rounds.require > len(chosen):
         raise FlapsamError(f"rounds.require: {rounds.require} sites are required, and the run has {len(chosen)}; lower it")
-    return config
+    return config.model_copy(update={"rounds": rounds.model_copy(update={"require": names})}) if names else config
 
 
 def run(
