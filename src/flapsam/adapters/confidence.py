@@ -35,8 +35,8 @@ class CaseConfidence:
     """How much a segmentation can be trusted."""
 
     dice: float | None
-    """Expected mean Dice over the classes, from the line through the calibration's patients. None if no class is expected, or
-    if the image is unusual, because the line says nothing about such images."""
+    """Expected mean Dice over the classes, from the line through the calibration's patients. None if no class is expected,
+    or if the image is unusual, because the line says nothing about such images."""
     low: float | None
     """Lower end of the 95 % prediction interval."""
     high: float | None

@@ -282,7 +282,8 @@ class Rounds(StrictModel):
     a round for its size has arrived, too."""
     deadline: Annotated[float, Field(gt=0)] = 3600
     """Between hospitals, the number of seconds that a round waits for the answers of sites that are not named in
-    ``require``. A site that needed longer before has three times its longest fit, and at most three times this number."""
+    ``require``. A site that needed longer before has three times its longest fit, but no more than three times this
+    number."""
 
     @property
     def named(self) -> list[str]:
